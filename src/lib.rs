@@ -1,0 +1,14 @@
+//! Exact and almost-linear-time LoRA gradients of softmax attention, and the norm threshold between them.
+//!
+//! Start at [`attention`]: a head ([`attention::problem::AttentionProblem`]), its exact gradients
+//! ([`attention::exact`]) and its chained low-rank ones ([`attention::chained`]). [`limits`] holds the
+//! threshold, the degree, the rank and the fitted exponents.
+
+pub mod atomic_file;
+pub mod check;
+pub mod cost;
+pub mod error;
+pub mod linalg;
+pub mod tensor_file;
+
+pub use error::{Error, Result};

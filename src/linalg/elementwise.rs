@@ -1,0 +1,242 @@
+//! Element-wise kernels of softmax attention, compiled for the widest vectors the machine has.
+//!
+//! Each public function picks the instruction set at run time once per call, so a call should cover
+//! a whole tile. Sums and maxima run in [`LANES`] independent lanes: the result depends on the data
+//! alone, not on the instruction set's width or the number of threads.
+
+use super::Real;
+use ndarray::{ArrayView1, ArrayViewMut1, ArrayViewMut2};
+
+/// Independent partial results of a reduction over a row.
+pub const LANES: usize = 32;
+
+/// Runs `kernel` compiled for the machine's vector instructions.
+#[inline(always)]
+pub fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
+    struct Kernel<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::WithSimd for Kernel<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _simd: S) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Kernel(kernel))
+}
+
+/// Largest entry of a row (negative infinity for an empty one).
+#[inline(always)]
+fn row_max<T: Real>(row: &[T]) -> T {
+    let mut lanes = [T::neg_infinity(); LANES];
+    let mut chunks = row.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
+    }
+    let mut largest = T::neg_infinity();
+    for &x in lanes.iter().chain(chunks.remainder()) {
+        largest = if x > largest { x } else { largest };
+    }
+    largest
+}
+
+/// Replaces a row by exp(row - shift) and returns its sum.
+#[inline(always)]
+fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let mut chunks = row.chunks_exact_mut(LANES);
+    for chunk in &mut chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            let e = (*x - shift).exp_lane();
+            *x = e;
+            *lane += e;
+        }
+    }
+    let mut sum = T::zero();
+    for x in chunks.into_remainder() {
+        let e = (*x - shift).exp_lane();
+        *x = e;
+        sum += e;
+    }
+    for lane in lanes {
+        sum += lane;
+    }
+    sum
+}
+
+fn rows_of<'a, T: Real>(tile: &'a mut ArrayViewMut2<T>) -> impl Iterator<Item = &'a mut [T]> {
+    let width = tile.ncols();
+    let slice = tile.as_slice_mut().unwrap_or(&mut []);
+    slice.chunks_exact_mut(width.max(1))
+}
+
+/// One tile of the online softmax: `scores` becomes exp(scores - m'), with m' the running maximum.
+///
+/// For each row i: m' = max(m_i, max_j s_ij), c = exp(m_i - m'), sum_i = c sum_i + sum_j exp(s_ij - m').
+/// `correction` receives c, by which the caller scales the row of its output accumulator.
+/// `scores` must be contiguous in row-major order.
+pub fn online_softmax_tile<T: Real>(
+    mut scores: ArrayViewMut2<T>,
+    row_maximum: &mut [T],
+    row_sum: &mut [T],
+    correction: &mut [T],
+) {
+    vectorized(|| {
+        for (((row, maximum), sum), factor) in
+            rows_of(&mut scores).zip(row_maximum.iter_mut()).zip(row_sum.iter_mut()).zip(correction.iter_mut())
+        {
+            let tile_maximum = row_max(row);
+            let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
+            // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
+            if updated == T::neg_infinity() {
+                row.fill(T::zero());
+                *factor = T::one();
+                continue;
+            }
+            *factor = (*maximum - updated).exp_lane();
+            *sum = *factor * *sum + row_exp_sum(row, updated);
+            *maximum = updated;
+        }
+    });
+}
+
+/// Multiplies row i of `output` by `factor[i]`, skipping factors that are exactly one.
+pub fn scale_rows<T: Real>(mut output: ArrayViewMut2<T>, factor: &[T]) {
+    vectorized(|| {
+        for (row, &f) in rows_of(&mut output).zip(factor) {
+            if f < T::one() || f > T::one() {
+                for x in row {
+                    *x *= f;
+                }
+            }
+        }
+    });
+}
+
+/// Softmax backward on a tile: `scores` becomes p = exp(s - log_sum_exp), `upstream` (holding
+/// t = G V^T) becomes p (t - delta). Both tiles must be contiguous in row-major order.
+pub fn softmax_backward_tile<T: Real>(
+    mut scores: ArrayViewMut2<T>,
+    mut upstream: ArrayViewMut2<T>,
+    log_sum_exp: &[T],
+    delta: &[T],
+) {
+    vectorized(|| {
+        for (((s_row, t_row), &lse), &d) in rows_of(&mut scores).zip(rows_of(&mut upstream)).zip(log_sum_exp).zip(delta)
+        {
+            for (s, t) in s_row.iter_mut().zip(t_row) {
+                let p = (*s - lse).exp_lane();
+                *s = p;
+                *t = p * (*t - d);
+            }
+        }
+    });
+}
+
+/// Replaces every entry of a contiguous tile by exp(entry - shift of its row).
+pub fn exp_rows<T: Real>(mut tile: ArrayViewMut2<T>, shift: &[T]) {
+    vectorized(|| {
+        for (row, &s) in rows_of(&mut tile).zip(shift) {
+            for x in row {
+                *x = (*x - s).exp_lane();
+            }
+        }
+    });
+}
+
+/// Largest magnitude in a contiguous tile.
+pub fn max_abs_tile<T: Real>(mut tile: ArrayViewMut2<T>) -> T {
+    vectorized(|| {
+        let mut largest = T::zero();
+        for row in rows_of(&mut tile) {
+            let mut lanes = [T::zero(); LANES];
+            let mut chunks = row.chunks_exact(LANES);
+            for chunk in &mut chunks {
+                for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                    let x = x.abs();
+                    *lane = if x > *lane { x } else { *lane };
+                }
+            }
+            for &x in lanes.iter().chain(chunks.remainder()) {
+                let x = x.abs();
+                largest = if x > largest { x } else { largest };
+            }
+        }
+        largest
+    })
+}
+
+/// y += a x.
+pub fn axpy<T: Real>(a: T, x: ArrayView1<T>, y: &mut ArrayViewMut1<T>) {
+    y.zip_mut_with(&x, |y, &x| *y += a * x);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst32 = 0.0f64;
+        let mut worst64 = 0.0f64;
+        for i in 0..=2_000_000 {
+            let x = -87.0 + 175.0 * f64::from(i) / 2e6;
+            let x32 = x as f32;
+            let want = f64::from(x32).exp();
+            worst32 = worst32.max(((f64::from(x32.exp_lane()) - want) / want).abs() / f64::from(f32::EPSILON));
+            let x64 = -708.0 + 1417.0 * f64::from(i) / 2e6;
+            worst64 = worst64.max(((x64.exp_lane() - x64.exp()) / x64.exp()).abs() / f64::EPSILON);
+        }
+        assert!(worst32 < 2.0, "f32: {worst32} units");
+        assert!(worst64 < 2.0, "f64: {worst64} units");
+    }
+
+    #[test]
+    fn exp_at_the_ends_of_its_range() {
+        assert!(f32::NAN.exp_lane().is_nan() && f64::NAN.exp_lane().is_nan());
+        assert_eq!(f32::NEG_INFINITY.exp_lane().to_bits(), 0.0f32.to_bits());
+        assert_eq!(f64::NEG_INFINITY.exp_lane().to_bits(), 0.0f64.to_bits());
+        assert_eq!((-1e4f64).exp_lane().to_bits(), 0.0f64.to_bits());
+        assert!(1e3f64.exp_lane().is_infinite() && 89f32.exp_lane().is_infinite());
+        assert_eq!(0f32.exp_lane().to_bits(), 1f32.to_bits());
+        assert_eq!(0f64.exp_lane().to_bits(), 1f64.to_bits());
+    }
+
+    /// Softmax of log-integers has simple fractions: rows (ln 1, ln 2 | ln 5) sum to 8.
+    #[test]
+    fn online_softmax_of_log_integers() {
+        let (mut maximum, mut sum, mut factor) = ([f64::NEG_INFINITY], [0.0], [0.0]);
+        let mut first = array![[0.0, 2f64.ln()]];
+        online_softmax_tile(first.view_mut(), &mut maximum, &mut sum, &mut factor);
+        let mut second = array![[5f64.ln()]];
+        online_softmax_tile(second.view_mut(), &mut maximum, &mut sum, &mut factor);
+        assert!((sum[0] * maximum[0].exp() - 8.0).abs() < 1e-14);
+        assert!((factor[0] - 0.4).abs() < 1e-15, "2/5 rescales what came before");
+    }
+
+    #[test]
+    fn a_row_without_keys_stays_empty() {
+        let (mut maximum, mut sum, mut factor) = ([f32::NEG_INFINITY], [0.0f32], [0.0f32]);
+        let mut tile = array![[f32::NEG_INFINITY; 40]];
+        online_softmax_tile(tile.view_mut(), &mut maximum, &mut sum, &mut factor);
+        assert!(tile.iter().all(|x| x.to_bits() == 0));
+        assert_eq!((sum[0].to_bits(), factor[0].to_bits()), (0, 1f32.to_bits()));
+    }
+
+    #[test]
+    fn reductions_agree_with_naive_loops_at_every_length() {
+        for n in [1usize, 2, 31, 32, 33, 63, 64, 65, 200] {
+            let row: Vec<f64> = (0..n).map(|i| ((i * 37 % 19) as f64 - 9.0) * 0.37).collect();
+            let want_max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert_eq!(row_max(&row).to_bits(), want_max.to_bits());
+            let want: f64 = row.iter().map(|x| (x - want_max).exp()).sum();
+            let mut got = row.clone();
+            assert!((row_exp_sum(&mut got, want_max) - want).abs() <= 4.0 * f64::EPSILON * want * (n as f64));
+            let mut tile = ndarray::Array2::from_shape_vec((1, n), row.clone()).unwrap();
+            let want_abs = row.iter().fold(0.0f64, |a, x| a.max(x.abs()));
+            assert_eq!(max_abs_tile(tile.view_mut()).to_bits(), want_abs.to_bits());
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! One door to matrix products, element-wise kernels, decompositions, norms and Khatri-Rao products.
+
+pub mod decompositions;
+pub mod elementwise;
+pub mod gemm;
+pub mod khatri_rao;
+pub mod norms;
+pub mod real;
+
+pub use gemm::{product, product_into};
+pub use real::Real;
