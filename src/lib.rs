@@ -5,6 +5,7 @@
 //! threshold, the degree, the rank and the fitted exponents.
 
 pub mod atomic_file;
+pub mod attention;
 pub mod check;
 pub mod cost;
 pub mod error;
