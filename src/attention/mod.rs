@@ -7,6 +7,7 @@ pub mod exact;
 pub mod file;
 pub mod gradients;
 pub mod problem;
+pub mod synthetic;
 
 pub use gradients::{Gradients, Request};
 pub use problem::{AttentionProblem, Mask, Objective, Qkv, SoftmaxKind};
