@@ -9,6 +9,7 @@ pub mod attention;
 pub mod check;
 pub mod cost;
 pub mod error;
+pub mod limits;
 pub mod linalg;
 pub mod tensor_file;
 

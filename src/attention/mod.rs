@@ -4,6 +4,7 @@
 
 pub mod contraction;
 pub mod exact;
+pub mod factorization;
 pub mod file;
 pub mod gradients;
 pub mod problem;
