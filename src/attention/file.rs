@@ -28,7 +28,7 @@ pub fn read_problem<T: Real>(path: &Path) -> Result<AttentionProblem<T>> {
 /// As [`read_problem`].
 pub fn problem_from<T: Real>(file: &TensorFile) -> Result<AttentionProblem<T>> {
     let projected = file.contains("Q") || file.contains("K") || file.contains("V");
-    let source = if projected { projected_source(file)? } else { Source::Hidden(hidden_source(file)?) };
+    let source = if projected { projected_source(file)? } else { Source::Hidden(Box::new(hidden_source(file)?)) };
     let objective = match (file.contains("Y"), file.contains("G")) {
         (true, false) => Objective::Target(file.matrix("Y", "the target")?),
         (false, true) => Objective::UpstreamGradient(file.matrix("G", "the upstream gradient")?),

@@ -2,6 +2,7 @@
 //!
 //! Notation and derivations: `paper-notes/attention-gradients.md`.
 
+pub mod chained;
 pub mod contraction;
 pub mod exact;
 pub mod factorization;

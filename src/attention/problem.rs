@@ -122,7 +122,7 @@ pub enum Source<T> {
     /// Given as they enter the softmax (for instance after rotary embedding).
     Projected(Qkv<Array2<T>>),
     /// Made from hidden states.
-    Hidden(Hidden<T>),
+    Hidden(Box<Hidden<T>>),
 }
 
 /// A checked attention head with its objective (design 2.1).
@@ -307,7 +307,7 @@ impl<T: Real> AttentionProblem<T> {
                     weight: m(&p.weight),
                     adapter: p.adapter.as_ref().map(|a| Adapter { lora_a: m(&a.lora_a), lora_b: m(&a.lora_b) }),
                 };
-                Source::Hidden(Hidden {
+                Source::Hidden(Box::new(Hidden {
                     inputs: Qkv { query: query.clone(), key, value },
                     projections: Qkv {
                         query: p(&h.projections.query),
@@ -315,7 +315,7 @@ impl<T: Real> AttentionProblem<T> {
                         value: p(&h.projections.value),
                     },
                     scaling: h.scaling,
-                })
+                }))
             }
         };
         let objective = match &self.objective {

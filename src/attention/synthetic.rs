@@ -133,8 +133,11 @@ impl SyntheticHead {
                 adapter.lora_a *= factor;
             }
         }
-        let source =
-            Source::Hidden(Hidden { inputs: Qkv { query: x.clone(), key: x.clone(), value: x }, projections, scaling });
+        let source = Source::Hidden(Box::new(Hidden {
+            inputs: Qkv { query: x.clone(), key: x.clone(), value: x },
+            projections,
+            scaling,
+        }));
         let problem = AttentionProblem::new(source, Objective::Target(target), self.mask, self.softmax, self.beta)?;
         Ok(problem.cast())
     }

@@ -28,8 +28,9 @@ pub fn degree(b: f64, eps: f64) -> Result<usize> {
 
 /// A degree that no polynomial of uniform error `eps` can go below.
 ///
-/// The alternating extrema of T_{g+1} witness, by de la Vallee-Poussin's theorem applied to the Chebyshev
-/// coefficients, that the best error of degree g is at least pi/4 of the coefficient a_{g+1} = 2 I_{g+1}(b).
+/// The Chebyshev coefficient a_{g+1} = 2 I_{g+1}(b) of exp is that of exp - p for every p of degree g, and it
+/// is 2/pi times an integral of (exp - p) T_{g+1} against the Chebyshev weight, of which |T_{g+1}| has
+/// integral 2: so the best error is at least pi/4 a_{g+1}.
 ///
 /// # Errors
 /// As [`degree`].
