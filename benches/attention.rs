@@ -3,9 +3,11 @@
 //! `cargo bench --bench attention [-- FILTER]` with the threads of RAYON_NUM_THREADS (all by default).
 
 use ndarray::{Array2, parallel::prelude::*};
+use peft_limits::attention::chained;
 use peft_limits::attention::exact::streaming;
+use peft_limits::attention::factorization::build;
 use peft_limits::attention::synthetic::SyntheticHead;
-use peft_limits::attention::{AttentionProblem, Request};
+use peft_limits::attention::{AttentionProblem, Mask, Request};
 use peft_limits::linalg::Real;
 use std::time::Instant;
 
@@ -59,6 +61,34 @@ fn streaming_case<T: Real>(tokens: usize, head_dim: usize, rank: usize, request:
     );
 }
 
+/// Chained against streaming on the same head, with the relative error of the gradient.
+fn chained_case(tokens: usize, mask: Mask, spec: &str, repeats: usize) {
+    let head = SyntheticHead { mask, rank: 4, ..SyntheticHead::new(tokens, 8).at_threshold_ratio(0.5) };
+    let problem: AttentionProblem<f32> = head.draw().expect("valid head");
+    let method = build::<f32>(spec).expect("valid spec");
+    let rate = gemm_rate::<f32>();
+    let mut result = None;
+    let chained = time(repeats, || {
+        result = Some(chained::gradients(&problem, method.as_ref(), Request::Adapters).expect("inside the interval"));
+    });
+    let mut exact = None;
+    let streaming = time(1, || exact = Some(streaming::gradients(&problem, Request::Adapters).expect("valid head")));
+    let (Some(result), Some(exact)) = (result, exact) else { return };
+    let floor = result.gradients.cost.multiply_adds as f64 / rate;
+    println!(
+        "chained   f32 L={tokens:6} d=  8 r=4 {mask:?} {spec}: {:8.1} ms [{:.1}, {:.1}]  floor {:6.1} ms  ratio {:.2}  \
+         streaming {:.0} ms, {:.1}x  relative error {:.1e}",
+        1e3 * chained[1],
+        1e3 * chained[0],
+        1e3 * chained[2],
+        1e3 * floor,
+        chained[1] / floor,
+        1e3 * streaming[1],
+        streaming[1] / chained[1],
+        result.gradients.relative_gap(&exact),
+    );
+}
+
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with("--")).unwrap_or_default();
     println!("{} threads; median [quartiles]", rayon::current_num_threads());
@@ -68,5 +98,9 @@ fn main() {
         streaming_case::<f64>(4096, 64, 8, Request::Adapters, 11);
         streaming_case::<f32>(16384, 64, 8, Request::Adapters, 7);
         streaming_case::<f32>(16384, 8, 4, Request::Adapters, 7);
+    }
+    if "chained".contains(&filter) || filter.is_empty() {
+        chained_case(65536, Mask::Full, "taylor:degree=3", 11);
+        chained_case(65536, Mask::Causal, "taylor:degree=3", 11);
     }
 }

@@ -17,7 +17,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::gemm::{parallel_product, parallel_transposed_product};
-use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, s};
 
 /// Right and left factors that do not depend on the upstream gradient.
 #[derive(Debug)]
@@ -83,17 +83,14 @@ impl<T: Real> Contraction<T> {
         };
         let key_by_a = times_a(key, adapters.query);
         let query_by_a = times_a(query, adapters.key);
-        let side_by_side = |a: ArrayView2<T>, b: ArrayView2<T>| {
-            concatenate(Axis(1), &[a, b]).map_err(|e| Error::Decomposition { op: "concatenate", reason: e.to_string() })
-        };
         let xb_q = low_rank(&projected.low_rank_input.query, query.nrows());
         let xb_k = low_rank(&projected.low_rank_input.key, key.nrows());
         let contraction = Self {
             request,
             query_rank: key_by_a.ncols(),
             key_rank: query_by_a.ncols(),
-            score_right: side_by_side(key_by_a.view(), xb_k.view())?,
-            score_left: side_by_side(xb_q.view(), query_by_a.view())?,
+            score_right: side_by_side(key_by_a.view(), xb_k.view()),
+            score_left: side_by_side(xb_q.view(), query_by_a.view()),
             value_right: low_rank(&projected.low_rank_input.value, value.nrows()),
         };
         cost.hold(contraction.score_right.len() + contraction.score_left.len());
@@ -197,6 +194,14 @@ impl<T: Real> Contraction<T> {
         gradients.cost = cost;
         gradients
     }
+}
+
+/// [a | b], row-major (ndarray's `concatenate` would lay the columns out one after the other).
+pub fn side_by_side<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>) -> Array2<T> {
+    let mut out = Array2::zeros((a.nrows(), a.ncols() + b.ncols()));
+    out.slice_mut(s![.., ..a.ncols()]).assign(&a);
+    out.slice_mut(s![.., a.ncols()..]).assign(&b);
+    out
 }
 
 /// Upstream gradient G: O - Y for a target, or the one given.

@@ -6,6 +6,7 @@ use crate::attention::problem::{AttentionProblem, Objective, Projected, SoftmaxK
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::linalg::khatri_rao::{contract_into, face_splitting_into};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -98,7 +99,7 @@ impl<'a, T: Real> Chain<'a, T> {
         let start = 1 + w.value + w.value_right;
         out.slice_mut(s![.., 1 + w.value..start]).assign(&self.contraction.value_right.slice(s![range.clone(), ..]));
         let z = self.contraction.score_right.slice(s![range, ..]);
-        khatri_rao_with_last(value, |_| T::one(), z, out.slice_mut(s![.., start..]));
+        face_splitting_into(value, &vec![T::one(); rows], z, out.slice_mut(s![.., start..]));
         cost.elementwise += (rows * (w.value + 1) * w.score_right) as u64;
         out
     }
@@ -116,7 +117,7 @@ impl<'a, T: Real> Chain<'a, T> {
         let mut out = Array2::zeros((rows, w.left()));
         out.slice_mut(s![.., ..w.value_left]).assign(&self.contraction.value_left(self.problem, upstream, cost));
         let left = self.contraction.score_left.slice(s![range, ..]);
-        khatri_rao_with_last(upstream, |i| -row_state[[i, 1]], left, out.slice_mut(s![.., w.value_left..]));
+        face_splitting_into(upstream, &negated_delta(row_state), left, out.slice_mut(s![.., w.value_left..]));
         for (mut row, state) in out.rows_mut().into_iter().zip(row_state.rows()) {
             let inverse = state[0];
             row.mapv_inplace(|x| x * inverse);
@@ -163,8 +164,8 @@ impl<'a, T: Real> Chain<'a, T> {
             tile.row_state[[i, 1]] = delta;
         }
         let start = 1 + w.value + w.value_right;
-        let (state, upstream) = (&tile.row_state, tile.upstream.view());
-        contract_with_last(upstream, |i| -state[[i, 1]], sums.slice(s![.., start..]), &mut tile.score_right);
+        let last = negated_delta(tile.row_state.view());
+        contract_into(tile.upstream.view(), &last, sums.slice(s![.., start..]), tile.score_right.view_mut());
         for (mut row, state) in tile.score_right.rows_mut().into_iter().zip(tile.row_state.rows()) {
             let inverse = state[0];
             row.mapv_inplace(|x| x * inverse);
@@ -178,49 +179,14 @@ impl<'a, T: Real> Chain<'a, T> {
     pub fn add_keys(&self, range: Range<usize>, sums: ArrayView2<T>, out: &mut ArrayViewMut2<T>, cost: &mut Cost) {
         let w = self.widths;
         let value = self.projected.qkv.value.slice(s![range.clone(), ..]);
-        let (mut score, mut left) = out.view_mut().split_at(ndarray::Axis(1), w.score_left);
+        let (score, mut left) = out.view_mut().split_at(ndarray::Axis(1), w.score_left);
         left += &sums.slice(s![.., ..w.value_left]);
-        contract_with_last(value, |_| T::one(), sums.slice(s![.., w.value_left..]), &mut score);
+        contract_into(value, &vec![T::one(); range.len()], sums.slice(s![.., w.value_left..]), score);
         cost.multiply_adds += (range.len() * (w.value + 1) * w.score_left) as u64;
     }
 }
 
-/// Row-wise Khatri-Rao product of [a | last] and b: `out[i, c m + q] = a'[i, c] b[i, q]`.
-fn khatri_rao_with_last<T: Real>(
-    a: ArrayView2<T>,
-    last: impl Fn(usize) -> T,
-    b: ArrayView2<T>,
-    mut out: ArrayViewMut2<T>,
-) {
-    let (columns, width) = (a.ncols(), b.ncols());
-    if width == 0 {
-        return;
-    }
-    crate::linalg::khatri_rao::face_splitting_into(a, b, &mut out.slice_mut(s![.., ..columns * width]));
-    for (i, (mut tail, b_row)) in
-        out.slice_mut(s![.., columns * width..]).rows_mut().into_iter().zip(b.rows()).enumerate()
-    {
-        let factor = last(i);
-        tail.zip_mut_with(&b_row, |o, &x| *o = factor * x);
-    }
-}
-
-/// `out[i, q] += sum_c a'[i, c] sums[i, c m + q]` with a' = [a | last].
-fn contract_with_last<T: Real>(
-    a: ArrayView2<T>,
-    last: impl Fn(usize) -> T,
-    sums: ArrayView2<T>,
-    out: &mut ArrayViewMut2<T>,
-) {
-    let width = out.ncols();
-    if width == 0 {
-        return;
-    }
-    for (i, mut out_row) in out.rows_mut().into_iter().enumerate() {
-        let sums_row = sums.row(i);
-        for (c, block) in sums_row.exact_chunks(width).into_iter().enumerate() {
-            let factor = if c < a.ncols() { a[[i, c]] } else { last(i) };
-            out_row.zip_mut_with(&block, |o, &x| *o += factor * x);
-        }
-    }
+/// The last column of G' = [G | -delta].
+fn negated_delta<T: Real>(row_state: ArrayView2<T>) -> Vec<T> {
+    row_state.column(1).iter().map(|&delta| -delta).collect()
 }

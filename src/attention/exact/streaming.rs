@@ -8,14 +8,14 @@
 //! G V^T, plus the columns of Z, W, R and N (6 r when only the adapters of Q, K and V are asked for,
 //! 2 d_h + d_v for all gradients).
 
-use crate::attention::contraction::{Contraction, Products, upstream_gradient};
+use crate::attention::contraction::{Contraction, Products, side_by_side, upstream_gradient};
 use crate::attention::gradients::{Gradients, Request};
 use crate::attention::problem::{AttentionProblem, Mask, Qkv, SoftmaxKind};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
 use crate::linalg::{Real, product_into};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, concatenate, parallel::prelude::*, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, parallel::prelude::*, s};
 use std::sync::Mutex;
 
 /// Rows and columns of a score tile.
@@ -160,7 +160,7 @@ fn front<T: Real>(buffer: &mut [T], rows: usize, columns: usize) -> ArrayViewMut
 fn forward<T: Real>(pass: &Pass<T>, value_right: ArrayView2<T>, cost: &mut Cost) -> Forward<T> {
     let (queries, width_v) = (pass.scaled_query.nrows(), pass.value.ncols());
     // One product for both: [V | R].
-    let values = concatenate![Axis(1), pass.value, value_right];
+    let values = side_by_side(pass.value, value_right);
     let width = values.ncols();
     let tile = pass.tile;
     let mut output = Array2::<T>::zeros((queries, width));
