@@ -11,6 +11,9 @@ pub mod cost;
 pub mod error;
 pub mod limits;
 pub mod linalg;
+#[cfg(feature = "experiments")]
+pub mod report;
+pub mod streams;
 pub mod tensor_file;
 
 pub use error::{Error, Result};
