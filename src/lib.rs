@@ -9,6 +9,8 @@ pub mod attention;
 pub mod check;
 pub mod cost;
 pub mod error;
+#[cfg(feature = "experiments")]
+pub mod harness;
 pub mod limits;
 pub mod linalg;
 #[cfg(feature = "experiments")]

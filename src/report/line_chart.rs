@@ -4,7 +4,7 @@ use super::axis::{Axis, Mapping};
 use super::frame::{Insets, Plot, Side, Styles, draw_axes, draw_no_data, draw_outline};
 use super::legend::LegendEntry;
 use super::scene::{Align, Point, Rect, Scene, Text, clip, text_width, wrap};
-use super::theme::{LINE_HEIGHT, MARKER_RADIUS, MUTED, Marker, SERIES_WIDTH, SMALL};
+use super::theme::{LINE_HEIGHT, MARKER_RADIUS, MUTED, Marker, PAPER, SERIES_WIDTH, SMALL};
 
 /// How the points of a series are joined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -291,9 +291,12 @@ fn draw_series(scene: &mut Scene, frame: Rect, x: &Mapping, y: &Mapping, series:
 
 /// A vertical interval with end bars.
 pub(super) fn whisker(scene: &mut Scene, a: Point, b: Point, colour: plotters::style::RGBColor) {
-    scene.line(&[a, b], colour, 1.6, &[]);
-    for end in [a, b] {
-        scene.line(&[(end.0 - 4.0, end.1), (end.0 + 4.0, end.1)], colour, 1.6, &[]);
+    // A white edge keeps it visible on a bar of any colour.
+    for (ink, width) in [(PAPER, 3.6), (colour, 1.6)] {
+        scene.line(&[a, b], ink, width, &[]);
+        for end in [a, b] {
+            scene.line(&[(end.0 - 4.0, end.1), (end.0 + 4.0, end.1)], ink, width, &[]);
+        }
     }
 }
 

@@ -67,6 +67,10 @@ pub struct Manifest {
     pub failures: Vec<Failure>,
     /// Stated checks.
     pub checks: Vec<CheckOutcome>,
+    /// Sentences with numbers, computed from the table.
+    pub findings: Vec<String>,
+    /// Stems of the figures' file names.
+    pub figures: Vec<String>,
     /// SHA-256 of every output file by its name in this folder.
     pub files: BTreeMap<String, String>,
 }
@@ -88,6 +92,8 @@ impl Manifest {
             stop_reason: StopReason::Completed,
             failures: Vec::new(),
             checks: Vec::new(),
+            findings: Vec::new(),
+            figures: Vec::new(),
             files: BTreeMap::new(),
         }
     }

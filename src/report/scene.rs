@@ -39,6 +39,7 @@ impl Rect {
     pub fn height(&self) -> f64 {
         self.y1 - self.y0
     }
+    #[cfg(test)]
     pub fn overlaps(&self, other: &Rect) -> bool {
         self.x0 < other.x1 && other.x0 < self.x1 && self.y0 < other.y1 && other.y0 < self.y1
     }
@@ -91,6 +92,7 @@ impl Text {
         self
     }
     /// The box of the glyphs.
+    #[cfg(test)]
     pub fn bounds(&self) -> Rect {
         let (w, h) = (text_width(&self.text, self.size, self.bold), self.size);
         let start = match self.align {
