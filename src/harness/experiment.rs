@@ -117,6 +117,9 @@ impl Point {
     }
 }
 
+/// Statements about a table and whether each holds.
+pub type Checks = fn(&Table) -> Result<Vec<(String, bool)>>;
+
 /// An experiment: what is claimed, what is measured, and how the numbers are shown and judged.
 ///
 /// Figures, findings and checks see the saved table only, so `--plot-only` needs no measurement.
@@ -141,5 +144,5 @@ pub struct Experiment {
     /// Sentences with numbers: what agrees, and where theory and measurement differ.
     pub findings: fn(&Table) -> Result<Vec<String>>,
     /// Statements that must hold; a false one makes the exit code 1.
-    pub checks: Option<fn(&Table) -> Result<Vec<(String, bool)>>>,
+    pub checks: Option<Checks>,
 }

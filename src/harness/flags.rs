@@ -15,7 +15,7 @@ pub struct Flags {
     /// Seed from which all random streams are derived
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Output folder [default: figures/quick/<experiment> or, for --profile full, figures/<experiment>]
+    /// Output folder [default: figures/quick/NAME or, for --profile full, figures/NAME]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Threads to use; 0 for all

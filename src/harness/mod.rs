@@ -26,7 +26,7 @@ mod run;
 mod tests;
 
 pub use crate::streams::seed_stream;
-pub use experiment::{Experiment, Point, Profile};
+pub use experiment::{Checks, Experiment, Point, Profile};
 pub use flags::Flags;
 pub use interrupt::interrupted;
 pub use reproduce::reproduce;

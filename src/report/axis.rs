@@ -217,8 +217,8 @@ fn plain_or_power(v: f64) -> String {
     if (-3..5).contains(&exponent) {
         return format!("{:.*}", (-exponent).max(0) as usize, v);
     }
-    let mantissa = (v / 10f64.powi(exponent)).round();
-    if mantissa == 1.0 { power("10", exponent) } else { format!("{mantissa}×{}", power("10", exponent)) }
+    let mantissa = (v / 10f64.powi(exponent)).round() as i64;
+    if mantissa == 1 { power("10", exponent) } else { format!("{mantissa}×{}", power("10", exponent)) }
 }
 
 /// `base` with a superscript exponent.

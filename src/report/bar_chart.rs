@@ -2,9 +2,10 @@
 
 use super::axis::{Axis, Mapping, Scale};
 use super::frame::{Insets, Plot, Side, Styles, draw_axes, draw_no_data, draw_outline};
+use super::geometry::{Point, Rect};
 use super::legend::LegendEntry;
 use super::line_chart::{LineStyle, place, whisker};
-use super::scene::{Align, Point, Rect, Scene, Text, text_width};
+use super::scene::{Align, Scene, Text, text_width};
 use super::theme::{self, MARKER_RADIUS, Marker, SMALL};
 
 /// One bar. A NaN value leaves a gap, an infinite one is an arrow at the border.

@@ -2,11 +2,12 @@
 
 use super::bar_chart::BarChart;
 use super::frame::{Insets, Plot, Styles};
+use super::geometry::Rect;
 use super::heat_map::HeatMap;
 use super::legend::{LegendEntry, draw_box, draw_rows, free_box, rows_height};
 use super::line_chart::LineChart;
 use super::scatter_chart::{FRONT_NAME, ScatterChart};
-use super::scene::{Align, Rect, Scene, Text, wrap};
+use super::scene::{Align, Scene, Text, wrap};
 use super::theme::{self, FIGURE_TITLE, LINE_HEIGHT, PANEL_TITLE, Palette, SMALL};
 use crate::atomic_file::write_bytes;
 use crate::error::Result;

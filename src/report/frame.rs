@@ -1,8 +1,9 @@
 //! The room around a plot: insets, axes, grid, tick and axis labels.
 
+use super::geometry::{Point, Rect};
 use super::legend::LegendEntry;
 use super::scatter_chart::FRONT_NAME;
-use super::scene::{Align, Point, Rect, Scene, Text, text_width, wrap};
+use super::scene::{Align, Scene, Text, text_width, wrap};
 use super::theme::{self, LABEL, LINE_HEIGHT, Palette, SMALL};
 use plotters::style::RGBColor;
 

@@ -3,9 +3,10 @@
 use super::axis::{Axis, Mapping, Scale};
 use super::cell::short_float;
 use super::frame::{Insets, Plot, Side, Styles, draw_axes, draw_no_data, draw_outline};
+use super::geometry::{Point, Rect, clip};
 use super::legend::LegendEntry;
 use super::line_chart::Series;
-use super::scene::{Align, Point, Rect, Scene, Text, clip, text_width, wrap};
+use super::scene::{Align, Scene, Text, text_width, wrap};
 use super::theme::{self, LABEL, LINE_HEIGHT, SERIES_WIDTH, SMALL};
 use plotters::style::RGBColor;
 

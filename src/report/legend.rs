@@ -1,7 +1,8 @@
 //! Legends: rows above panels, or a box in a free place of a frame.
 
+use super::geometry::{Point, Rect};
 use super::line_chart::LineStyle;
-use super::scene::{Align, Point, Rect, Scene, Text, text_width};
+use super::scene::{Align, Scene, Text, text_width};
 use super::theme::{self, LINE_HEIGHT, MARKER_RADIUS, Marker, SERIES_WIDTH, SMALL};
 use plotters::style::RGBColor;
 

@@ -2,8 +2,9 @@
 
 use super::axis::{Axis, Mapping};
 use super::frame::{Insets, Plot, Side, Styles, draw_axes, draw_no_data, draw_outline};
+use super::geometry::{Point, Rect, clip};
 use super::legend::LegendEntry;
-use super::scene::{Align, Point, Rect, Scene, Text, clip, text_width, wrap};
+use super::scene::{Align, Scene, Text, text_width, wrap};
 use super::theme::{LINE_HEIGHT, MARKER_RADIUS, MUTED, Marker, PAPER, SERIES_WIDTH, SMALL};
 
 /// How the points of a series are joined.

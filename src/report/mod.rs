@@ -9,6 +9,7 @@ mod bar_chart;
 mod cell;
 mod figure;
 mod frame;
+mod geometry;
 mod heat_map;
 mod legend;
 mod line_chart;
