@@ -194,7 +194,11 @@ impl HeatMap {
                     scene.line(&[(cell.x0, cell.y1), (cell.x1, cell.y0)], theme::MUTED, 1.0, &[]);
                     continue;
                 };
-                scene.fill(cell, colour);
+                // The neighbours drawn later cover the excess; cells that only met would show seams in SVG.
+                scene.fill(
+                    Rect { x1: (cell.x1 + 0.7).min(frame.x1), y0: (cell.y0 - 0.7).max(frame.y0), ..cell },
+                    colour,
+                );
                 let text = annotation(value);
                 if self.annotate && text_width(&text, SMALL, false) + 4.0 < cell.width() && cell.height() > SMALL * 1.2
                 {
@@ -210,9 +214,10 @@ impl HeatMap {
         let bar = Rect { x0: frame.x1 + BAR_GAP, x1: frame.x1 + BAR_GAP + BAR_WIDTH, ..frame };
         let map = if self.colours == ColourScale::Diverging { theme::diverging } else { theme::sequential };
         const STEPS: usize = 64;
-        for i in 0..STEPS {
-            let y = |i: usize| bar.y1 - bar.height() * i as f64 / STEPS as f64;
-            scene.fill(Rect { y0: y(i + 1), y1: y(i), ..bar }, map((i as f64 + 0.5) / STEPS as f64));
+        // From the top, each down to the bottom: strips that only met would show seams in SVG.
+        for i in (0..STEPS).rev() {
+            let top = bar.y1 - bar.height() * (i + 1) as f64 / STEPS as f64;
+            scene.fill(Rect { y0: top, ..bar }, map((i as f64 + 0.5) / STEPS as f64));
         }
         scene.outline(bar, theme::INK, 1.2);
         let side = self.bar_ticks(frame.height());
