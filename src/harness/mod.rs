@@ -1,7 +1,7 @@
 //! What all experiment binaries share: flags, the grid runner, resuming, progress and outputs.
 //!
 //! An experiment is one [`Experiment`] value; its binary is `fn main() -> ExitCode {
-//! harness::main(&EXPERIMENT) }`, and [`reproduce`] runs many in one process. A run leaves in its
+//! harness::main(&EXPERIMENT) }`, and [`reproduce()`] runs many in one process. A run leaves in its
 //! folder:
 //!
 //! - `table.csv`: one row per measurement, the point's configuration first;
