@@ -9,8 +9,13 @@ pub mod attention;
 pub mod check;
 pub mod cost;
 pub mod error;
+#[cfg(feature = "experiments")]
+pub mod harness;
 pub mod limits;
 pub mod linalg;
+#[cfg(feature = "experiments")]
+pub mod report;
+pub mod streams;
 pub mod tensor_file;
 
 pub use error::{Error, Result};
