@@ -7,6 +7,8 @@
 pub mod atomic_file;
 pub mod attention;
 pub mod check;
+#[cfg(feature = "experiments")]
+pub mod cli;
 pub mod cost;
 pub mod error;
 #[cfg(feature = "experiments")]

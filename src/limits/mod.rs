@@ -4,3 +4,4 @@ pub mod degree;
 pub mod exponent;
 pub mod rank;
 pub mod threshold;
+pub mod trial;
