@@ -18,7 +18,7 @@ use std::time::Instant;
 
 #[derive(Args)]
 #[command(after_long_help = format!("{INPUT_HELP}\n\n{}\n\nExamples:\n  \
-    peft-limits probe tests/data/minilm_l3_h10.safetensors\n  \
+    peft-limits probe tests/data/heads/minilm_l3_h10.safetensors\n  \
     peft-limits probe head.safetensors --features taylor:degree=2 --features truncated-svd:rank=32\n  \
     peft-limits probe head.safetensors --json > head.json", features_help()))]
 pub(super) struct ProbeArgs {
