@@ -4,11 +4,14 @@
 //! ([`attention::exact`]) and its chained low-rank ones ([`attention::chained`]). [`limits`] holds the
 //! threshold, the degree, the rank and the fitted exponents.
 
+pub mod adapters;
 pub mod atomic_file;
+pub mod blocks;
 pub mod check;
 pub mod cost;
 pub mod error;
 pub mod linalg;
+pub mod model;
 pub mod tensor_file;
 
 pub use error::{Error, Result};
