@@ -39,6 +39,7 @@
 
 mod attach;
 mod batch;
+mod calibration;
 pub mod checkpoint;
 mod config;
 mod gradients;
@@ -49,6 +50,7 @@ pub mod s2ft;
 
 pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
+pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use gradients::{Gradients, LayerGradients};
 pub use layer::{Layer, LayerCache};
