@@ -82,36 +82,42 @@ pub fn online_softmax_tile<T: Real>(
     row_sum: &mut [T],
     correction: &mut [T],
 ) {
-    vectorized(|| {
-        for (((row, maximum), sum), factor) in
-            rows_of(&mut scores).zip(row_maximum.iter_mut()).zip(row_sum.iter_mut()).zip(correction.iter_mut())
-        {
-            let tile_maximum = row_max(row);
-            let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
-            // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
-            if updated == T::neg_infinity() {
-                row.fill(T::zero());
-                *factor = T::one();
-                continue;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (((row, maximum), sum), factor) in
+                rows_of(&mut scores).zip(row_maximum.iter_mut()).zip(row_sum.iter_mut()).zip(correction.iter_mut())
+            {
+                let tile_maximum = row_max(row);
+                let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
+                // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
+                if updated == T::neg_infinity() {
+                    row.fill(T::zero());
+                    *factor = T::one();
+                    continue;
+                }
+                *factor = (*maximum - updated).exp_lane();
+                *sum = *factor * *sum + row_exp_sum(row, updated);
+                *maximum = updated;
             }
-            *factor = (*maximum - updated).exp_lane();
-            *sum = *factor * *sum + row_exp_sum(row, updated);
-            *maximum = updated;
-        }
-    });
+        },
+    );
 }
 
 /// Multiplies row i of `output` by `factor[i]`, skipping factors that are exactly one.
 pub fn scale_rows<T: Real>(mut output: ArrayViewMut2<T>, factor: &[T]) {
-    vectorized(|| {
-        for (row, &f) in rows_of(&mut output).zip(factor) {
-            if f < T::one() || f > T::one() {
-                for x in row {
-                    *x *= f;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, &f) in rows_of(&mut output).zip(factor) {
+                if f < T::one() || f > T::one() {
+                    for x in row {
+                        *x *= f;
+                    }
                 }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Softmax backward on a tile: `scores` becomes p = exp(s - log_sum_exp), `upstream` (holding
@@ -122,49 +128,59 @@ pub fn softmax_backward_tile<T: Real>(
     log_sum_exp: &[T],
     delta: &[T],
 ) {
-    vectorized(|| {
-        for (((s_row, t_row), &lse), &d) in rows_of(&mut scores).zip(rows_of(&mut upstream)).zip(log_sum_exp).zip(delta)
-        {
-            for (s, t) in s_row.iter_mut().zip(t_row) {
-                let p = (*s - lse).exp_lane();
-                *s = p;
-                *t = p * (*t - d);
+    vectorized(
+        #[inline(always)]
+        || {
+            for (((s_row, t_row), &lse), &d) in
+                rows_of(&mut scores).zip(rows_of(&mut upstream)).zip(log_sum_exp).zip(delta)
+            {
+                for (s, t) in s_row.iter_mut().zip(t_row) {
+                    let p = (*s - lse).exp_lane();
+                    *s = p;
+                    *t = p * (*t - d);
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Replaces every entry of a contiguous tile by exp(entry - shift of its row).
 pub fn exp_rows<T: Real>(mut tile: ArrayViewMut2<T>, shift: &[T]) {
-    vectorized(|| {
-        for (row, &s) in rows_of(&mut tile).zip(shift) {
-            for x in row {
-                *x = (*x - s).exp_lane();
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, &s) in rows_of(&mut tile).zip(shift) {
+                for x in row {
+                    *x = (*x - s).exp_lane();
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Largest magnitude in a contiguous tile.
 pub fn max_abs_tile<T: Real>(mut tile: ArrayViewMut2<T>) -> T {
-    vectorized(|| {
-        let mut largest = T::zero();
-        for row in rows_of(&mut tile) {
-            let mut lanes = [T::zero(); LANES];
-            let mut chunks = row.chunks_exact(LANES);
-            for chunk in &mut chunks {
-                for (lane, &x) in lanes.iter_mut().zip(chunk) {
+    vectorized(
+        #[inline(always)]
+        || {
+            let mut largest = T::zero();
+            for row in rows_of(&mut tile) {
+                let mut lanes = [T::zero(); LANES];
+                let mut chunks = row.chunks_exact(LANES);
+                for chunk in &mut chunks {
+                    for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                        let x = x.abs();
+                        *lane = if x > *lane { x } else { *lane };
+                    }
+                }
+                for &x in lanes.iter().chain(chunks.remainder()) {
                     let x = x.abs();
-                    *lane = if x > *lane { x } else { *lane };
+                    largest = if x > largest { x } else { largest };
                 }
             }
-            for &x in lanes.iter().chain(chunks.remainder()) {
-                let x = x.abs();
-                largest = if x > largest { x } else { largest };
-            }
-        }
-        largest
-    })
+            largest
+        },
+    )
 }
 
 /// y += a x.
