@@ -115,15 +115,18 @@ pub fn cross_entropy<T: Real>(
 
 /// Loss of one row; the row becomes scale (softmax(z) - onehot(label)).
 fn loss_row<T: Real>(z: &mut [T], label: usize, scale: T) -> f64 {
-    vectorized(|| {
-        let largest = row_max(z);
-        let target = z[label];
-        let sum = row_exp_sum(z, largest);
-        let factor = scale / sum;
-        for x in z.iter_mut() {
-            *x *= factor;
-        }
-        z[label] -= scale;
-        sum.widen().ln() + (largest.widen() - target.widen())
-    })
+    vectorized(
+        #[inline(always)]
+        || {
+            let largest = row_max(z);
+            let target = z[label];
+            let sum = row_exp_sum(z, largest);
+            let factor = scale / sum;
+            for x in z.iter_mut() {
+                *x *= factor;
+            }
+            z[label] -= scale;
+            sum.widen().ln() + (largest.widen() - target.widen())
+        },
+    )
 }
