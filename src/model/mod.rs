@@ -37,6 +37,8 @@
 //! Nothing is saved and no backward runs below the first trainable tensor; inside a layer each tensor is kept
 //! only if some trainable tensor's gradient needs it.
 
+mod adapter_config;
+pub mod adapter_folder;
 mod attach;
 mod batch;
 mod calibration;
