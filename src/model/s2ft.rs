@@ -161,7 +161,7 @@ impl<T: Real> Layer<T> {
                 continue;
             }
             let projection = self.projection_mut(p);
-            if projection.is_trainable() || projection.is_merged() {
+            if projection.is_trainable() {
                 let requirement = "S2FT reorders weights; attach it before other methods";
                 return Err(Error::invalid(p.path(), projection.method.name(), requirement));
             }
@@ -238,6 +238,18 @@ impl<T: Real> Model<T> {
             && calibration.layers.len() != self.layers.len()
         {
             return Err(Error::invalid("calibration", calibration.layers.len(), "made for another number of layers"));
+        }
+        for structure in [Structure::Heads, Structure::Channels] {
+            let coupled = || structure.rows().iter().copied().chain([structure.columns()]);
+            if coupled().all(|p| spec.ratios[p as usize].abs() < f64::MIN_POSITIVE) {
+                continue;
+            }
+            for (layer, p) in self.layers.iter().flat_map(|layer| coupled().map(move |p| (layer, p))) {
+                if layer.projection(p).is_trainable() {
+                    let requirement = "already adapted; S2FT reorders weights, so attach it first";
+                    return Err(Error::invalid(p.path(), layer.projection(p).method.name(), requirement));
+                }
+            }
         }
         let layers = self.layers.len();
         let mut attached = Vec::new();
