@@ -80,7 +80,8 @@ pub fn cross_entropy<T: Real>(
         let indices: Vec<usize> = chunk.iter().map(|&(row, _)| row).collect();
         let rows = hidden.select(Axis(0), &indices);
         let mut logits = Array2::<T>::zeros((chunk.len(), vocabulary));
-        cost.hold(rows.len() + logits.len());
+        cost.hold(rows.len());
+        cost.hold(logits.len());
         cost.exponentials += logits.len() as u64;
         cost.elementwise += 4 * logits.len() as u64;
         parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
