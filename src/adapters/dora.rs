@@ -9,7 +9,7 @@ use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized;
+use crate::linalg::elementwise::vectorized_closure;
 use crate::linalg::gemm::parallel_product_into;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Zip};
 use rand::Rng;
@@ -90,7 +90,7 @@ impl<T: Real> Dora<T> {
         );
         cost.elementwise += 3 * weight.len() as u64;
         let mut norms = vec![T::zero(); weight.nrows()];
-        vectorized(
+        vectorized_closure(
             #[inline(always)]
             || {
                 for ((mut row, norm), &m) in weight.rows_mut().into_iter().zip(&mut norms).zip(&self.magnitude) {

@@ -4,7 +4,7 @@ use super::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized};
+use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized_closure};
 use crate::linalg::gemm::parallel_product_into;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
@@ -116,7 +116,7 @@ pub fn cross_entropy<T: Real>(
 
 /// Loss of one row; the row becomes scale (softmax(z) - onehot(label)).
 fn loss_row<T: Real>(z: &mut [T], label: usize, scale: T) -> f64 {
-    vectorized(
+    vectorized_closure(
         #[inline(always)]
         || {
             let largest = row_max(z);

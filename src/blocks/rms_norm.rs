@@ -4,7 +4,7 @@ use super::{ROWS_PER_TASK, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::{LANES, vectorized};
+use crate::linalg::elementwise::{LANES, vectorized_closure};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -79,7 +79,7 @@ pub fn rms_norm_forward<T: Real>(
         .zip(input.par_chunks(task))
         .zip(inverse_rms.par_chunks_mut(ROWS_PER_TASK))
         .for_each(|((y, x), inverse)| {
-            vectorized(
+            vectorized_closure(
                 #[inline(always)]
                 || {
                     for ((y, x), inverse) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(inverse) {
@@ -131,7 +131,7 @@ pub fn rms_norm_backward<T: Real>(
             .zip(inverse_rms.par_chunks(ROWS_PER_TASK))
             .map(|((dy, x), inverse)| {
                 let mut part = vec![T::zero(); width];
-                vectorized(
+                vectorized_closure(
                     #[inline(always)]
                     || {
                         for ((dy, x), &s) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse) {
@@ -161,7 +161,7 @@ pub fn rms_norm_backward<T: Real>(
             .zip(x.par_chunks(task))
             .zip(inverse_rms.par_chunks(ROWS_PER_TASK))
             .for_each(|(((dx, dy), x), inverse)| {
-                vectorized(
+                vectorized_closure(
                     #[inline(always)]
                     || {
                         let rows = dx.chunks_exact_mut(width).zip(dy.chunks_exact(width)).zip(x.chunks_exact(width));

@@ -4,7 +4,7 @@ use super::ROWS_PER_TASK;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized;
+use crate::linalg::elementwise::vectorized_closure;
 use ndarray::{Array2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -82,7 +82,7 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
     };
     let (cos, sin) = (table.cos.as_slice().unwrap_or(&[]), table.sin.as_slice().unwrap_or(&[]));
     x.par_chunks_mut(ROWS_PER_TASK * width).enumerate().for_each(|(task, rows)| {
-        vectorized(
+        vectorized_closure(
             #[inline(always)]
             || {
                 for (i, row) in rows.chunks_exact_mut(width).enumerate() {
