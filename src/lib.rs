@@ -4,8 +4,10 @@
 //! ([`attention::exact`]) and its chained low-rank ones ([`attention::chained`]). [`limits`] holds the
 //! threshold, the degree, the rank and the fitted exponents.
 
+pub mod adapters;
 pub mod atomic_file;
 pub mod attention;
+pub mod blocks;
 pub mod check;
 #[cfg(feature = "experiments")]
 pub mod cli;
@@ -15,6 +17,7 @@ pub mod error;
 pub mod harness;
 pub mod limits;
 pub mod linalg;
+pub mod model;
 #[cfg(feature = "experiments")]
 pub mod report;
 pub mod streams;

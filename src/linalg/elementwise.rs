@@ -36,9 +36,23 @@ pub fn vectorized<K: Kernel>(kernel: K) -> K::Output {
     pulp::Arch::new().dispatch(Compiled(kernel))
 }
 
+/// [`vectorized`] for a closure, which the caller must mark `#[inline(always)]`.
+#[inline(always)]
+pub(crate) fn vectorized_closure<R>(closure: impl FnOnce() -> R) -> R {
+    struct Inlined<F>(F);
+    impl<R, F: FnOnce() -> R> Kernel for Inlined<F> {
+        type Output = R;
+        #[inline(always)]
+        fn run(self) -> R {
+            (self.0)()
+        }
+    }
+    vectorized(Inlined(closure))
+}
+
 /// Largest entry of a row (negative infinity for an empty one).
 #[inline(always)]
-fn row_max<T: Real>(row: &[T]) -> T {
+pub(crate) fn row_max<T: Real>(row: &[T]) -> T {
     let mut lanes = [T::neg_infinity(); LANES];
     let mut chunks = row.chunks_exact(LANES);
     for chunk in &mut chunks {
@@ -61,7 +75,7 @@ fn row_max<T: Real>(row: &[T]) -> T {
 
 /// Replaces a row by exp(row - shift) and returns its sum.
 #[inline(always)]
-fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
+pub(crate) fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
     let mut lanes = [T::zero(); LANES];
     let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
