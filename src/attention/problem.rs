@@ -20,7 +20,7 @@ pub enum Mask {
 pub enum SoftmaxKind {
     /// exp(s_ij) / sum_j exp(s_ij).
     Standard,
-    /// exp(s_ij) / (1 + sum_j exp(s_ij)): the outlier-free variant of [CL-LoRA]'s experiments.
+    /// exp(s_ij) / (1 + sum_j exp(s_ij)): the outlier-free variant of \[CL-LoRA\]'s experiments.
     One,
 }
 
