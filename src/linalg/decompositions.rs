@@ -215,6 +215,7 @@ mod backend {
     /// Parallelism is rayon's: each LAPACK call runs on the thread that makes it.
     fn one_thread_per_call() {
         static ONCE: Once = Once::new();
+        #[allow(unsafe_code)]
         unsafe extern "C" {
             fn openblas_set_num_threads(threads: std::ffi::c_int);
         }
