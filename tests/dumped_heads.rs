@@ -12,8 +12,7 @@ use std::path::PathBuf;
 const TOLERANCE: f64 = 1e-13;
 
 fn open(name: &str) -> (TensorFile, AttentionProblem<f64>) {
-    let path =
-        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/dumped").join(format!("{name}.safetensors"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/dumped").join(format!("{name}.safetensors"));
     let file = TensorFile::open(&path).unwrap();
     (file, file::read_problem(&path).unwrap())
 }

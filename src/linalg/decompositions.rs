@@ -95,7 +95,9 @@ pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f6
 #[cfg(not(feature = "lapack"))]
 mod backend {
     use super::*;
+    use crate::linalg::norms;
     use nalgebra::DMatrix;
+    use ndarray::Axis;
 
     fn to_nalgebra(a: ArrayView2<f64>) -> DMatrix<f64> {
         DMatrix::from_fn(a.nrows(), a.ncols(), |i, j| a[[i, j]])
@@ -117,48 +119,48 @@ mod backend {
             return Ok(Svd { u: vt.reversed_axes(), s, vt: u.reversed_axes() });
         }
         let gave_up = || Error::Decomposition { op: "svd", reason: "no convergence".into() };
-        let svd = to_nalgebra(a).try_svd(true, true, f64::EPSILON, 0).ok_or_else(gave_up)?;
-        let (u, vt) = (svd.u.ok_or_else(gave_up)?, svd.v_t.ok_or_else(gave_up)?);
-        Ok(polished(a, &from_nalgebra(&u), from_nalgebra(&vt).reversed_axes()))
+        let svd = to_nalgebra(a).try_svd(false, true, f64::EPSILON, 0).ok_or_else(gave_up)?;
+        Ok(polished(a, from_nalgebra(&svd.v_t.ok_or_else(gave_up)?)))
     }
 
     /// Sweeps of [`polished`]; from nalgebra's vectors one or two are enough.
     const SWEEPS: usize = 20;
 
-    /// Ends the decomposition by one-sided Jacobi rotations, from approximate singular vectors.
+    /// Ends the decomposition from approximate right singular vectors, `a` being at least as tall as wide.
     ///
     /// nalgebra's last 2 x 2 steps lose digits where singular values tie or vanish (measured: 1e-10 relative), while
-    /// its V stays orthogonal. So W = A V is formed, its columns are rotated until they are orthogonal, and
-    /// then s_j = |w_j|, u_j = w_j / s_j. Columns at the level of roundoff get vectors of the complement of the others.
-    fn polished(a: ArrayView2<f64>, rough_u: &Array2<f64>, mut v: Array2<f64>) -> Svd {
+    /// its V stays orthogonal. So W = A V is formed; pairs of its columns that are further from orthogonal than
+    /// backward stability allows, |w_i . w_j| > c eps ||A|| max(|w_i|, |w_j|), are rotated (one-sided Jacobi); and W,
+    /// columns in descending order, is factorized as U diag(s) by QR, whose other entries are then roundoff.
+    /// That gives an orthogonal U for vanishing singular values too.
+    fn polished(a: ArrayView2<f64>, mut vt: Array2<f64>) -> Svd {
         let (m, n) = a.dim();
         // Squares of the entries must neither overflow nor underflow.
-        let scale = super::super::norms::max_abs(&a).max(f64::MIN_POSITIVE);
-        let mut w = a.mapv(|x| x / scale).dot(&v);
+        let scale = norms::max_abs(&a).max(f64::MIN_POSITIVE);
+        let mut wt = vt.dot(&a.t().mapv(|x| x / scale));
         let tolerance = f64::EPSILON * (m as f64).sqrt().max(8.0);
         for _ in 0..SWEEPS {
-            let gram = w.t().dot(&w);
-            let largest = gram.diag().iter().fold(0.0f64, |x, y| x.max(*y)).sqrt();
-            let negligible = (f64::EPSILON * m as f64 * largest).powi(2);
+            let gram = wt.dot(&wt.t());
+            let length: Vec<f64> = gram.diag().iter().map(|x| x.sqrt()).collect();
+            let largest = length.iter().fold(0.0f64, |x, y| x.max(*y));
             let mut rotated = false;
             for i in 0..n {
                 for j in i + 1..n {
-                    if gram[[i, i]].min(gram[[j, j]]) <= negligible
-                        || gram[[i, j]].abs() <= tolerance * (gram[[i, i]] * gram[[j, j]]).sqrt()
-                    {
+                    let allowed = tolerance * largest * length[i].max(length[j]);
+                    if gram[[i, j]].abs() <= allowed {
                         continue;
                     }
                     // Earlier rotations of this sweep have changed the columns.
-                    let (x, y) = (w.column(i), w.column(j));
+                    let (x, y) = (wt.row(i), wt.row(j));
                     let (p, q, r) = (x.dot(&x), y.dot(&y), x.dot(&y));
-                    if r.abs() <= tolerance * (p * q).sqrt() {
+                    if r.abs() <= allowed {
                         continue;
                     }
                     let zeta = (q - p) / (2.0 * r);
                     let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
                     let c = 1.0 / t.hypot(1.0);
-                    rotate(&mut w, i, j, c, c * t);
-                    rotate(&mut v, i, j, c, c * t);
+                    rotate(&mut wt, i, j, c, c * t);
+                    rotate(&mut vt, i, j, c, c * t);
                     rotated = true;
                 }
             }
@@ -166,38 +168,32 @@ mod backend {
                 break;
             }
         }
-        let norms: Vec<f64> = w.columns().into_iter().map(|x| super::super::norms::frobenius(&x)).collect();
-        let mut order: Vec<usize> = (0..n).collect();
-        order.sort_by(|&i, &j| norms[j].total_cmp(&norms[i]));
-        let largest = order.first().map_or(0.0, |&i| norms[i]);
-        let null = |i: usize| norms[i] <= f64::EPSILON * m as f64 * largest;
-        let mut u = Array2::zeros((m, n));
-        for (mut column, &i) in u.columns_mut().into_iter().zip(&order) {
-            if null(i) {
-                column.assign(&rough_u.column(i));
-            } else {
-                column.assign(&(&w.column(i) / norms[i]));
-            }
+        let order = descending(&wt.rows().into_iter().map(|row| norms::frobenius(&row)).collect::<Vec<_>>());
+        let (wt, vt) = (wt.select(Axis(0), &order), vt.select(Axis(0), &order));
+        let qr = to_nalgebra(wt.t()).qr();
+        let mut u = from_nalgebra(&qr.q());
+        let diagonal: Vec<f64> = qr.r().diagonal().iter().copied().collect();
+        for (mut column, d) in u.columns_mut().into_iter().zip(&diagonal) {
+            column *= if *d < 0.0 { -1.0 } else { 1.0 };
         }
-        if order.iter().any(|&i| null(i)) {
-            let q = from_nalgebra(&to_nalgebra(u.view()).qr().q());
-            for (j, &i) in order.iter().enumerate() {
-                if null(i) {
-                    u.column_mut(j).assign(&q.column(j));
-                }
-            }
-        }
-        let s = order.iter().map(|&i| norms[i] * scale).collect();
-        Svd { u, s, vt: v.select(ndarray::Axis(1), &order).reversed_axes() }
+        let s: Vec<f64> = diagonal.iter().map(|d| d.abs() * scale).collect();
+        // Neighbours may have changed places by a rounding.
+        let order = descending(&s);
+        Svd { u: u.select(Axis(1), &order), s: order.iter().map(|&i| s[i]).collect(), vt: vt.select(Axis(0), &order) }
     }
 
-    /// Columns i and j become c x - s y and s x + c y.
+    fn descending(values: &[f64]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..values.len()).collect();
+        order.sort_by(|&i, &j| values[j].total_cmp(&values[i]));
+        order
+    }
+
+    /// Rows i < j become c x - s y and s x + c y.
     fn rotate(a: &mut Array2<f64>, i: usize, j: usize, c: f64, s: f64) {
-        for mut row in a.rows_mut() {
-            let (x, y) = (row[i], row[j]);
-            row[i] = c * x - s * y;
-            row[j] = s * x + c * y;
-        }
+        let (mut above, mut below) = a.view_mut().split_at(Axis(0), j);
+        ndarray::Zip::from(above.row_mut(i)).and(below.row_mut(0)).for_each(|x, y| {
+            (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
+        });
     }
 
     pub(super) fn qr(a: ArrayView2<f64>) -> Result<(Array2<f64>, Array2<f64>)> {
@@ -215,6 +211,7 @@ mod backend {
     /// Parallelism is rayon's: each LAPACK call runs on the thread that makes it.
     fn one_thread_per_call() {
         static ONCE: Once = Once::new();
+        #[allow(unsafe_code)]
         unsafe extern "C" {
             fn openblas_set_num_threads(threads: std::ffi::c_int);
         }
