@@ -1,4 +1,4 @@
-//! Claim ([CL-LoRA], abstract and section 4; [AS23], [AS24]): with d = O(log L) and error 1/poly(L), a LoRA gradient
+//! Claim (\[CL-LoRA\], abstract and section 4; \[AS23\], \[AS24\]): with d = O(log L) and error 1/poly(L), a LoRA gradient
 //! can be computed in almost linear time when Gamma = o(sqrt(log L)), and not in sub-quadratic time above
 //! (assuming SETH).
 //!

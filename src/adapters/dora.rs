@@ -1,4 +1,4 @@
-//! DoRA: y = x W''^T with W''_j = m_j W'_j / ||W'_j||, W' = W + s B A, row by row ([DoRA]).
+//! DoRA: y = x W''^T with W''_j = m_j W'_j / ||W'_j||, W' = W + s B A, row by row (\[DoRA\]).
 //!
 //! The normalised weight is formed once per product (out in r multiply-adds, small beside N out in), so the
 //! method saves nothing but its input. Backward forms dW'' = dy^T x once and reads every gradient off it.
