@@ -4,8 +4,8 @@ use super::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
-use crate::linalg::panel::{PanelProduct, panel_product};
 use crate::linalg::{Real, Scratch};
+use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
@@ -53,26 +53,9 @@ impl AttentionShape {
         (self.batch * self.heads * entries * self.head_dim) as u64
     }
 
-    /// Widths of the rows of Q and of K, V.
-    fn widths(&self) -> (usize, usize) {
-        (self.heads * self.head_dim, self.kv_heads * self.head_dim)
-    }
-
-    /// Every key/value head of a contiguous `(B T) x (H_kv d)` array transposed: d rows of T entries per head.
-    fn transposed_heads<T: Real>(&self, array: &[T], scratch: &mut Scratch<T>) -> Array2<T> {
-        let (length, head_dim, width) = (self.length, self.head_dim, self.widths().1);
-        let mut transposed = scratch.array((self.batch * width, length));
-        let heads = transposed.as_slice_mut().unwrap_or(&mut []).par_chunks_mut((head_dim * length).max(1));
-        heads.enumerate().for_each(|(index, head)| {
-            let start = index / self.kv_heads * length * width + index % self.kv_heads * head_dim;
-            for t in 0..length {
-                let row = &array[start + t * width..][..head_dim];
-                for (c, &x) in row.iter().enumerate() {
-                    head[c * length + t] = x;
-                }
-            }
-        });
-        transposed
+    fn head<'a, T>(&self, array: &'a ArrayView2<T>, batch: usize, head: usize) -> ArrayView2<'a, T> {
+        let (rows, columns) = (batch * self.length, head * self.head_dim);
+        array.slice(s![rows..rows + self.length, columns..columns + self.head_dim])
     }
 }
 
@@ -99,22 +82,6 @@ fn mask_future<T: Real>(scores: &mut ArrayViewMut2<T>, query_start: usize, key_s
         let visible = (query_start + i + 1).saturating_sub(key_start).min(width);
         row.slice_mut(s![visible..]).fill(T::neg_infinity());
     }
-}
-
-/// Dot product in eight independent sums.
-fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut sums = [T::zero(); 8];
-    let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
-    let mut rest = T::zero();
-    for (&x, &y) in a_chunks.remainder().iter().zip(b_chunks.remainder()) {
-        rest += x * y;
-    }
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for i in 0..8 {
-            sums[i] += x[i] * y[i];
-        }
-    }
-    sums.into_iter().fold(rest, |total, sum| total + sum)
 }
 
 fn tile_view<'a, T>(buffer: &'a mut [T], rows: usize, columns: usize) -> ArrayViewMut2<'a, T> {
@@ -159,48 +126,29 @@ pub fn causal_attention_forward<T: Real>(
             rest = later;
         }
     }
-    let (query, key, value) = (query.as_standard_layout(), key.as_standard_layout(), value.as_standard_layout());
-    let (queries, values) = (query.as_slice().unwrap_or(&[]), value.as_slice().unwrap_or(&[]));
-    let key_t = shape.transposed_heads(key.as_slice().unwrap_or(&[]), scratch);
-    let keys_t = key_t.as_slice().unwrap_or(&[]);
-    let (query_width, kv_width) = shape.widths();
     let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * head_dim]);
     tasks.into_par_iter().for_each_init(tiles, |(scores, sums), (index, start, mut out, lse)| {
         let (batch, head) = (index / shape.heads, index % shape.heads);
-        let (rows, kv_head) = (lse.len(), head / group);
-        let q = &queries[(batch * length + start) * query_width + head * head_dim..];
-        let k_t = &keys_t[(batch * shape.kv_heads + kv_head) * head_dim * length..];
-        let v = &values[batch * length * kv_width + kv_head * head_dim..];
+        let rows = lse.len();
+        let q = shape.head(&query, batch, head);
+        let q = q.slice(s![start..start + rows, ..]);
+        let k = shape.head(&key, batch, head / group);
+        let v = shape.head(&value, batch, head / group);
         let (mut maximum, mut sum) = ([T::neg_infinity(); QUERY_TILE], [T::zero(); QUERY_TILE]);
         let mut factor = [T::one(); QUERY_TILE];
         for key_start in (0..start + rows).step_by(KEY_TILE) {
-            let width = KEY_TILE.min(start + rows - key_start);
-            panel_product(PanelProduct {
-                alpha: T::of(scale),
-                a: q,
-                a_strides: (query_width, 1),
-                b: &k_t[key_start..],
-                b_stride: length,
-                c: &mut scores[..rows * width],
-                add: false,
-                shape: (rows, head_dim, width),
-            });
-            let mut tile = tile_view(scores, rows, width);
+            let key_end = (key_start + KEY_TILE).min(start + rows);
+            let mut tile = tile_view(scores, rows, key_end - key_start);
+            let keys = k.slice(s![key_start..key_end, ..]);
+            general_mat_mul(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
             mask_future(&mut tile, start, key_start);
-            online_softmax_tile(tile, &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
+            online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
+            let mut acc = tile_view(sums, rows, head_dim);
+            let keep = if key_start == 0 { T::zero() } else { T::one() };
             if key_start > 0 {
-                scale_rows(tile_view(sums, rows, head_dim), &factor[..rows]);
+                scale_rows(acc.view_mut(), &factor[..rows]);
             }
-            panel_product(PanelProduct {
-                alpha: T::one(),
-                a: scores,
-                a_strides: (width, 1),
-                b: &v[key_start * kv_width..],
-                b_stride: kv_width,
-                c: &mut sums[..rows * head_dim],
-                add: key_start > 0,
-                shape: (rows, width, head_dim),
-            });
+            general_mat_mul(T::one(), &tile, &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
         }
         let acc = tile_view(sums, rows, head_dim);
         for i in 0..rows {
@@ -209,7 +157,6 @@ pub fn causal_attention_forward<T: Real>(
             lse[i] = maximum[i] + sum[i].ln();
         }
     });
-    scratch.keep(key_t);
     cost.release(QUERY_TILE * (KEY_TILE + head_dim));
     Ok((output, log_sum_exp))
 }
@@ -264,82 +211,45 @@ pub fn causal_attention_backward<T: Real>(
         .enumerate()
         .map(|(index, (dk, dv))| (index, queries.by_ref().take(group).collect::<Vec<_>>(), dk, dv))
         .collect();
-    let contiguous = [&cache.query, &cache.key, &cache.value, &upstream, &cache.output].map(|a| a.as_standard_layout());
-    let [queries, keys, values, upstreams, outputs] = contiguous.each_ref().map(|a| a.as_slice().unwrap_or(&[]));
-    let (key_t, value_t) = (shape.transposed_heads(keys, scratch), shape.transposed_heads(values, scratch));
-    let (keys_t, values_t) = (key_t.as_slice().unwrap_or(&[]), value_t.as_slice().unwrap_or(&[]));
-    let (query_width, kv_width) = shape.widths();
-    let tiles = || {
-        let tile = || vec![T::zero(); QUERY_TILE * KEY_TILE];
-        let head = || vec![T::zero(); length * head_dim];
-        (tile(), tile(), vec![T::zero(); QUERY_TILE * head_dim], head(), head())
-    };
-    tasks.into_par_iter().for_each_init(tiles, |(p, ds, dq_tile, dk_sum, dv_sum), (index, dqs, mut dk, mut dv)| {
+    let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
+    tasks.into_par_iter().for_each_init(tiles, |(scores, products), (index, dqs, mut dk, mut dv)| {
         let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
-        let k = &keys[batch * length * kv_width + kv_head * head_dim..];
-        let (k_t, v_t) = (&keys_t[index * head_dim * length..], &values_t[index * head_dim * length..]);
-        dk_sum.fill(T::zero());
-        dv_sum.fill(T::zero());
+        dk.fill(T::zero());
+        dv.fill(T::zero());
+        let k = shape.head(&cache.key, batch, kv_head);
+        let v = shape.head(&cache.value, batch, kv_head);
         for (member, mut dq) in dqs.into_iter().enumerate() {
             let head = kv_head * group + member;
+            let (q, g) = (shape.head(&cache.query, batch, head), shape.head(&upstream, batch, head));
+            let o = shape.head(&cache.output, batch, head);
             let lse = cache.log_sum_exp.row(batch * shape.heads + head);
             for start in (0..length).step_by(QUERY_TILE) {
-                let rows = QUERY_TILE.min(length - start);
-                let at = (batch * length + start) * query_width + head * head_dim;
-                let (q, g, o) = (&queries[at..], &upstreams[at..], &outputs[at..]);
+                let end = (start + QUERY_TILE).min(length);
+                let rows = end - start;
+                let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
                 let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
                 for i in 0..rows {
                     shift[i] = lse[start + i];
-                    let row = i * query_width..i * query_width + head_dim;
-                    delta[i] = dot(&g[row.clone()], &o[row]);
+                    delta[i] = g.row(i).dot(&o.row(start + i));
                 }
-                for key_start in (0..start + rows).step_by(KEY_TILE) {
-                    let width = KEY_TILE.min(start + rows - key_start);
-                    let by_rows = |a, b_t: &[T], alpha, c: &mut [T]| {
-                        let (b, shape) = (&b_t[key_start..], (rows, head_dim, width));
-                        let a_strides = (query_width, 1);
-                        panel_product(PanelProduct { alpha, a, a_strides, b, b_stride: length, c, add: false, shape });
-                    };
-                    by_rows(q, k_t, T::of(scale), &mut p[..rows * width]);
-                    by_rows(g, v_t, T::one(), &mut ds[..rows * width]);
-                    let mut tile = tile_view(p, rows, width);
-                    mask_future(&mut tile, start, key_start);
-                    softmax_backward_tile(tile, tile_view(ds, rows, width), &shift[..rows], &delta[..rows]);
-                    let by_keys = |a: &[T], b: &[T], alpha, c: &mut [T]| {
-                        let c = &mut c[key_start * head_dim..(key_start + width) * head_dim];
-                        let (shape, a_strides) = ((width, rows, head_dim), (1, width));
-                        panel_product(PanelProduct {
-                            alpha,
-                            a,
-                            a_strides,
-                            b,
-                            b_stride: query_width,
-                            c,
-                            add: true,
-                            shape,
-                        });
-                    };
-                    by_keys(p, g, T::one(), dv_sum);
-                    by_keys(ds, q, T::of(scale), dk_sum);
-                    panel_product(PanelProduct {
-                        alpha: T::of(scale),
-                        a: ds,
-                        a_strides: (width, 1),
-                        b: &k[key_start * kv_width..],
-                        b_stride: kv_width,
-                        c: &mut dq_tile[..rows * head_dim],
-                        add: key_start > 0,
-                        shape: (rows, width, head_dim),
-                    });
+                let mut dq = dq.slice_mut(s![start..end, ..]);
+                for key_start in (0..end).step_by(KEY_TILE) {
+                    let key_end = (key_start + KEY_TILE).min(end);
+                    let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
+                    let mut p = tile_view(scores, rows, width);
+                    let mut ds = tile_view(products, rows, width);
+                    general_mat_mul(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
+                    mask_future(&mut p, start, key_start);
+                    general_mat_mul(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
+                    softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
+                    general_mat_mul(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
+                    general_mat_mul(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
+                    let keep = if key_start == 0 { T::zero() } else { T::one() };
+                    general_mat_mul(T::of(scale), &ds, &k.slice(range), keep, &mut dq);
                 }
-                dq.slice_mut(s![start..start + rows, ..]).assign(&tile_view(dq_tile, rows, head_dim));
             }
         }
-        dk.assign(&tile_view(dk_sum, length, head_dim));
-        dv.assign(&tile_view(dv_sum, length, head_dim));
     });
-    scratch.keep(key_t);
-    scratch.keep(value_t);
     cost.release(2 * QUERY_TILE * KEY_TILE);
     Ok((dquery, dkey, dvalue))
 }

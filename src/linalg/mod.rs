@@ -5,7 +5,6 @@ pub mod elementwise;
 pub mod gemm;
 pub mod khatri_rao;
 pub mod norms;
-pub mod panel;
 pub mod real;
 pub mod reduce;
 pub mod scratch;

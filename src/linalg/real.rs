@@ -27,9 +27,6 @@ pub trait Real: NdFloat + FromPrimitive + Sum + Default {
     /// Between, the relative error is below 2 units in the last place (tested against the standard
     /// library on a dense grid).
     fn exp_lane(self) -> Self;
-
-    /// The tile product of [`super::panel`] for this type.
-    fn panel_product(task: super::panel::PanelProduct<'_, Self>);
 }
 
 /// Coefficients 1/n! of the Taylor series of exp, used on |r| <= ln 2 / 2.
@@ -48,10 +45,6 @@ const INVERSE_FACTORIAL: [f64; 14] = {
 
 impl Real for f32 {
     const NAME: &'static str = "f32";
-
-    fn panel_product(task: super::panel::PanelProduct<'_, Self>) {
-        super::panel::panel_f32(task);
-    }
 
     fn of(value: f64) -> Self {
         value as f32
@@ -92,10 +85,6 @@ impl Real for f32 {
 
 impl Real for f64 {
     const NAME: &'static str = "f64";
-
-    fn panel_product(task: super::panel::PanelProduct<'_, Self>) {
-        super::panel::panel_f64(task);
-    }
 
     fn of(value: f64) -> Self {
         value
