@@ -92,6 +92,9 @@ fn projected_files_give_projected_gradients() {
     assert!(peft_limits(&["probe", text(&input)]).status.success());
 }
 
+/// Shape and entries put in a tensor's place; None leaves the tensor out.
+type Replacement = Option<(Vec<usize>, Vec<f64>)>;
+
 #[test]
 fn bad_input_is_refused_with_exit_code_2_and_no_output() {
     let folder = tempfile::tempdir().unwrap();
@@ -104,7 +107,7 @@ fn bad_input_is_refused_with_exit_code_2_and_no_output() {
     };
     let file = TensorFile::open(&good).unwrap();
     // The good file with one tensor replaced (None: left out) and metadata changed.
-    let write = |replace: &[(&str, Option<(Vec<usize>, Vec<f64>)>)], metadata: &[(&str, Option<&str>)]| {
+    let write = |replace: &[(&str, Replacement)], metadata: &[(&str, Option<&str>)]| {
         let mut writer = TensorWriter::new();
         for name in ["X", "WQ", "WK", "WV", "AQ", "BQ", "AK", "BK", "AV", "BV", "Y"] {
             match replace.iter().find(|(n, _)| *n == name) {
