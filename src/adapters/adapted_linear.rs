@@ -107,7 +107,7 @@ impl<T: Real> AdaptedLinear<T> {
     /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`Method::trainable_names`]) and writes
     /// that of the input to `dx`.
     ///
-    /// `x` is needed where [`Method::input_need`] is [`InputNeed::Whole`]; `sinks` of a frozen projection are
+    /// `x` is needed where [`Method::input_need`] is `InputNeed::Whole`; `sinks` of a frozen projection are
     /// empty; `dx = None` skips the input's gradient.
     ///
     /// # Errors
