@@ -4,11 +4,13 @@
 //! ([`attention::exact`]) and its chained low-rank ones ([`attention::chained`]). [`limits`] holds the
 //! threshold, the degree, the rank and the fitted exponents.
 
+pub mod adapters;
 pub mod atomic_file;
 pub mod check;
 pub mod cost;
 pub mod error;
 pub mod linalg;
 pub mod tensor_file;
+pub mod train;
 
 pub use error::{Error, Result};

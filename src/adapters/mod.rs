@@ -1,0 +1,3 @@
+//! Adaptation methods, one file each.
+
+pub mod nf4;

@@ -1,0 +1,4 @@
+//! Training: objective, optimizer, schedule, data, trainer, memory ledger.
+
+pub mod optimizer;
+pub mod schedule;
