@@ -2,3 +2,5 @@
 
 pub mod optimizer;
 pub mod schedule;
+pub mod stream;
+pub mod tasks;
