@@ -6,10 +6,12 @@
 
 pub mod adapters;
 pub mod atomic_file;
+pub mod blocks;
 pub mod check;
 pub mod cost;
 pub mod error;
 pub mod linalg;
+pub mod model;
 pub mod tensor_file;
 pub mod train;
 

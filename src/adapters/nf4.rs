@@ -297,6 +297,20 @@ impl Nf4Matrix {
     }
 }
 
+impl<T: Real> super::PackedWeight<T> for Nf4Matrix {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    fn decode_into(&self, dense: &mut ArrayViewMut2<T>) {
+        self.dequantize_rows(0, dense.view_mut());
+    }
+
+    fn bytes(&self) -> usize {
+        Nf4Matrix::bytes(self)
+    }
+}
+
 fn set_code(codes: &mut [u8], position: usize, code: u8) {
     let byte = &mut codes[position / 2];
     *byte = if position.is_multiple_of(2) { (*byte & 0xf0) | code } else { (*byte & 0x0f) | (code << 4) };

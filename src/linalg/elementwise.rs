@@ -26,7 +26,7 @@ pub fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
 
 /// Largest entry of a row (negative infinity for an empty one).
 #[inline(always)]
-fn row_max<T: Real>(row: &[T]) -> T {
+pub(crate) fn row_max<T: Real>(row: &[T]) -> T {
     let mut lanes = [T::neg_infinity(); LANES];
     let mut chunks = row.chunks_exact(LANES);
     for chunk in &mut chunks {
@@ -43,7 +43,7 @@ fn row_max<T: Real>(row: &[T]) -> T {
 
 /// Replaces a row by exp(row - shift) and returns its sum.
 #[inline(always)]
-fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
+pub(crate) fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
     let mut lanes = [T::zero(); LANES];
     let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {

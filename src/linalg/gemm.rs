@@ -57,6 +57,48 @@ pub fn parallel_transposed_product<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, 
     sum
 }
 
+/// c = alpha a b + beta c on rayon's threads.
+///
+/// The longer side of c is cut into tasks, never the sum: every entry adds its terms in the same order
+/// whatever the number of threads, so the result is bit-identical. Transposed views are passed as they are
+/// (the kernel packs its operands), so no transposed copy is made.
+///
+/// Shapes: a `m x k`, b `k x n`, c `m x n`. Disagreeing shapes are an internal error and panic.
+pub fn parallel_product_into<T: Real>(
+    alpha: T,
+    a: ArrayView2<T>,
+    b: ArrayView2<T>,
+    beta: T,
+    c: &mut ArrayViewMut2<T>,
+    cost: &mut Cost,
+) {
+    use ndarray::{Axis, parallel::prelude::*};
+    let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
+    cost.product(m, k, n);
+    let threads = rayon::current_num_threads();
+    if threads == 1 || m * k * n < SERIAL_MULTIPLY_ADDS {
+        general_mat_mul(alpha, &a, &b, beta, c);
+        return;
+    }
+    // Several tasks per thread even out other load; each task packs the shared operand again, so not too many.
+    let tile = |extent: usize| extent.div_ceil(3 * threads).next_multiple_of(16).max(TASK_TILE);
+    if m >= n || m > 2 * TASK_TILE {
+        c.axis_chunks_iter_mut(Axis(0), tile(m))
+            .into_par_iter()
+            .zip(a.axis_chunks_iter(Axis(0), tile(m)))
+            .for_each(|(mut c, a)| general_mat_mul(alpha, &a, &b, beta, &mut c));
+    } else {
+        c.axis_chunks_iter_mut(Axis(1), tile(n))
+            .into_par_iter()
+            .zip(b.axis_chunks_iter(Axis(1), tile(n)))
+            .for_each(|(mut c, b)| general_mat_mul(alpha, &a, &b, beta, &mut c));
+    }
+}
+
+/// Products below this many multiply-adds run on the calling thread.
+const SERIAL_MULTIPLY_ADDS: usize = 1 << 17;
+/// Least extent of one task of [`parallel_product_into`].
+const TASK_TILE: usize = 128;
 /// Rows of one task of [`parallel_product`].
 const ROW_TILE: usize = 256;
 /// Fixed number of partial sums of [`parallel_transposed_product`].
@@ -66,6 +108,28 @@ const REDUCTION_GROUPS: usize = 16;
 mod tests {
     use super::*;
     use ndarray::Array2;
+
+    /// Bit-identical for one and for three threads, on shapes that take each way of cutting.
+    #[test]
+    fn the_number_of_threads_does_not_change_a_bit() {
+        let value = |i: usize, j: usize| ((i * 131 + j * 37) as f32 * 0.7131).sin();
+        for (m, k, n) in [(401, 300, 37), (9, 513, 407), (300, 45, 300), (5, 6, 7)] {
+            let a = Array2::from_shape_fn((k, m), |(i, j)| value(i, j));
+            let b = Array2::from_shape_fn((k, n), |(i, j)| value(j, i + 3));
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut c = Array2::from_shape_fn((m, n), |(i, j)| value(i + 1, j));
+                let mut cost = Cost::default();
+                pool.install(|| parallel_product_into(0.5, a.t(), b.view(), 1.0, &mut c.view_mut(), &mut cost));
+                assert_eq!(cost.multiply_adds, (m * k * n) as u64);
+                c
+            };
+            let (one, three) = (run(1), run(3));
+            assert!(one.iter().zip(&three).all(|(x, y)| x.to_bits() == y.to_bits()), "{m} x {k} x {n}");
+            let want: f32 = value(1, 0) + (0..k).map(|l| 0.5 * a[[l, 0]] * b[[l, 0]]).sum::<f32>();
+            assert!((one[[0, 0]] - want).abs() < 1e-4, "{} against {want}", one[[0, 0]]);
+        }
+    }
 
     #[test]
     fn parallel_products_agree_with_naive_loops_and_are_counted() {

@@ -1,0 +1,250 @@
+//! Grouped-query causal softmax attention by tiles: scores exist one tile at a time.
+
+use super::require_shape;
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use rayon::prelude::*;
+
+/// Query rows of a tile.
+const QUERY_TILE: usize = 64;
+/// Key rows of a tile.
+const KEY_TILE: usize = 256;
+
+/// Sizes of a batch of attention heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// B, sequences.
+    pub batch: usize,
+    /// T, tokens of a sequence.
+    pub length: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: usize,
+    /// d, width of a head.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    fn check<T>(&self, op: &'static str, query: &ArrayView2<T>, keys: [(&str, &ArrayView2<T>); 2]) -> Result<()> {
+        if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+            let requirement = format!("must divide num_attention_heads = {}", self.heads);
+            return Err(Error::invalid("num_key_value_heads", self.kv_heads, requirement));
+        }
+        let rows = self.batch * self.length;
+        require_shape(op, "query", query, (rows, self.heads * self.head_dim))?;
+        for (name, array) in keys {
+            require_shape(op, name, array, (rows, self.kv_heads * self.head_dim))?;
+        }
+        Ok(())
+    }
+
+    /// Multiply-adds of one product of all causal score tiles with a width-d matrix.
+    fn tile_products(&self) -> u64 {
+        let mut entries = 0;
+        for start in (0..self.length).step_by(QUERY_TILE) {
+            let end = (start + QUERY_TILE).min(self.length);
+            entries += (end - start) * end;
+        }
+        (self.batch * self.heads * entries * self.head_dim) as u64
+    }
+
+    fn head<'a, T>(&self, array: &'a ArrayView2<T>, batch: usize, head: usize) -> ArrayView2<'a, T> {
+        let (rows, columns) = (batch * self.length, head * self.head_dim);
+        array.slice(s![rows..rows + self.length, columns..columns + self.head_dim])
+    }
+}
+
+/// A `(B T) x (heads d)` array as disjoint `T x d` views, ordered by sequence, then head.
+fn split_heads<'a, T>(array: &'a mut Array2<T>, length: usize, head_dim: usize) -> Vec<ArrayViewMut2<'a, T>> {
+    let mut views = Vec::new();
+    for mut sequence in array.axis_chunks_iter_mut(Axis(0), length.max(1)) {
+        while sequence.ncols() > 0 {
+            let (head, rest) = sequence.split_at(Axis(1), head_dim);
+            views.push(head);
+            sequence = rest;
+        }
+    }
+    views
+}
+
+/// Sets entry (i, j) of a score tile to -inf where key `key_start + j` comes after query `query_start + i`.
+fn mask_future<T: Real>(scores: &mut ArrayViewMut2<T>, query_start: usize, key_start: usize) {
+    let width = scores.ncols();
+    if key_start + width <= query_start + 1 {
+        return;
+    }
+    for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
+        let visible = (query_start + i + 1).saturating_sub(key_start).min(width);
+        row.slice_mut(s![visible..]).fill(T::neg_infinity());
+    }
+}
+
+fn tile_view<'a, T>(buffer: &'a mut [T], rows: usize, columns: usize) -> ArrayViewMut2<'a, T> {
+    match ArrayViewMut2::from_shape((rows, columns), &mut buffer[..rows * columns]) {
+        Ok(view) => view,
+        Err(_) => unreachable!("the slice has rows * columns entries"),
+    }
+}
+
+/// O = softmax(scale Q K^T + causal mask) V for every sequence and head; returns (O, log-sum-exp).
+///
+/// Shapes: query `(B T) x (H d)`, key and value `(B T) x (H_kv d)`, O as query, log-sum-exp `(B H) x T` in nats.
+/// Backward needs Q, K, V, O and the log-sum-exp. Work O(B H T^2 d / 2); memory beyond the results is one
+/// `64 x 256` tile per thread ([FA2], with an online softmax).
+///
+/// # Errors
+/// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if the heads do not form equal groups.
+pub fn causal_attention_forward<T: Real>(
+    query: ArrayView2<T>,
+    key: ArrayView2<T>,
+    value: ArrayView2<T>,
+    shape: AttentionShape,
+    scale: f64,
+    cost: &mut Cost,
+) -> Result<(Array2<T>, Array2<T>)> {
+    shape.check("causal_attention_forward", &query, [("key", &key), ("value", &value)])?;
+    let (length, head_dim) = (shape.length, shape.head_dim);
+    cost.multiply_adds += 2 * shape.tile_products();
+    cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
+    cost.hold(QUERY_TILE * (KEY_TILE + head_dim));
+    let mut output = Array2::<T>::zeros(query.dim());
+    let mut log_sum_exp = Array2::<T>::zeros((shape.batch * shape.heads, length));
+    let group = shape.heads / shape.kv_heads;
+    let mut tasks = Vec::new();
+    let lse_rows = log_sum_exp.as_slice_mut().unwrap_or(&mut []).chunks_mut(length.max(1));
+    for (index, (head, lse)) in split_heads(&mut output, length, head_dim).into_iter().zip(lse_rows).enumerate() {
+        let mut rest = head;
+        for (tile, lse) in lse.chunks_mut(QUERY_TILE).enumerate() {
+            let (now, later) = rest.split_at(Axis(0), lse.len());
+            tasks.push((index, tile * QUERY_TILE, now, lse));
+            rest = later;
+        }
+    }
+    let scratch = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * head_dim]);
+    tasks.into_par_iter().for_each_init(scratch, |(scores, sums), (index, start, mut out, lse)| {
+        let (batch, head) = (index / shape.heads, index % shape.heads);
+        let rows = lse.len();
+        let q = shape.head(&query, batch, head);
+        let q = q.slice(s![start..start + rows, ..]);
+        let k = shape.head(&key, batch, head / group);
+        let v = shape.head(&value, batch, head / group);
+        let (mut maximum, mut sum) = ([T::neg_infinity(); QUERY_TILE], [T::zero(); QUERY_TILE]);
+        let mut factor = [T::one(); QUERY_TILE];
+        for key_start in (0..start + rows).step_by(KEY_TILE) {
+            let key_end = (key_start + KEY_TILE).min(start + rows);
+            let mut tile = tile_view(scores, rows, key_end - key_start);
+            let keys = k.slice(s![key_start..key_end, ..]);
+            general_mat_mul(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
+            mask_future(&mut tile, start, key_start);
+            online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
+            let mut acc = tile_view(sums, rows, head_dim);
+            let keep = if key_start == 0 { T::zero() } else { T::one() };
+            if key_start > 0 {
+                scale_rows(acc.view_mut(), &factor[..rows]);
+            }
+            general_mat_mul(T::one(), &tile, &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
+        }
+        let acc = tile_view(sums, rows, head_dim);
+        for i in 0..rows {
+            let inverse = T::one() / sum[i];
+            out.row_mut(i).zip_mut_with(&acc.row(i), |o, &a| *o = a * inverse);
+            lse[i] = maximum[i] + sum[i].ln();
+        }
+    });
+    cost.release(QUERY_TILE * (KEY_TILE + head_dim));
+    Ok((output, log_sum_exp))
+}
+
+/// What [`causal_attention_forward`] leaves for its backward.
+pub struct AttentionCache<'a, T> {
+    /// Queries after rotary embedding.
+    pub query: ArrayView2<'a, T>,
+    /// Keys after rotary embedding.
+    pub key: ArrayView2<'a, T>,
+    /// Values.
+    pub value: ArrayView2<'a, T>,
+    /// Output O.
+    pub output: ArrayView2<'a, T>,
+    /// Log-sum-exp, `(B H) x T`.
+    pub log_sum_exp: ArrayView2<'a, T>,
+}
+
+/// Gradients (dQ, dK, dV) for the upstream gradient G = dO.
+///
+/// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i:
+/// dS = P o (G V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T G; keys and values add up over the
+/// query heads of their group. Parallel over (sequence, key/value head), each writing its own slices.
+///
+/// # Errors
+/// As [`causal_attention_forward`].
+pub fn causal_attention_backward<T: Real>(
+    upstream: ArrayView2<T>,
+    cache: &AttentionCache<'_, T>,
+    shape: AttentionShape,
+    scale: f64,
+    cost: &mut Cost,
+) -> Result<(Array2<T>, Array2<T>, Array2<T>)> {
+    let op = "causal_attention_backward";
+    shape.check(op, &cache.query, [("key", &cache.key), ("value", &cache.value)])?;
+    require_shape(op, "upstream", &upstream, cache.query.dim())?;
+    require_shape(op, "output", &cache.output, cache.query.dim())?;
+    require_shape(op, "log_sum_exp", &cache.log_sum_exp, (shape.batch * shape.heads, shape.length))?;
+    let (length, head_dim, group) = (shape.length, shape.head_dim, shape.heads / shape.kv_heads);
+    cost.multiply_adds += 5 * shape.tile_products();
+    cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
+    cost.hold(2 * QUERY_TILE * KEY_TILE);
+    let mut dquery = Array2::<T>::zeros(cache.query.dim());
+    let mut dkey = Array2::<T>::zeros(cache.key.dim());
+    let mut dvalue = Array2::<T>::zeros(cache.key.dim());
+    let mut queries = split_heads(&mut dquery, length, head_dim).into_iter();
+    let keys = split_heads(&mut dkey, length, head_dim).into_iter();
+    let values = split_heads(&mut dvalue, length, head_dim).into_iter();
+    let tasks: Vec<_> = keys
+        .zip(values)
+        .enumerate()
+        .map(|(index, (dk, dv))| (index, queries.by_ref().take(group).collect::<Vec<_>>(), dk, dv))
+        .collect();
+    let scratch = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
+    tasks.into_par_iter().for_each_init(scratch, |(scores, products), (index, dqs, mut dk, mut dv)| {
+        let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
+        let k = shape.head(&cache.key, batch, kv_head);
+        let v = shape.head(&cache.value, batch, kv_head);
+        for (member, mut dq) in dqs.into_iter().enumerate() {
+            let head = kv_head * group + member;
+            let (q, g) = (shape.head(&cache.query, batch, head), shape.head(&upstream, batch, head));
+            let o = shape.head(&cache.output, batch, head);
+            let lse = cache.log_sum_exp.row(batch * shape.heads + head);
+            for start in (0..length).step_by(QUERY_TILE) {
+                let end = (start + QUERY_TILE).min(length);
+                let rows = end - start;
+                let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
+                let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
+                for i in 0..rows {
+                    shift[i] = lse[start + i];
+                    delta[i] = g.row(i).dot(&o.row(start + i));
+                }
+                let mut dq = dq.slice_mut(s![start..end, ..]);
+                for key_start in (0..end).step_by(KEY_TILE) {
+                    let key_end = (key_start + KEY_TILE).min(end);
+                    let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
+                    let mut p = tile_view(scores, rows, width);
+                    let mut ds = tile_view(products, rows, width);
+                    general_mat_mul(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
+                    mask_future(&mut p, start, key_start);
+                    general_mat_mul(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
+                    softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
+                    general_mat_mul(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
+                    general_mat_mul(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
+                    general_mat_mul(T::of(scale), &ds, &k.slice(range), T::one(), &mut dq);
+                }
+            }
+        }
+    });
+    cost.release(2 * QUERY_TILE * KEY_TILE);
+    Ok((dquery, dkey, dvalue))
+}

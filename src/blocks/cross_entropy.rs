@@ -1,0 +1,129 @@
+//! Next-token cross-entropy through the output projection, in chunks of positions.
+
+use super::require_shape;
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized};
+use crate::linalg::gemm::parallel_product_into;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
+
+/// The label that excludes a position from the loss.
+pub const IGNORED_LABEL: i64 = -100;
+/// Positions whose logits exist at one time.
+pub const LOGIT_ROWS: usize = 256;
+
+/// Rows that count and what they must predict: row b T + t predicts label (b, t + 1), shifted by one, unless
+/// that label is [`IGNORED_LABEL`]; the last position of a sequence predicts nothing.
+///
+/// ```
+/// use ndarray::array;
+/// use peft_limits::blocks::cross_entropy::prediction_targets;
+/// let targets = prediction_targets(array![[-100, 7, 9], [4, -100, 2]].view(), 10)?;
+/// assert_eq!(targets, [(0, 7), (1, 9), (4, 2)]);
+/// # Ok::<(), peft_limits::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::InvalidParam`] for a label outside the vocabulary that is not -100.
+pub fn prediction_targets(labels: ArrayView2<i64>, vocabulary: usize) -> Result<Vec<(usize, usize)>> {
+    let (batch, length) = labels.dim();
+    let mut targets = Vec::with_capacity(batch * length);
+    for ((b, t), &label) in labels.indexed_iter() {
+        if label != IGNORED_LABEL && (label < 0 || label >= vocabulary as i64) {
+            let requirement = format!("must be {IGNORED_LABEL} or in 0..{vocabulary}");
+            return Err(Error::invalid(format!("labels[{b}, {t}]"), label, requirement));
+        }
+        if t > 0 && label != IGNORED_LABEL {
+            targets.push((b * length + t - 1, label as usize));
+        }
+    }
+    Ok(targets)
+}
+
+/// What [`cross_entropy`] adds to when gradients are wanted.
+pub struct CrossEntropySinks<'a, 'b, T> {
+    /// Gradient of the hidden rows, `N x D`.
+    pub dhidden: &'a mut ArrayViewMut2<'b, T>,
+    /// Gradient of the output projection, `V x D`; `None` when frozen.
+    pub dweight: Option<ArrayViewMut2<'a, T>>,
+}
+
+/// Sum over the targets (i, y) of (log sum_v exp z_iv - z_iy) / divisor, in nats, with z = hidden W^T.
+///
+/// Shapes: hidden `N x D`, weight `V x D`. With `divisor` the number of targets this is the mean. The
+/// gradient dz = (softmax(z) - onehot(y)) / divisor is formed in place of a chunk of logits and pushed into
+/// the sinks at once, so no `N x V` array exists. Rows that do not count are never multiplied.
+///
+/// # Errors
+/// [`Error::ShapeMismatch`]; [`Error::NonFinite`] naming the logits if a loss is NaN or infinite.
+pub fn cross_entropy<T: Real>(
+    hidden: ArrayView2<T>,
+    weight: ArrayView2<T>,
+    targets: &[(usize, usize)],
+    divisor: f64,
+    mut sinks: Option<CrossEntropySinks<'_, '_, T>>,
+    cost: &mut Cost,
+) -> Result<f64> {
+    let (op, width, vocabulary) = ("cross_entropy", hidden.ncols(), weight.nrows());
+    require_shape(op, "weight", &weight, (vocabulary, width))?;
+    if let Some(sinks) = &sinks {
+        require_shape(op, "dhidden", &sinks.dhidden.view(), hidden.dim())?;
+        if let Some(dweight) = &sinks.dweight {
+            require_shape(op, "dweight", &dweight.view(), (vocabulary, width))?;
+        }
+    }
+    let scale = T::of(1.0 / divisor);
+    let mut total = 0.0;
+    for chunk in targets.chunks(LOGIT_ROWS) {
+        let indices: Vec<usize> = chunk.iter().map(|&(row, _)| row).collect();
+        let rows = hidden.select(Axis(0), &indices);
+        let mut logits = Array2::<T>::zeros((chunk.len(), vocabulary));
+        cost.hold(rows.len() + logits.len());
+        cost.exponentials += logits.len() as u64;
+        cost.elementwise += 4 * logits.len() as u64;
+        parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
+        let losses: Vec<f64> = logits
+            .as_slice_mut()
+            .unwrap_or(&mut [])
+            .par_chunks_exact_mut(vocabulary.max(1))
+            .zip(chunk)
+            .map(|(z, &(_, label))| loss_row(z, label, scale))
+            .collect();
+        for (loss, &(row, _)) in losses.iter().zip(chunk) {
+            if !loss.is_finite() {
+                return Err(Error::NonFinite { op, tensor: "logits".into(), index: vec![row], value: *loss });
+            }
+            total += loss;
+        }
+        if let Some(sinks) = &mut sinks {
+            let mut drows = Array2::<T>::zeros(rows.dim());
+            parallel_product_into(T::one(), logits.view(), weight, T::zero(), &mut drows.view_mut(), cost);
+            for (&row, drow) in indices.iter().zip(drows.rows()) {
+                let mut sink = sinks.dhidden.row_mut(row);
+                sink += &drow;
+            }
+            if let Some(dweight) = &mut sinks.dweight {
+                parallel_product_into(T::one(), logits.t(), rows.view(), T::one(), dweight, cost);
+            }
+        }
+        cost.release(rows.len() + logits.len());
+    }
+    Ok(total / divisor)
+}
+
+/// Loss of one row; the row becomes scale (softmax(z) - onehot(label)).
+fn loss_row<T: Real>(z: &mut [T], label: usize, scale: T) -> f64 {
+    vectorized(|| {
+        let largest = row_max(z);
+        let target = z[label];
+        let sum = row_exp_sum(z, largest);
+        let factor = scale / sum;
+        for x in z.iter_mut() {
+            *x *= factor;
+        }
+        z[label] -= scale;
+        sum.widen().ln() + (largest.widen() - target.widen())
+    })
+}

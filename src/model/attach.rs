@@ -1,0 +1,111 @@
+//! Attaching adaptation methods to a model's projections.
+
+use super::parameters::{Model, Projection};
+use crate::adapters::dora::Dora;
+use crate::adapters::lora::{Lora, LoraSpec};
+use crate::adapters::moslora::{MixerInit, Moslora};
+use crate::adapters::paca::{Paca, PacaSpec};
+use crate::adapters::selection::ColumnScores;
+use crate::adapters::{AdaptedLinear, Method};
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use rand::Rng;
+
+/// A method with its settings, before it meets a weight. S2FT ties projections together and is attached by
+/// [`Model::attach_s2ft`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MethodSpec {
+    /// Not trained.
+    Frozen,
+    /// The whole weight.
+    Full,
+    /// Low-rank update.
+    Lora(LoraSpec),
+    /// Low-rank update with magnitudes; `true_derivative` differentiates the norm, unlike PEFT.
+    Dora {
+        /// Rank, alpha, scaling.
+        spec: LoraSpec,
+        /// Differentiate through the row norms.
+        true_derivative: bool,
+    },
+    /// Low-rank update with a mixer.
+    Moslora {
+        /// Rank, alpha, scaling.
+        spec: LoraSpec,
+        /// How the mixer starts.
+        mixer: MixerInit,
+    },
+    /// Partial connections.
+    Paca(PacaSpec),
+}
+
+/// Which projections of which layers get which method; a later entry overrides an earlier one.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AdapterPlan {
+    /// (layers, or all; projections; method).
+    pub entries: Vec<(Option<std::ops::Range<usize>>, Vec<Projection>, MethodSpec)>,
+}
+
+impl AdapterPlan {
+    /// One method on the same projections of every layer.
+    pub fn everywhere(projections: &[Projection], method: MethodSpec) -> Self {
+        Self { entries: vec![(None, projections.to_vec(), method)] }
+    }
+
+    /// Adds an entry for some layers.
+    pub fn and(mut self, layers: std::ops::Range<usize>, projections: &[Projection], method: MethodSpec) -> Self {
+        self.entries.push((Some(layers), projections.to_vec(), method));
+        self
+    }
+}
+
+impl<T: Real> Model<T> {
+    /// Attaches methods; projections that no entry names keep theirs.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for layers that do not exist, a merged projection, a selection rule that needs
+    /// calibration (see [`Model::attach_with_scores`]), or settings that do not fit a weight.
+    pub fn attach(&mut self, plan: &AdapterPlan, rng: &mut impl Rng) -> Result<()> {
+        for (layers, projections, spec) in &plan.entries {
+            let all = 0..self.layers.len();
+            let layers = layers.clone().unwrap_or(all.clone());
+            if layers.end > all.end {
+                let requirement = format!("the model has {} layers", all.end);
+                return Err(Error::invalid("layers", format!("{layers:?}"), requirement));
+            }
+            for layer in &mut self.layers[layers] {
+                for &p in projections {
+                    attach_one(layer.projection_mut(p), *spec, &ColumnScores::default(), rng)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts a method on one projection.
+pub(super) fn attach_one<T: Real>(
+    projection: &mut AdaptedLinear<T>,
+    spec: MethodSpec,
+    scores: &ColumnScores<'_, T>,
+    rng: &mut impl Rng,
+) -> Result<()> {
+    if projection.is_merged() {
+        return Err(Error::invalid("projection", "merged", "unmerge before attaching another method"));
+    }
+    let shape = projection.shape();
+    projection.method = match spec {
+        MethodSpec::Frozen => Method::Frozen,
+        MethodSpec::Full => {
+            projection.base.dense_mut("full")?;
+            Method::Full
+        }
+        MethodSpec::Lora(spec) => Method::Lora(Lora::init(spec, shape, rng)?),
+        MethodSpec::Dora { spec, true_derivative } => {
+            Method::Dora(Dora::init(spec, true_derivative, projection.base.dense().view(), rng)?)
+        }
+        MethodSpec::Moslora { spec, mixer } => Method::Moslora(Moslora::init(spec, mixer, shape, rng)?),
+        MethodSpec::Paca(spec) => Method::Paca(Paca::init(spec, &projection.base, scores, rng)?),
+    };
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! One batch of token sequences.
+
+use crate::blocks::cross_entropy::IGNORED_LABEL;
+use crate::error::{Error, Result};
+use ndarray::Array2;
+
+/// Token sequences of equal length with their labels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `B x T`.
+    pub input_ids: Array2<u32>,
+    /// Labels, `B x T`: usually the ids, -100 where a token is not to be predicted. The shift by one is the
+    /// loss's business.
+    pub labels: Array2<i64>,
+}
+
+impl Batch {
+    /// Checks that shapes agree and nothing is empty.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] for an empty batch.
+    pub fn new(input_ids: Array2<u32>, labels: Array2<i64>) -> Result<Self> {
+        if input_ids.dim() != labels.dim() {
+            return Err(Error::shape("batch", "labels", input_ids.dim(), labels.dim()));
+        }
+        if input_ids.is_empty() {
+            return Err(Error::invalid("input_ids", format!("{:?}", input_ids.dim()), "must not be empty"));
+        }
+        Ok(Self {
+            input_ids: input_ids.as_standard_layout().into_owned(),
+            labels: labels.as_standard_layout().into_owned(),
+        })
+    }
+
+    /// Positions that enter the loss: labels other than -100 that are not the first of their sequence.
+    pub fn counted(&self) -> usize {
+        self.labels.indexed_iter().filter(|((_, t), label)| *t > 0 && **label != IGNORED_LABEL).count()
+    }
+
+    /// B T.
+    pub fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+}
+
+/// How a step is computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepOptions {
+    /// The loss is the sum over counted positions divided by this; `None` is the number of counted positions
+    /// of this batch (the mean).
+    pub divisor: Option<f64>,
+    /// Keep only each layer's input and run its forward again in backward.
+    pub checkpointing: bool,
+}
+
+/// What a step returns beside its gradients.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOutput {
+    /// Loss in nats (see [`StepOptions::divisor`]).
+    pub loss: f64,
+    /// Positions that entered it.
+    pub counted: usize,
+}

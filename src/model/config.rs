@@ -1,0 +1,277 @@
+//! Model sizes: the keys of a Hugging Face `config.json`, resolved and checked.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Sizes and constants of a LLaMA-style decoder.
+///
+/// | field | default | purpose | range |
+/// |---|---|---|---|
+/// | `vocab_size` | required | V | >= 1 |
+/// | `hidden_size` | required | D | >= 1, a multiple of the heads |
+/// | `intermediate_size` | required | F | >= 1 |
+/// | `num_hidden_layers` | required | layers | >= 1 |
+/// | `num_attention_heads` | required | H | >= 1 |
+/// | `num_key_value_heads` | H | key/value heads | divides H |
+/// | `head_dim` | D / H | d | even |
+/// | `max_position_embeddings` | 2048 | recorded, not enforced | |
+/// | `rms_norm_eps` | 1e-6 | inside the root | > 0 |
+/// | `rope_theta` | 10000 | base of the rotary angles | > 0 |
+/// | `tie_word_embeddings` | false | output projection = embedding | |
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// V.
+    pub vocab_size: usize,
+    /// D.
+    pub hidden_size: usize,
+    /// F.
+    pub intermediate_size: usize,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// H.
+    pub num_attention_heads: usize,
+    /// Key/value heads.
+    pub num_key_value_heads: usize,
+    /// d.
+    pub head_dim: usize,
+    /// Longest sequence the model was trained for.
+    pub max_position_embeddings: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary angles.
+    pub rope_theta: f64,
+    /// Whether the output projection is the embedding.
+    pub tie_word_embeddings: bool,
+}
+
+/// Keys that must have one value (or be absent), with the value.
+const FIXED: [(&str, &str); 4] =
+    [("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", "false"), ("mlp_bias", "false")];
+
+struct Keys<'a> {
+    path: &'a Path,
+    map: &'a Map<String, Value>,
+}
+
+impl Keys<'_> {
+    fn value(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    fn wrong(&self, key: &str, expected: &str) -> Error {
+        let found = self.value(key).map_or("nothing".into(), Value::to_string);
+        Error::format(self.path, format!("key {key}"), expected, found)
+    }
+
+    fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+        match (self.value(key), default) {
+            (None, Some(default)) => Ok(default),
+            (value, _) => match value.and_then(Value::as_u64) {
+                Some(n) if n > 0 && n < (1 << 40) => Ok(n as usize),
+                _ => Err(self.wrong(key, "a positive integer")),
+            },
+        }
+    }
+
+    fn positive(&self, key: &str, default: f64) -> Result<f64> {
+        match self.value(key) {
+            None => Ok(default),
+            Some(value) => match value.as_f64() {
+                Some(x) if x > 0.0 && x.is_finite() => Ok(x),
+                _ => Err(self.wrong(key, "a positive number")),
+            },
+        }
+    }
+}
+
+impl ModelConfig {
+    /// Reads `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] naming the file and the key for JSON that is broken, a key that is missing
+    /// or out of range, heads that do not divide the width, and features that are not implemented (rope scaling,
+    /// biases, another activation, a quantized checkpoint).
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        Self::from_json(path, &text)
+    }
+
+    /// As [`ModelConfig::read`] for text already in memory; `path` only serves messages.
+    ///
+    /// # Errors
+    /// [`Error::Format`].
+    pub fn from_json(path: &Path, text: &str) -> Result<Self> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| Error::format(path, "file", "a JSON object", e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Err(Error::format(path, "file", "a JSON object", "another JSON value"));
+        };
+        let keys = Keys { path, map: &map };
+        for (key, expected) in FIXED {
+            let found = keys.value(key).map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_string));
+            if found.is_some_and(|found| found != expected) {
+                return Err(keys.wrong(key, expected));
+            }
+        }
+        for key in ["rope_scaling", "quantization_config", "sliding_window"] {
+            if keys.value(key).is_some() {
+                return Err(keys.wrong(key, "null (not implemented)"));
+            }
+        }
+        let mut rope_theta = keys.positive("rope_theta", 10_000.0)?;
+        if let Some(rope) = keys.value("rope_parameters") {
+            let Some(rope) = rope.as_object() else { return Err(keys.wrong("rope_parameters", "an object")) };
+            if rope.get("rope_type").is_some_and(|kind| kind != "default") {
+                return Err(keys.wrong("rope_parameters", "rope_type \"default\" (scaling is not implemented)"));
+            }
+            rope_theta = Keys { path, map: rope }.positive("rope_theta", rope_theta)?;
+        }
+        let (hidden_size, heads) = (keys.size("hidden_size", None)?, keys.size("num_attention_heads", None)?);
+        if !hidden_size.is_multiple_of(heads) {
+            let expected = format!("a divisor of hidden_size = {hidden_size}");
+            return Err(keys.wrong("num_attention_heads", &expected));
+        }
+        let tie = keys.value("tie_word_embeddings");
+        let config = Self {
+            vocab_size: keys.size("vocab_size", None)?,
+            hidden_size,
+            intermediate_size: keys.size("intermediate_size", None)?,
+            num_hidden_layers: keys.size("num_hidden_layers", None)?,
+            num_attention_heads: heads,
+            num_key_value_heads: keys.size("num_key_value_heads", Some(heads))?,
+            head_dim: keys.size("head_dim", Some(hidden_size / heads))?,
+            max_position_embeddings: keys.size("max_position_embeddings", Some(2048))?,
+            rms_norm_eps: keys.positive("rms_norm_eps", 1e-6)?,
+            rope_theta,
+            tie_word_embeddings: match tie.map(Value::as_bool) {
+                None => false,
+                Some(Some(tie)) => tie,
+                Some(None) => return Err(keys.wrong("tie_word_embeddings", "true or false")),
+            },
+        };
+        if !heads.is_multiple_of(config.num_key_value_heads) {
+            return Err(keys.wrong("num_key_value_heads", &format!("a divisor of num_attention_heads = {heads}")));
+        }
+        if !config.head_dim.is_multiple_of(2) {
+            let expected = "an even head width (hidden_size / num_attention_heads when absent)";
+            return Err(Error::format(path, "key head_dim", expected, config.head_dim.to_string()));
+        }
+        Ok(config)
+    }
+
+    /// Refuses sizes that contradict each other, for a config made in code.
+    ///
+    /// # Errors
+    /// [`Error::Format`] as [`ModelConfig::from_json`].
+    pub fn check(&self) -> Result<()> {
+        Self::from_json(Path::new("config"), &self.to_json("float32")).map(|_| ())
+    }
+
+    /// The `config.json` that Transformers reads; `dtype` is the precision of the tensors beside it.
+    pub fn to_json(&self, dtype: &str) -> String {
+        let value = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "attention_dropout": 0.0,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": dtype,
+        });
+        format!("{value:#}\n")
+    }
+
+    /// Shape (out, in) of a projection.
+    pub fn projection_shape(&self, projection: super::Projection) -> (usize, usize) {
+        use super::Projection::*;
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (query, key) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        match projection {
+            Query => (query, hidden),
+            Key | Value => (key, hidden),
+            Output => (hidden, query),
+            Gate | Up => (inner, hidden),
+            Down => (hidden, inner),
+        }
+    }
+
+    /// Number of weights.
+    pub fn parameters(&self) -> usize {
+        let projections: usize = super::Projection::ALL
+            .map(|p| {
+                let (out, width) = self.projection_shape(p);
+                out * width
+            })
+            .iter()
+            .sum();
+        let head = if self.tie_word_embeddings { 1 } else { 2 };
+        self.num_hidden_layers * (projections + 2 * self.hidden_size)
+            + self.hidden_size
+            + head * self.vocab_size * self.hidden_size
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(edit: impl FnOnce(&mut Map<String, Value>)) -> String {
+        let mut value = json!({"vocab_size": 61, "hidden_size": 32, "intermediate_size": 56,
+            "num_hidden_layers": 2, "num_attention_heads": 4});
+        edit(value.as_object_mut().unwrap());
+        value.to_string()
+    }
+
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let config = ModelConfig::from_json(Path::new("c.json"), &text(|_| {})).unwrap();
+        assert_eq!((config.num_key_value_heads, config.head_dim, config.max_position_embeddings), (4, 8, 2048));
+        assert!((config.rms_norm_eps - 1e-6).abs() < 1e-20 && (config.rope_theta - 1e4).abs() < 1e-9);
+        assert!(!config.tie_word_embeddings);
+        let again = ModelConfig::from_json(Path::new("d.json"), &config.to_json("float64")).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn every_bad_key_is_named_with_its_file() {
+        let cases: [(&str, Value, &str); 13] = [
+            ("vocab_size", Value::Null, "positive integer"),
+            ("hidden_size", json!(0), "positive integer"),
+            ("num_hidden_layers", json!("two"), "positive integer"),
+            ("num_attention_heads", json!(5), "divisor of hidden_size = 32"),
+            ("num_key_value_heads", json!(3), "divisor of num_attention_heads = 4"),
+            ("head_dim", json!(7), "even"),
+            ("rms_norm_eps", json!(-1e-5), "positive number"),
+            ("rope_theta", json!("big"), "positive number"),
+            ("rope_scaling", json!({"type": "yarn", "factor": 4.0}), "not implemented"),
+            ("rope_parameters", json!({"rope_type": "llama3"}), "default"),
+            ("hidden_act", json!("gelu"), "silu"),
+            ("attention_bias", json!(true), "false"),
+            ("tie_word_embeddings", json!("yes"), "true or false"),
+        ];
+        for (key, value, expected) in cases {
+            let broken = text(|map| {
+                map.insert(key.into(), value);
+            });
+            let message = ModelConfig::from_json(Path::new("some/config.json"), &broken).unwrap_err().to_string();
+            assert!(
+                message.contains("some/config.json") && message.contains(key) && message.contains(expected),
+                "{message}"
+            );
+        }
+        assert!(ModelConfig::from_json(Path::new("c.json"), "[1]").unwrap_err().to_string().contains("JSON object"));
+    }
+}

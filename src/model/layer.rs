@@ -1,0 +1,343 @@
+//! One decoder layer: h = x + o(attention(norm(x))), out = h + down(swiglu(norm(h))).
+
+use super::gradients::LayerGradients;
+use super::parameters::{Model, Projection};
+use crate::adapters::{AdaptedLinear, InputNeed, LinearSaved};
+use crate::blocks::causal_attention::{
+    AttentionCache, AttentionShape, causal_attention_backward, causal_attention_forward,
+};
+use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
+use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
+use crate::blocks::swiglu::{swiglu_backward, swiglu_forward};
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use ndarray::{Array1, Array2};
+
+/// Weights of a layer.
+#[derive(Debug, Clone)]
+pub struct Layer<T> {
+    projections: [AdaptedLinear<T>; 7],
+    /// Gain of the norm before attention.
+    pub input_norm: Array1<T>,
+    /// Gain of the norm before the feed-forward part.
+    pub post_attention_norm: Array1<T>,
+    /// How heads and channels are ordered relative to the checkpoint, after an S2FT co-permutation.
+    pub order: Option<super::s2ft::LayerOrder>,
+}
+
+impl<T: Real> Layer<T> {
+    /// From projections in the order of [`Projection::ALL`] and the two gains.
+    pub fn new(projections: [AdaptedLinear<T>; 7], input_norm: Array1<T>, post_attention_norm: Array1<T>) -> Self {
+        Self { projections, input_norm, post_attention_norm, order: None }
+    }
+
+    /// A projection.
+    pub fn projection(&self, p: Projection) -> &AdaptedLinear<T> {
+        &self.projections[p as usize]
+    }
+
+    /// A projection, to be changed.
+    pub fn projection_mut(&mut self, p: Projection) -> &mut AdaptedLinear<T> {
+        &mut self.projections[p as usize]
+    }
+
+    fn trains(&self, ps: &[Projection]) -> bool {
+        ps.iter().any(|&p| self.projection(p).is_trainable())
+    }
+
+    fn needs_whole_input(&self, ps: &[Projection]) -> bool {
+        ps.iter().any(|&p| self.projection(p).method.input_need() == InputNeed::Whole)
+    }
+}
+
+/// Which gradients a layer's backward must form; everything else is neither saved nor computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LayerNeeds {
+    /// Of the layer's input: something below is trained.
+    pub input: bool,
+    /// Of the first normalised input, hence through attention.
+    pub normed_input: bool,
+    /// Of q, k, v.
+    pub attention: bool,
+    /// Of h, the sum after attention.
+    pub middle: bool,
+    /// Of the second normalised input.
+    pub normed_middle: bool,
+    /// Of gate and up.
+    pub gated: bool,
+    /// Of anything at all.
+    pub any: bool,
+}
+
+impl LayerNeeds {
+    pub fn of<T: Real>(model: &Model<T>, index: usize) -> Self {
+        use Projection::*;
+        let (layer, norms) = (&model.layers[index], model.trainable.norms);
+        let input = model.trained_below(index);
+        let normed_input = input || norms;
+        let attention = normed_input || layer.trains(&[Query, Key, Value]);
+        let middle = attention || layer.trains(&[Output]);
+        let normed_middle = middle || norms;
+        let gated = normed_middle || layer.trains(&[Gate, Up]);
+        let any = gated || layer.trains(&[Down]);
+        Self { input, normed_input, attention, middle, normed_middle, gated, any }
+    }
+}
+
+/// Sizes and tables that a layer shares with its siblings.
+pub(super) struct Context<'a, T> {
+    pub attention: AttentionShape,
+    pub rope: &'a RopeTable<T>,
+    pub eps: f64,
+}
+
+impl<T> Context<'_, T> {
+    fn scale(&self) -> f64 {
+        1.0 / (self.attention.head_dim as f64).sqrt()
+    }
+}
+
+/// What a layer keeps for its backward; a field is `None` when no trainable tensor needs it.
+#[derive(Debug, Clone)]
+pub struct LayerCache<T> {
+    /// x, input of the first norm.
+    pub input: Option<Array2<T>>,
+    /// 1 / rms of its rows.
+    pub input_inverse_rms: Vec<T>,
+    /// Normalised x, input of q, k, v.
+    pub normed_input: Option<Array2<T>>,
+    /// Queries after rotary embedding.
+    pub query: Option<Array2<T>>,
+    /// Keys after rotary embedding.
+    pub key: Option<Array2<T>>,
+    /// Values.
+    pub value: Option<Array2<T>>,
+    /// Output of attention, input of o.
+    pub attention_output: Option<Array2<T>>,
+    /// Log-sum-exp of the scores, `(B H) x T`.
+    pub log_sum_exp: Option<Array2<T>>,
+    /// h, input of the second norm.
+    pub middle: Option<Array2<T>>,
+    /// 1 / rms of its rows.
+    pub middle_inverse_rms: Vec<T>,
+    /// Normalised h, input of gate and up.
+    pub normed_middle: Option<Array2<T>>,
+    /// Output of the gate projection, before silu.
+    pub gate: Option<Array2<T>>,
+    /// Output of the up projection.
+    pub up: Option<Array2<T>>,
+    /// silu(gate) o up, input of down.
+    pub gated: Option<Array2<T>>,
+    /// What each projection's method keeps beside its input.
+    pub projections: [LinearSaved<T>; 7],
+}
+
+impl<T: Real> LayerCache<T> {
+    /// (name, bytes) of every saved tensor.
+    pub fn saved_bytes_by_name(&self) -> Vec<(String, usize)> {
+        let mut all = Vec::new();
+        let arrays = [
+            ("input", &self.input),
+            ("normed_input", &self.normed_input),
+            ("query", &self.query),
+            ("key", &self.key),
+            ("value", &self.value),
+            ("attention_output", &self.attention_output),
+            ("log_sum_exp", &self.log_sum_exp),
+            ("middle", &self.middle),
+            ("normed_middle", &self.normed_middle),
+            ("gate", &self.gate),
+            ("up", &self.up),
+            ("gated", &self.gated),
+        ];
+        for (name, array) in arrays {
+            all.extend(array.as_ref().map(|a| (name.to_string(), a.len())));
+        }
+        for (name, values) in
+            [("input_inverse_rms", &self.input_inverse_rms), ("middle_inverse_rms", &self.middle_inverse_rms)]
+        {
+            if !values.is_empty() {
+                all.push((name.to_string(), values.len()));
+            }
+        }
+        for (p, saved) in Projection::ALL.into_iter().zip(&self.projections) {
+            let path = p.module();
+            all.extend(saved.projected.as_ref().map(|a| (format!("{path}.projected"), a.len())));
+            all.extend(saved.columns.as_ref().map(|a| (format!("{path}.columns"), a.len())));
+        }
+        all.into_iter().map(|(name, elements)| (name, elements * size_of::<T>())).collect()
+    }
+}
+
+/// Runs a layer; with `needs`, returns what backward must find.
+pub(super) fn layer_forward<T: Real>(
+    layer: &Layer<T>,
+    x: Array2<T>,
+    context: &Context<'_, T>,
+    needs: Option<LayerNeeds>,
+    cost: &mut Cost,
+) -> Result<(Array2<T>, Option<LayerCache<T>>)> {
+    use Projection::*;
+    let keep = |wanted: fn(LayerNeeds) -> bool| needs.is_some_and(wanted);
+    let save = needs.is_some();
+    let gain = |gain: &Array1<T>| gain.to_vec();
+    let project = |p: Projection, x: &Array2<T>, cost: &mut Cost| layer.projection(p).forward(x.view(), save, cost);
+
+    let (normed, input_inverse_rms) = rms_norm_forward(x.view(), &gain(&layer.input_norm), context.eps, cost)?;
+    let (mut query, saved_query) = project(Query, &normed, cost)?;
+    let (mut key, saved_key) = project(Key, &normed, cost)?;
+    let (value, saved_value) = project(Value, &normed, cost)?;
+    let normed_input = (save && layer.needs_whole_input(&[Query, Key, Value])).then_some(normed);
+    rope_forward(&mut query.view_mut(), context.rope, cost)?;
+    rope_forward(&mut key.view_mut(), context.rope, cost)?;
+    let (attended, log_sum_exp) =
+        causal_attention_forward(query.view(), key.view(), value.view(), context.attention, context.scale(), cost)?;
+    let attention = keep(|n| n.attention);
+    let (query, key, value) = (attention.then_some(query), attention.then_some(key), attention.then_some(value));
+
+    let normed_input_backward = keep(|n| n.normed_input);
+    let (mut middle, input) = if normed_input_backward { (x.clone(), Some(x)) } else { (x, None) };
+    let output = layer.projection(Output);
+    let saved_output = output.forward_into(attended.view(), T::one(), &mut middle.view_mut(), save, cost)?;
+    let attention_output = (attention || (save && layer.needs_whole_input(&[Output]))).then_some(attended);
+
+    let gain_middle = gain(&layer.post_attention_norm);
+    let (normed, middle_inverse_rms) = rms_norm_forward(middle.view(), &gain_middle, context.eps, cost)?;
+    let (gate, saved_gate) = project(Gate, &normed, cost)?;
+    let (up, saved_up) = project(Up, &normed, cost)?;
+    let normed_middle = (save && layer.needs_whole_input(&[Gate, Up])).then_some(normed);
+    let gated = swiglu_forward(gate.view(), up.view(), cost)?;
+    let gated_backward = keep(|n| n.gated);
+    let (gate, up) = (gated_backward.then_some(gate), gated_backward.then_some(up));
+
+    let normed_middle_backward = keep(|n| n.normed_middle);
+    let (mut out, middle) = if normed_middle_backward { (middle.clone(), Some(middle)) } else { (middle, None) };
+    let saved_down = layer.projection(Down).forward_into(gated.view(), T::one(), &mut out.view_mut(), save, cost)?;
+    let gated = (save && layer.needs_whole_input(&[Down])).then_some(gated);
+    if needs.is_none_or(|n| !n.any) {
+        return Ok((out, None));
+    }
+    let cache = LayerCache {
+        input,
+        input_inverse_rms: if normed_input_backward { input_inverse_rms } else { Vec::new() },
+        normed_input,
+        query,
+        key,
+        value,
+        attention_output,
+        log_sum_exp: attention.then_some(log_sum_exp),
+        middle,
+        middle_inverse_rms: if normed_middle_backward { middle_inverse_rms } else { Vec::new() },
+        normed_middle,
+        gate,
+        up,
+        gated,
+        projections: [saved_query, saved_key, saved_value, saved_output, saved_gate, saved_up, saved_down],
+    };
+    Ok((out, Some(cache)))
+}
+
+fn take<T>(field: &mut Option<Array2<T>>, name: &str) -> Result<Array2<T>> {
+    field.take().ok_or_else(|| Error::invalid(name, "absent", "the layer's forward must save it"))
+}
+
+/// The layer's backward, in the reverse order of [`layer_forward`]. `dout` is the gradient of the output; the
+/// result is that of the input, or `None` when nothing below is trained.
+pub(super) fn layer_backward<T: Real>(
+    layer: &Layer<T>,
+    mut cache: LayerCache<T>,
+    dout: Array2<T>,
+    context: &Context<'_, T>,
+    needs: LayerNeeds,
+    sinks: &mut LayerGradients<T>,
+    cost: &mut Cost,
+) -> Result<Option<Array2<T>>> {
+    use Projection::*;
+    let rows = dout.nrows();
+    let saved = std::mem::take(&mut cache.projections);
+    // The gradient of h starts as that of the output (residual path) and collects the rest in place.
+    let mut dx = dout;
+
+    // out = h + down(gated)
+    let mut dgated = needs.gated.then(|| Array2::<T>::zeros((rows, layer.projection(Down).shape().1)));
+    backward(layer, Down, &dx, &cache.gated, &saved, sinks, dgated.as_mut(), cost)?;
+    cache.gated = None;
+    let Some(dgated) = dgated else { return Ok(None) };
+    // gated = silu(gate) o up
+    let (mut gate, mut up) = (take(&mut cache.gate, "gate")?, take(&mut cache.up, "up")?);
+    swiglu_backward(dgated.view(), &mut gate, &mut up, cost)?;
+    drop(dgated);
+    // gate = gate_proj(normed), up = up_proj(normed)
+    let mut dnormed = needs.normed_middle.then(|| Array2::<T>::zeros(dx.dim()));
+    backward(layer, Gate, &gate, &cache.normed_middle, &saved, sinks, dnormed.as_mut(), cost)?;
+    drop(gate);
+    backward(layer, Up, &up, &cache.normed_middle, &saved, sinks, dnormed.as_mut(), cost)?;
+    drop(up);
+    cache.normed_middle = None;
+    // normed = norm(h)
+    if let Some(dnormed) = dnormed {
+        let middle = take(&mut cache.middle, "middle")?;
+        let gain = layer.post_attention_norm.to_vec();
+        let sink = sinks.post_attention_norm.as_mut().and_then(Array2::as_slice_mut);
+        let mut view = dx.view_mut();
+        let dmiddle = needs.middle.then_some(&mut view);
+        rms_norm_backward(dnormed.view(), middle.view(), &cache.middle_inverse_rms, &gain, sink, dmiddle, cost)?;
+    }
+    if !needs.middle {
+        return Ok(None);
+    }
+    // h = x + o(attended)
+    let mut dattended = needs.attention.then(|| Array2::<T>::zeros((rows, layer.projection(Output).shape().1)));
+    backward(layer, Output, &dx, &cache.attention_output, &saved, sinks, dattended.as_mut(), cost)?;
+    let Some(dattended) = dattended else { return Ok(None) };
+    // attended = attention(rope(q), rope(k), v)
+    let (query, key, value) =
+        (take(&mut cache.query, "query")?, take(&mut cache.key, "key")?, take(&mut cache.value, "value")?);
+    let attended = take(&mut cache.attention_output, "attention_output")?;
+    let log_sum_exp = take(&mut cache.log_sum_exp, "log_sum_exp")?;
+    let views = AttentionCache {
+        query: query.view(),
+        key: key.view(),
+        value: value.view(),
+        output: attended.view(),
+        log_sum_exp: log_sum_exp.view(),
+    };
+    let (mut dquery, mut dkey, dvalue) =
+        causal_attention_backward(dattended.view(), &views, context.attention, context.scale(), cost)?;
+    drop((query, key, value, attended, dattended));
+    rope_backward(&mut dquery.view_mut(), context.rope, cost)?;
+    rope_backward(&mut dkey.view_mut(), context.rope, cost)?;
+    // q, k, v = projections of normed
+    let mut dnormed = needs.normed_input.then(|| Array2::<T>::zeros(dx.dim()));
+    for (p, dy) in [(Query, dquery), (Key, dkey), (Value, dvalue)] {
+        backward(layer, p, &dy, &cache.normed_input, &saved, sinks, dnormed.as_mut(), cost)?;
+    }
+    // normed = norm(x)
+    if let Some(dnormed) = dnormed {
+        let input = take(&mut cache.input, "input")?;
+        let gain = layer.input_norm.to_vec();
+        let sink = sinks.input_norm.as_mut().and_then(Array2::as_slice_mut);
+        let mut view = dx.view_mut();
+        let dinput = needs.input.then_some(&mut view);
+        rms_norm_backward(dnormed.view(), input.view(), &cache.input_inverse_rms, &gain, sink, dinput, cost)?;
+    }
+    Ok(needs.input.then_some(dx))
+}
+
+#[allow(clippy::too_many_arguments)] // one call per projection; a struct would only rename the list
+fn backward<T: Real>(
+    layer: &Layer<T>,
+    p: Projection,
+    dy: &Array2<T>,
+    x: &Option<Array2<T>>,
+    saved: &[LinearSaved<T>; 7],
+    sinks: &mut LayerGradients<T>,
+    dx: Option<&mut Array2<T>>,
+    cost: &mut Cost,
+) -> Result<()> {
+    let x = x.as_ref().map(|x| x.view());
+    let mut dx = dx.map(|dx| dx.view_mut());
+    let i = p as usize;
+    layer.projection(p).backward(dy.view(), x, &saved[i], &mut sinks.projections[i], dx.as_mut(), cost)
+}

@@ -1,0 +1,56 @@
+//! A LLaMA-style decoder with hand-written backward, built from [`crate::blocks`] and [`crate::adapters`].
+//!
+//! # One training step
+//!
+//! ```
+//! use ndarray::array;
+//! use peft_limits::cost::Cost;
+//! use peft_limits::model::{Batch, Model, ModelConfig, StepOptions, TrainableParts};
+//! use rand::SeedableRng;
+//!
+//! let config = ModelConfig {
+//!     vocab_size: 13, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 2, num_attention_heads: 2,
+//!     num_key_value_heads: 1, head_dim: 4, max_position_embeddings: 32, rms_norm_eps: 1e-5,
+//!     rope_theta: 1e4, tie_word_embeddings: false,
+//! };
+//! let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+//! let mut model: Model<f32> = Model::random(config, &mut rng)?;
+//! model.train_fully();                                   // or attach adapters with `model.attach`
+//! let batch = Batch::new(array![[1, 2, 3, 4], [5, 6, 7, 8]], array![[-100, 2, 3, 4], [5, 6, 7, -100]])?;
+//! let mut gradients = model.zero_gradients();            // sinks exist for trainable tensors only
+//! let mut cost = Cost::default();
+//! let first = model.loss_and_gradients(&batch, &StepOptions::default(), &mut gradients, &mut cost)?;
+//! model.update(&gradients, &mut |tensor| {               // any optimizer; here one step of descent
+//!     tensor.values.scaled_add(-0.1, tensor.gradient);
+//!     Ok(())
+//! })?;
+//! gradients.fill_zero();
+//! assert!(model.loss(&batch, &mut cost)? < first.loss);
+//! # Ok::<(), peft_limits::Error>(())
+//! ```
+//!
+//! Gradients accumulate until [`Gradients::fill_zero`]. For gradient accumulation over micro-batches set
+//! [`StepOptions::divisor`] to the number of counted positions of the whole batch (each micro-batch's own is
+//! [`Batch::counted`]): the sums then equal those of one large batch. [`Model::forward`] and
+//! [`Model::backward`] are the two halves, for a caller that wants to look at [`Pass::saved_bytes_by_name`].
+//!
+//! Nothing is saved and no backward runs below the first trainable tensor; inside a layer each tensor is kept
+//! only if some trainable tensor's gradient needs it.
+
+mod attach;
+mod batch;
+pub mod checkpoint;
+mod config;
+mod gradients;
+mod layer;
+mod llama;
+mod parameters;
+pub mod s2ft;
+
+pub use attach::{AdapterPlan, MethodSpec};
+pub use batch::{Batch, StepOptions, StepOutput};
+pub use config::ModelConfig;
+pub use gradients::{Gradients, LayerGradients};
+pub use layer::{Layer, LayerCache};
+pub use llama::Pass;
+pub use parameters::{Model, Projection, Trainable, TrainableParts};

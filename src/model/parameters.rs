@@ -1,0 +1,302 @@
+//! The weights of a model, and what of them is trained.
+
+use super::config::ModelConfig;
+use super::gradients::Gradients;
+use super::layer::Layer;
+use crate::adapters::{AdaptedLinear, Method};
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use ndarray::{Array1, Array2};
+use rand::Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+/// The seven projections of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Projection {
+    /// `self_attn.q_proj`.
+    Query,
+    /// `self_attn.k_proj`.
+    Key,
+    /// `self_attn.v_proj`.
+    Value,
+    /// `self_attn.o_proj`.
+    Output,
+    /// `mlp.gate_proj`.
+    Gate,
+    /// `mlp.up_proj`.
+    Up,
+    /// `mlp.down_proj`.
+    Down,
+}
+
+impl Projection {
+    /// In the order in which a layer stores and updates them.
+    pub const ALL: [Projection; 7] = [
+        Projection::Query,
+        Projection::Key,
+        Projection::Value,
+        Projection::Output,
+        Projection::Gate,
+        Projection::Up,
+        Projection::Down,
+    ];
+
+    /// Path inside a layer, as in a Hugging Face checkpoint.
+    pub fn path(self) -> &'static str {
+        match self {
+            Projection::Query => "self_attn.q_proj",
+            Projection::Key => "self_attn.k_proj",
+            Projection::Value => "self_attn.v_proj",
+            Projection::Output => "self_attn.o_proj",
+            Projection::Gate => "mlp.gate_proj",
+            Projection::Up => "mlp.up_proj",
+            Projection::Down => "mlp.down_proj",
+        }
+    }
+
+    /// PEFT's module name, for instance `q_proj`.
+    pub fn module(self) -> &'static str {
+        let path = self.path();
+        path.split_once('.').map_or(path, |(_, module)| module)
+    }
+}
+
+impl std::str::FromStr for Projection {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Projection::ALL.into_iter().find(|p| p.module() == text || p.path() == text).ok_or_else(|| {
+            let known = Projection::ALL.map(Projection::module).join(", ");
+            Error::invalid("target module", text, format!("must be one of {known}"))
+        })
+    }
+}
+
+/// Tensors outside the projections that can only be trained in full.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrainableParts {
+    /// The embedding table.
+    pub embedding: bool,
+    /// Every RMSNorm gain.
+    pub norms: bool,
+    /// The output projection; when tied it is the embedding and follows that flag.
+    pub lm_head: bool,
+}
+
+/// A decoder with its adapters.
+#[derive(Debug, Clone)]
+pub struct Model<T> {
+    /// Sizes.
+    pub config: ModelConfig,
+    /// Embedding table, `V x D`.
+    pub embedding: Array2<T>,
+    /// Layers.
+    pub layers: Vec<Layer<T>>,
+    /// Gain of the last norm.
+    pub final_norm: Array1<T>,
+    /// Output projection, `V x D`; `None` when tied to the embedding.
+    pub lm_head: Option<Array2<T>>,
+    /// What is trained outside the projections.
+    pub trainable: TrainableParts,
+}
+
+/// A trainable tensor with its gradient, as an optimizer sees it.
+pub struct Trainable<'a, T> {
+    /// For instance `model.layers.0.self_attn.q_proj.lora_A`.
+    pub name: &'a str,
+    /// The values, contiguous, to be changed in place.
+    pub values: &'a mut Array2<T>,
+    /// The gradient.
+    pub gradient: &'a Array2<T>,
+}
+
+impl<T: Real> Model<T> {
+    /// Normal weights of deviation 0.02 (the two that end a residual branch divided by sqrt(2 layers)), gains one.
+    ///
+    /// # Errors
+    /// As [`ModelConfig::check`].
+    pub fn random(config: ModelConfig, rng: &mut impl Rng) -> Result<Self> {
+        config.check()?;
+        let residual = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
+        let mut normal = |shape: (usize, usize), deviation: f64| {
+            Array2::from_shape_simple_fn(shape, || {
+                let x: f64 = StandardNormal.sample(rng);
+                T::of(deviation * x)
+            })
+        };
+        let width = config.hidden_size;
+        let embedding = normal((config.vocab_size, width), 0.02);
+        let layers = (0..config.num_hidden_layers)
+            .map(|_| {
+                Layer::new(
+                    Projection::ALL.map(|p| {
+                        let ends = matches!(p, Projection::Output | Projection::Down);
+                        AdaptedLinear::frozen(normal(config.projection_shape(p), if ends { residual } else { 0.02 }))
+                    }),
+                    Array1::ones(width),
+                    Array1::ones(width),
+                )
+            })
+            .collect();
+        let lm_head = (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
+        let final_norm = Array1::ones(width);
+        Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
+    }
+
+    /// Full fine-tuning: every tensor is trained.
+    pub fn train_fully(&mut self) {
+        self.trainable = TrainableParts { embedding: true, norms: true, lm_head: true };
+        for layer in &mut self.layers {
+            for p in Projection::ALL {
+                layer.projection_mut(p).method = Method::Full;
+            }
+        }
+    }
+
+    /// The output projection.
+    pub fn head(&self) -> &Array2<T> {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Zeroed sinks for every trainable tensor.
+    pub fn zero_gradients(&self) -> Gradients<T> {
+        Gradients::zeros(self)
+    }
+
+    /// Number of trained numbers.
+    pub fn trainable_elements(&self) -> usize {
+        let parts = self.trainable;
+        let gains = if parts.norms { (2 * self.layers.len() + 1) * self.config.hidden_size } else { 0 };
+        let table = if parts.embedding { self.embedding.len() } else { 0 };
+        let head = if parts.lm_head { self.lm_head.as_ref().map_or(0, Array2::len) } else { 0 };
+        let adapters: usize = self
+            .layers
+            .iter()
+            .flat_map(|layer| Projection::ALL.map(|p| layer.projection(p).trainable_shapes()))
+            .flatten()
+            .map(|(rows, columns)| rows * columns)
+            .sum();
+        gains + table + head + adapters
+    }
+
+    /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
+    pub(super) fn trained_below(&self, index: usize) -> bool {
+        self.trainable.embedding
+            || (index > 0 && self.trainable.norms)
+            || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
+    }
+
+    /// Calls `change` on every trainable tensor by name, as a contiguous array, and writes the result back.
+    ///
+    /// Order: embedding; per layer the first gain, projections in the order of [`Projection::ALL`], the second
+    /// gain; last gain; output projection.
+    ///
+    /// # Errors
+    /// What `change` returns.
+    pub fn for_each_trainable(&mut self, change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>) -> Result<()> {
+        let parts = self.trainable;
+        let gain = |name: &str, gain: &mut Array1<T>, change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>| {
+            let mut row = gain.view().insert_axis(ndarray::Axis(0)).to_owned();
+            let outcome = change(name, &mut row);
+            gain.assign(&row.row(0));
+            outcome
+        };
+        if parts.embedding {
+            change("model.embed_tokens.weight", &mut self.embedding)?;
+        }
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let prefix = format!("model.layers.{l}");
+            if parts.norms {
+                gain(&format!("{prefix}.input_layernorm.weight"), &mut layer.input_norm, change)?;
+            }
+            for p in Projection::ALL {
+                layer
+                    .projection_mut(p)
+                    .update(&mut |_, tensor, values| change(&format!("{prefix}.{}.{tensor}", p.path()), values))?;
+            }
+            if parts.norms {
+                let name = format!("{prefix}.post_attention_layernorm.weight");
+                gain(&name, &mut layer.post_attention_norm, change)?;
+            }
+        }
+        if parts.norms {
+            gain("model.norm.weight", &mut self.final_norm, change)?;
+        }
+        if parts.lm_head
+            && let Some(head) = &mut self.lm_head
+        {
+            change("lm_head.weight", head)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Model::for_each_trainable`], each tensor with its gradient: the interface of an optimizer.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors; what `change` returns.
+    pub fn update(
+        &mut self,
+        gradients: &Gradients<T>,
+        change: &mut dyn FnMut(Trainable<'_, T>) -> Result<()>,
+    ) -> Result<()> {
+        let tensors = gradients.tensors();
+        let mut sinks = tensors.iter();
+        let wrong = |name: &str| Error::invalid("gradients", name, "were made for other trainable tensors");
+        self.for_each_trainable(&mut |name, values| match sinks.next() {
+            Some((found, gradient)) if found == name && gradient.dim() == values.dim() => {
+                change(Trainable { name, values, gradient })
+            }
+            _ => Err(wrong(name)),
+        })?;
+        match sinks.next() {
+            Some((name, _)) => Err(wrong(name)),
+            None => Ok(()),
+        }
+    }
+
+    /// Copies of the trainable tensors by name.
+    ///
+    /// Values are gathered without being written back, so the model is not touched.
+    pub fn trainable_values(&self) -> Vec<(String, Array2<T>)> {
+        let parts = self.trainable;
+        let gain = |name: String, gain: &Array1<T>| (name, gain.view().insert_axis(ndarray::Axis(0)).to_owned());
+        let mut all = Vec::new();
+        if parts.embedding {
+            all.push(("model.embed_tokens.weight".into(), self.embedding.clone()));
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{l}");
+            if parts.norms {
+                all.push(gain(format!("{prefix}.input_layernorm.weight"), &layer.input_norm));
+            }
+            for p in Projection::ALL {
+                let projection = layer.projection(p);
+                let names = projection.method.trainable_names().iter();
+                let named = names.zip(projection.trainable_values());
+                all.extend(named.map(|(name, values)| (format!("{prefix}.{}.{name}", p.path()), values)));
+            }
+            if parts.norms {
+                all.push(gain(format!("{prefix}.post_attention_layernorm.weight"), &layer.post_attention_norm));
+            }
+        }
+        if parts.norms {
+            all.push(gain("model.norm.weight".into(), &self.final_norm));
+        }
+        if parts.lm_head {
+            all.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".into(), head.clone())));
+        }
+        all
+    }
+
+    /// Bytes held at rest: (weights, adapter tensors beside them).
+    pub fn weight_bytes(&self) -> (usize, usize) {
+        let single = size_of::<T>();
+        let outside = self.embedding.len()
+            + self.final_norm.len()
+            + self.lm_head.as_ref().map_or(0, Array2::len)
+            + 2 * self.layers.len() * self.config.hidden_size;
+        let projections = || self.layers.iter().flat_map(|l| Projection::ALL.map(|p| l.projection(p)));
+        let weights: usize = projections().map(|p| p.base.bytes()).sum();
+        (outside * single + weights, projections().map(AdaptedLinear::adapter_bytes).sum())
+    }
+}

@@ -1,0 +1,127 @@
+//! The decoder against float64 tensors of PyTorch autograd and PEFT (`tests/data/llama_*`, made by
+//! `make_fixtures.py`): logits, loss, every gradient, three AdamW steps.
+
+use ndarray::Array2;
+use peft_limits::check::compare::assert_close;
+use peft_limits::cost::Cost;
+use peft_limits::linalg::Real;
+use peft_limits::model::{Batch, Gradients, Model, StepOptions};
+use peft_limits::tensor_file::TensorFile;
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn reference(name: &str) -> (TensorFile, Batch) {
+    let file = TensorFile::open(folder(name).join("reference.safetensors")).unwrap();
+    let ids = file.matrix::<f64>("input_ids", "test").unwrap().mapv(|x| x as u32);
+    let labels = file.matrix::<f64>("labels", "test").unwrap().mapv(|x| x as i64);
+    (file, Batch::new(ids, labels).unwrap())
+}
+
+/// PEFT's name of a tensor of ours.
+fn peft_name(ours: &str, adapters: bool) -> String {
+    if !adapters {
+        return ours.into();
+    }
+    let name = format!("base_model.model.{ours}");
+    match name.rsplit_once('.') {
+        Some((module, kind @ ("lora_A" | "lora_B" | "lora_magnitude_vector"))) => {
+            format!("{module}.{kind}.default.weight")
+        }
+        _ => name,
+    }
+}
+
+/// One AdamW update of PyTorch (lr 1e-2, betas 0.9 and 0.999, eps 1e-8, decoupled decay 0.01), written
+/// independently of the library's optimizer.
+fn adamw<T: Real>(
+    model: &mut Model<T>,
+    gradients: &Gradients<T>,
+    step: i32,
+    moments: &mut HashMap<String, (Array2<f64>, Array2<f64>)>,
+) {
+    model
+        .update(gradients, &mut |tensor| {
+            let zero = || (Array2::zeros(tensor.values.dim()), Array2::zeros(tensor.values.dim()));
+            let (first, second) = moments.entry(tensor.name.to_string()).or_insert_with(zero);
+            for (((p, &g), m), v) in tensor.values.iter_mut().zip(tensor.gradient).zip(first).zip(second) {
+                let g = g.widen();
+                *m = 0.9 * *m + 0.1 * g;
+                *v = 0.999 * *v + 0.001 * g * g;
+                let (m_hat, v_hat) = (*m / (1.0 - 0.9f64.powi(step)), *v / (1.0 - 0.999f64.powi(step)));
+                *p = T::of(p.widen() * (1.0 - 1e-2 * 0.01) - 1e-2 * m_hat / (v_hat.sqrt() + 1e-8));
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f64) {
+    let (file, batch) = reference(name);
+    let mut cost = Cost::default();
+    let logits = model.logits(batch.input_ids.view(), &mut cost).unwrap();
+    let (_, want) = file.tensor::<f64>("logits", "test").unwrap();
+    let want = Array2::from_shape_vec(logits.dim(), want).unwrap();
+    assert_close("logits", &logits.view(), &want.view(), tolerance);
+
+    let mut gradients = model.zero_gradients();
+    let options = StepOptions::default();
+    let out = model.loss_and_gradients(&batch, &options, &mut gradients, &mut cost).unwrap();
+    let want = file.vector::<f64>("loss", "test").unwrap()[0];
+    assert!((out.loss - want).abs() <= tolerance * want, "loss {} against {want}", out.loss);
+    assert_eq!(out.counted, batch.counted());
+
+    let named = gradients.named();
+    let expected = file.names().filter(|n| n.starts_with("grad.")).count();
+    assert_eq!(named.len(), expected, "every trainable tensor of the reference has a gradient here, and no other");
+    for (ours, gradient) in &named {
+        let theirs = format!("grad.{}", peft_name(ours, adapters));
+        let (_, want) = file.tensor::<f64>(&theirs, "test").unwrap();
+        let want = Array2::from_shape_vec(gradient.dim(), want).unwrap();
+        assert_close(&theirs, gradient, &want.view(), tolerance);
+    }
+
+    let losses = file.vector::<f64>("losses_adamw", "test").unwrap();
+    let mut moments = HashMap::new();
+    for step in 1..=3 {
+        gradients.fill_zero();
+        let out = model.loss_and_gradients(&batch, &options, &mut gradients, &mut cost).unwrap();
+        let want = losses[step as usize - 1];
+        assert!((out.loss - want).abs() <= tolerance * want, "step {step}: {} against {want}", out.loss);
+        adamw(&mut model, &gradients, step, &mut moments);
+    }
+    // Adam divides each entry by its own size, so where a gradient is as small as its rounding error the update
+    // is of that error's sign: in f32 single entries move by up to 2 lr (observed: 2.1e-4 of a tensor's norm).
+    let tolerance = if T::NAME == "f32" { 1e-3 } else { tolerance };
+    for (ours, values) in &model.trainable_values() {
+        let theirs = format!("after.{}", peft_name(ours, adapters));
+        let (_, want) = file.tensor::<f64>(&theirs, "test").unwrap();
+        let want = Array2::from_shape_vec(values.dim(), want).unwrap();
+        assert_close(&theirs, &values.view(), &want.view(), tolerance);
+    }
+}
+
+fn full<T: Real>(name: &str) -> Model<T> {
+    let mut model = Model::read(&folder(name)).unwrap();
+    model.train_fully();
+    model
+}
+
+#[test]
+fn full_fine_tuning_in_double_precision() {
+    check::<f64>("llama_full", full("llama_full"), false, 1e-9);
+}
+
+#[test]
+fn full_fine_tuning_in_single_precision() {
+    check::<f32>("llama_full", full("llama_full"), false, 1e-4);
+}
+
+#[test]
+fn tied_embeddings_without_grouped_queries() {
+    check::<f64>("llama_full_mha_tied", full("llama_full_mha_tied"), false, 1e-9);
+    check::<f32>("llama_full_mha_tied", full("llama_full_mha_tied"), false, 1e-4);
+}
