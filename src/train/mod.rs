@@ -1,6 +1,12 @@
 //! Training: objective, optimizer, schedule, data, trainer, memory ledger.
 
+pub mod config;
+pub mod data;
+pub mod evaluate;
+pub mod method;
 pub mod optimizer;
+pub mod preset;
 pub mod schedule;
 pub mod stream;
 pub mod tasks;
+pub mod tokenizer;
