@@ -85,7 +85,7 @@ impl ModelSource {
 /// | `fixed_width` | false | pad every batch to `length` rather than to its longest row | |
 /// | `truncate` | false | cut longer rows rather than refuse them | |
 /// | `checkpointing` | false | activation checkpointing: less memory, one more forward | |
-/// | `bf16_storage` | false | emulate bf16 storage: trained tensors are rounded at the start and after each update, gradients before it | |
+/// | `bf16_storage` | false | emulate bf16 storage ([`crate::train::storage`]) | |
 /// | `dtype` | `f32` | arithmetic | `f32`, `f64` |
 /// | `target_loss` | 0 | stop once the loss of a step is at most this; 0 is off | >= 0 |
 /// | `eval_every` | 0 | steps between evaluations; 0: only at the end | |

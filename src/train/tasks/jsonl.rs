@@ -73,6 +73,14 @@ impl Task for Jsonl {
         "jsonl"
     }
 
+    fn has(&self, split: Split) -> bool {
+        match split {
+            Split::Train => true,
+            Split::Test => !self.held.is_empty(),
+            Split::Shifted => !self.shifted.is_empty(),
+        }
+    }
+
     fn draw(&self, split: Split, rng: &mut ChaCha8Rng) -> Result<Row> {
         let (rows, remedy) = match split {
             Split::Train => (&self.train, "a line"),

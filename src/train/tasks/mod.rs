@@ -98,6 +98,12 @@ pub trait Task: Send + Sync {
     /// Name used in streams, logs and tables.
     fn name(&self) -> &str;
 
+    /// Whether the split has rows; a file may lack some.
+    fn has(&self, split: Split) -> bool {
+        let _ = split;
+        true
+    }
+
     /// Draws one row of the form that `split` has, from either side of the held-out rule.
     ///
     /// # Errors
