@@ -6,12 +6,19 @@
 
 pub mod adapters;
 pub mod atomic_file;
+pub mod attention;
 pub mod blocks;
 pub mod check;
 pub mod cost;
 pub mod error;
+#[cfg(feature = "experiments")]
+pub mod harness;
+pub mod limits;
 pub mod linalg;
 pub mod model;
+#[cfg(feature = "experiments")]
+pub mod report;
+pub mod streams;
 pub mod tensor_file;
 pub mod train;
 

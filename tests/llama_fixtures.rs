@@ -125,3 +125,21 @@ fn tied_embeddings_without_grouped_queries() {
     check::<f64>("llama_full_mha_tied", full("llama_full_mha_tied"), false, 1e-9);
     check::<f32>("llama_full_mha_tied", full("llama_full_mha_tied"), false, 1e-4);
 }
+
+fn adapted<T: Real>(name: &str) -> Model<T> {
+    let mut model = Model::read(&folder(name)).unwrap();
+    model.read_adapter(&folder(name).join("adapter")).unwrap();
+    model
+}
+
+#[test]
+fn lora_of_peft() {
+    check::<f64>("llama_lora", adapted("llama_lora"), true, 1e-9);
+    check::<f32>("llama_lora", adapted("llama_lora"), true, 1e-4);
+}
+
+#[test]
+fn dora_of_peft_with_its_constant_norm() {
+    check::<f64>("llama_dora", adapted("llama_dora"), true, 1e-9);
+    check::<f32>("llama_dora", adapted("llama_dora"), true, 1e-4);
+}

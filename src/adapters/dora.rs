@@ -9,7 +9,7 @@ use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized;
+use crate::linalg::elementwise::vectorized_closure;
 use crate::linalg::gemm::parallel_product_into;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Zip};
 use rand::Rng;
@@ -90,13 +90,16 @@ impl<T: Real> Dora<T> {
         );
         cost.elementwise += 3 * weight.len() as u64;
         let mut norms = vec![T::zero(); weight.nrows()];
-        vectorized(|| {
-            for ((mut row, norm), &m) in weight.rows_mut().into_iter().zip(&mut norms).zip(&self.magnitude) {
-                *norm = row.dot(&row).sqrt();
-                let g = m / *norm;
-                row.mapv_inplace(|w| w * g);
-            }
-        });
+        vectorized_closure(
+            #[inline(always)]
+            || {
+                for ((mut row, norm), &m) in weight.rows_mut().into_iter().zip(&mut norms).zip(&self.magnitude) {
+                    *norm = row.dot(&row).sqrt();
+                    let g = m / *norm;
+                    row.mapv_inplace(|w| w * g);
+                }
+            },
+        );
         match norms.iter().position(|n| !(*n > T::zero())) {
             Some(row) => Err(Error::invalid(format!("norm of row {row}"), norms[row], "DoRA needs nonzero rows")),
             None => Ok(MergedDora { weight, norms }),

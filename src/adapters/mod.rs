@@ -302,34 +302,34 @@ impl<T: Real> AdaptedLinear<T> {
     ///
     /// # Errors
     /// What `change` returns; [`Error::InvalidParam`] for a method that must write into a packed weight.
-    pub fn update(&mut self, change: &mut dyn FnMut(usize, &'static str, &mut Array2<T>) -> Result<()>) -> Result<()> {
+    pub fn update(&mut self, change: &mut dyn FnMut(&'static str, &mut Array2<T>) -> Result<()>) -> Result<()> {
         match &mut self.method {
             Method::Frozen => Ok(()),
-            Method::Full => change(0, "weight", self.base.dense_mut("full")?),
+            Method::Full => change("weight", self.base.dense_mut("full")?),
             Method::Lora(lora) => {
-                change(0, "lora_A", &mut lora.a)?;
-                change(1, "lora_B", &mut lora.b)
+                change("lora_A", &mut lora.a)?;
+                change("lora_B", &mut lora.b)
             }
             Method::Dora(dora) => {
-                change(0, "lora_A", &mut dora.a)?;
-                change(1, "lora_B", &mut dora.b)?;
-                change(2, "lora_magnitude_vector", &mut dora.magnitude)
+                change("lora_A", &mut dora.a)?;
+                change("lora_B", &mut dora.b)?;
+                change("lora_magnitude_vector", &mut dora.magnitude)
             }
             Method::Moslora(moslora) => {
-                change(0, "lora_A", &mut moslora.a)?;
-                change(1, "lora_B", &mut moslora.b)?;
-                change(2, "lora_mixer", &mut moslora.mixer)
+                change("lora_A", &mut moslora.a)?;
+                change("lora_B", &mut moslora.b)?;
+                change("lora_mixer", &mut moslora.mixer)
             }
             Method::Paca(paca) => {
                 let mut columns = paca.stored_columns(&self.base);
-                change(0, "paca_columns", &mut columns)?;
+                change("paca_columns", &mut columns)?;
                 paca.store_columns(&columns, &mut self.base);
                 Ok(())
             }
             Method::S2ft(slice) => {
                 let weight = self.base.dense_mut("s2ft")?;
                 let mut values = slice.of(&weight.view()).to_owned();
-                change(0, "s2ft_slice", &mut values)?;
+                change("s2ft_slice", &mut values)?;
                 slice.of_mut(weight).assign(&values);
                 Ok(())
             }

@@ -4,7 +4,7 @@ use super::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized};
+use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized_closure};
 use crate::linalg::gemm::parallel_product_into;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
@@ -80,7 +80,8 @@ pub fn cross_entropy<T: Real>(
         let indices: Vec<usize> = chunk.iter().map(|&(row, _)| row).collect();
         let rows = hidden.select(Axis(0), &indices);
         let mut logits = Array2::<T>::zeros((chunk.len(), vocabulary));
-        cost.hold(rows.len() + logits.len());
+        cost.hold(rows.len());
+        cost.hold(logits.len());
         cost.exponentials += logits.len() as u64;
         cost.elementwise += 4 * logits.len() as u64;
         parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
@@ -115,15 +116,18 @@ pub fn cross_entropy<T: Real>(
 
 /// Loss of one row; the row becomes scale (softmax(z) - onehot(label)).
 fn loss_row<T: Real>(z: &mut [T], label: usize, scale: T) -> f64 {
-    vectorized(|| {
-        let largest = row_max(z);
-        let target = z[label];
-        let sum = row_exp_sum(z, largest);
-        let factor = scale / sum;
-        for x in z.iter_mut() {
-            *x *= factor;
-        }
-        z[label] -= scale;
-        sum.widen().ln() + (largest.widen() - target.widen())
-    })
+    vectorized_closure(
+        #[inline(always)]
+        || {
+            let largest = row_max(z);
+            let target = z[label];
+            let sum = row_exp_sum(z, largest);
+            let factor = scale / sum;
+            for x in z.iter_mut() {
+                *x *= factor;
+            }
+            z[label] -= scale;
+            sum.widen().ln() + (largest.widen() - target.widen())
+        },
+    )
 }

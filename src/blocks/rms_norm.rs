@@ -4,7 +4,7 @@ use super::{ROWS_PER_TASK, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::{LANES, vectorized};
+use crate::linalg::elementwise::{LANES, vectorized_closure};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -79,16 +79,19 @@ pub fn rms_norm_forward<T: Real>(
         .zip(input.par_chunks(task))
         .zip(inverse_rms.par_chunks_mut(ROWS_PER_TASK))
         .for_each(|((y, x), inverse)| {
-            vectorized(|| {
-                for ((y, x), inverse) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(inverse) {
-                    let mean = lane_sum(x, x, x, |a, b, _| a * b) / T::of(width as f64);
-                    let s = T::one() / (mean + T::of(eps)).sqrt();
-                    *inverse = s;
-                    for ((y, &x), &g) in y.iter_mut().zip(x).zip(gain) {
-                        *y = g * x * s;
+            vectorized_closure(
+                #[inline(always)]
+                || {
+                    for ((y, x), inverse) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(inverse) {
+                        let mean = lane_sum(x, x, x, |a, b, _| a * b) / T::of(width as f64);
+                        let s = T::one() / (mean + T::of(eps)).sqrt();
+                        *inverse = s;
+                        for ((y, &x), &g) in y.iter_mut().zip(x).zip(gain) {
+                            *y = g * x * s;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
     Ok((y, inverse_rms))
 }
@@ -128,13 +131,16 @@ pub fn rms_norm_backward<T: Real>(
             .zip(inverse_rms.par_chunks(ROWS_PER_TASK))
             .map(|((dy, x), inverse)| {
                 let mut part = vec![T::zero(); width];
-                vectorized(|| {
-                    for ((dy, x), &s) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse) {
-                        for ((p, &dy), &x) in part.iter_mut().zip(dy).zip(x) {
-                            *p += dy * x * s;
+                vectorized_closure(
+                    #[inline(always)]
+                    || {
+                        for ((dy, x), &s) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse) {
+                            for ((p, &dy), &x) in part.iter_mut().zip(dy).zip(x) {
+                                *p += dy * x * s;
+                            }
                         }
-                    }
-                });
+                    },
+                );
                 part
             })
             .collect();
@@ -155,16 +161,19 @@ pub fn rms_norm_backward<T: Real>(
             .zip(x.par_chunks(task))
             .zip(inverse_rms.par_chunks(ROWS_PER_TASK))
             .for_each(|(((dx, dy), x), inverse)| {
-                vectorized(|| {
-                    let rows = dx.chunks_exact_mut(width).zip(dy.chunks_exact(width)).zip(x.chunks_exact(width));
-                    for (((dx, dy), x), &s) in rows.zip(inverse) {
-                        let dot = lane_sum(dy, x, gain, |dy, x, g| g * dy * x);
-                        let c = dot * s * s / T::of(width as f64);
-                        for (((dx, &dy), &x), &g) in dx.iter_mut().zip(dy).zip(x).zip(gain) {
-                            *dx += s * (g * dy - c * x);
+                vectorized_closure(
+                    #[inline(always)]
+                    || {
+                        let rows = dx.chunks_exact_mut(width).zip(dy.chunks_exact(width)).zip(x.chunks_exact(width));
+                        for (((dx, dy), x), &s) in rows.zip(inverse) {
+                            let dot = lane_sum(dy, x, gain, |dy, x, g| g * dy * x);
+                            let c = dot * s * s / T::of(width as f64);
+                            for (((dx, &dy), &x), &g) in dx.iter_mut().zip(dy).zip(x).zip(gain) {
+                                *dx += s * (g * dy - c * x);
+                            }
                         }
-                    }
-                });
+                    },
+                );
             });
     }
     Ok(())

@@ -4,7 +4,7 @@ use super::ROWS_PER_TASK;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized;
+use crate::linalg::elementwise::vectorized_closure;
 use ndarray::{Array2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -82,21 +82,24 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
     };
     let (cos, sin) = (table.cos.as_slice().unwrap_or(&[]), table.sin.as_slice().unwrap_or(&[]));
     x.par_chunks_mut(ROWS_PER_TASK * width).enumerate().for_each(|(task, rows)| {
-        vectorized(|| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let t = (task * ROWS_PER_TASK + i) % length;
-                let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
-                for head in row.chunks_exact_mut(2 * half) {
-                    let (first, second) = head.split_at_mut(half);
-                    for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        let s = direction * s;
-                        let rotated = *a * c - *b * s;
-                        *b = *b * c + *a * s;
-                        *a = rotated;
+        vectorized_closure(
+            #[inline(always)]
+            || {
+                for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                    let t = (task * ROWS_PER_TASK + i) % length;
+                    let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
+                    for head in row.chunks_exact_mut(2 * half) {
+                        let (first, second) = head.split_at_mut(half);
+                        for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                            let s = direction * s;
+                            let rotated = *a * c - *b * s;
+                            *b = *b * c + *a * s;
+                            *a = rotated;
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     });
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::{ROWS_PER_TASK, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized;
+use crate::linalg::elementwise::vectorized_closure;
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -40,11 +40,14 @@ pub fn swiglu_forward<T: Real>(gate: ArrayView2<T>, up: ArrayView2<T>, cost: &mu
         .zip(gate.as_slice().unwrap_or(&[]).par_chunks(task))
         .zip(up.as_slice().unwrap_or(&[]).par_chunks(task))
         .for_each(|((a, gate), up)| {
-            vectorized(|| {
-                for ((a, &g), &u) in a.iter_mut().zip(gate).zip(up) {
-                    *a = g * sigmoid(g) * u;
-                }
-            });
+            vectorized_closure(
+                #[inline(always)]
+                || {
+                    for ((a, &g), &u) in a.iter_mut().zip(gate).zip(up) {
+                        *a = g * sigmoid(g) * u;
+                    }
+                },
+            );
         });
     Ok(a)
 }
@@ -72,14 +75,17 @@ pub fn swiglu_backward<T: Real>(
     };
     gate.par_chunks_mut(task).zip(up.par_chunks_mut(task)).zip(da.as_slice().unwrap_or(&[]).par_chunks(task)).for_each(
         |((gate, up), da)| {
-            vectorized(|| {
-                for ((g, u), &d) in gate.iter_mut().zip(up).zip(da) {
-                    let s = sigmoid(*g);
-                    let silu = *g * s;
-                    *g = d * *u * (s + silu * (T::one() - s));
-                    *u = d * silu;
-                }
-            });
+            vectorized_closure(
+                #[inline(always)]
+                || {
+                    for ((g, u), &d) in gate.iter_mut().zip(up).zip(da) {
+                        let s = sigmoid(*g);
+                        let silu = *g * s;
+                        *g = d * *u * (s + silu * (T::one() - s));
+                        *u = d * silu;
+                    }
+                },
+            );
         },
     );
     Ok(())

@@ -5,23 +5,49 @@
 //! alone, not on the instruction set's width or the number of threads.
 
 use super::Real;
-use ndarray::{ArrayView1, ArrayViewMut1, ArrayViewMut2};
+use ndarray::ArrayViewMut2;
 
 /// Independent partial results of a reduction over a row.
 pub const LANES: usize = 32;
 
-/// Runs `kernel` compiled for the machine's vector instructions.
+/// An element-wise loop that [`vectorized`] compiles for several instruction sets.
+///
+/// Implementations must mark `run`, and every function it calls in its loop, `#[inline(always)]`: only what is
+/// inlined is compiled for the wide instructions. A closure would not do, since a closure called from
+/// several places is not inlined (measured: 12 times slower).
+pub trait Kernel {
+    /// What the loop returns.
+    type Output;
+    /// The loop.
+    fn run(self) -> Self::Output;
+}
+
+/// Runs a kernel with the widest vector instructions of the machine.
 #[inline(always)]
-pub fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
-    struct Kernel<F>(F);
-    impl<R, F: FnOnce() -> R> pulp::WithSimd for Kernel<F> {
+pub fn vectorized<K: Kernel>(kernel: K) -> K::Output {
+    struct Compiled<K>(K);
+    impl<K: Kernel> pulp::WithSimd for Compiled<K> {
+        type Output = K::Output;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _simd: S) -> K::Output {
+            self.0.run()
+        }
+    }
+    pulp::Arch::new().dispatch(Compiled(kernel))
+}
+
+/// [`vectorized`] for a closure, which the caller must mark `#[inline(always)]`.
+#[inline(always)]
+pub(crate) fn vectorized_closure<R>(closure: impl FnOnce() -> R) -> R {
+    struct Inlined<F>(F);
+    impl<R, F: FnOnce() -> R> Kernel for Inlined<F> {
         type Output = R;
         #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _simd: S) -> R {
+        fn run(self) -> R {
             (self.0)()
         }
     }
-    pulp::Arch::new().dispatch(Kernel(kernel))
+    vectorized(Inlined(closure))
 }
 
 /// Largest entry of a row (negative infinity for an empty one).
@@ -34,11 +60,17 @@ pub(crate) fn row_max<T: Real>(row: &[T]) -> T {
             *lane = if x > *lane { x } else { *lane };
         }
     }
-    let mut largest = T::neg_infinity();
-    for &x in lanes.iter().chain(chunks.remainder()) {
-        largest = if x > largest { x } else { largest };
+    for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
+        *lane = if x > *lane { x } else { *lane };
     }
-    largest
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// Replaces a row by exp(row - shift) and returns its sum.
@@ -53,22 +85,27 @@ pub(crate) fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
             *lane += e;
         }
     }
-    let mut sum = T::zero();
-    for x in chunks.into_remainder() {
+    for (lane, x) in lanes.iter_mut().zip(chunks.into_remainder()) {
         let e = (*x - shift).exp_lane();
         *x = e;
-        sum += e;
+        *lane += e;
     }
-    for lane in lanes {
-        sum += lane;
+    // Halving keeps the sum of the lanes in vector registers.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
     }
-    sum
+    lanes[0]
 }
 
-fn rows_of<'a, T: Real>(tile: &'a mut ArrayViewMut2<T>) -> impl Iterator<Item = &'a mut [T]> {
-    let width = tile.ncols();
-    let slice = tile.as_slice_mut().unwrap_or(&mut []);
-    slice.chunks_exact_mut(width.max(1))
+/// The entries of a row-major tile; a tile that is not contiguous is an internal error.
+#[track_caller]
+fn contiguous<'a, T>(tile: &'a mut ArrayViewMut2<T>) -> &'a mut [T] {
+    assert!(tile.is_standard_layout(), "element-wise kernels work on row-major tiles");
+    tile.as_slice_mut().unwrap_or(&mut [])
 }
 
 /// One tile of the online softmax: `scores` becomes exp(scores - m'), with m' the running maximum.
@@ -82,10 +119,29 @@ pub fn online_softmax_tile<T: Real>(
     row_sum: &mut [T],
     correction: &mut [T],
 ) {
-    vectorized(|| {
-        for (((row, maximum), sum), factor) in
-            rows_of(&mut scores).zip(row_maximum.iter_mut()).zip(row_sum.iter_mut()).zip(correction.iter_mut())
-        {
+    vectorized(OnlineSoftmax {
+        width: scores.ncols(),
+        scores: contiguous(&mut scores),
+        row_maximum,
+        row_sum,
+        correction,
+    });
+}
+
+struct OnlineSoftmax<'a, T> {
+    width: usize,
+    scores: &'a mut [T],
+    row_maximum: &'a mut [T],
+    row_sum: &'a mut [T],
+    correction: &'a mut [T],
+}
+
+impl<T: Real> Kernel for OnlineSoftmax<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let rows = self.scores.chunks_exact_mut(self.width.max(1));
+        for (((row, maximum), sum), factor) in rows.zip(self.row_maximum).zip(self.row_sum).zip(self.correction) {
             let tile_maximum = row_max(row);
             let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
             // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
@@ -98,20 +154,32 @@ pub fn online_softmax_tile<T: Real>(
             *sum = *factor * *sum + row_exp_sum(row, updated);
             *maximum = updated;
         }
-    });
+    }
 }
 
 /// Multiplies row i of `output` by `factor[i]`, skipping factors that are exactly one.
 pub fn scale_rows<T: Real>(mut output: ArrayViewMut2<T>, factor: &[T]) {
-    vectorized(|| {
-        for (row, &f) in rows_of(&mut output).zip(factor) {
+    vectorized(ScaleRows { width: output.ncols(), output: contiguous(&mut output), factor });
+}
+
+struct ScaleRows<'a, T> {
+    width: usize,
+    output: &'a mut [T],
+    factor: &'a [T],
+}
+
+impl<T: Real> Kernel for ScaleRows<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for (row, &f) in self.output.chunks_exact_mut(self.width.max(1)).zip(self.factor) {
             if f < T::one() || f > T::one() {
                 for x in row {
                     *x *= f;
                 }
             }
         }
-    });
+    }
 }
 
 /// Softmax backward on a tile: `scores` becomes p = exp(s - log_sum_exp), `upstream` (holding
@@ -122,54 +190,61 @@ pub fn softmax_backward_tile<T: Real>(
     log_sum_exp: &[T],
     delta: &[T],
 ) {
-    vectorized(|| {
-        for (((s_row, t_row), &lse), &d) in rows_of(&mut scores).zip(rows_of(&mut upstream)).zip(log_sum_exp).zip(delta)
-        {
+    let width = scores.ncols();
+    vectorized(SoftmaxBackward {
+        width,
+        scores: contiguous(&mut scores),
+        upstream: contiguous(&mut upstream),
+        log_sum_exp,
+        delta,
+    });
+}
+
+struct SoftmaxBackward<'a, T> {
+    width: usize,
+    scores: &'a mut [T],
+    upstream: &'a mut [T],
+    log_sum_exp: &'a [T],
+    delta: &'a [T],
+}
+
+impl<T: Real> Kernel for SoftmaxBackward<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let width = self.width.max(1);
+        let tiles = self.scores.chunks_exact_mut(width).zip(self.upstream.chunks_exact_mut(width));
+        for (((s_row, t_row), &lse), &d) in tiles.zip(self.log_sum_exp).zip(self.delta) {
             for (s, t) in s_row.iter_mut().zip(t_row) {
                 let p = (*s - lse).exp_lane();
                 *s = p;
                 *t = p * (*t - d);
             }
         }
-    });
+    }
 }
 
 /// Replaces every entry of a contiguous tile by exp(entry - shift of its row).
 pub fn exp_rows<T: Real>(mut tile: ArrayViewMut2<T>, shift: &[T]) {
-    vectorized(|| {
-        for (row, &s) in rows_of(&mut tile).zip(shift) {
+    vectorized(ExpRows { width: tile.ncols(), tile: contiguous(&mut tile), shift });
+}
+
+struct ExpRows<'a, T> {
+    width: usize,
+    tile: &'a mut [T],
+    shift: &'a [T],
+}
+
+impl<T: Real> Kernel for ExpRows<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for (row, &s) in self.tile.chunks_exact_mut(self.width.max(1)).zip(self.shift) {
             for x in row {
                 *x = (*x - s).exp_lane();
             }
         }
-    });
-}
-
-/// Largest magnitude in a contiguous tile.
-pub fn max_abs_tile<T: Real>(mut tile: ArrayViewMut2<T>) -> T {
-    vectorized(|| {
-        let mut largest = T::zero();
-        for row in rows_of(&mut tile) {
-            let mut lanes = [T::zero(); LANES];
-            let mut chunks = row.chunks_exact(LANES);
-            for chunk in &mut chunks {
-                for (lane, &x) in lanes.iter_mut().zip(chunk) {
-                    let x = x.abs();
-                    *lane = if x > *lane { x } else { *lane };
-                }
-            }
-            for &x in lanes.iter().chain(chunks.remainder()) {
-                let x = x.abs();
-                largest = if x > largest { x } else { largest };
-            }
-        }
-        largest
-    })
-}
-
-/// y += a x.
-pub fn axpy<T: Real>(a: T, x: ArrayView1<T>, y: &mut ArrayViewMut1<T>) {
-    y.zip_mut_with(&x, |y, &x| *y += a * x);
+    }
 }
 
 #[cfg(test)]
@@ -234,9 +309,6 @@ mod tests {
             let want: f64 = row.iter().map(|x| (x - want_max).exp()).sum();
             let mut got = row.clone();
             assert!((row_exp_sum(&mut got, want_max) - want).abs() <= 4.0 * f64::EPSILON * want * (n as f64));
-            let mut tile = ndarray::Array2::from_shape_vec((1, n), row.clone()).unwrap();
-            let want_abs = row.iter().fold(0.0f64, |a, x| a.max(x.abs()));
-            assert_eq!(max_abs_tile(tile.view_mut()).to_bits(), want_abs.to_bits());
         }
     }
 }

@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod khatri_rao;
 pub mod norms;
 pub mod real;
+pub mod reduce;
 
 pub use gemm::{product, product_into};
 pub use real::Real;

@@ -97,7 +97,7 @@ impl Real for f64 {
     #[inline(always)]
     fn exp_lane(self) -> Self {
         const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52
-        const LN2_HIGH: f64 = 6.931_471_803_691_238_2e-1;
+        const LN2_HIGH: f64 = 0.693_147_180_369_123_8;
         const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
         let x = if self < -708.0 { -708.0 } else { self };
         let x = if x > 709.0 { 709.0 } else { x };

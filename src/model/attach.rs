@@ -66,6 +66,19 @@ impl<T: Real> Model<T> {
     /// [`Error::InvalidParam`] for layers that do not exist, a merged projection, a selection rule that needs
     /// calibration (see [`Model::attach_with_scores`]), or settings that do not fit a weight.
     pub fn attach(&mut self, plan: &AdapterPlan, rng: &mut impl Rng) -> Result<()> {
+        self.attach_with_scores(plan, None, rng)
+    }
+
+    /// As [`Model::attach`], with the measurements that activation and gradient selection need.
+    ///
+    /// # Errors
+    /// As [`Model::attach`].
+    pub fn attach_with_scores(
+        &mut self,
+        plan: &AdapterPlan,
+        calibration: Option<&super::Calibration<T>>,
+        rng: &mut impl Rng,
+    ) -> Result<()> {
         for (layers, projections, spec) in &plan.entries {
             let all = 0..self.layers.len();
             let layers = layers.clone().unwrap_or(all.clone());
@@ -73,9 +86,11 @@ impl<T: Real> Model<T> {
                 let requirement = format!("the model has {} layers", all.end);
                 return Err(Error::invalid("layers", format!("{layers:?}"), requirement));
             }
-            for layer in &mut self.layers[layers] {
+            for l in layers {
+                let statistics = calibration.and_then(|c| c.layers.get(l));
                 for &p in projections {
-                    attach_one(layer.projection_mut(p), *spec, &ColumnScores::default(), rng)?;
+                    let scores = statistics.map_or_else(ColumnScores::default, |s| s[p as usize].column_scores());
+                    attach_one(self.layers[l].projection_mut(p), *spec, &scores, rng)?;
                 }
             }
         }

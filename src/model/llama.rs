@@ -37,6 +37,14 @@ pub struct Pass<T> {
 }
 
 impl<T: Real> Pass<T> {
+    /// What layer `index` keeps, if anything (nothing under activation checkpointing).
+    pub fn layer_cache(&self, index: usize) -> Option<&LayerCache<T>> {
+        match self.layers.get(index) {
+            Some(Kept::Cache(cache)) => Some(cache),
+            _ => None,
+        }
+    }
+
     /// (name, bytes) of every tensor kept for backward, for a memory ledger.
     pub fn saved_bytes_by_name(&self) -> Vec<(String, usize)> {
         let single = size_of::<T>();

@@ -37,8 +37,11 @@
 //! Nothing is saved and no backward runs below the first trainable tensor; inside a layer each tensor is kept
 //! only if some trainable tensor's gradient needs it.
 
+mod adapter_config;
+pub mod adapter_folder;
 mod attach;
 mod batch;
+mod calibration;
 pub mod checkpoint;
 mod config;
 mod gradients;
@@ -49,6 +52,7 @@ pub mod s2ft;
 
 pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
+pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use gradients::{Gradients, LayerGradients};
 pub use layer::{Layer, LayerCache};

@@ -212,7 +212,7 @@ impl<T: Real> Model<T> {
             for p in Projection::ALL {
                 layer
                     .projection_mut(p)
-                    .update(&mut |_, tensor, values| change(&format!("{prefix}.{}.{tensor}", p.path()), values))?;
+                    .update(&mut |tensor, values| change(&format!("{prefix}.{}.{tensor}", p.path()), values))?;
             }
             if parts.norms {
                 let name = format!("{prefix}.post_attention_layernorm.weight");

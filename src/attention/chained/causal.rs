@@ -1,0 +1,215 @@
+//! The chain under a causal mask: a chunked prefix scan, the diagonal chunks exact; linear in L.
+//!
+//! A query of chunk t sees the keys of chunks before t through the running moments M_t = sum_{s < t} Psi_s^T [...]
+//! and those of its own chunk through their exact exponentials, on the same scale exp(S - shift). The key
+//! side is the mirror image, scanned from the last chunk. Groups of chunks run in parallel: their totals
+//! come first, then each group scans from the sum of the groups before (or after) it.
+
+use super::full::query_tiles;
+use super::tile::{Chain, QueryTile, TILE};
+use crate::attention::contraction::Products;
+use crate::cost::Cost;
+use crate::error::Result;
+use crate::linalg::elementwise::exp_rows;
+use crate::linalg::reduce::tile_groups;
+use crate::linalg::{Real, product, product_into};
+use ndarray::{Array2, ArrayViewMut2, Axis, parallel::prelude::*, s};
+use std::ops::Range;
+
+/// Fixed number of groups, so that results do not depend on the number of threads.
+const GROUPS: usize = 8;
+
+pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Products<T>, Array2<T>)> {
+    let w = chain.widths;
+    let rank = chain.map.rank();
+    let tokens = chain.problem.num_queries();
+    let groups = tile_groups(tokens, TILE, GROUPS);
+    let tile_memory = rayon::current_num_threads() * (TILE * (rank + w.right().max(w.left())) + TILE * TILE);
+    cost.hold(tile_memory);
+    cost.hold(groups.len() * rank * w.right());
+    cost.hold(groups.len() * rank * w.left());
+
+    // Totals of the right moments by group, then running sums over the groups before.
+    let totals = in_parallel(&groups, cost, |range, cost| {
+        let mut sum = Array2::<T>::zeros((rank, w.right()));
+        for chunk in chunks(range) {
+            add_right(chain, chunk, &mut sum, cost);
+        }
+        Ok(sum)
+    })?;
+    let before = exclusive_sums(totals);
+
+    let mut output = Array2::zeros((tokens, w.value));
+    let mut value_right = Array2::zeros((tokens, w.value_right));
+    let mut score_right = Array2::zeros((tokens, w.score_right));
+    let mut upstream = Array2::zeros((tokens, w.value));
+    let mut row_state = Array2::zeros((tokens, 2));
+    let mut key_side = Array2::zeros((tokens, w.score_left + w.value_left));
+    cost.hold(tokens * (2 * w.value + w.value_right + w.score_right + 2) + key_side.len());
+
+    // Forward scan: queries, the exact diagonal's part of the key side, totals of the left moments.
+    let mut tiles =
+        query_tiles(&mut output, &mut value_right, &mut score_right, &mut upstream, &mut row_state).into_iter();
+    let mut key_tiles = key_side.axis_chunks_iter_mut(Axis(0), TILE);
+    let mut jobs: Vec<ForwardJob<T>> = groups
+        .iter()
+        .zip(before)
+        .map(|(range, state)| {
+            let count = range.len().div_ceil(TILE);
+            ForwardJob {
+                state,
+                queries: tiles.by_ref().take(count).collect(),
+                keys: key_tiles.by_ref().take(count).collect(),
+            }
+        })
+        .collect();
+    let outcomes: Vec<Result<(Array2<T>, Cost)>> = jobs.par_iter_mut().map(|job| forward_scan(chain, job)).collect();
+    drop(jobs);
+    let mut totals = Vec::with_capacity(groups.len());
+    for outcome in outcomes {
+        let (total, part) = outcome?;
+        cost.add_operations(&part);
+        totals.push(total);
+    }
+    // Running sums over the groups after.
+    totals.reverse();
+    let mut after = exclusive_sums(totals);
+    after.reverse();
+
+    // Backward scan: the key side below the diagonal chunks.
+    let mut key_tiles = key_side.axis_chunks_iter_mut(Axis(0), TILE);
+    let mut jobs: Vec<BackwardJob<T>> = groups
+        .iter()
+        .zip(after)
+        .map(|(range, state)| BackwardJob {
+            range: range.clone(),
+            state,
+            keys: key_tiles.by_ref().take(range.len().div_ceil(TILE)).collect(),
+        })
+        .collect();
+    let (upstream_view, state_view) = (upstream.view(), row_state.view());
+    let costs: Vec<Cost> = jobs
+        .par_iter_mut()
+        .map(|BackwardJob { range, state, keys }| {
+            let mut cost = Cost::default();
+            let all: Vec<Range<usize>> = chunks(range).collect();
+            for (chunk, out) in all.into_iter().zip(keys).rev() {
+                let psi = chain.key_features(chunk.clone(), &mut cost);
+                let sums = product(psi.t(), state.view(), &mut cost);
+                chain.add_keys(chunk.clone(), sums.view(), out, &mut cost);
+                let phi = chain.query_features(chunk.clone(), &mut cost);
+                let rows = s![chunk.clone(), ..];
+                let columns =
+                    chain.left_columns(chunk.clone(), upstream_view.slice(rows), state_view.slice(rows), &mut cost);
+                product_into(phi.view(), columns.view(), T::one(), &mut state.view_mut(), &mut cost);
+            }
+            cost
+        })
+        .collect();
+    drop(jobs);
+    costs.iter().for_each(|part| cost.add_operations(part));
+    cost.release(tile_memory);
+    let products = Products {
+        output,
+        value_right,
+        score_right,
+        score_left: key_side.slice(s![.., ..w.score_left]).to_owned(),
+        value_left: key_side.slice(s![.., w.score_left..]).to_owned(),
+    };
+    Ok((products, upstream))
+}
+
+/// One group of the forward scan: its starting moments and the rows it owns.
+struct ForwardJob<'a, T> {
+    state: Array2<T>,
+    queries: Vec<QueryTile<'a, T>>,
+    keys: Vec<ArrayViewMut2<'a, T>>,
+}
+
+/// One group of the backward scan.
+struct BackwardJob<'a, T> {
+    range: Range<usize>,
+    state: Array2<T>,
+    keys: Vec<ArrayViewMut2<'a, T>>,
+}
+
+/// Returns the left moments of the group.
+fn forward_scan<T: Real>(chain: &Chain<T>, job: &mut ForwardJob<T>) -> Result<(Array2<T>, Cost)> {
+    let mut cost = Cost::default();
+    let mut total = Array2::<T>::zeros((chain.map.rank(), chain.widths.left()));
+    for (tile, out) in job.queries.iter_mut().zip(&mut job.keys) {
+        let chunk = tile.range.clone();
+        let phi = chain.query_features(chunk.clone(), &mut cost);
+        let mut sums = product(phi.t(), job.state.view(), &mut cost);
+        let exact = diagonal(chain, chunk.clone(), &mut cost);
+        let right = chain.right_columns(chunk.clone(), &mut cost);
+        product_into(exact.view(), right.view(), T::one(), &mut sums.view_mut(), &mut cost);
+        chain.finish_queries(sums.view(), tile, &mut cost)?;
+        let left = chain.left_columns(chunk.clone(), tile.upstream.view(), tile.row_state.view(), &mut cost);
+        let key_sums = product(exact.t(), left.view(), &mut cost);
+        chain.add_keys(chunk.clone(), key_sums.view(), out, &mut cost);
+        product_into(phi.view(), left.view(), T::one(), &mut total.view_mut(), &mut cost);
+        let psi = chain.key_features(chunk, &mut cost);
+        product_into(psi.view(), right.view(), T::one(), &mut job.state.view_mut(), &mut cost);
+    }
+    Ok((total, cost))
+}
+
+/// exp(S - shift) of a diagonal chunk, zero above the diagonal.
+fn diagonal<T: Real>(chain: &Chain<T>, chunk: Range<usize>, cost: &mut Cost) -> Array2<T> {
+    let beta = T::of(chain.problem.beta());
+    let query = chain.projected.qkv.query.slice(s![chunk.clone(), ..]).mapv(|x| x * beta);
+    let mut scores = product(query.view(), chain.projected.qkv.key.slice(s![chunk.clone(), ..]).t(), cost);
+    for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
+        row.slice_mut(s![i + 1..]).fill(T::neg_infinity());
+    }
+    let none = vec![T::zero(); chunk.len()];
+    let shift = chain.map.row_shift().map_or(&none[..], |shift| &shift[chunk.clone()]);
+    exp_rows(scores.view_mut(), shift);
+    cost.exponentials += scores.len() as u64;
+    scores
+}
+
+fn add_right<T: Real>(chain: &Chain<T>, chunk: Range<usize>, sum: &mut Array2<T>, cost: &mut Cost) {
+    let psi = chain.key_features(chunk.clone(), cost);
+    let columns = chain.right_columns(chunk, cost);
+    product_into(psi.view(), columns.view(), T::one(), &mut sum.view_mut(), cost);
+}
+
+fn chunks(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let end = range.end;
+    range.clone().step_by(TILE).map(move |start| start..(start + TILE).min(end))
+}
+
+/// Runs every group, adding its operations in order.
+fn in_parallel<T: Real>(
+    groups: &[Range<usize>],
+    cost: &mut Cost,
+    work: impl Fn(&Range<usize>, &mut Cost) -> Result<Array2<T>> + Sync,
+) -> Result<Vec<Array2<T>>> {
+    let outcomes: Vec<Result<(Array2<T>, Cost)>> = groups
+        .par_iter()
+        .map(|range| {
+            let mut cost = Cost::default();
+            Ok((work(range, &mut cost)?, cost))
+        })
+        .collect();
+    let mut results = Vec::with_capacity(groups.len());
+    for outcome in outcomes {
+        let (result, part) = outcome?;
+        cost.add_operations(&part);
+        results.push(result);
+    }
+    Ok(results)
+}
+
+/// Replaces each matrix by the sum of those before it (zero for the first).
+fn exclusive_sums<T: Real>(mut matrices: Vec<Array2<T>>) -> Vec<Array2<T>> {
+    let Some(first) = matrices.first() else { return matrices };
+    let mut running = Array2::zeros(first.raw_dim());
+    for matrix in &mut matrices {
+        let next = &running + &*matrix;
+        *matrix = std::mem::replace(&mut running, next);
+    }
+    matrices
+}

@@ -1,0 +1,86 @@
+//! Chained low-rank gradients: O(L k r d_v) operations from factors exp(S) ~= Phi Psi^T (design 2.2).
+//!
+//! With D = Phi (Psi^T 1) and U = D^{-1} Phi, the approximate probabilities are P^ = U Psi^T. Writing
+//! V' = [V | 1] and G' = [G | -delta], the gradient of the scores is
+//!
+//! ```text
+//! dS^ = P^ o (G V^T - delta 1^T) = sum_c diag(G'_c) U Psi^T diag(V'_c)
+//! ```
+//!
+//! so a product with it is a sum over the d_v + 1 columns c of thin products, all made at once with the row-wise
+//! Khatri-Rao product `*`:
+//!
+//! ```text
+//! (dS^ Z)_i   = sum_c G'_ic [U (Psi^T (V' * Z))]_{i,(c,:)}
+//! (dS^^T W)_j = sum_c V'_jc [Psi (U^T (G' * W))]_{j,(c,:)}
+//! ```
+//!
+//! [`full`] makes three passes over row tiles; [`causal`] scans chunks and treats the diagonal ones exactly.
+
+mod causal;
+mod full;
+mod tile;
+
+use super::contraction::{Contraction, Products};
+use super::factorization::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
+use super::gradients::{Gradients, Request};
+use super::problem::{AttentionProblem, Mask, Projected};
+use crate::cost::Cost;
+use crate::error::Result;
+use crate::linalg::Real;
+use ndarray::Array2;
+
+/// A gradient with the certificate of the factorization that made it.
+#[derive(Debug, Clone)]
+pub struct ChainedGradients<T> {
+    /// The gradients.
+    pub gradients: Gradients<T>,
+    /// What the factorization assumed and guarantees.
+    pub certificate: Certificate,
+}
+
+/// Chained gradients of a head.
+///
+/// O(L k (d_v + 1) m) operations with m = 2 r columns for [`Request::Adapters`] and d_h for [`Request::All`], causal
+/// mask included; features are made tile by tile, so memory is O(L d + k (d_v + 1) m) for each thread.
+///
+/// # Errors
+/// Those of the factorization's `prepare`; [`crate::Error::NonPositiveDenominator`] when an approximate softmax
+/// denominator is not positive; [`crate::Error::InvalidParam`] for [`Request::Adapters`] without adapters.
+pub fn gradients<T: Real>(
+    problem: &AttentionProblem<T>,
+    factorization: &dyn SoftmaxFactorization<T>,
+    request: Request,
+) -> Result<ChainedGradients<T>> {
+    let mut cost = Cost::default();
+    let projected = problem.project(&mut cost);
+    let scores = Scores {
+        query: projected.qkv.query.view(),
+        key: projected.qkv.key.view(),
+        beta: problem.beta(),
+        mask: problem.mask(),
+    };
+    let map = factorization.prepare(&scores, &mut cost)?;
+    with_map(problem, &projected, map.as_ref(), request, cost)
+}
+
+/// As [`gradients`], for projections and features already prepared; `cost` is what they cost.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn with_map<T: Real>(
+    problem: &AttentionProblem<T>,
+    projected: &Projected<T>,
+    map: &dyn FeatureMap<T>,
+    request: Request,
+    mut cost: Cost,
+) -> Result<ChainedGradients<T>> {
+    let contraction = Contraction::new(problem, projected, request, &mut cost)?;
+    let chain = tile::Chain::new(problem, projected, &contraction, map);
+    let (products, upstream): (Products<T>, Array2<T>) = match problem.mask() {
+        Mask::Full => full::products(&chain, &mut cost)?,
+        Mask::Causal => causal::products(&chain, &mut cost)?,
+    };
+    let gradients = contraction.finish(problem, projected, &upstream, products, cost);
+    Ok(ChainedGradients { gradients, certificate: map.certificate().clone() })
+}

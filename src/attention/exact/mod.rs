@@ -1,0 +1,4 @@
+//! Exact gradients: the dense reference and the streaming routine.
+
+pub mod dense;
+pub mod streaming;

@@ -1,0 +1,56 @@
+//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off]`: near-best polynomial on the interval of the logits [AA22].
+
+use super::interval::{Check, settle};
+use super::monomials::MonomialMap;
+use super::polynomial::{chebyshev, chebyshev_error};
+use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::limits::degree::degree;
+use crate::linalg::Real;
+
+/// The truncated Chebyshev series of exp on [-b, b], in monomials.
+///
+/// | field | default | purpose | range |
+/// |---|---|---|---|
+/// | `degree` | from `eps` | g; k = C(d + g, g) | >= 1 |
+/// | `eps` | none | uniform error that chooses the degree | > 0 |
+/// | `b` | proven by `check` | half-width of the interval | > 0, exp(b) finite |
+/// | `check` | norms | how b is proven | |
+///
+/// Exactly one of `degree` and `eps` is given.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chebyshev {
+    /// Degree g, if given.
+    pub degree: Option<usize>,
+    /// Uniform error, if given.
+    pub eps: Option<f64>,
+    /// Half-width of the interval, if given.
+    pub b: Option<f64>,
+    /// How the interval is proven.
+    pub check: Check,
+}
+
+impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
+    fn spec(&self) -> String {
+        super::spec::polynomial_spec("chebyshev", self.degree, self.eps, self.b, self.check)
+    }
+
+    fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
+        let spec = SoftmaxFactorization::<T>::spec(self);
+        let (b, evidence) = settle(&spec, scores, self.b, self.check, cost)?;
+        let degree = match (self.degree, self.eps) {
+            (Some(g), None) => g,
+            (None, Some(eps)) => degree(b, eps)?.max(1),
+            _ => return Err(Error::invalid("chebyshev", &spec, "give exactly one of degree and eps")),
+        };
+        let certificate = Certificate {
+            spec,
+            rank: 0,
+            degree: Some(degree),
+            interval: Some((b, evidence)),
+            exp_error_bound: Some(chebyshev_error(degree, b)),
+        };
+        Ok(Box::new(MonomialMap::new(scores.query.ncols(), scores.beta, &chebyshev(degree, b)?, certificate)?))
+    }
+}

@@ -1,0 +1,95 @@
+//! Factorizations of the exponentiated scores: exp(S - shift) ~= Phi Psi^T, one file each.
+//!
+//! A [`SoftmaxFactorization`] is a method with its parameters. Given one head's queries and keys it prepares a
+//! [`FeatureMap`], which makes rows of Phi and Psi tile by tile, and a [`Certificate`] of what it assumed.
+
+pub mod chebyshev;
+pub mod fitted;
+pub mod interval;
+pub mod monomials;
+pub mod polynomial;
+pub mod spec;
+pub mod taylor;
+pub mod truncated_svd;
+
+use super::problem::Mask;
+use crate::cost::Cost;
+use crate::error::Result;
+use crate::linalg::Real;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+
+pub use spec::build;
+
+/// The scores to be factorized: S = beta Q K^T on the visible pairs.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores<'a, T> {
+    /// Q, `L_q x d_h`.
+    pub query: ArrayView2<'a, T>,
+    /// K, `L_k x d_h`.
+    pub key: ArrayView2<'a, T>,
+    /// beta.
+    pub beta: f64,
+    /// Which pairs count for bounds.
+    pub mask: Mask,
+}
+
+/// What a prepared factorization assumed and what it guarantees.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Certificate {
+    /// Spec of the method with its parameters settled.
+    pub spec: String,
+    /// Number of columns k of Phi and Psi.
+    pub rank: usize,
+    /// Polynomial degree, for polynomial methods.
+    pub degree: Option<usize>,
+    /// Half-width b of the interval [-b, b] on which the bound holds, with how it was obtained.
+    pub interval: Option<(f64, interval::Evidence)>,
+    /// Bound on |Phi Psi^T - exp(S)| for every logit in the interval, if the mathematics gives one.
+    pub exp_error_bound: Option<f64>,
+}
+
+/// Rows of Phi and Psi, made tile by tile.
+pub trait FeatureMap<T: Real>: Send + Sync {
+    /// Number of columns k.
+    fn rank(&self) -> usize;
+
+    /// Fills `out` (`k x rows`, the transpose of a row tile of Phi) for the query rows starting at `first_row`.
+    fn query_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>);
+
+    /// Fills `out` (`k x rows`, the transpose of a row tile of Psi) for the key rows starting at `first_row`.
+    fn key_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>);
+
+    /// The logarithm that was taken out of each query row, if any: Phi Psi^T ~= exp(S - shift).
+    fn row_shift(&self) -> Option<&[T]> {
+        None
+    }
+
+    /// What was assumed and what is guaranteed.
+    fn certificate(&self) -> &Certificate;
+}
+
+/// A method of factorizing exp(S), with its parameters (design 2.3).
+pub trait SoftmaxFactorization<T: Real>: Send + Sync {
+    /// The spec `name:key=value,...`.
+    fn spec(&self) -> String;
+
+    /// Settles everything that depends on the head; operations are added to `cost`.
+    ///
+    /// # Errors
+    /// [`crate::Error::LogitOutsideInterval`] when an assumption fails, [`crate::Error::TooLarge`] when the rank would
+    /// exceed the limit, [`crate::Error::InvalidParam`] for parameters that do not fit the head.
+    fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>>;
+}
+
+/// Largest number of feature columns that a factorization may have: above it a single tile of features
+/// outgrows any cache and the method has lost to the exact one at every length we can run.
+pub const MAX_RANK: usize = 1 << 18;
+
+/// Phi (`L_q x k`) and Psi (`L_k x k`) in full: for tests and small studies.
+pub fn materialize<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>) -> (Array2<T>, Array2<T>) {
+    let mut phi = Array2::zeros((map.rank(), scores.query.nrows()));
+    let mut psi = Array2::zeros((map.rank(), scores.key.nrows()));
+    map.query_features(0, scores.query, phi.view_mut());
+    map.key_features(0, scores.key, psi.view_mut());
+    (phi.reversed_axes(), psi.reversed_axes())
+}

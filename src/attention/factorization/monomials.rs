@@ -1,0 +1,152 @@
+//! Monomial features: any polynomial of beta q.k is Phi Psi^T with one column per monomial.
+//!
+//! (q.k)^n = sum over multi-indices a of size n of n!/(a_1! ... a_d!) q^a k^a, so with
+//! p(s) = sum_n c_n s^n the columns are indexed by all a of size <= g: k = C(d + g, g).
+
+use super::polynomial::Polynomial;
+use super::{Certificate, FeatureMap, MAX_RANK};
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::linalg::elementwise::{Kernel, vectorized};
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+/// C(d + g, g), the number of monomials of degree at most g in d variables; saturates at `u128::MAX`.
+///
+/// ```
+/// use peft_limits::attention::factorization::monomials::count;
+/// assert_eq!(count(8, 3), 165);
+/// assert_eq!(count(2, 2), 6); // 1, x, y, x^2, xy, y^2
+/// ```
+pub fn count(dimension: usize, degree: usize) -> u128 {
+    let mut c: u128 = 1;
+    for i in 1..=degree as u128 {
+        c = match c.checked_mul(dimension as u128 + i) {
+            Some(x) => x / i,
+            None => return u128::MAX,
+        };
+    }
+    c
+}
+
+/// How each monomial is made from an earlier one by one more factor.
+#[derive(Debug, Clone)]
+struct Step {
+    parent: u32,
+    variable: u32,
+}
+
+/// Phi and Psi for a polynomial of the scores.
+#[derive(Debug)]
+pub struct MonomialMap<T> {
+    steps: Vec<Step>,
+    /// c_n n! / (a_1! ... a_d!) of each monomial; it goes to the query side, with its sign.
+    weights: Vec<T>,
+    /// sqrt(beta / scale), by which q and k are multiplied first.
+    input_scale: T,
+    certificate: Certificate,
+}
+
+impl<T: Real> MonomialMap<T> {
+    /// Prepares the columns for p(beta q.k).
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if C(d + g, g) exceeds [`MAX_RANK`].
+    pub fn new(dimension: usize, beta: f64, polynomial: &Polynomial, mut certificate: Certificate) -> Result<Self> {
+        let degree = polynomial.degree();
+        let rank = count(dimension, degree);
+        if rank > MAX_RANK as u128 {
+            return Err(Error::TooLarge {
+                what: format!("{} at head_dim {dimension}", certificate.spec),
+                needed: rank,
+                limit: MAX_RANK as u128,
+                unit: "feature columns",
+            });
+        }
+        certificate.rank = rank as usize;
+        let mut steps = vec![Step { parent: 0, variable: 0 }];
+        let mut multinomials = vec![1.0f64];
+        let mut degrees = vec![0usize];
+        // Exponent of the last variable: n!/(a!) gains the factor n / a_last with each step.
+        let mut last_exponent = vec![0usize];
+        let mut first_of_degree = 0;
+        for n in 1..=degree {
+            let end = steps.len();
+            for parent in first_of_degree..end {
+                let (start, run) =
+                    if n == 1 { (0, 0) } else { (steps[parent].variable as usize, last_exponent[parent]) };
+                for variable in start..dimension {
+                    let exponent = if n > 1 && variable == start { run + 1 } else { 1 };
+                    steps.push(Step { parent: parent as u32, variable: variable as u32 });
+                    multinomials.push(multinomials[parent] * n as f64 / exponent as f64);
+                    degrees.push(n);
+                    last_exponent.push(exponent);
+                }
+            }
+            first_of_degree = end;
+        }
+        debug_assert_eq!(steps.len(), certificate.rank);
+        let weights = multinomials.iter().zip(&degrees).map(|(m, &n)| T::of(m * polynomial.coefficients[n])).collect();
+        Ok(Self { steps, weights, input_scale: T::of((beta / polynomial.scale).sqrt()), certificate })
+    }
+
+    fn fill(&self, rows: ArrayView2<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
+        let scaled = (rows.t().to_owned() * self.input_scale).as_standard_layout().into_owned();
+        let width = rows.nrows();
+        assert!(out.is_standard_layout() && out.dim() == (self.steps.len(), width), "a k x rows tile");
+        let (Some(out), Some(inputs)) = (out.as_slice_mut(), scaled.as_slice()) else { return };
+        let weights = weighted.then_some(&self.weights[..]);
+        vectorized(Fill { steps: &self.steps, weights, inputs, width, out });
+    }
+}
+
+struct Fill<'a, T> {
+    steps: &'a [Step],
+    weights: Option<&'a [T]>,
+    /// Transposed inputs, `d x width`.
+    inputs: &'a [T],
+    width: usize,
+    /// `k x width`.
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Fill<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        let width = self.width;
+        self.out[..width].fill(T::one());
+        for (j, step) in self.steps.iter().enumerate().skip(1) {
+            let (before, after) = self.out.split_at_mut(j * width);
+            let parent = &before[step.parent as usize * width..][..width];
+            let input = &self.inputs[step.variable as usize * width..][..width];
+            for ((o, &p), &x) in after[..width].iter_mut().zip(parent).zip(input) {
+                *o = p * x;
+            }
+        }
+        if let Some(weights) = self.weights {
+            for (row, &w) in self.out.chunks_exact_mut(width.max(1)).zip(weights) {
+                for o in row {
+                    *o *= w;
+                }
+            }
+        }
+    }
+}
+
+impl<T: Real> FeatureMap<T> for MonomialMap<T> {
+    fn rank(&self) -> usize {
+        self.steps.len()
+    }
+
+    fn query_features(&self, _first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
+        self.fill(rows, out, true);
+    }
+
+    fn key_features(&self, _first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
+        self.fill(rows, out, false);
+    }
+
+    fn certificate(&self) -> &Certificate {
+        &self.certificate
+    }
+}

@@ -1,0 +1,197 @@
+//! Spec strings `name:key=value,...` and the table of methods.
+
+use super::SoftmaxFactorization;
+use super::chebyshev::Chebyshev;
+use super::fitted::Fitted;
+use super::interval::Check;
+use super::taylor::Taylor;
+use super::truncated_svd::TruncatedSvd;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+/// Every method with its keys, for messages and help pages.
+pub const METHODS: [(&str, &str); 4] = [
+    ("taylor", "degree=G[,b=B][,check=norms|scan|off]"),
+    ("chebyshev", "degree=G or eps=E[,b=B][,check=norms|scan|off]"),
+    ("fitted", "degree=G[,samples=4096][,seed=0]"),
+    ("truncated-svd", "rank=K"),
+];
+
+/// Makes a factorization from its spec.
+///
+/// # Errors
+/// [`Error::InvalidParam`] for an unknown method or key, a missing or repeated key, or a value out of range.
+///
+/// ```
+/// use peft_limits::attention::factorization::build;
+/// assert_eq!(build::<f64>("taylor:degree=4")?.spec(), "taylor:degree=4");
+/// let text = build::<f64>("tailor:degree=4").err().unwrap().to_string();
+/// assert!(text.contains("taylor:degree=G"));
+/// # Ok::<(), peft_limits::Error>(())
+/// ```
+pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
+    let (name, rest) = spec.split_once(':').unwrap_or((spec, ""));
+    let mut keys = Keys::parse(spec, rest)?;
+    let made: Box<dyn SoftmaxFactorization<T>> = match name.trim() {
+        "taylor" => Box::new(Taylor { degree: keys.degree()?, b: keys.take("b")?, check: keys.check()? }),
+        "chebyshev" => {
+            let degree = keys.take::<usize>("degree")?;
+            let eps = keys.take::<f64>("eps")?;
+            if degree.is_some() == eps.is_some() {
+                return Err(keys.error("chebyshev needs exactly one of degree and eps"));
+            }
+            if degree == Some(0) {
+                return Err(keys.error("degree must be at least 1"));
+            }
+            if let Some(e) = eps
+                && !(e > 0.0)
+            {
+                return Err(keys.error("eps must be positive"));
+            }
+            Box::new(Chebyshev { degree, eps, b: keys.take("b")?, check: keys.check()? })
+        }
+        "fitted" => Box::new(Fitted {
+            degree: keys.degree()?,
+            samples: keys.take("samples")?.unwrap_or(4096),
+            seed: keys.take("seed")?.unwrap_or(0),
+        }),
+        "truncated-svd" => Box::new(TruncatedSvd { rank: keys.need("rank")? }),
+        _ => {
+            let known = METHODS.map(|(n, k)| format!("{n}:{k}")).join("; ");
+            return Err(Error::invalid("features", spec, format!("must be one of {known}")));
+        }
+    };
+    keys.finish()?;
+    Ok(made)
+}
+
+/// The keys of one spec, taken one by one.
+struct Keys<'a> {
+    spec: &'a str,
+    values: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Keys<'a> {
+    fn parse(spec: &'a str, rest: &'a str) -> Result<Self> {
+        let mut values = BTreeMap::new();
+        for pair in rest.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+            let Some((key, value)) = pair.split_once('=') else {
+                return Err(Error::invalid("features", spec, format!("{pair:?} is not key=value")));
+            };
+            if values.insert(key.trim(), value.trim()).is_some() {
+                return Err(Error::invalid("features", spec, format!("{key} is given twice")));
+            }
+        }
+        Ok(Self { spec, values })
+    }
+
+    fn error(&self, requirement: impl Into<String>) -> Error {
+        Error::invalid("features", self.spec, requirement)
+    }
+
+    fn take<V: FromStr>(&mut self, key: &str) -> Result<Option<V>> {
+        match self.values.remove(key) {
+            None => Ok(None),
+            Some(text) => match text.parse() {
+                Ok(value) => Ok(Some(value)),
+                Err(_) => Err(self.error(format!("{key} cannot be {text:?}"))),
+            },
+        }
+    }
+
+    fn need<V: FromStr>(&mut self, key: &str) -> Result<V> {
+        self.take(key)?.ok_or_else(|| self.error(format!("{key} is missing")))
+    }
+
+    fn degree(&mut self) -> Result<usize> {
+        match self.need("degree")? {
+            0 => Err(self.error("degree must be at least 1")),
+            g => Ok(g),
+        }
+    }
+
+    fn check(&mut self) -> Result<Check> {
+        match self.values.remove("check") {
+            None | Some("norms") => Ok(Check::Norms),
+            Some("scan") => Ok(Check::Scan),
+            Some("off") => Ok(Check::Off),
+            Some(other) => Err(self.error(format!("check cannot be {other:?}: norms, scan or off"))),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self.values.keys().next() {
+            None => Ok(()),
+            Some(key) => Err(self.error(format!("unknown key {key}"))),
+        }
+    }
+}
+
+/// The spec of a polynomial method.
+pub(super) fn polynomial_spec(
+    name: &str,
+    degree: Option<usize>,
+    eps: Option<f64>,
+    b: Option<f64>,
+    check: Check,
+) -> String {
+    let mut parts = Vec::new();
+    if let Some(g) = degree {
+        parts.push(format!("degree={g}"));
+    }
+    if let Some(e) = eps {
+        parts.push(format!("eps={e}"));
+    }
+    if let Some(b) = b {
+        parts.push(format!("b={b}"));
+    }
+    match check {
+        Check::Norms => {}
+        Check::Scan => parts.push("check=scan".into()),
+        Check::Off => parts.push("check=off".into()),
+    }
+    format!("{name}:{}", parts.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specs_round_trip() {
+        for spec in [
+            "taylor:degree=4",
+            "taylor:degree=2,b=3.5,check=scan",
+            "chebyshev:degree=5,b=1,check=off",
+            "chebyshev:eps=0.001",
+            "fitted:degree=3,samples=100,seed=7",
+            "truncated-svd:rank=12",
+        ] {
+            assert_eq!(build::<f32>(spec).unwrap().spec(), spec);
+        }
+        assert_eq!(build::<f64>("fitted:degree=3").unwrap().spec(), "fitted:degree=3,samples=4096,seed=0");
+    }
+
+    #[test]
+    fn bad_specs_say_why() {
+        for (spec, why) in [
+            ("taylor", "degree is missing"),
+            ("taylor:degree=0", "at least 1"),
+            ("taylor:degree=two", "degree cannot be \"two\""),
+            ("taylor:degree=2,degree=3", "given twice"),
+            ("taylor:degree=2,rank=3", "unknown key rank"),
+            ("taylor:degree", "not key=value"),
+            ("taylor:degree=2,check=maybe", "norms, scan or off"),
+            ("chebyshev:degree=2,eps=0.1", "exactly one"),
+            ("chebyshev:eps=0", "eps must be positive"),
+            ("chebyshev:degree=0", "at least 1"),
+            ("truncated-svd:rank=-1", "rank cannot be"),
+            ("nope:rank=1", "must be one of"),
+        ] {
+            let text = build::<f64>(spec).err().unwrap().to_string();
+            assert!(text.contains(why) && text.contains(spec), "{spec}: {text}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The flags that every experiment binary shares.
+
+use super::experiment::{Experiment, Profile};
+use crate::error::{Error, Result};
+use clap::{Args, CommandFactory, FromArgMatches, Parser};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Flags of an experiment run.
+#[derive(Debug, Clone, Args)]
+pub struct Flags {
+    /// How much to measure: about a minute, or the published figures
+    #[arg(long, value_enum, default_value_t = Profile::Quick)]
+    pub profile: Profile,
+    /// Seed from which all random streams are derived
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// Output folder [default: figures/quick/NAME or, for --profile full, figures/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Threads to use; 0 for all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub threads: usize,
+    /// Keep what an interrupted run finished, and measure only what is missing
+    #[arg(long)]
+    pub resume: bool,
+    /// Replace a finished full result, or a quick one by a full one
+    #[arg(long, conflicts_with = "resume")]
+    pub force: bool,
+    /// Redraw figures and findings from table.csv without measuring
+    #[arg(long, conflicts_with_all = ["resume", "force"])]
+    pub plot_only: bool,
+}
+
+impl Flags {
+    /// Sets the size of the process's thread pool.
+    pub(super) fn use_threads(&self) -> Result<()> {
+        if self.threads == 0 {
+            return Ok(());
+        }
+        let set = rayon::ThreadPoolBuilder::new().num_threads(self.threads).build_global();
+        set.map_err(|e| Error::invalid("--threads", self.threads, e.to_string()))
+    }
+}
+
+#[derive(Debug, Parser)]
+struct SingleArguments {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// Flags of `reproduce`.
+#[derive(Debug, Parser)]
+pub(super) struct ReproduceArguments {
+    #[command(flatten)]
+    pub flags: Flags,
+    /// Run only these experiments
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub only: Vec<String>,
+}
+
+/// The flags, or the exit code once help or the usage error has been printed.
+pub(super) fn parse_single(
+    experiment: &Experiment,
+    arguments: impl IntoIterator<Item = OsString>,
+) -> std::result::Result<Flags, u8> {
+    let about = format!("{}\n\nClaim: {}\n\nRefuted by: {}", experiment.title, experiment.claim, experiment.refuted_by);
+    let command = SingleArguments::command().name(experiment.name).about(experiment.title).long_about(about);
+    let matches = command.version(env!("CARGO_PKG_VERSION")).try_get_matches_from(arguments).map_err(|e| shown(&e))?;
+    SingleArguments::from_arg_matches(&matches).map(|a| a.flags).map_err(|e| shown(&e))
+}
+
+/// As [`parse_single`], for `reproduce`.
+pub(super) fn parse_reproduce(
+    experiments: &[Experiment],
+    arguments: impl IntoIterator<Item = OsString>,
+) -> std::result::Result<ReproduceArguments, u8> {
+    let list: String = experiments.iter().map(|e| format!("\n  {}: {}", e.name, e.title)).collect();
+    let command = ReproduceArguments::command()
+        .name("reproduce")
+        .about("Runs every experiment and writes an index page of their figures and findings")
+        .after_help(format!("Experiments:{list}"))
+        .version(env!("CARGO_PKG_VERSION"));
+    let matches = command.try_get_matches_from(arguments).map_err(|e| shown(&e))?;
+    ReproduceArguments::from_arg_matches(&matches).map_err(|e| shown(&e))
+}
+
+fn shown(error: &clap::Error) -> u8 {
+    let _ = error.print();
+    u8::try_from(error.exit_code()).unwrap_or(2)
+}

@@ -1,0 +1,83 @@
+//! What all experiment binaries share: flags, the grid runner, resuming, progress and outputs.
+//!
+//! An experiment is one [`Experiment`] value; its binary is `fn main() -> ExitCode {
+//! harness::main(&EXPERIMENT) }`, and [`reproduce()`] runs many in one process. A run leaves in its
+//! folder:
+//!
+//! - `table.csv`: one row per measurement, the point's configuration first;
+//! - `<figure>.svg`, `<figure>.png`: drawn from that table alone;
+//! - `findings.md`: claim, what the numbers say, checks, failed points;
+//! - `manifest.json`: how it was made, with checksums.
+//!
+//! Exit codes: 0 done, 1 a check or a grid point failed, 2 bad usage or input/output, 130
+//! interrupted (finished points are kept for `--resume`).
+
+mod experiment;
+mod flags;
+mod index;
+mod interrupt;
+mod outputs;
+mod partial;
+mod progress;
+mod reproduce;
+mod run;
+
+#[cfg(test)]
+mod tests;
+
+pub use crate::streams::seed_stream;
+pub use experiment::{Checks, Experiment, Point, Profile};
+pub use flags::Flags;
+pub use interrupt::interrupted;
+pub use reproduce::reproduce;
+
+use crate::error::{Error, Result};
+use crate::report::manifest::StopReason;
+use progress::Progress;
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Runs one experiment with the process's arguments.
+pub fn main(experiment: &Experiment) -> ExitCode {
+    interrupt::install();
+    ExitCode::from(run_single(experiment, std::env::args_os(), &interrupted, &mut std::io::stdout()))
+}
+
+/// [`main`] with given arguments, stop signal and standard output; returns the exit code.
+fn run_single(
+    experiment: &Experiment,
+    arguments: impl IntoIterator<Item = OsString>,
+    stop: &(dyn Fn() -> bool + Sync),
+    out: &mut dyn Write,
+) -> u8 {
+    let flags = match flags::parse_single(experiment, arguments) {
+        Ok(flags) => flags,
+        Err(code) => return code,
+    };
+    let progress = Progress::new(None);
+    let outcome = flags.use_threads().and_then(|()| {
+        let folder = flags.out.clone().unwrap_or_else(|| flags.profile.root().join(experiment.name));
+        run::run(experiment, &flags, &folder, &progress, stop)
+    });
+    match outcome {
+        Ok(done) => {
+            // A reader that has gone away is no error of the experiment.
+            let _ = out.write_all(done.to_text(60).as_bytes());
+            exit_code(&Ok(done.manifest.stop_reason))
+        }
+        Err(error) => {
+            eprintln!("{}: {error}", experiment.name);
+            exit_code(&Err(error))
+        }
+    }
+}
+
+fn exit_code(outcome: &Result<StopReason>) -> u8 {
+    match outcome {
+        Ok(StopReason::Completed) => 0,
+        Ok(StopReason::CheckFailed | StopReason::PointsFailed) => 1,
+        Err(Error::Interrupted) => 130,
+        Err(_) => 2,
+    }
+}

@@ -1,0 +1,3 @@
+//! The norm threshold and what it limits: degree, rank, cost exponent.
+
+pub mod degree;

@@ -1,0 +1,210 @@
+//! `adapter_config.json`: which method, rank and scaling each projection has.
+
+use super::parameters::Projection;
+use crate::adapters::lora::LoraSpec;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// What kind of adapter a folder holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterKind {
+    /// `peft_type` LORA.
+    Lora,
+    /// `peft_type` LORA with `use_dora`.
+    Dora,
+    /// Ours: LORA's tensors and `lora_mixer`.
+    Moslora,
+    /// Ours: selected columns.
+    Paca,
+    /// Ours: slices of co-permuted weights.
+    S2ft,
+}
+
+/// A parsed `adapter_config.json`.
+#[derive(Debug, Clone)]
+pub(super) struct AdapterConfig {
+    pub path: PathBuf,
+    pub kind: AdapterKind,
+    pub spec: LoraSpec,
+    pub true_derivative: bool,
+    ranks: BTreeMap<String, f64>,
+    alphas: BTreeMap<String, f64>,
+    targets: Vec<String>,
+    layers: Option<Vec<usize>>,
+}
+
+/// Full module name, as PEFT matches its patterns against.
+pub(super) fn module_name(layer: usize, p: Projection) -> String {
+    format!("model.layers.{layer}.{}", p.path())
+}
+
+/// PEFT's rule for a pattern without wildcards: the whole name or its end after a dot.
+fn matches(name: &str, key: &str) -> bool {
+    let key = key.strip_prefix('^').unwrap_or(key).replace("\\.", ".");
+    name == key || name.strip_suffix(key.as_str()).is_some_and(|head| head.ends_with('.'))
+}
+
+/// Keys that change what the adapter computes and are not implemented: they must be absent, null, false or empty.
+const UNSUPPORTED: [&str; 12] = [
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "exclude_modules",
+    "layers_pattern",
+];
+
+impl AdapterConfig {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        let wrong = |field: String, expected: &str, found: String| Error::format(path, field, expected, found);
+        let value: Value =
+            serde_json::from_str(&text).map_err(|e| wrong("file".into(), "a JSON object", e.to_string()))?;
+        let Some(map) = value.as_object() else {
+            return Err(wrong("file".into(), "a JSON object", "another JSON value".into()));
+        };
+        let key = |key: &str, expected: &str| {
+            let found = map.get(key).map_or("nothing".into(), Value::to_string);
+            wrong(format!("key {key}"), expected, found)
+        };
+        let flag = |name: &str| map.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let kind = match map.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") if flag("use_dora") => AdapterKind::Dora,
+            Some("LORA") => AdapterKind::Lora,
+            Some("MOSLORA") => AdapterKind::Moslora,
+            Some("PACA") => AdapterKind::Paca,
+            Some("S2FT") => AdapterKind::S2ft,
+            _ => return Err(key("peft_type", "LORA, MOSLORA, PACA or S2FT")),
+        };
+        for name in UNSUPPORTED {
+            let plain = match map.get(name) {
+                None | Some(Value::Null | Value::Bool(false)) => true,
+                Some(Value::Array(list)) => list.is_empty(),
+                Some(_) => false,
+            };
+            if !plain {
+                return Err(key(name, "null or false (not implemented)"));
+            }
+        }
+        if map.get("bias").and_then(Value::as_str).unwrap_or("none") != "none" {
+            return Err(key("bias", "\"none\""));
+        }
+        let mut spec = LoraSpec { rank_stabilized: flag("use_rslora"), ..LoraSpec::default() };
+        if !matches!(kind, AdapterKind::Paca | AdapterKind::S2ft) {
+            spec.rank = match map.get("r").and_then(Value::as_u64) {
+                Some(rank) if rank > 0 => rank as usize,
+                _ => return Err(key("r", "a positive integer")),
+            };
+            spec.alpha = map.get("lora_alpha").and_then(Value::as_f64).ok_or_else(|| key("lora_alpha", "a number"))?;
+        }
+        let pattern = |name: &str| -> Result<BTreeMap<String, f64>> {
+            let Some(Value::Object(patterns)) = map.get(name) else { return Ok(BTreeMap::new()) };
+            let entry = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
+            patterns.iter().map(|e| entry(e).ok_or_else(|| key(name, "numbers by module name"))).collect()
+        };
+        let names = |value: &Value| value.as_str().map(String::from);
+        let targets = match map.get("target_modules") {
+            Some(Value::Array(list)) => list.iter().map(names).collect(),
+            _ => None,
+        };
+        let targets: Vec<String> = targets.ok_or_else(|| key("target_modules", "a list of module names"))?;
+        for target in &targets {
+            let mut parts = target.rsplit('.');
+            parts.next().unwrap_or("").parse::<Projection>().map_err(|_| {
+                let known = Projection::ALL.map(Projection::module).join(", ");
+                wrong("key target_modules".into(), &format!("modules among {known}"), target.clone())
+            })?;
+        }
+        let layers =
+            match map.get("layers_to_transform") {
+                None | Some(Value::Null) => None,
+                Some(Value::Array(list)) => {
+                    let layers: Option<Vec<usize>> = list.iter().map(|v| v.as_u64().map(|l| l as usize)).collect();
+                    Some(layers.ok_or_else(|| key("layers_to_transform", "a list of layer numbers"))?)
+                }
+                Some(value) => Some(vec![
+                    value.as_u64().ok_or_else(|| key("layers_to_transform", "a list of layer numbers"))? as usize,
+                ]),
+            };
+        let (ranks, alphas) = (pattern("rank_pattern")?, pattern("alpha_pattern")?);
+        let path = path.to_path_buf();
+        let true_derivative = flag("dora_true_derivative");
+        Ok(Self { path, kind, spec, true_derivative, ranks, alphas, targets, layers })
+    }
+
+    /// Settings of one projection, or `None` if it is not adapted.
+    pub fn spec_of(&self, layer: usize, p: Projection) -> Option<LoraSpec> {
+        let name = module_name(layer, p);
+        if self.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
+            return None;
+        }
+        if !self.targets.iter().any(|t| matches(&name, t)) {
+            return None;
+        }
+        let find = |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| matches(&name, k)).map(|(_, &v)| v);
+        Some(LoraSpec {
+            rank: find(&self.ranks).map_or(self.spec.rank, |r| r as usize),
+            alpha: find(&self.alphas).unwrap_or(self.spec.alpha),
+            rank_stabilized: self.spec.rank_stabilized,
+        })
+    }
+}
+
+/// The text of an `adapter_config.json`; `entries` are the adapted projections.
+pub(super) fn compose(
+    kind: AdapterKind,
+    entries: &[(usize, Projection, LoraSpec)],
+    layers: usize,
+    true_derivative: bool,
+) -> String {
+    let modules: BTreeSet<Projection> = entries.iter().map(|&(_, p, _)| p).collect();
+    let everywhere = entries.len() == modules.len() * layers;
+    let targets: Vec<String> = if everywhere {
+        modules.iter().map(|p| p.module().to_string()).collect()
+    } else {
+        entries.iter().map(|&(l, p, _)| module_name(l, p)).collect()
+    };
+    let main = entries.first().map(|&(_, _, spec)| spec).unwrap_or_default();
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    for &(l, p, spec) in entries {
+        if spec.rank != main.rank {
+            ranks.insert(module_name(l, p), json!(spec.rank));
+        }
+        if spec.alpha.to_bits() != main.alpha.to_bits() {
+            alphas.insert(module_name(l, p), json!(spec.alpha));
+        }
+    }
+    let mut value = json!({
+        "peft_type": match kind {
+            AdapterKind::Lora | AdapterKind::Dora => "LORA",
+            AdapterKind::Moslora => "MOSLORA",
+            AdapterKind::Paca => "PACA",
+            AdapterKind::S2ft => "S2FT",
+        },
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    if let (Some(map), AdapterKind::Lora | AdapterKind::Dora | AdapterKind::Moslora) = (value.as_object_mut(), kind) {
+        map.insert("r".into(), json!(main.rank));
+        map.insert("lora_alpha".into(), json!(main.alpha));
+        map.insert("lora_dropout".into(), json!(0.0));
+        map.insert("use_rslora".into(), json!(main.rank_stabilized));
+        map.insert("use_dora".into(), json!(kind == AdapterKind::Dora));
+        map.insert("rank_pattern".into(), Value::Object(ranks));
+        map.insert("alpha_pattern".into(), Value::Object(alphas));
+        if true_derivative {
+            map.insert("dora_true_derivative".into(), json!(true));
+        }
+    }
+    format!("{value:#}\n")
+}

@@ -1,0 +1,304 @@
+//! Adapter folders: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! LoRA and DoRA use PEFT's layout, so that PEFT reads what is written here and the reverse
+//! (`lora_dropout`, which acts in training only, is ignored). The other methods use the same two files:
+//!
+//! | `peft_type` | tensors per adapted projection, after `base_model.model.model.layers.N.<path>.` |
+//! |---|---|
+//! | LORA | `lora_A.weight` r x in, `lora_B.weight` out x r; DoRA also `lora_magnitude_vector` out |
+//! | MOSLORA | `lora_A.weight`, `lora_B.weight`, `lora_mixer.weight` r x r |
+//! | PACA | `paca_index` r, `paca_columns` out x r (the weight's own values, not divided by the scaling), `paca_scaling` 1 |
+//! | S2FT | `s2ft_range` 2 (rows or columns after the co-permutation), `s2ft_slice`; and per layer `s2ft_groups`, `s2ft_channels`: the original index of the head group or channel that stands at each place |
+//!
+//! PaCA and S2FT read their original values from the base model on loading, so a loaded adapter can be unmerged.
+
+pub use super::adapter_config::AdapterKind;
+use super::adapter_config::{AdapterConfig, compose};
+use super::parameters::{Model, Projection};
+use super::s2ft::LayerOrder;
+use crate::adapters::Method;
+use crate::adapters::dora::Dora;
+use crate::adapters::lora::{Lora, LoraSpec};
+use crate::adapters::moslora::Moslora;
+use crate::adapters::paca::Paca;
+use crate::atomic_file::write_bytes;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::tensor_file::{TensorFile, TensorWriter};
+use ndarray::Array2;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+const WEIGHTS: &str = "adapter_model.safetensors";
+const CONFIG: &str = "adapter_config.json";
+
+fn layer_prefix(layer: usize) -> String {
+    format!("base_model.model.model.layers.{layer}")
+}
+
+/// Reads tensors and remembers which were taken.
+struct Reader<'a> {
+    file: &'a TensorFile,
+    taken: BTreeSet<String>,
+}
+
+impl Reader<'_> {
+    fn matrix<T: Real>(&mut self, name: String, expected: (usize, usize)) -> Result<Array2<T>> {
+        let array = self.file.matrix::<T>(&name, format!("{CONFIG} asks for it").as_str())?;
+        if array.dim() != expected {
+            let wanted = format!("shape {expected:?}");
+            return Err(self.file.malformed(format!("tensor {name}"), wanted, format!("{:?}", array.dim())));
+        }
+        self.taken.insert(name);
+        Ok(array)
+    }
+
+    fn vector<T: Real>(&mut self, name: String) -> Result<Vec<T>> {
+        let values = self.file.vector::<T>(&name, format!("{CONFIG} asks for it").as_str())?;
+        self.taken.insert(name);
+        Ok(values.to_vec())
+    }
+
+    fn indices(&mut self, name: String) -> Result<Vec<usize>> {
+        let values = self.vector::<f64>(name.clone())?;
+        match values.iter().find(|v| v.fract().abs() > 0.0 || **v < 0.0) {
+            Some(bad) => Err(self.file.malformed(format!("tensor {name}"), "non-negative integers", bad.to_string())),
+            None => Ok(values.into_iter().map(|v| v as usize).collect()),
+        }
+    }
+}
+
+impl<T: Real> Model<T> {
+    /// Reads an adapter folder onto this model, whose projections must be frozen where the adapter acts.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] naming file and key or tensor: an unknown method or target module, an option
+    /// that is not implemented, a wrong shape, an index out of range or repeated, a tensor that nothing takes;
+    /// [`Error::MissingTensor`]; [`Error::InvalidParam`] for a projection that already carries a method.
+    pub fn read_adapter(&mut self, folder: &Path) -> Result<AdapterKind> {
+        let config = AdapterConfig::read(&folder.join(CONFIG))?;
+        let file = TensorFile::open(folder.join(WEIGHTS))?;
+        let mut reader = Reader { file: &file, taken: BTreeSet::new() };
+        let mut adapted = 0;
+        for l in 0..self.layers.len() {
+            let wanted: Vec<_> = Projection::ALL.into_iter().filter_map(|p| Some((p, config.spec_of(l, p)?))).collect();
+            if wanted.is_empty() {
+                continue;
+            }
+            if let Some(&(p, _)) = wanted.iter().find(|(p, _)| self.layers[l].projection(*p).is_trainable()) {
+                let name = self.layers[l].projection(p).method.name();
+                return Err(Error::invalid(super::adapter_config::module_name(l, p), name, "already adapted"));
+            }
+            if config.kind == AdapterKind::S2ft {
+                let (groups, channels) = (
+                    reader.indices(format!("{}.s2ft_groups", layer_prefix(l)))?,
+                    reader.indices(format!("{}.s2ft_channels", layer_prefix(l)))?,
+                );
+                let expected = (self.config.num_key_value_heads, self.config.intermediate_size);
+                if (groups.len(), channels.len()) != expected {
+                    let found = format!("{} and {}", groups.len(), channels.len());
+                    let wanted = format!("{} head groups and {} channels", expected.0, expected.1);
+                    return Err(file.malformed(format!("orders of layer {l}"), wanted, found));
+                }
+                self.layers[l].co_permute(&LayerOrder { groups, channels }, &self.config)?;
+            }
+            for (p, spec) in wanted {
+                self.read_one(&mut reader, &config, l, p, spec)?;
+                adapted += 1;
+            }
+        }
+        if adapted == 0 {
+            return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
+        }
+        match file.names().find(|name| !reader.taken.contains(*name)) {
+            Some(extra) => {
+                let found = format!("a tensor that {CONFIG} and the model's {} layers leave over", self.layers.len());
+                Err(file.malformed(format!("tensor {extra}"), "only tensors that the adapter uses", found))
+            }
+            None => Ok(config.kind),
+        }
+    }
+
+    fn read_one(
+        &mut self,
+        reader: &mut Reader<'_>,
+        config: &AdapterConfig,
+        l: usize,
+        p: Projection,
+        spec: LoraSpec,
+    ) -> Result<()> {
+        let prefix = format!("{}.{}", layer_prefix(l), p.path());
+        let projection = self.layers[l].projection_mut(p);
+        let shape = projection.shape();
+        let (out, width) = shape;
+        let factors = |reader: &mut Reader<'_>| -> Result<(Array2<T>, Array2<T>)> {
+            spec.scaling(shape)?;
+            Ok((
+                reader.matrix(format!("{prefix}.lora_A.weight"), (spec.rank, width))?,
+                reader.matrix(format!("{prefix}.lora_B.weight"), (out, spec.rank))?,
+            ))
+        };
+        let method = match config.kind {
+            AdapterKind::Lora => {
+                let (a, b) = factors(reader)?;
+                Method::Lora(Lora::from_factors(spec, shape, a, b)?)
+            }
+            AdapterKind::Dora => {
+                let (a, b) = factors(reader)?;
+                let mut name = format!("{prefix}.lora_magnitude_vector");
+                if !reader.file.contains(&name) && reader.file.contains(&format!("{name}.weight")) {
+                    name += ".weight";
+                }
+                let magnitude = Array2::from_shape_vec((1, out), reader.vector(name.clone())?).map_err(|_| {
+                    reader.file.malformed(format!("tensor {name}"), format!("{out} entries"), "another number")
+                })?;
+                Method::Dora(Dora::from_factors(spec, config.true_derivative, shape, [a, b, magnitude])?)
+            }
+            AdapterKind::Moslora => {
+                let (a, b) = factors(reader)?;
+                let mixer = reader.matrix(format!("{prefix}.lora_mixer.weight"), (spec.rank, spec.rank))?;
+                Method::Moslora(Moslora::from_factors(spec, shape, [a, b, mixer])?)
+            }
+            AdapterKind::Paca => {
+                let index = reader.indices(format!("{prefix}.paca_index"))?;
+                let columns = reader.matrix(format!("{prefix}.paca_columns"), (out, index.len()))?;
+                let name = format!("{prefix}.paca_scaling");
+                let scaling = reader.vector::<f64>(name.clone())?;
+                let [scaling] = scaling[..] else {
+                    let found = format!("{} entries", scaling.len());
+                    return Err(reader.file.malformed(format!("tensor {name}"), "one number", found));
+                };
+                let mut paca = Paca::from_index(index, scaling, &projection.base).map_err(|e| {
+                    reader.file.malformed(
+                        format!("adapter of {prefix}"),
+                        "distinct columns of the weight",
+                        e.to_string(),
+                    )
+                })?;
+                paca.put(columns, &mut projection.base);
+                Method::Paca(paca)
+            }
+            AdapterKind::S2ft => {
+                let range = reader.indices(format!("{prefix}.s2ft_range"))?;
+                let [start, end] = range[..] else {
+                    let found = format!("{} entries", range.len());
+                    return Err(reader.file.malformed(format!("tensor {prefix}.s2ft_range"), "start and end", found));
+                };
+                let weight = projection.base.dense_mut("s2ft")?;
+                let slice = super::s2ft::new_slice(p, start..end, weight.view()).map_err(|e| {
+                    reader.file.malformed(format!("tensor {prefix}.s2ft_range"), "a range of the weight", e.to_string())
+                })?;
+                let values = reader.matrix(format!("{prefix}.s2ft_slice"), slice.shape(shape))?;
+                slice.of_mut(weight).assign(&values);
+                Method::S2ft(slice)
+            }
+        };
+        projection.method = method;
+        Ok(())
+    }
+
+    /// Writes the adapters of this model as a folder. Files appear whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] if there is no adapter, if methods differ between projections, if something outside
+    /// the adapters is trained (then write a whole checkpoint, [`Model::write`]), or for factors of reordered
+    /// weights; [`Error::Io`].
+    pub fn write_adapter(&self, folder: &Path) -> Result<()> {
+        let parts = self.trainable;
+        if parts.embedding || parts.norms || parts.lm_head {
+            return Err(Error::invalid("trainable", format!("{parts:?}"), "an adapter holds projections only"));
+        }
+        let mut writer = TensorWriter::new();
+        writer.metadata("format", "pt");
+        let mut kind: Option<AdapterKind> = None;
+        let (mut entries, mut true_derivative) = (Vec::new(), false);
+        for (l, layer) in self.layers.iter().enumerate() {
+            for p in Projection::ALL {
+                let projection = layer.projection(p);
+                let prefix = format!("{}.{}", layer_prefix(l), p.path());
+                let shape = projection.shape();
+                let (found, spec) = match &projection.method {
+                    Method::Frozen => continue,
+                    Method::Full => {
+                        return Err(Error::invalid(prefix, "full", "is a whole weight; write a checkpoint instead"));
+                    }
+                    Method::Lora(m) => {
+                        write_factors(&mut writer, &prefix, &m.a, &m.b);
+                        (AdapterKind::Lora, m.spec)
+                    }
+                    Method::Dora(m) => {
+                        write_factors(&mut writer, &prefix, &m.a, &m.b);
+                        let name = format!("{prefix}.lora_magnitude_vector");
+                        writer.tensor(&name, &[m.magnitude.len()], m.magnitude.iter().copied());
+                        true_derivative |= m.true_derivative;
+                        (AdapterKind::Dora, m.spec)
+                    }
+                    Method::Moslora(m) => {
+                        write_factors(&mut writer, &prefix, &m.a, &m.b);
+                        writer.matrix(&format!("{prefix}.lora_mixer.weight"), m.mixer.view());
+                        (AdapterKind::Moslora, m.spec)
+                    }
+                    Method::Paca(m) => {
+                        let columns = if m.active { m.columns(&projection.base) } else { m.inactive.clone() };
+                        write_indices(&mut writer, &format!("{prefix}.paca_index"), &m.index);
+                        writer.matrix(&format!("{prefix}.paca_columns"), columns.view());
+                        writer.tensor(&format!("{prefix}.paca_scaling"), &[1], [m.scaling]);
+                        (AdapterKind::Paca, LoraSpec::default())
+                    }
+                    Method::S2ft(m) => {
+                        let dense = projection.base.dense();
+                        let values = if m.active { m.of(&dense.view()).to_owned() } else { m.original.clone() };
+                        write_indices(&mut writer, &format!("{prefix}.s2ft_range"), &[m.range.start, m.range.end]);
+                        debug_assert_eq!(values.dim(), m.shape(shape));
+                        writer.matrix(&format!("{prefix}.s2ft_slice"), values.view());
+                        (AdapterKind::S2ft, LoraSpec::default())
+                    }
+                };
+                if *kind.get_or_insert(found) != found {
+                    let requirement = format!("one adapter folder holds one method; others are {kind:?}");
+                    return Err(Error::invalid(prefix, projection.method.name(), requirement));
+                }
+                if layer.order.is_some() && found != AdapterKind::S2ft {
+                    let requirement = "its weights are reordered by S2FT; restore the order first";
+                    return Err(Error::invalid(prefix, projection.method.name(), requirement));
+                }
+                entries.push((l, p, spec));
+            }
+            if let (Some(order), Some(AdapterKind::S2ft)) = (&layer.order, kind) {
+                write_indices(&mut writer, &format!("{}.s2ft_groups", layer_prefix(l)), &order.groups);
+                write_indices(&mut writer, &format!("{}.s2ft_channels", layer_prefix(l)), &order.channels);
+            }
+        }
+        let Some(kind) = kind else {
+            return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
+        };
+        writer.write(&folder.join(WEIGHTS))?;
+        let text = compose(kind, &entries, self.layers.len(), true_derivative);
+        write_bytes(&folder.join(CONFIG), text.as_bytes())
+    }
+
+    /// Folds every adapter into its weight ([`crate::adapters::AdaptedLinear::merge`]).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn merge(&mut self) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|l| Projection::ALL.iter().try_for_each(|&p| l.projection_mut(p).merge()))
+    }
+
+    /// Undoes [`Model::merge`] bit for bit; takes PaCA and S2FT out of effect.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] where a projection is fine-tuned in full.
+    pub fn unmerge(&mut self) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|l| Projection::ALL.iter().try_for_each(|&p| l.projection_mut(p).unmerge()))
+    }
+}
+
+fn write_factors<T: Real>(writer: &mut TensorWriter, prefix: &str, a: &Array2<T>, b: &Array2<T>) {
+    writer.matrix(&format!("{prefix}.lora_A.weight"), a.view());
+    writer.matrix(&format!("{prefix}.lora_B.weight"), b.view());
+}
+
+fn write_indices(writer: &mut TensorWriter, name: &str, indices: &[usize]) {
+    writer.tensor(name, &[indices.len()], indices.iter().map(|&i| i as f64));
+}
