@@ -9,6 +9,8 @@ pub mod atomic_file;
 pub mod attention;
 pub mod blocks;
 pub mod check;
+#[cfg(feature = "experiments")]
+pub mod cli;
 pub mod cost;
 pub mod error;
 #[cfg(feature = "experiments")]

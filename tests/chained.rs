@@ -298,3 +298,30 @@ fn the_same_bits_for_every_number_of_threads() {
         }
     }
 }
+
+/// The predicted counts that the experiments extrapolate with are the counted ones.
+#[test]
+fn predicted_operations_are_the_counted_ones() {
+    let (tokens, d, r) = (3000, 5, 2);
+    let problem: AttentionProblem<f32> =
+        SyntheticHead { rank: r, gamma: 0.8, ..SyntheticHead::new(tokens, d) }.draw().unwrap();
+    let mut shared = Cost::default();
+    problem.project(&mut shared);
+    // Products of L x d with d x r: K A^T, Q A^T, G A^T, and the six final ones.
+    let final_products = (9 * tokens * d * r) as f64;
+    let method = build::<f32>("taylor:degree=3").unwrap();
+    let counted =
+        chained::gradients(&problem, method.as_ref(), Request::Adapters).unwrap().gradients.cost.multiply_adds as f64;
+    let k = peft_limits::attention::factorization::monomials::count(d, 3);
+    let predicted =
+        chained::predicted_multiply_adds(tokens, k, d, 2 * r, 2 * r) + shared.multiply_adds as f64 + final_products;
+    assert!((counted / predicted - 1.0).abs() < 1e-3, "{counted} against {predicted}");
+    let counted =
+        peft_limits::attention::exact::streaming::gradients(&problem, Request::Adapters).unwrap().cost.multiply_adds
+            as f64;
+    let pairs = (tokens * tokens) as u64;
+    let predicted = peft_limits::attention::exact::streaming::predicted_multiply_adds(pairs, d, d, 2 * r, 2 * r)
+        + shared.multiply_adds as f64
+        + final_products;
+    assert!((counted / predicted - 1.0).abs() < 1e-6, "{counted} against {predicted}");
+}

@@ -247,8 +247,7 @@ impl TrainConfig {
         }
         self.optimizer.check::<f32>()?;
         self.schedule.check(run.steps)?;
-        self.method.projections()?;
-        self.method.spec()?;
+        self.method.check()?;
         let random = !matches!(self.model, ModelSource::Path(_));
         if random && self.method.name != MethodName::Full {
             let requirement = "adapts a trained model: give model.path (pretrain one with method full first)";

@@ -8,9 +8,11 @@ use crate::adapters::selection::{ColumnRule, Order, Score};
 use crate::adapters::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::model::{AdapterPlan, MethodSpec, Model, Projection};
+use crate::model::s2ft::{S2ftSpec, Scope};
+use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, Projection};
 use crate::train::stream::generator;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Names of the methods.
@@ -28,6 +30,8 @@ pub enum MethodName {
     Moslora,
     /// Partial connections.
     Paca,
+    /// Heads and channels, co-permuted to dense slices.
+    S2ft,
     /// LoRA on a base in NF4.
     Qlora,
     /// PaCA on a base in NF4.
@@ -36,8 +40,8 @@ pub enum MethodName {
 
 impl MethodName {
     /// All of them.
-    pub const ALL: [MethodName; 7] =
-        [Self::Full, Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::Qlora, Self::Qpaca];
+    pub const ALL: [MethodName; 8] =
+        [Self::Full, Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Qlora, Self::Qpaca];
 
     /// Name in files, flags and tables.
     pub fn name(self) -> &'static str {
@@ -47,6 +51,7 @@ impl MethodName {
             Self::Dora => "dora",
             Self::Moslora => "moslora",
             Self::Paca => "paca",
+            Self::S2ft => "s2ft",
             Self::Qlora => "qlora",
             Self::Qpaca => "qpaca",
         }
@@ -72,14 +77,16 @@ impl std::str::FromStr for MethodName {
 ///
 /// | name | default | purpose | range |
 /// |---|---|---|---|
-/// | `name` | `full` | the method | `full`, `lora`, `dora`, `moslora`, `paca`, `qlora`, `qpaca` |
+/// | `name` | `full` | the method | `full`, `lora`, `dora`, `moslora`, `paca`, `s2ft`, `qlora`, `qpaca` |
 /// | `rank` | 8 | rank, or number of columns for PaCA | 1 to the smaller side of every target |
 /// | `alpha` | 16; none for PaCA | scaling alpha / rank; without it PaCA's is 1 | finite |
 /// | `rank_stabilized` | false | alpha / sqrt(rank) (LoRA family) | |
 /// | `true_derivative` | false | DoRA: differentiate through the norm | |
-/// | `selection` | `random` | PaCA's columns: `random` or `weight` | |
+/// | `selection` | `random` | columns (PaCA) or heads and channels (S2FT) by `random`, `weight`, `activation`, `weight-activation`, `gradient` | |
 /// | `smallest` | false | take the smallest scores first | |
-/// | `targets` | all seven | projections, by module name; for `full`: everything, if absent | |
+/// | `ratios` | o 0.052, down 0.02 | S2FT: share of heads or channels by module name | 0 to 1 |
+/// | `each_layer` | false | S2FT: the same number in every layer rather than the best of all layers | |
+/// | `targets` | all seven | projections, by module name (not S2FT); for `full`: everything, if absent | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MethodParams {
@@ -98,6 +105,11 @@ pub struct MethodParams {
     pub selection: String,
     /// Smallest scores first.
     pub smallest: bool,
+    /// S2FT: shares by module name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratios: Option<BTreeMap<String, f64>>,
+    /// S2FT: the same number in every layer.
+    pub each_layer: bool,
     /// Projections, by module name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<Vec<String>>,
@@ -113,6 +125,8 @@ impl Default for MethodParams {
             true_derivative: false,
             selection: "random".into(),
             smallest: false,
+            ratios: None,
+            each_layer: false,
             targets: None,
         }
     }
@@ -138,16 +152,44 @@ impl MethodParams {
         Ok(targets)
     }
 
-    /// What each target gets.
+    fn rule(&self) -> Result<ColumnRule> {
+        let order = if self.smallest { Order::Smallest } else { Order::Largest };
+        Ok(ColumnRule { score: self.selection.parse::<Score>()?, order })
+    }
+
+    /// Whether the selection needs gradients or activations on training rows.
+    pub fn needs_calibration(&self) -> bool {
+        matches!(self.name, MethodName::Paca | MethodName::Qpaca | MethodName::S2ft)
+            && self.rule().is_ok_and(|rule| rule.needs_calibration())
+    }
+
+    /// Settings of S2FT.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an unknown module or selection.
+    pub fn s2ft(&self) -> Result<S2ftSpec> {
+        let mut spec = S2ftSpec { rule: self.rule()?, ..S2ftSpec::default() };
+        if self.each_layer {
+            spec.scope = Scope::EachLayer;
+        }
+        if let Some(ratios) = &self.ratios {
+            spec.ratios = [0.0; 7];
+            for (name, ratio) in ratios {
+                spec.ratios[name.parse::<Projection>()? as usize] = *ratio;
+            }
+        }
+        Ok(spec)
+    }
+
+    /// What each target gets; `None` for S2FT, which ties projections together.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for an unknown selection.
-    pub fn spec(&self) -> Result<MethodSpec> {
+    pub fn spec(&self) -> Result<Option<MethodSpec>> {
         let lora =
             LoraSpec { rank: self.rank, alpha: self.alpha.unwrap_or(16.0), rank_stabilized: self.rank_stabilized };
-        let order = if self.smallest { Order::Smallest } else { Order::Largest };
-        let rule = ColumnRule { score: self.selection.parse::<Score>()?, order };
-        Ok(match self.name {
+        let rule = self.rule()?;
+        Ok(Some(match self.name {
             MethodName::Full => MethodSpec::Full,
             MethodName::Lora | MethodName::Qlora => MethodSpec::Lora(lora),
             MethodName::Dora => MethodSpec::Dora { spec: lora, true_derivative: self.true_derivative },
@@ -155,18 +197,42 @@ impl MethodParams {
             MethodName::Paca | MethodName::Qpaca => {
                 MethodSpec::Paca(PacaSpec { rank: self.rank, alpha: self.alpha, rule })
             }
-        })
+            MethodName::S2ft => return Ok(None),
+        }))
+    }
+
+    /// Refuses settings that contradict the method.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] naming the key.
+    pub fn check(&self) -> Result<()> {
+        self.projections()?;
+        self.spec()?;
+        self.s2ft()?;
+        if self.name == MethodName::S2ft && self.targets.is_some() {
+            return Err(Error::invalid("method.targets", "set", "s2ft takes method.ratios by module instead"));
+        }
+        if self.name != MethodName::S2ft && (self.ratios.is_some() || self.each_layer) {
+            return Err(Error::invalid("method.ratios", "set", "ratios and each_layer belong to method s2ft"));
+        }
+        Ok(())
     }
 
     /// Prepares a frozen model for training: packs the base if the method asks for it, then attaches.
     ///
-    /// Random choices come from stream `init/adapter` of the seed.
+    /// Random choices come from stream `init/adapter` of the seed. `calibration` is needed where
+    /// [`MethodParams::needs_calibration`] says so.
     ///
     /// # Errors
-    /// As [`MethodParams::projections`], [`MethodParams::spec`], [`Model::attach`] and [`Nf4Matrix::quantize`].
-    pub fn apply<T: Real>(&self, model: &mut Model<T>, seed: u64) -> Result<()> {
-        let targets = self.projections()?;
-        let spec = self.spec()?;
+    /// As [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
+    pub fn apply<T: Real>(
+        &self,
+        model: &mut Model<T>,
+        calibration: Option<&Calibration<T>>,
+        seed: u64,
+    ) -> Result<()> {
+        self.check()?;
+        let mut rng = generator(seed, "init/adapter", 0);
         if self.name == MethodName::Full && self.targets.is_none() {
             model.train_fully();
             return Ok(());
@@ -174,7 +240,13 @@ impl MethodParams {
         if self.name.quantized() {
             quantize(model)?;
         }
-        model.attach(&AdapterPlan::everywhere(&targets, spec), &mut generator(seed, "init/adapter", 0))
+        match self.spec()? {
+            Some(spec) => {
+                let plan = AdapterPlan::everywhere(&self.projections()?, spec);
+                model.attach_with_scores(&plan, calibration, &mut rng)
+            }
+            None => model.attach_s2ft(&self.s2ft()?, calibration, &mut rng).map(|_| ()),
+        }
     }
 }
 
@@ -219,7 +291,7 @@ mod tests {
         let layers = config.num_hidden_layers;
         for name in MethodName::ALL {
             let mut model = base.clone();
-            MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, 1).unwrap();
+            MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 1).unwrap();
             let each = |f: fn((usize, usize)) -> usize| layers * shapes.iter().map(|&s| f(s)).sum::<usize>();
             let want = match name {
                 MethodName::Full => config.parameters(),
@@ -227,6 +299,8 @@ mod tests {
                 MethodName::Dora => each(|(o, i)| 3 * (o + i) + o),
                 MethodName::Moslora => each(|(o, i)| 3 * (o + i) + 9),
                 MethodName::Paca | MethodName::Qpaca => each(|(o, _)| 3 * o),
+                // Shares of all layers together: 10 groups of two 32-wide heads, 5 * 344 channels.
+                MethodName::S2ft => config.hidden_size * (64 + 34),
             };
             assert_eq!(model.trainable_elements(), want, "{}", name.name());
             if name.quantized() {

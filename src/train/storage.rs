@@ -61,7 +61,7 @@ mod tests {
         let mut config = preset("nano").unwrap();
         config.num_hidden_layers = 1;
         let mut model: Model<f32> = Model::random(config, &mut generator(1, "init/model", 0)).unwrap();
-        MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }.apply(&mut model, 1).unwrap();
+        MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }.apply(&mut model, None, 1).unwrap();
         let before = model.embedding[[3, 4]];
         round_model(&mut model).unwrap();
         assert_ne!(before.to_bits(), model.embedding[[3, 4]].to_bits());

@@ -4,7 +4,7 @@
 //! function of the seed, the name and i alone, so a run resumes from its step count, streams never share
 //! numbers, and data do not depend on the model.
 
-use rand::SeedableRng;
+use crate::streams::seed_stream;
 use rand_chacha::ChaCha8Rng;
 
 /// FNV-1a hash of a string, 64 bits: stable across platforms and versions.
@@ -27,8 +27,6 @@ pub fn mix(mut z: u64) -> u64 {
 
 /// The generator of draw `index` of stream `name`.
 ///
-/// The ChaCha key comes from the seed and the index, the ChaCha stream number from the name.
-///
 /// ```
 /// use peft_limits::train::stream::generator;
 /// use rand::Rng;
@@ -37,12 +35,7 @@ pub fn mix(mut z: u64) -> u64 {
 /// assert_ne!(generator(7, "init", 4).next_u64(), generator(7, "data", 3).next_u64());
 /// ```
 pub fn generator(seed: u64, name: &str, index: u64) -> ChaCha8Rng {
-    let mut key = [0u8; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&index.to_le_bytes());
-    let mut rng = ChaCha8Rng::from_seed(key);
-    rng.set_stream(fnv1a(name));
-    rng
+    seed_stream(seed, &format!("{name}#{index}"))
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::train::observe::{EvaluationRecord, Event, Observe, StepRecord, StopRe
 use crate::train::optimizer::{Optimizer, clip_factor};
 use crate::train::schedule::Schedule;
 use crate::train::storage::{round_bf16, round_gradients, round_model};
-use crate::train::stream::generator;
+use crate::train::stream::{fnv1a, generator};
 use crate::train::tasks::{Mixture, Split};
 use crate::train::tokenizer::Tokenizer;
 use std::path::Path;
@@ -30,6 +30,9 @@ use std::time::Instant;
 
 /// Stream seed offset of evaluation rows: they are the same for every seed of a run, so that runs compare.
 const EVALUATION_SEED: u64 = 0;
+
+/// Training batches on which activation and gradient selection measure.
+const CALIBRATION_BATCHES: usize = 4;
 
 /// A run between two steps.
 pub struct Trainer<T: Real> {
@@ -94,7 +97,20 @@ impl<T: Real> Trainer<T> {
             return Err(Error::invalid("vocab_size", model.config.vocab_size, requirement));
         }
         let fingerprint = checkpoint::fingerprint(&model);
-        config.method.apply(&mut model, config.seed)?;
+        let data = Mixture::open(&config.data)?;
+        let calibration = if config.method.needs_calibration() {
+            let run = &config.train;
+            let encoder = Encoder { tokenizer: &tokenizer, length: run.length, truncate: run.truncate };
+            // Rows of their own stream, so that selection does not look at the first training rows twice.
+            let seed = config.seed ^ fnv1a("calibration");
+            let batches = (0..CALIBRATION_BATCHES as u64)
+                .map(|i| encoder.draw(&data, seed, Split::Train, i * run.batch as u64, run.batch, None))
+                .collect::<Result<Vec<_>>>()?;
+            Some(model.calibrate(&batches, &mut Cost::default())?)
+        } else {
+            None
+        };
+        config.method.apply(&mut model, calibration.as_ref(), config.seed)?;
         if config.train.bf16_storage {
             round_model(&mut model)?;
         }
@@ -102,7 +118,7 @@ impl<T: Real> Trainer<T> {
         Ok(Self {
             optimizer: config.optimizer.check()?,
             schedule: config.schedule.check(config.train.steps)?,
-            data: Mixture::open(&config.data)?,
+            data,
             retain,
             gradients: model.zero_gradients(),
             tokenizer,

@@ -84,3 +84,20 @@ pub fn with_map<T: Real>(
     let gradients = contraction.finish(problem, projected, &upstream, products, cost);
     Ok(ChainedGradients { gradients, certificate: map.certificate().clone() })
 }
+
+/// Multiply-adds of a chained gradient with k feature columns on self-attention, as counted by [`gradients`] apart
+/// from the projections, whose cost every method shares.
+///
+/// `moment_columns` is m of both dS Z and dS^T W: 2 r for adapters on Q and K, d_h for all gradients;
+/// `value_columns` is that of P R and P^T N together.
+pub fn predicted_multiply_adds(
+    tokens: usize,
+    feature_columns: u128,
+    value_dim: usize,
+    moment_columns: usize,
+    value_columns: usize,
+) -> f64 {
+    let contracted = (value_dim + 1) * moment_columns;
+    let columns = (2 * (1 + value_dim + contracted) + value_columns * 2 + 2 * contracted) as f64;
+    tokens as f64 * (feature_columns as f64 * columns + 2.0 * contracted as f64)
+}

@@ -90,6 +90,19 @@ pub fn gradients_with_tile<T: Real>(
     Ok(contraction.finish(problem, &projected, &upstream, products, cost))
 }
 
+/// Multiply-adds of a streaming gradient on `pairs` visible query-key pairs, as counted by [`gradients`] apart from
+/// the projections, whose cost every method shares. Columns as in
+/// [`crate::attention::chained::predicted_multiply_adds`].
+pub fn predicted_multiply_adds(
+    pairs: u64,
+    head_dim: usize,
+    value_dim: usize,
+    moment_columns: usize,
+    value_columns: usize,
+) -> f64 {
+    pairs as f64 * (2 * head_dim + 2 * value_dim + 2 * moment_columns + value_columns) as f64
+}
+
 /// What both passes read.
 struct Pass<'a, T> {
     /// beta Q.

@@ -1,0 +1,60 @@
+//! The `peft-limits` command line: one file per subcommand.
+//!
+//! Exit codes: 0 done, 1 a check failed, 2 bad input or usage. Errors go to stderr as one line that names the
+//! file, the tensor, what was expected and what was found.
+
+mod gradient;
+mod probe;
+
+use crate::attention::factorization::spec::METHODS;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(
+    name = "peft-limits",
+    version,
+    about = "How cheap can a fine-tuning gradient be, and is a trainer's gradient right?",
+    long_about = "Exact and almost-linear-time LoRA gradients of softmax attention, and the norm threshold between them.\n\n\
+                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compute the gradients of one attention head
+    Gradient(gradient::GradientArgs),
+    /// Measure a head's norms against the threshold, and each factorization's error and cost on it
+    Probe(probe::ProbeArgs),
+}
+
+/// Parses the process's arguments, runs the subcommand and returns its exit code.
+pub fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Gradient(args) => gradient::run(&args),
+        Command::Probe(args) => probe::run(&args),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("peft-limits: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// What an input file holds, for help pages.
+const INPUT_HELP: &str = "\
+Input files (safetensors): X (or XQ, XK, XV), WQ, WK, WV, any pair of AQ,BQ AK,BK AV,BV, and Y (target) or G \
+(upstream gradient). Rows are tokens: Q = X (WQ + alpha/r BQ AQ). Or Q, K, V in place of inputs and weights \
+(for instance after rotary embedding). Metadata: beta (factor of Q K^T), alpha (with adapters), optional r, causal, \
+softmax_one.";
+
+/// The table of factorizations, for help pages.
+fn features_help() -> String {
+    let lines: Vec<String> = METHODS.iter().map(|(name, keys)| format!("  {name}:{keys}")).collect();
+    format!("Factorizations (SPEC):\n{}", lines.join("\n"))
+}
