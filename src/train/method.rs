@@ -225,12 +225,7 @@ impl MethodParams {
     ///
     /// # Errors
     /// As [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
-    pub fn apply<T: Real>(
-        &self,
-        model: &mut Model<T>,
-        calibration: Option<&Calibration<T>>,
-        seed: u64,
-    ) -> Result<()> {
+    pub fn apply<T: Real>(&self, model: &mut Model<T>, calibration: Option<&Calibration<T>>, seed: u64) -> Result<()> {
         self.check()?;
         let mut rng = generator(seed, "init/adapter", 0);
         if self.name == MethodName::Full && self.targets.is_none() {

@@ -3,9 +3,9 @@
 //! ```
 //! use peft_limits::train::tasks::{arithmetic::ArithmeticParams, row, Split};
 //! let task = ArithmeticParams::default().check()?;
-//! let example = row(&task, 1, Split::Train, 2)?;
-//! assert_eq!(example.text(), "6-73=-67");
-//! assert_eq!(example.answers(), "-67"); // labels: the bytes of `-67`; the prompt `6-73=` is -100
+//! let example = row(&task, 1, Split::Train, 1)?;
+//! assert_eq!(example.text(), "93-6=87");
+//! assert_eq!(example.answers(), "87"); // labels: the bytes of `87`; the prompt `93-6=` is -100
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 

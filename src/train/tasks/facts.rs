@@ -8,9 +8,9 @@
 //! use peft_limits::train::tasks::{facts::FactsParams, row, Split};
 //! let task = FactsParams::default().check()?;
 //! let example = row(&task, 1, Split::Test, 0)?;
-//! assert_eq!(example.text(), "What is the motion of runu? swim");
-//! assert_eq!(example.answers(), "swim"); // labels: the bytes of `swim`
-//! assert_eq!(example.choices, ["swim", "sway", "flight", "drive"]);
+//! assert_eq!(example.text(), "The motion of kibu is walk");
+//! assert_eq!(example.answers(), "walk"); // labels: the bytes of `walk`
+//! assert_eq!(example.choices, ["walk", "jump", "swim", "ride"]);
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 

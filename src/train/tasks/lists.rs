@@ -4,8 +4,8 @@
 //! use peft_limits::train::tasks::{lists::ListsParams, row, Split};
 //! let task = ListsParams::default().check()?;
 //! let example = row(&task, 1, Split::Train, 0)?;
-//! assert_eq!(example.text(), "min 8 9 4 2 = 2");
-//! assert_eq!(example.answers(), "2"); // labels: the byte of `2`
+//! assert_eq!(example.text(), "last 2 8 7 6 0 5 = 5");
+//! assert_eq!(example.answers(), "5"); // labels: the byte of `5`
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 

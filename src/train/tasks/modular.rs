@@ -4,8 +4,8 @@
 //! use peft_limits::train::tasks::{modular::ModularParams, row, Split};
 //! let task = ModularParams::default().check()?;
 //! let example = row(&task, 1, Split::Train, 0)?;
-//! assert_eq!(example.text(), "21-1 mod 23=20");
-//! assert_eq!(example.answers(), "20"); // labels: the bytes of `20`
+//! assert_eq!(example.text(), "11*13 mod 23=5");
+//! assert_eq!(example.answers(), "5"); // labels: the byte of `5`
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 

@@ -6,8 +6,8 @@
 //! use peft_limits::train::tasks::{recall::RecallParams, row, Split};
 //! let task = RecallParams { pairs: 3 }.check()?;
 //! let example = row(&task, 1, Split::Train, 0)?;
-//! assert_eq!(example.text(), "W8 l3 U8;l3 U8 W8");
-//! assert_eq!(example.answers(), "3|8|8"); // labels: the three values; all else is -100
+//! assert_eq!(example.text(), "H1 C8 j3;j3 H1 C8");
+//! assert_eq!(example.answers(), "3|1|8"); // labels: the three values; all else is -100
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 
