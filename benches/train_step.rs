@@ -13,7 +13,7 @@ use peft_limits::adapters::paca::PacaSpec;
 use peft_limits::cost::Cost;
 use peft_limits::linalg::gemm::parallel_product_into;
 use peft_limits::model::s2ft::S2ftSpec;
-use peft_limits::model::{AdapterPlan, Batch, MethodSpec, Model, ModelConfig, Projection, StepOptions};
+use peft_limits::model::{AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashMap;
@@ -24,6 +24,7 @@ type Moments = HashMap<String, (Array2<f32>, Array2<f32>)>;
 struct Contender {
     name: &'static str,
     model: Model<f32>,
+    gradients: Gradients<f32>,
     moments: Moments,
     seconds: Vec<f64>,
     flops: u64,
@@ -31,7 +32,7 @@ struct Contender {
     loss: f64,
 }
 
-fn adamw(model: &mut Model<f32>, gradients: &peft_limits::model::Gradients<f32>, step: i32, moments: &mut Moments) {
+fn adamw(model: &mut Model<f32>, gradients: &Gradients<f32>, step: i32, moments: &mut Moments) {
     let (first, second) = (1.0 - 0.9f32.powi(step), 1.0 - 0.999f32.powi(step));
     model
         .update(gradients, &mut |t| {
@@ -107,6 +108,7 @@ fn main() {
     let mut enter = |name, model: Model<f32>| {
         contenders.push(Contender {
             name,
+            gradients: model.zero_gradients(),
             model,
             moments: Moments::new(),
             seconds: vec![],
@@ -131,13 +133,14 @@ fn main() {
         for c in &mut contenders {
             let mut cost = Cost::default();
             let start = Instant::now();
-            let mut gradients = c.model.zero_gradients();
-            let pass = c.model.forward(&data, &options, &mut gradients, &mut cost).expect("forward");
+            let gradients = &mut c.gradients;
+            gradients.fill_zero();
+            let pass = c.model.forward(&data, &options, gradients, &mut cost).expect("forward");
             if step == 0 {
                 c.saved_bytes = pass.saved_bytes_by_name().iter().map(|(_, bytes)| bytes).sum();
             }
-            c.loss = c.model.backward(&data, pass, &mut gradients, &mut cost).expect("backward").loss;
-            adamw(&mut c.model, &gradients, step + 1, &mut c.moments);
+            c.loss = c.model.backward(&data, pass, gradients, &mut cost).expect("backward").loss;
+            adamw(&mut c.model, gradients, step + 1, &mut c.moments);
             // Two rounds of warm-up.
             if step >= 2 {
                 c.seconds.push(start.elapsed().as_secs_f64());

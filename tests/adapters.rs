@@ -5,9 +5,9 @@ mod common;
 use common::*;
 use ndarray::{Array2, Axis};
 use peft_limits::Error;
-use peft_limits::adapters::Method;
 use peft_limits::adapters::paca::{Paca, PacaSpec};
 use peft_limits::adapters::selection::{ColumnRule, Order, Score};
+use peft_limits::adapters::{BaseWeight, Method, PackedWeight};
 use peft_limits::check::compare::{assert_close, gap};
 use peft_limits::check::finite_differences::{central_differences, observed_order};
 use peft_limits::cost::Cost;
@@ -15,6 +15,7 @@ use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::{AdapterPlan, Gradients, MethodSpec, Model, Projection, StepOptions};
 use rand::RngExt;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// (derivative along a random direction from the gradients, central differences of the loss along it);
 /// tensors whose name does not end in `suffix` are left alone.
@@ -342,4 +343,68 @@ fn bad_settings_are_refused_by_name() {
     assert!(text(s2ft([0.0; 7]).map(drop)).contains("at least one"));
     assert!(text(s2ft([0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]).map(drop)).contains("share one set of heads"));
     assert!(text(s2ft([0.0, 0.0, 0.0, 1.5, 0.0, 0.0, 0.0]).map(drop)).contains("ratio of o_proj = 1.5"));
+}
+
+/// A codec that keeps quarters: stands for any packed base weight.
+#[derive(Debug)]
+struct Quarters(Array2<i16>);
+
+impl PackedWeight<f64> for Quarters {
+    fn shape(&self) -> (usize, usize) {
+        self.0.dim()
+    }
+    fn decode_into(&self, dense: &mut ndarray::ArrayViewMut2<f64>) {
+        dense.zip_mut_with(&self.0, |d, &q| *d = f64::from(q) / 4.0);
+    }
+    fn bytes(&self) -> usize {
+        2 * self.0.len()
+    }
+}
+
+/// QLoRA, QDoRA, QPaCA: over a packed base weight every method computes what it does over the decoded one.
+#[test]
+fn packed_base_weights_act_as_their_decoded_values() {
+    let specs = [
+        MethodSpec::Lora(lora(5)),
+        MethodSpec::Dora { spec: lora(3), true_derivative: false },
+        MethodSpec::Paca(PacaSpec { rank: 5, alpha: Some(7.0), ..PacaSpec::default() }),
+    ];
+    for spec in specs {
+        let build = |packed: bool| {
+            let mut model: Model<f64> = model(3);
+            for layer in &mut model.layers {
+                for p in Projection::ALL {
+                    let quarters = layer.projection(p).base.dense().mapv(|x| (x * 4.0).round() as i16);
+                    let dense = quarters.mapv(|q| f64::from(q) / 4.0 + f64::from(q == 0) * 0.25);
+                    let quarters = dense.mapv(|x| (x * 4.0) as i16);
+                    layer.projection_mut(p).base = if packed {
+                        BaseWeight::Packed(Arc::new(Quarters(quarters)))
+                    } else {
+                        BaseWeight::Dense(dense)
+                    };
+                }
+            }
+            model.attach(&AdapterPlan::everywhere(&Projection::ALL, spec), &mut rng(4)).unwrap();
+            leave_the_start(&mut model);
+            train(&mut model, 2);
+            model
+        };
+        let (packed, dense) = (build(true), build(false));
+        assert!(packed.weight_bytes().0 < dense.weight_bytes().0);
+        assert_close("logits", &logits(&packed).view(), &logits(&dense).view(), 1e-13);
+        let of = |m: &Model<f64>| step(m, &batch(), &StepOptions::default()).1;
+        for ((name, got), (_, want)) in of(&packed).named().iter().zip(of(&dense).named()) {
+            assert_close(name, got, &want, 1e-12);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        packed.write(folder.path()).unwrap();
+        let whole: Model<f64> = Model::read(folder.path()).unwrap();
+        assert_close("exported", &logits(&whole).view(), &logits(&dense).view(), 1e-12);
+    }
+    let mut packed: Model<f64> = model(3);
+    packed.layers[0].projection_mut(Projection::Up).base =
+        BaseWeight::Packed(Arc::new(Quarters(Array2::ones((34, 24)))));
+    let plan = AdapterPlan::everywhere(&[Projection::Up], MethodSpec::Full);
+    let refused = packed.attach(&plan, &mut rng(1)).unwrap_err().to_string();
+    assert!(refused.contains("full") && refused.contains("packed"), "{refused}");
 }

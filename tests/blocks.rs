@@ -17,7 +17,7 @@ use peft_limits::blocks::swiglu::{swiglu_backward, swiglu_forward};
 use peft_limits::check::compare::assert_close;
 use peft_limits::check::finite_differences::{central_differences, observed_order};
 use peft_limits::cost::Cost;
-use peft_limits::linalg::Real;
+use peft_limits::linalg::{Real, Scratch};
 use rand::RngExt;
 
 fn random<T: Real>(seed: u64, shape: (usize, usize), scale: f64) -> Array2<T> {
@@ -67,7 +67,7 @@ fn rms_norm_derivative_and_extreme_rows() {
     let g: Array2<f64> = random(3, (130, 71), 1.0);
     let mut cost = Cost::default();
     let gain_row = gain.row(0).to_vec();
-    let (y, inverse) = rms_norm_forward(x.view(), &gain_row, 1e-5, &mut cost).unwrap();
+    let (y, inverse) = rms_norm_forward(x.view(), &gain_row, 1e-5, &mut Scratch::default(), &mut cost).unwrap();
     let naive = |i: usize, j: usize| {
         let mean = x.row(i).iter().map(|x| x * x).sum::<f64>() / 71.0;
         gain_row[j] * x[[i, j]] / (mean + 1e-5).sqrt()
@@ -77,7 +77,9 @@ fn rms_norm_derivative_and_extreme_rows() {
     rms_norm_backward(g.view(), x.view(), &inverse, &gain_row, Some(&mut dgain), Some(&mut dx.view_mut()), &mut cost)
         .unwrap();
     let loss = |x: &Array2<f64>, gain: &Array2<f64>| {
-        let y = rms_norm_forward(x.view(), &gain.row(0).to_vec(), 1e-5, &mut Cost::default()).unwrap().0;
+        let y = rms_norm_forward(x.view(), &gain.row(0).to_vec(), 1e-5, &mut Scratch::default(), &mut Cost::default())
+            .unwrap()
+            .0;
         (y * &g).sum()
     };
     check_derivative("dx", &x, &dx, |x| loss(x, &gain));
@@ -87,13 +89,27 @@ fn rms_norm_derivative_and_extreme_rows() {
     });
     assert_close("dgain", &dgain.view(), &direct.view(), 1e-13);
     for scale in [1e-12f32, 1e12] {
-        let (y, _) =
-            rms_norm_forward((random::<f32>(4, (2, 9), 1.0) * scale).view(), &[1.0; 9], 1e-30, &mut cost).unwrap();
+        let (y, _) = rms_norm_forward(
+            (random::<f32>(4, (2, 9), 1.0) * scale).view(),
+            &[1.0; 9],
+            1e-30,
+            &mut Scratch::default(),
+            &mut cost,
+        )
+        .unwrap();
         let mean = y.row(1).iter().map(|x| x * x).sum::<f32>() / 9.0;
         assert!((mean - 1.0).abs() < 1e-5, "scale {scale}: mean square {mean}");
     }
-    assert!(rms_norm_forward(x.view(), &gain_row, f64::NAN, &mut cost).unwrap_err().to_string().contains("NaN"));
-    assert!(matches!(rms_norm_forward(x.view(), &[1.0], 1e-5, &mut cost), Err(Error::ShapeMismatch { .. })));
+    assert!(
+        rms_norm_forward(x.view(), &gain_row, f64::NAN, &mut Scratch::default(), &mut cost)
+            .unwrap_err()
+            .to_string()
+            .contains("NaN")
+    );
+    assert!(matches!(
+        rms_norm_forward(x.view(), &[1.0], 1e-5, &mut Scratch::default(), &mut cost),
+        Err(Error::ShapeMismatch { .. })
+    ));
 }
 
 #[test]
@@ -134,10 +150,12 @@ fn attention_against_dense_loops_over_several_tiles() {
         (random(1, (600, 24), 2.0), random(2, (600, 12), 2.0), random(3, (600, 12), 1.0));
     let g: Array2<f64> = random(4, (600, 24), 1.0);
     let mut cost = Cost::default();
-    let (o, lse) = causal_attention_forward(q.view(), k.view(), v.view(), shape, 0.7, &mut cost).unwrap();
+    let (o, lse) =
+        causal_attention_forward(q.view(), k.view(), v.view(), shape, 0.7, &mut Scratch::default(), &mut cost).unwrap();
     let cache =
         AttentionCache { query: q.view(), key: k.view(), value: v.view(), output: o.view(), log_sum_exp: lse.view() };
-    let (dq, dk, dv) = causal_attention_backward(g.view(), &cache, shape, 0.7, &mut cost).unwrap();
+    let (dq, dk, dv) =
+        causal_attention_backward(g.view(), &cache, shape, 0.7, &mut Scratch::default(), &mut cost).unwrap();
     assert!(cost.largest_buffer < 300 * 300, "no T x T buffer");
     let (mut want_o, mut want_dq) = (Array2::zeros((600, 24)), Array2::zeros((600, 24)));
     let (mut want_dk, mut want_dv) = (Array2::<f64>::zeros((600, 12)), Array2::<f64>::zeros((600, 12)));
@@ -173,12 +191,21 @@ fn attention_against_dense_loops_over_several_tiles() {
         assert_close(name, &got.view(), &want.view(), 1e-13);
     }
     let single = |a: &Array2<f64>| a.mapv(|x| x as f32);
-    let (o32, _) =
-        causal_attention_forward(single(&q).view(), single(&k).view(), single(&v).view(), shape, 0.7, &mut cost)
-            .unwrap();
+    let (o32, _) = causal_attention_forward(
+        single(&q).view(),
+        single(&k).view(),
+        single(&v).view(),
+        shape,
+        0.7,
+        &mut Scratch::default(),
+        &mut cost,
+    )
+    .unwrap();
     assert_close("O in f32", &o32.view(), &want_o.view(), 1e-6);
     let wrong = AttentionShape { kv_heads: 3, ..shape };
-    let refused = causal_attention_forward(q.view(), k.view(), v.view(), wrong, 0.7, &mut cost).unwrap_err();
+    let refused =
+        causal_attention_forward(q.view(), k.view(), v.view(), wrong, 0.7, &mut Scratch::default(), &mut cost)
+            .unwrap_err();
     assert!(refused.to_string().contains("num_key_value_heads = 3"), "{refused}");
 }
 
@@ -188,14 +215,32 @@ fn attention_closed_forms() {
     let shape = AttentionShape { batch: 1, length: 5, heads: 1, kv_heads: 1, head_dim: 2 };
     let (q, k) = (Array2::<f64>::zeros((5, 2)), random(2, (5, 2), 1e3));
     let v = Array2::from_shape_fn((5, 2), |(i, j)| (i + 3 * j) as f64);
-    let (o, lse) = causal_attention_forward(q.view(), k.view(), v.view(), shape, 1.0, &mut Cost::default()).unwrap();
+    let (o, lse) = causal_attention_forward(
+        q.view(),
+        k.view(),
+        v.view(),
+        shape,
+        1.0,
+        &mut Scratch::default(),
+        &mut Cost::default(),
+    )
+    .unwrap();
     for i in 0..5 {
         assert!((o[[i, 0]] - i as f64 / 2.0).abs() < 1e-14 && (o[[i, 1]] - 3.0 - i as f64 / 2.0).abs() < 1e-14);
         assert!((lse[[0, i]] - ((i + 1) as f64).ln()).abs() < 1e-15);
     }
     // Logits of +-1e6: the largest key wins, nothing overflows.
     let big = random::<f64>(3, (5, 2), 1.0) * 1e3;
-    let (o, _) = causal_attention_forward(big.view(), k.view(), v.view(), shape, 1.0, &mut Cost::default()).unwrap();
+    let (o, _) = causal_attention_forward(
+        big.view(),
+        k.view(),
+        v.view(),
+        shape,
+        1.0,
+        &mut Scratch::default(),
+        &mut Cost::default(),
+    )
+    .unwrap();
     assert!(o.iter().all(|x| x.is_finite()));
 }
 
@@ -206,13 +251,18 @@ fn swiglu_derivative() {
     let (mut dgate, mut dup) = (gate.clone(), up.clone());
     swiglu_backward(da.view(), &mut dgate, &mut dup, &mut Cost::default()).unwrap();
     let loss = |g: &Array2<f64>, u: &Array2<f64>| {
-        (swiglu_forward(g.view(), u.view(), &mut Cost::default()).unwrap() * &da).sum()
+        (swiglu_forward(g.view(), u.view(), &mut Scratch::default(), &mut Cost::default()).unwrap() * &da).sum()
     };
     check_derivative("dgate", &gate, &dgate, |g| loss(g, &up));
     let silu = gate.mapv(|g| g / (1.0 + (-g).exp()));
     assert_close("dup", &dup.view(), &(&da * &silu).view(), 1e-14);
-    let extreme =
-        swiglu_forward(array![[-1e4f32, 1e4]].view(), array![[1.0, 1.0]].view(), &mut Cost::default()).unwrap();
+    let extreme = swiglu_forward(
+        array![[-1e4f32, 1e4]].view(),
+        array![[1.0, 1.0]].view(),
+        &mut Scratch::default(),
+        &mut Cost::default(),
+    )
+    .unwrap();
     assert_eq!(extreme.mapv(f32::abs), array![[0.0, 1e4]]);
 }
 

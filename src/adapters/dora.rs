@@ -4,7 +4,7 @@
 //! method saves nothing but its input. Backward forms dW'' = dy^T x once and reads every gradient off it.
 
 use super::lora::{LoraSpec, kaiming_uniform};
-use crate::blocks::linear::{linear_backward_input, linear_backward_weight};
+use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -108,7 +108,7 @@ impl<T: Real> Dora<T> {
 
     /// With P = dy^T x, g_j = m_j / ||W'_j|| and c_j = P_j . W''_j:
     /// dm_j += c_j / m_j, dW'_j = g_j P_j (constant norm) or g_j P_j - c_j / ||W'_j||^2 W'_j (true derivative),
-    /// dB += s dW' A^T, dA += s B^T dW', dx += dy W''. Sinks: dA, dB, dm.
+    /// dB += s dW' A^T, dA += s B^T dW', dx = beta dx + dy W''. Sinks: dA, dB, dm.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`]; as [`Dora::merged_weight`].
@@ -119,11 +119,13 @@ impl<T: Real> Dora<T> {
         base: ArrayView2<T>,
         sinks: &mut [Array2<T>],
         dx: Option<&mut ArrayViewMut2<T>>,
+        beta: T,
         cost: &mut Cost,
     ) -> Result<()> {
         let merged = self.merged_weight(base, cost)?;
         if let Some(dx) = dx {
-            linear_backward_input(dy, merged.weight.view(), dx, cost)?;
+            require_shape("dora", "dx", &dx.view(), (dy.nrows(), base.ncols()))?;
+            parallel_product_into(T::one(), dy, merged.weight.view(), beta, dx, cost);
         }
         let mut product = Array2::zeros(base.dim());
         cost.hold(2 * product.len());

@@ -23,12 +23,12 @@ pub mod paca;
 pub mod s2ft;
 pub mod selection;
 
-use crate::blocks::linear::{linear_backward_input, linear_backward_weight};
+use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
 use crate::linalg::gemm::parallel_product_into;
+use crate::linalg::{Real, Scratch};
 pub use base_weight::{BaseWeight, PackedWeight};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
@@ -201,14 +201,20 @@ impl<T: Real> AdaptedLinear<T> {
     ///
     /// # Errors
     /// As [`AdaptedLinear::forward_into`].
-    pub fn forward(&self, x: ArrayView2<T>, save: bool, cost: &mut Cost) -> Result<(Array2<T>, LinearSaved<T>)> {
-        let mut y = Array2::zeros((x.nrows(), self.shape().0));
+    pub fn forward(
+        &self,
+        x: ArrayView2<T>,
+        save: bool,
+        scratch: &mut Scratch<T>,
+        cost: &mut Cost,
+    ) -> Result<(Array2<T>, LinearSaved<T>)> {
+        let mut y = scratch.array((x.nrows(), self.shape().0));
         let saved = self.forward_into(x, T::zero(), &mut y.view_mut(), save, cost)?;
         Ok((y, saved))
     }
 
-    /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`Method::trainable_names`]) and
-    /// that of the input to `dx`.
+    /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`Method::trainable_names`]);
+    /// dx = beta dx + (gradient of the input).
     ///
     /// `x` is needed where [`Method::input_need`] is [`InputNeed::Whole`]; `sinks` of a frozen projection are
     /// empty; `dx = None` skips the input's gradient.
@@ -223,6 +229,7 @@ impl<T: Real> AdaptedLinear<T> {
         saved: &LinearSaved<T>,
         sinks: &mut [Array2<T>],
         mut dx: Option<&mut ArrayViewMut2<T>>,
+        beta: T,
         cost: &mut Cost,
     ) -> Result<()> {
         let names = self.method.trainable_names();
@@ -236,37 +243,39 @@ impl<T: Real> AdaptedLinear<T> {
                 "is merged into the base weight; unmerge to train",
             ));
         }
+        require_shape("linear_backward", "dy", &dy, (dy.nrows(), self.shape().0))?;
         let absent = |what: &str| Error::invalid(what, "absent", "forward must save it for this method");
         let whole = || x.as_ref().ok_or_else(|| absent("input"));
+        if let (Some(dx), false) = (dx.as_deref_mut(), matches!(self.method, Method::Dora(_))) {
+            require_shape("linear_backward", "dx", &dx.view(), (dy.nrows(), self.shape().1))?;
+            match (&self.base, &self.method) {
+                (BaseWeight::Packed(_), Method::Paca(paca)) => {
+                    let mut dense = self.base.dense().into_owned();
+                    paca.write_columns(&mut dense);
+                    parallel_product_into(T::one(), dy, dense.view(), beta, dx, cost);
+                }
+                _ => parallel_product_into(T::one(), dy, self.base.dense().view(), beta, dx, cost),
+            }
+        }
         match &self.method {
             Method::Frozen => {}
             Method::Full => linear_backward_weight(T::one(), dy, whole()?.view(), &mut sinks[0].view_mut(), cost)?,
             Method::Lora(lora) => {
                 let projected = saved.projected.as_ref().ok_or_else(|| absent("xA^T"))?;
-                lora.backward(dy, whole()?.view(), projected.view(), sinks, dx.as_deref_mut(), cost)?;
+                lora.backward(dy, whole()?.view(), projected.view(), sinks, dx, cost)?;
             }
             Method::Moslora(moslora) => {
                 let projected = saved.projected.as_ref().ok_or_else(|| absent("xA^T"))?;
-                moslora.backward(dy, whole()?.view(), projected.view(), sinks, dx.as_deref_mut(), cost)?;
+                moslora.backward(dy, whole()?.view(), projected.view(), sinks, dx, cost)?;
             }
             Method::Dora(dora) => {
-                return dora.backward(dy, whole()?.view(), self.base.dense().view(), sinks, dx, cost);
+                dora.backward(dy, whole()?.view(), self.base.dense().view(), sinks, dx, beta, cost)?;
             }
             Method::Paca(paca) => {
                 let columns = saved.columns.as_ref().ok_or_else(|| absent("selected columns of the input"))?;
                 linear_backward_weight(T::of(paca.scaling), dy, columns.view(), &mut sinks[0].view_mut(), cost)?;
             }
             Method::S2ft(slice) => slice.backward(dy, x, saved.columns.as_ref(), &mut sinks[0], cost)?,
-        }
-        if let Some(dx) = dx {
-            match (&self.base, &self.method) {
-                (BaseWeight::Packed(_), Method::Paca(paca)) => {
-                    let mut dense = self.base.dense().into_owned();
-                    paca.write_columns(&mut dense);
-                    linear_backward_input(dy, dense.view(), dx, cost)?;
-                }
-                _ => linear_backward_input(dy, self.base.dense().view(), dx, cost)?,
-            }
         }
         Ok(())
     }

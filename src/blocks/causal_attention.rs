@@ -3,8 +3,8 @@
 use super::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
+use crate::linalg::{Real, Scratch};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
@@ -105,6 +105,7 @@ pub fn causal_attention_forward<T: Real>(
     value: ArrayView2<T>,
     shape: AttentionShape,
     scale: f64,
+    scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>)> {
     shape.check("causal_attention_forward", &query, [("key", &key), ("value", &value)])?;
@@ -112,8 +113,8 @@ pub fn causal_attention_forward<T: Real>(
     cost.multiply_adds += 2 * shape.tile_products();
     cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
     cost.hold(QUERY_TILE * (KEY_TILE + head_dim));
-    let mut output = Array2::<T>::zeros(query.dim());
-    let mut log_sum_exp = Array2::<T>::zeros((shape.batch * shape.heads, length));
+    let mut output = scratch.array(query.dim());
+    let mut log_sum_exp = scratch.array((shape.batch * shape.heads, length));
     let group = shape.heads / shape.kv_heads;
     let mut tasks = Vec::new();
     let lse_rows = log_sum_exp.as_slice_mut().unwrap_or(&mut []).chunks_mut(length.max(1));
@@ -125,8 +126,8 @@ pub fn causal_attention_forward<T: Real>(
             rest = later;
         }
     }
-    let scratch = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * head_dim]);
-    tasks.into_par_iter().for_each_init(scratch, |(scores, sums), (index, start, mut out, lse)| {
+    let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * head_dim]);
+    tasks.into_par_iter().for_each_init(tiles, |(scores, sums), (index, start, mut out, lse)| {
         let (batch, head) = (index / shape.heads, index % shape.heads);
         let rows = lse.len();
         let q = shape.head(&query, batch, head);
@@ -187,6 +188,7 @@ pub fn causal_attention_backward<T: Real>(
     cache: &AttentionCache<'_, T>,
     shape: AttentionShape,
     scale: f64,
+    scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>, Array2<T>)> {
     let op = "causal_attention_backward";
@@ -198,9 +200,9 @@ pub fn causal_attention_backward<T: Real>(
     cost.multiply_adds += 5 * shape.tile_products();
     cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
     cost.hold(2 * QUERY_TILE * KEY_TILE);
-    let mut dquery = Array2::<T>::zeros(cache.query.dim());
-    let mut dkey = Array2::<T>::zeros(cache.key.dim());
-    let mut dvalue = Array2::<T>::zeros(cache.key.dim());
+    let mut dquery = scratch.array(cache.query.dim());
+    let mut dkey = scratch.array(cache.key.dim());
+    let mut dvalue = scratch.array(cache.key.dim());
     let mut queries = split_heads(&mut dquery, length, head_dim).into_iter();
     let keys = split_heads(&mut dkey, length, head_dim).into_iter();
     let values = split_heads(&mut dvalue, length, head_dim).into_iter();
@@ -209,9 +211,11 @@ pub fn causal_attention_backward<T: Real>(
         .enumerate()
         .map(|(index, (dk, dv))| (index, queries.by_ref().take(group).collect::<Vec<_>>(), dk, dv))
         .collect();
-    let scratch = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
-    tasks.into_par_iter().for_each_init(scratch, |(scores, products), (index, dqs, mut dk, mut dv)| {
+    let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
+    tasks.into_par_iter().for_each_init(tiles, |(scores, products), (index, dqs, mut dk, mut dv)| {
         let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
+        dk.fill(T::zero());
+        dv.fill(T::zero());
         let k = shape.head(&cache.key, batch, kv_head);
         let v = shape.head(&cache.value, batch, kv_head);
         for (member, mut dq) in dqs.into_iter().enumerate() {
@@ -240,7 +244,8 @@ pub fn causal_attention_backward<T: Real>(
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
                     general_mat_mul(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
                     general_mat_mul(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
-                    general_mat_mul(T::of(scale), &ds, &k.slice(range), T::one(), &mut dq);
+                    let keep = if key_start == 0 { T::zero() } else { T::one() };
+                    general_mat_mul(T::of(scale), &ds, &k.slice(range), keep, &mut dq);
                 }
             }
         }

@@ -3,8 +3,8 @@
 use super::{ROWS_PER_TASK, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
 use crate::linalg::elementwise::{LANES, vectorized_closure};
+use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -50,9 +50,10 @@ fn check_gain<T: Real>(op: &'static str, gain: &[T], width: usize) -> Result<()>
 ///
 /// ```
 /// use ndarray::array;
-/// use peft_limits::{blocks::rms_norm::rms_norm_forward, cost::Cost};
+/// use peft_limits::{blocks::rms_norm::rms_norm_forward, cost::Cost, linalg::Scratch};
 /// // The root mean square of (1, 7) is 5.
-/// let (y, s) = rms_norm_forward(array![[1.0, 7.0]].view(), &[5.0, 10.0], 1e-300, &mut Cost::default())?;
+/// let (scratch, cost) = (&mut Scratch::default(), &mut Cost::default());
+/// let (y, s) = rms_norm_forward(array![[1.0, 7.0]].view(), &[5.0, 10.0], 1e-300, scratch, cost)?;
 /// assert!((y[[0, 0]] - 1.0f64).abs() < 1e-15 && (y[[0, 1]] - 14.0).abs() < 1e-14 && (s[0] - 0.2).abs() < 1e-16);
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
@@ -60,6 +61,7 @@ pub fn rms_norm_forward<T: Real>(
     x: ArrayView2<T>,
     gain: &[T],
     eps: f64,
+    scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Vec<T>)> {
     let (rows, width) = x.dim();
@@ -70,7 +72,7 @@ pub fn rms_norm_forward<T: Real>(
     cost.elementwise += 4 * (rows * width) as u64;
     let x = x.as_standard_layout();
     let input = x.as_slice().unwrap_or(&[]);
-    let mut y = Array2::<T>::zeros((rows, width));
+    let mut y = scratch.array((rows, width));
     let mut inverse_rms = vec![T::zero(); rows];
     let task = ROWS_PER_TASK * width.max(1);
     y.as_slice_mut()

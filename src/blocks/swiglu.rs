@@ -3,8 +3,8 @@
 use super::{ROWS_PER_TASK, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
 use crate::linalg::elementwise::vectorized_closure;
+use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -21,18 +21,24 @@ fn sigmoid<T: Real>(g: T) -> T {
 ///
 /// ```
 /// use ndarray::array;
-/// use peft_limits::{blocks::swiglu::swiglu_forward, cost::Cost};
+/// use peft_limits::{blocks::swiglu::swiglu_forward, cost::Cost, linalg::Scratch};
 /// // silu(ln 3) = 3/4 ln 3.
-/// let a = swiglu_forward(array![[3f64.ln()]].view(), array![[4.0]].view(), &mut Cost::default())?;
+/// let (scratch, cost) = (&mut Scratch::default(), &mut Cost::default());
+/// let a = swiglu_forward(array![[3f64.ln()]].view(), array![[4.0]].view(), scratch, cost)?;
 /// assert!((a[[0, 0]] - 3.0 * 3f64.ln()).abs() < 1e-14);
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
-pub fn swiglu_forward<T: Real>(gate: ArrayView2<T>, up: ArrayView2<T>, cost: &mut Cost) -> Result<Array2<T>> {
+pub fn swiglu_forward<T: Real>(
+    gate: ArrayView2<T>,
+    up: ArrayView2<T>,
+    scratch: &mut Scratch<T>,
+    cost: &mut Cost,
+) -> Result<Array2<T>> {
     require_shape("swiglu_forward", "up", &up, gate.dim())?;
     cost.exponentials += gate.len() as u64;
     cost.elementwise += 4 * gate.len() as u64;
     let (gate, up) = (gate.as_standard_layout(), up.as_standard_layout());
-    let mut a = Array2::<T>::zeros(gate.dim());
+    let mut a = scratch.array(gate.dim());
     let task = ROWS_PER_TASK * gate.ncols().max(1);
     a.as_slice_mut()
         .unwrap_or(&mut [])

@@ -81,7 +81,7 @@ pub fn parallel_product_into<T: Real>(
         return;
     }
     // Several tasks per thread even out other load; each task packs the shared operand again, so not too many.
-    let tile = |extent: usize| extent.div_ceil(3 * threads).next_multiple_of(16).max(TASK_TILE);
+    let tile = |extent: usize| extent.div_ceil(2 * threads).next_multiple_of(16).max(TASK_TILE);
     if m >= n || m > 2 * TASK_TILE {
         c.axis_chunks_iter_mut(Axis(0), tile(m))
             .into_par_iter()

@@ -7,6 +7,8 @@ pub mod khatri_rao;
 pub mod norms;
 pub mod real;
 pub mod reduce;
+pub mod scratch;
 
 pub use gemm::{product, product_into};
 pub use real::Real;
+pub use scratch::Scratch;

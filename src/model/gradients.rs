@@ -1,7 +1,7 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
 use super::parameters::{Model, Projection};
-use crate::linalg::Real;
+use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2};
 
 /// Sinks of one layer.
@@ -16,7 +16,8 @@ pub struct LayerGradients<T> {
     names: [&'static [&'static str]; 7],
 }
 
-/// Sinks of a model. They accumulate until [`Gradients::fill_zero`].
+/// Sinks of a model, and the working memory of its steps. They accumulate until [`Gradients::fill_zero`]; keep one
+/// value over the steps of a training, so that each step reuses the buffers of the last.
 #[derive(Debug, Clone)]
 pub struct Gradients<T> {
     /// Embedding table (with the output projection's part when tied).
@@ -27,6 +28,8 @@ pub struct Gradients<T> {
     pub final_norm: Option<Array2<T>>,
     /// Output projection when not tied.
     pub lm_head: Option<Array2<T>>,
+    /// Working memory of a step, kept for the next one.
+    pub(super) scratch: Scratch<T>,
 }
 
 impl<T: Real> Gradients<T> {
@@ -50,6 +53,7 @@ impl<T: Real> Gradients<T> {
             layers,
             final_norm: gain(),
             lm_head: model.lm_head.as_ref().filter(|_| parts.lm_head).map(|head| Array2::zeros(head.dim())),
+            scratch: Scratch::default(),
         }
     }
 
@@ -97,6 +101,16 @@ impl<T: Real> Gradients<T> {
     /// Multiplies every buffer, as gradient clipping does.
     pub fn scale(&mut self, factor: T) {
         self.for_each_mut(|g| g.mapv_inplace(|x| x * factor));
+    }
+
+    /// Bytes of working memory held for the next step; [`Gradients::release_scratch`] frees them.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
+    }
+
+    /// Frees the working memory, for instance before an evaluation.
+    pub fn release_scratch(&mut self) {
+        self.scratch = Scratch::default();
     }
 
     /// Euclidean norm over all buffers, summed in double precision.

@@ -11,7 +11,7 @@ use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
 use crate::blocks::swiglu::{swiglu_backward, swiglu_forward};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
+use crate::linalg::{Real, Scratch};
 use ndarray::{Array1, Array2};
 
 /// Weights of a layer.
@@ -170,51 +170,64 @@ impl<T: Real> LayerCache<T> {
     }
 }
 
+/// The array if it is wanted; otherwise its buffer goes back.
+fn retain<T: Real>(wanted: bool, array: Array2<T>, scratch: &mut Scratch<T>) -> Option<Array2<T>> {
+    if wanted {
+        return Some(array);
+    }
+    scratch.keep(array);
+    None
+}
+
 /// Runs a layer; with `needs`, returns what backward must find.
 pub(super) fn layer_forward<T: Real>(
     layer: &Layer<T>,
     x: Array2<T>,
     context: &Context<'_, T>,
     needs: Option<LayerNeeds>,
+    scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Option<LayerCache<T>>)> {
     use Projection::*;
     let keep = |wanted: fn(LayerNeeds) -> bool| needs.is_some_and(wanted);
     let save = needs.is_some();
-    let gain = |gain: &Array1<T>| gain.to_vec();
-    let project = |p: Projection, x: &Array2<T>, cost: &mut Cost| layer.projection(p).forward(x.view(), save, cost);
+    let project = |p: Projection, x: &Array2<T>, scratch: &mut Scratch<T>, cost: &mut Cost| {
+        layer.projection(p).forward(x.view(), save, scratch, cost)
+    };
 
-    let (normed, input_inverse_rms) = rms_norm_forward(x.view(), &gain(&layer.input_norm), context.eps, cost)?;
-    let (mut query, saved_query) = project(Query, &normed, cost)?;
-    let (mut key, saved_key) = project(Key, &normed, cost)?;
-    let (value, saved_value) = project(Value, &normed, cost)?;
-    let normed_input = (save && layer.needs_whole_input(&[Query, Key, Value])).then_some(normed);
+    let gain = layer.input_norm.to_vec();
+    let (normed, input_inverse_rms) = rms_norm_forward(x.view(), &gain, context.eps, scratch, cost)?;
+    let (mut query, saved_query) = project(Query, &normed, scratch, cost)?;
+    let (mut key, saved_key) = project(Key, &normed, scratch, cost)?;
+    let (value, saved_value) = project(Value, &normed, scratch, cost)?;
+    let normed_input = retain(save && layer.needs_whole_input(&[Query, Key, Value]), normed, scratch);
     rope_forward(&mut query.view_mut(), context.rope, cost)?;
     rope_forward(&mut key.view_mut(), context.rope, cost)?;
+    let (shape, scale) = (context.attention, context.scale());
     let (attended, log_sum_exp) =
-        causal_attention_forward(query.view(), key.view(), value.view(), context.attention, context.scale(), cost)?;
+        causal_attention_forward(query.view(), key.view(), value.view(), shape, scale, scratch, cost)?;
     let attention = keep(|n| n.attention);
-    let (query, key, value) = (attention.then_some(query), attention.then_some(key), attention.then_some(value));
+    let [query, key, value, log_sum_exp] = [query, key, value, log_sum_exp].map(|a| retain(attention, a, scratch));
 
     let normed_input_backward = keep(|n| n.normed_input);
-    let (mut middle, input) = if normed_input_backward { (x.clone(), Some(x)) } else { (x, None) };
+    let (mut middle, input) = if normed_input_backward { (scratch.copy(&x), Some(x)) } else { (x, None) };
     let output = layer.projection(Output);
     let saved_output = output.forward_into(attended.view(), T::one(), &mut middle.view_mut(), save, cost)?;
-    let attention_output = (attention || (save && layer.needs_whole_input(&[Output]))).then_some(attended);
+    let attention_output = retain(attention || (save && layer.needs_whole_input(&[Output])), attended, scratch);
 
-    let gain_middle = gain(&layer.post_attention_norm);
-    let (normed, middle_inverse_rms) = rms_norm_forward(middle.view(), &gain_middle, context.eps, cost)?;
-    let (gate, saved_gate) = project(Gate, &normed, cost)?;
-    let (up, saved_up) = project(Up, &normed, cost)?;
-    let normed_middle = (save && layer.needs_whole_input(&[Gate, Up])).then_some(normed);
-    let gated = swiglu_forward(gate.view(), up.view(), cost)?;
+    let gain = layer.post_attention_norm.to_vec();
+    let (normed, middle_inverse_rms) = rms_norm_forward(middle.view(), &gain, context.eps, scratch, cost)?;
+    let (gate, saved_gate) = project(Gate, &normed, scratch, cost)?;
+    let (up, saved_up) = project(Up, &normed, scratch, cost)?;
+    let normed_middle = retain(save && layer.needs_whole_input(&[Gate, Up]), normed, scratch);
+    let gated = swiglu_forward(gate.view(), up.view(), scratch, cost)?;
     let gated_backward = keep(|n| n.gated);
-    let (gate, up) = (gated_backward.then_some(gate), gated_backward.then_some(up));
+    let [gate, up] = [gate, up].map(|a| retain(gated_backward, a, scratch));
 
     let normed_middle_backward = keep(|n| n.normed_middle);
-    let (mut out, middle) = if normed_middle_backward { (middle.clone(), Some(middle)) } else { (middle, None) };
+    let (mut out, middle) = if normed_middle_backward { (scratch.copy(&middle), Some(middle)) } else { (middle, None) };
     let saved_down = layer.projection(Down).forward_into(gated.view(), T::one(), &mut out.view_mut(), save, cost)?;
-    let gated = (save && layer.needs_whole_input(&[Down])).then_some(gated);
+    let gated = retain(save && layer.needs_whole_input(&[Down]), gated, scratch);
     if needs.is_none_or(|n| !n.any) {
         return Ok((out, None));
     }
@@ -226,7 +239,7 @@ pub(super) fn layer_forward<T: Real>(
         key,
         value,
         attention_output,
-        log_sum_exp: attention.then_some(log_sum_exp),
+        log_sum_exp,
         middle,
         middle_inverse_rms: if normed_middle_backward { middle_inverse_rms } else { Vec::new() },
         normed_middle,
@@ -242,8 +255,45 @@ fn take<T>(field: &mut Option<Array2<T>>, name: &str) -> Result<Array2<T>> {
     field.take().ok_or_else(|| Error::invalid(name, "absent", "the layer's forward must save it"))
 }
 
+/// One layer's backward under way: what its steps share.
+struct Backward<'a, T> {
+    layer: &'a Layer<T>,
+    saved: [LinearSaved<T>; 7],
+    sinks: &'a mut LayerGradients<T>,
+    scratch: &'a mut Scratch<T>,
+    cost: &'a mut Cost,
+}
+
+impl<T: Real> Backward<'_, T> {
+    /// Backward of a projection; dx = beta dx + its input's gradient.
+    fn project(
+        &mut self,
+        p: Projection,
+        dy: &Array2<T>,
+        x: &Option<Array2<T>>,
+        dx: Option<&mut Array2<T>>,
+        beta: T,
+    ) -> Result<()> {
+        let (x, mut dx) = (x.as_ref().map(|x| x.view()), dx.map(|dx| dx.view_mut()));
+        let sinks = &mut self.sinks.projections[p as usize];
+        let saved = &self.saved[p as usize];
+        self.layer.projection(p).backward(dy.view(), x, saved, sinks, dx.as_mut(), beta, self.cost)
+    }
+
+    /// An array for the gradient of a projection's input, if wanted.
+    fn input_gradient(&mut self, wanted: bool, rows: usize, p: Projection) -> Option<Array2<T>> {
+        let width = self.layer.projection(p).shape().1;
+        wanted.then(|| self.scratch.array((rows, width)))
+    }
+
+    fn release(&mut self, arrays: impl IntoIterator<Item = Option<Array2<T>>>) {
+        arrays.into_iter().flatten().for_each(|a| self.scratch.keep(a));
+    }
+}
+
 /// The layer's backward, in the reverse order of [`layer_forward`]. `dout` is the gradient of the output; the
 /// result is that of the input, or `None` when nothing below is trained.
+#[allow(clippy::too_many_arguments)] // forward's arguments, the upstream gradient and the sinks
 pub(super) fn layer_backward<T: Real>(
     layer: &Layer<T>,
     mut cache: LayerCache<T>,
@@ -251,45 +301,48 @@ pub(super) fn layer_backward<T: Real>(
     context: &Context<'_, T>,
     needs: LayerNeeds,
     sinks: &mut LayerGradients<T>,
+    scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<Option<Array2<T>>> {
     use Projection::*;
+    let (one, zero) = (T::one(), T::zero());
     let rows = dout.nrows();
     let saved = std::mem::take(&mut cache.projections);
+    let mut run = Backward { layer, saved, sinks, scratch, cost };
     // The gradient of h starts as that of the output (residual path) and collects the rest in place.
     let mut dx = dout;
 
     // out = h + down(gated)
-    let mut dgated = needs.gated.then(|| Array2::<T>::zeros((rows, layer.projection(Down).shape().1)));
-    backward(layer, Down, &dx, &cache.gated, &saved, sinks, dgated.as_mut(), cost)?;
-    cache.gated = None;
+    let mut dgated = run.input_gradient(needs.gated, rows, Down);
+    run.project(Down, &dx, &cache.gated, dgated.as_mut(), zero)?;
+    run.release([cache.gated.take()]);
     let Some(dgated) = dgated else { return Ok(None) };
     // gated = silu(gate) o up
     let (mut gate, mut up) = (take(&mut cache.gate, "gate")?, take(&mut cache.up, "up")?);
-    swiglu_backward(dgated.view(), &mut gate, &mut up, cost)?;
-    drop(dgated);
+    swiglu_backward(dgated.view(), &mut gate, &mut up, run.cost)?;
+    run.release([Some(dgated)]);
     // gate = gate_proj(normed), up = up_proj(normed)
-    let mut dnormed = needs.normed_middle.then(|| Array2::<T>::zeros(dx.dim()));
-    backward(layer, Gate, &gate, &cache.normed_middle, &saved, sinks, dnormed.as_mut(), cost)?;
-    drop(gate);
-    backward(layer, Up, &up, &cache.normed_middle, &saved, sinks, dnormed.as_mut(), cost)?;
-    drop(up);
-    cache.normed_middle = None;
+    let mut dnormed = run.input_gradient(needs.normed_middle, rows, Gate);
+    run.project(Gate, &gate, &cache.normed_middle, dnormed.as_mut(), zero)?;
+    run.project(Up, &up, &cache.normed_middle, dnormed.as_mut(), one)?;
+    run.release([Some(gate), Some(up), cache.normed_middle.take()]);
     // normed = norm(h)
     if let Some(dnormed) = dnormed {
         let middle = take(&mut cache.middle, "middle")?;
         let gain = layer.post_attention_norm.to_vec();
-        let sink = sinks.post_attention_norm.as_mut().and_then(Array2::as_slice_mut);
+        let sink = run.sinks.post_attention_norm.as_mut().and_then(Array2::as_slice_mut);
         let mut view = dx.view_mut();
         let dmiddle = needs.middle.then_some(&mut view);
-        rms_norm_backward(dnormed.view(), middle.view(), &cache.middle_inverse_rms, &gain, sink, dmiddle, cost)?;
+        let inverse = &cache.middle_inverse_rms;
+        rms_norm_backward(dnormed.view(), middle.view(), inverse, &gain, sink, dmiddle, run.cost)?;
+        run.release([Some(dnormed), Some(middle)]);
     }
     if !needs.middle {
         return Ok(None);
     }
     // h = x + o(attended)
-    let mut dattended = needs.attention.then(|| Array2::<T>::zeros((rows, layer.projection(Output).shape().1)));
-    backward(layer, Output, &dx, &cache.attention_output, &saved, sinks, dattended.as_mut(), cost)?;
+    let mut dattended = run.input_gradient(needs.attention, rows, Output);
+    run.project(Output, &dx, &cache.attention_output, dattended.as_mut(), zero)?;
     let Some(dattended) = dattended else { return Ok(None) };
     // attended = attention(rope(q), rope(k), v)
     let (query, key, value) =
@@ -303,41 +356,27 @@ pub(super) fn layer_backward<T: Real>(
         output: attended.view(),
         log_sum_exp: log_sum_exp.view(),
     };
+    let (shape, scale) = (context.attention, context.scale());
     let (mut dquery, mut dkey, dvalue) =
-        causal_attention_backward(dattended.view(), &views, context.attention, context.scale(), cost)?;
-    drop((query, key, value, attended, dattended));
-    rope_backward(&mut dquery.view_mut(), context.rope, cost)?;
-    rope_backward(&mut dkey.view_mut(), context.rope, cost)?;
+        causal_attention_backward(dattended.view(), &views, shape, scale, run.scratch, run.cost)?;
+    run.release([query, key, value, attended, log_sum_exp, dattended].map(Some));
+    rope_backward(&mut dquery.view_mut(), context.rope, run.cost)?;
+    rope_backward(&mut dkey.view_mut(), context.rope, run.cost)?;
     // q, k, v = projections of normed
-    let mut dnormed = needs.normed_input.then(|| Array2::<T>::zeros(dx.dim()));
-    for (p, dy) in [(Query, dquery), (Key, dkey), (Value, dvalue)] {
-        backward(layer, p, &dy, &cache.normed_input, &saved, sinks, dnormed.as_mut(), cost)?;
+    let mut dnormed = run.input_gradient(needs.normed_input, rows, Query);
+    for (p, dy, beta) in [(Query, &dquery, zero), (Key, &dkey, one), (Value, &dvalue, one)] {
+        run.project(p, dy, &cache.normed_input, dnormed.as_mut(), beta)?;
     }
+    run.release([Some(dquery), Some(dkey), Some(dvalue), cache.normed_input.take()]);
     // normed = norm(x)
     if let Some(dnormed) = dnormed {
         let input = take(&mut cache.input, "input")?;
         let gain = layer.input_norm.to_vec();
-        let sink = sinks.input_norm.as_mut().and_then(Array2::as_slice_mut);
+        let sink = run.sinks.input_norm.as_mut().and_then(Array2::as_slice_mut);
         let mut view = dx.view_mut();
         let dinput = needs.input.then_some(&mut view);
-        rms_norm_backward(dnormed.view(), input.view(), &cache.input_inverse_rms, &gain, sink, dinput, cost)?;
+        rms_norm_backward(dnormed.view(), input.view(), &cache.input_inverse_rms, &gain, sink, dinput, run.cost)?;
+        run.release([Some(dnormed), Some(input)]);
     }
     Ok(needs.input.then_some(dx))
-}
-
-#[allow(clippy::too_many_arguments)] // one call per projection; a struct would only rename the list
-fn backward<T: Real>(
-    layer: &Layer<T>,
-    p: Projection,
-    dy: &Array2<T>,
-    x: &Option<Array2<T>>,
-    saved: &[LinearSaved<T>; 7],
-    sinks: &mut LayerGradients<T>,
-    dx: Option<&mut Array2<T>>,
-    cost: &mut Cost,
-) -> Result<()> {
-    let x = x.as_ref().map(|x| x.view());
-    let mut dx = dx.map(|dx| dx.view_mut());
-    let i = p as usize;
-    layer.projection(p).backward(dy.view(), x, &saved[i], &mut sinks.projections[i], dx.as_mut(), cost)
 }

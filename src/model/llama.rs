@@ -12,7 +12,7 @@ use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::RopeTable;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::Real;
+use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2};
 
 /// What is kept of one layer between forward and backward.
@@ -87,11 +87,12 @@ impl<T: Real> Model<T> {
         let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
         let ids = ids.as_standard_layout();
         let mut x = embedding_forward(ids.as_slice().unwrap_or(&[]), self.embedding.view())?;
+        let scratch = &mut Scratch::default();
         for layer in &self.layers {
-            x = layer_forward(layer, x, &context, None, cost)?.0;
+            x = layer_forward(layer, x, &context, None, scratch, cost)?.0;
         }
         let gain = self.final_norm.to_vec();
-        Ok(rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, cost)?.0)
+        Ok(rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?.0)
     }
 
     /// Logits of every position, `(B T) x V`.
@@ -133,26 +134,28 @@ impl<T: Real> Model<T> {
         let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
         let mut x = embedding_forward(batch.input_ids.as_slice().unwrap_or(&[]), self.embedding.view())?;
         let mut layers = Vec::with_capacity(self.layers.len());
+        let scratch = &mut gradients.scratch;
+        scratch.next_step();
         for (l, layer) in self.layers.iter().enumerate() {
             let needs = LayerNeeds::of(self, l);
             let kept = if !needs.any {
-                x = layer_forward(layer, x, &context, None, cost)?.0;
+                x = layer_forward(layer, x, &context, None, scratch, cost)?.0;
                 Kept::Nothing
             } else if options.checkpointing {
-                let input = x.clone();
-                x = layer_forward(layer, x, &context, None, cost)?.0;
+                let input = scratch.copy(&x);
+                x = layer_forward(layer, x, &context, None, scratch, cost)?.0;
                 Kept::Input(input)
             } else {
-                let (out, cache) = layer_forward(layer, x, &context, Some(needs), cost)?;
+                let (out, cache) = layer_forward(layer, x, &context, Some(needs), scratch, cost)?;
                 x = out;
                 cache.map_or(Kept::Nothing, |cache| Kept::Cache(Box::new(cache)))
             };
             layers.push(kept);
         }
         let gain = self.final_norm.to_vec();
-        let (normed, inverse_rms) = rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, cost)?;
+        let (normed, inverse_rms) = rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?;
         let wanted = self.trained_below(self.layers.len()) || self.trainable.norms;
-        let mut dnormed = Array2::<T>::zeros(normed.dim());
+        let mut dnormed = scratch.zeros(normed.dim());
         let dweight = match &self.lm_head {
             Some(_) => gradients.lm_head.as_mut(),
             None => gradients.embedding.as_mut(),
@@ -161,6 +164,7 @@ impl<T: Real> Model<T> {
         let sinks = CrossEntropySinks { dhidden: &mut view, dweight: dweight.map(|d| d.view_mut()) };
         let loss = cross_entropy(normed.view(), self.head().view(), &targets, divisor, Some(sinks), cost)?;
         let output = StepOutput { loss, counted: targets.len() };
+        gradients.scratch.keep(normed);
         let last = wanted.then_some((x, inverse_rms));
         Ok(Pass { output, layers, rope, attention, last, dnormed: wanted.then_some(dnormed) })
     }
@@ -182,11 +186,13 @@ impl<T: Real> Model<T> {
             return Err(Error::invalid("gradients", gradients.layers.len(), "made for another number of layers"));
         }
         let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
-        let mut dx = Array2::<T>::zeros(x.dim());
+        let scratch = &mut gradients.scratch;
+        let mut dx = scratch.zeros(x.dim());
         let gain = self.final_norm.to_vec();
         let sink = gradients.final_norm.as_mut().and_then(Array2::as_slice_mut);
         rms_norm_backward(dnormed.view(), x.view(), &inverse_rms, &gain, sink, Some(&mut dx.view_mut()), cost)?;
-        drop((x, dnormed));
+        scratch.keep(x);
+        scratch.keep(dnormed);
         let mut upstream = Some(dx);
         for (l, kept) in layers.into_iter().enumerate().rev() {
             let Some(dout) = upstream.take() else { break };
@@ -194,12 +200,17 @@ impl<T: Real> Model<T> {
             let cache = match kept {
                 Kept::Nothing => break,
                 Kept::Cache(cache) => *cache,
-                Kept::Input(input) => match layer_forward(layer, input, &context, Some(needs), cost)?.1 {
-                    Some(cache) => cache,
-                    None => break,
-                },
+                Kept::Input(input) => {
+                    let (out, cache) = layer_forward(layer, input, &context, Some(needs), scratch, cost)?;
+                    scratch.keep(out);
+                    match cache {
+                        Some(cache) => cache,
+                        None => break,
+                    }
+                }
             };
-            upstream = layer_backward(layer, cache, dout, &context, needs, &mut gradients.layers[l], cost)?;
+            let sinks = &mut gradients.layers[l];
+            upstream = layer_backward(layer, cache, dout, &context, needs, sinks, scratch, cost)?;
         }
         if let (Some(dx), Some(sink)) = (upstream, &mut gradients.embedding) {
             embedding_backward(batch.input_ids.as_slice().unwrap_or(&[]), dx.view(), &mut sink.view_mut())?;
