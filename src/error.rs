@@ -75,7 +75,7 @@ pub enum Error {
     },
     /// An approximate softmax denominator is zero, negative or not finite.
     #[error(
-        "{factorization}: the approximate softmax denominator of query row {row} is {value:e}; it must be positive \
+        "{factorization}: the approximate softmax denominator of query row {row} is {value:.3e}; it must be positive \
          (raise the degree or the rank)"
     )]
     NonPositiveDenominator {

@@ -18,7 +18,7 @@ use std::time::Instant;
 
 #[derive(Args)]
 #[command(after_long_help = format!("{INPUT_HELP}\n\n{}\n\nExamples:\n  \
-    peft-limits probe tests/data/minilm_l3_h10.safetensors\n  \
+    peft-limits probe tests/data/heads/minilm_l3_h10.safetensors\n  \
     peft-limits probe head.safetensors --features taylor:degree=2 --features truncated-svd:rank=32\n  \
     peft-limits probe head.safetensors --json > head.json", features_help()))]
 pub(super) struct ProbeArgs {
@@ -37,9 +37,9 @@ const SURVEY: [&str; 12] = [
     "taylor:degree=1",
     "taylor:degree=2",
     "taylor:degree=3",
-    "chebyshev:degree=1,check=scan",
-    "chebyshev:degree=2,check=scan",
-    "chebyshev:degree=3,check=scan",
+    "chebyshev:degree=1,check=scan,center=both",
+    "chebyshev:degree=2,check=scan,center=both",
+    "chebyshev:degree=3,check=scan,center=both",
     "fitted:degree=1",
     "fitted:degree=2",
     "fitted:degree=3",

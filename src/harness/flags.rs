@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 /// Flags of an experiment run.
 #[derive(Debug, Clone, Args)]
@@ -27,14 +28,28 @@ pub struct Flags {
     /// Replace a finished full result, or a quick one by a full one
     #[arg(long, conflicts_with = "resume")]
     pub force: bool,
+    /// Folder of attention head files (*.safetensors) for real-heads [default: tests/data/heads]
+    #[arg(long, value_name = "DIR")]
+    pub heads: Option<PathBuf>,
     /// Redraw figures and findings from table.csv without measuring
     #[arg(long, conflicts_with_all = ["resume", "force"])]
     pub plot_only: bool,
 }
 
+static HEADS: OnceLock<PathBuf> = OnceLock::new();
+
+/// The folder of `--heads`: by default the heads that come with the project.
+pub fn heads_folder() -> PathBuf {
+    HEADS.get().cloned().unwrap_or_else(|| PathBuf::from("tests/data/heads"))
+}
+
 impl Flags {
-    /// Sets the size of the process's thread pool.
-    pub(super) fn use_threads(&self) -> Result<()> {
+    /// Sets what holds for the whole process: the thread pool and the folder of head files.
+    pub(super) fn use_for_process(&self) -> Result<()> {
+        if let Some(folder) = &self.heads {
+            // A second run in one process (tests) keeps the first folder.
+            let _ = HEADS.set(folder.clone());
+        }
         if self.threads == 0 {
             return Ok(());
         }

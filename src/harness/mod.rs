@@ -27,7 +27,7 @@ mod tests;
 
 pub use crate::streams::seed_stream;
 pub use experiment::{Checks, Experiment, Point, Profile};
-pub use flags::Flags;
+pub use flags::{Flags, heads_folder};
 pub use interrupt::interrupted;
 pub use reproduce::reproduce;
 
@@ -56,7 +56,7 @@ fn run_single(
         Err(code) => return code,
     };
     let progress = Progress::new(None);
-    let outcome = flags.use_threads().and_then(|()| {
+    let outcome = flags.use_for_process().and_then(|()| {
         let folder = flags.out.clone().unwrap_or_else(|| flags.profile.root().join(experiment.name));
         run::run(experiment, &flags, &folder, &progress, stop)
     });

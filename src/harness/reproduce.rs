@@ -32,7 +32,7 @@ pub(super) fn run_all(
         Err(code) => return code,
     };
     let flags = &arguments.flags;
-    let chosen = match chosen(experiments, &arguments.only).and_then(|c| flags.use_threads().map(|()| c)) {
+    let chosen = match chosen(experiments, &arguments.only).and_then(|c| flags.use_for_process().map(|()| c)) {
         Ok(chosen) => chosen,
         Err(error) => {
             eprintln!("reproduce: {error}");

@@ -1,5 +1,6 @@
-//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off]`: near-best polynomial on the interval of the logits [AA22].
+//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best polynomial on the interval of the logits [AA22].
 
+use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
 use super::monomials::MonomialMap;
 use super::polynomial::{chebyshev, chebyshev_error};
@@ -17,6 +18,7 @@ use crate::linalg::Real;
 /// | `eps` | none | uniform error that chooses the degree | > 0 |
 /// | `b` | proven by `check` | half-width of the interval | > 0, exp(b) finite |
 /// | `check` | norms | how b is proven | |
+/// | `center` | none | which means are taken out | |
 ///
 /// Exactly one of `degree` and `eps` is given.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,16 +31,19 @@ pub struct Chebyshev {
     pub b: Option<f64>,
     /// How the interval is proven.
     pub check: Check,
+    /// Which means are taken out first.
+    pub center: Center,
 }
 
 impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
     fn spec(&self) -> String {
-        super::spec::polynomial_spec("chebyshev", self.degree, self.eps, self.b, self.check)
+        super::spec::polynomial_spec("chebyshev", self.degree, self.eps, self.b, self.check, self.center)
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
-        let (b, evidence) = settle(&spec, scores, self.b, self.check, cost)?;
+        let centered = Centered::new(scores, self.center, cost)?;
+        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, cost)?;
         let degree = match (self.degree, self.eps) {
             (Some(g), None) => g,
             (None, Some(eps)) => degree(b, eps)?.max(1),
@@ -51,6 +56,6 @@ impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
             interval: Some((b, evidence)),
             exp_error_bound: Some(chebyshev_error(degree, b)),
         };
-        Ok(Box::new(MonomialMap::new(scores.query.ncols(), scores.beta, &chebyshev(degree, b)?, certificate)?))
+        Ok(Box::new(MonomialMap::new(centered, scores.beta, &chebyshev(degree, b)?, certificate)?))
     }
 }

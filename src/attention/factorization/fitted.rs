@@ -1,8 +1,9 @@
-//! `fitted:degree=g[,samples=N][,seed=S]`: the polynomial of least squares on sampled logits.
+//! `fitted:degree=g[,samples=N][,seed=S][,center=both|keys|none]`: the polynomial of least squares on sampled logits.
 //!
 //! Logits concentrate near 0, far inside the worst-case interval, and the fit spends its degrees there. The
 //! certificate still bounds the error on the whole interval that the norms allow, which shows the price.
 
+use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
 use super::monomials::MonomialMap;
 use super::polynomial::{Polynomial, chebyshev_to_powers};
@@ -23,6 +24,7 @@ use rand_chacha::ChaCha8Rng;
 /// | `degree` | none | g; k = C(d + g, g) | >= 1 |
 /// | `samples` | 4096 | visible pairs drawn uniformly, with replacement | > degree |
 /// | `seed` | 0 | of the draw | |
+/// | `center` | both | which means are taken out | |
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fitted {
     /// Degree g.
@@ -31,6 +33,8 @@ pub struct Fitted {
     pub samples: usize,
     /// Seed of the sample.
     pub seed: u64,
+    /// Which means are taken out first.
+    pub center: Center,
 }
 
 impl Fitted {
@@ -89,7 +93,8 @@ pub fn fit(degree: usize, logits: &[f64]) -> Result<(Polynomial, f64)> {
 
 impl<T: Real> SoftmaxFactorization<T> for Fitted {
     fn spec(&self) -> String {
-        format!("fitted:degree={},samples={},seed={}", self.degree, self.samples, self.seed)
+        let center = if self.center == Center::Both { String::new() } else { format!(",center={}", self.center) };
+        format!("fitted:degree={},samples={},seed={}{center}", self.degree, self.samples, self.seed)
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
@@ -97,8 +102,10 @@ impl<T: Real> SoftmaxFactorization<T> for Fitted {
         if self.samples <= self.degree {
             return Err(Error::invalid("samples", self.samples, format!("must exceed the degree {}", self.degree)));
         }
-        let (b, evidence) = settle(&spec, scores, None, Check::Norms, cost)?;
-        let (polynomial, _) = fit(self.degree, &self.sample(scores, cost))?;
+        let centered = Centered::new(scores, self.center, cost)?;
+        let left = centered.scores(scores);
+        let (b, evidence) = settle(&spec, &left, None, Check::Norms, cost)?;
+        let (polynomial, _) = fit(self.degree, &self.sample(&left, cost))?;
         let certificate = Certificate {
             spec,
             rank: 0,
@@ -106,7 +113,7 @@ impl<T: Real> SoftmaxFactorization<T> for Fitted {
             interval: Some((b, evidence)),
             exp_error_bound: Some(polynomial.uniform_error(b)),
         };
-        Ok(Box::new(MonomialMap::new(scores.query.ncols(), scores.beta, &polynomial, certificate)?))
+        Ok(Box::new(MonomialMap::new(centered, scores.beta, &polynomial, certificate)?))
     }
 }
 

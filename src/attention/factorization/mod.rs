@@ -3,6 +3,7 @@
 //! A [`SoftmaxFactorization`] is a method with its parameters. Given one head's queries and keys it prepares a
 //! [`FeatureMap`], which makes rows of Phi and Psi tile by tile, and a [`Certificate`] of what it assumed.
 
+pub mod centering;
 pub mod chebyshev;
 pub mod fitted;
 pub mod interval;
@@ -42,9 +43,11 @@ pub struct Certificate {
     pub rank: usize,
     /// Polynomial degree, for polynomial methods.
     pub degree: Option<usize>,
-    /// Half-width b of the interval [-b, b] on which the bound holds, with how it was obtained.
+    /// Half-width b of the interval [-b, b] on which the bound holds, with how it was obtained. For centered
+    /// methods it is the interval of the centered logits.
     pub interval: Option<(f64, interval::Evidence)>,
-    /// Bound on |Phi Psi^T - exp(S)| for every logit in the interval, if the mathematics gives one.
+    /// Bound on |Phi Psi^T - exp(S - shift)| for every logit in the interval, if the mathematics gives one; the
+    /// shift is that of [`FeatureMap::row_shift`].
     pub exp_error_bound: Option<f64>,
 }
 

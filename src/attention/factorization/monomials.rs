@@ -3,12 +3,13 @@
 //! (q.k)^n = sum over multi-indices a of size n of n!/(a_1! ... a_d!) q^a k^a, so with
 //! p(s) = sum_n c_n s^n the columns are indexed by all a of size <= g: k = C(d + g, g).
 
+use super::centering::Centered;
 use super::polynomial::Polynomial;
 use super::{Certificate, FeatureMap, MAX_RANK};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::elementwise::{Kernel, vectorized};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array1, ArrayView2, ArrayViewMut2};
 
 /// C(d + g, g), the number of monomials of degree at most g in d variables; saturates at `u128::MAX`.
 ///
@@ -43,15 +44,24 @@ pub struct MonomialMap<T> {
     weights: Vec<T>,
     /// sqrt(beta / scale), by which q and k are multiplied first.
     input_scale: T,
+    /// What was taken out of queries and keys.
+    centered: Centered<T>,
     certificate: Certificate,
 }
 
 impl<T: Real> MonomialMap<T> {
-    /// Prepares the columns for p(beta q.k).
+    /// Prepares the columns for p(beta q.k) of centered queries and keys; the error bound of the certificate is
+    /// multiplied by the largest column factor.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if C(d + g, g) exceeds [`MAX_RANK`].
-    pub fn new(dimension: usize, beta: f64, polynomial: &Polynomial, mut certificate: Certificate) -> Result<Self> {
+    pub fn new(
+        centered: Centered<T>,
+        beta: f64,
+        polynomial: &Polynomial,
+        mut certificate: Certificate,
+    ) -> Result<Self> {
+        let dimension = centered.query.ncols();
         let degree = polynomial.degree();
         let rank = count(dimension, degree);
         if rank > MAX_RANK as u128 {
@@ -63,6 +73,7 @@ impl<T: Real> MonomialMap<T> {
             });
         }
         certificate.rank = rank as usize;
+        certificate.exp_error_bound = certificate.exp_error_bound.map(|e| e * centered.largest_factor());
         let mut steps = vec![Step { parent: 0, variable: 0 }];
         let mut multinomials = vec![1.0f64];
         let mut degrees = vec![0usize];
@@ -86,11 +97,11 @@ impl<T: Real> MonomialMap<T> {
         }
         debug_assert_eq!(steps.len(), certificate.rank);
         let weights = multinomials.iter().zip(&degrees).map(|(m, &n)| T::of(m * polynomial.coefficients[n])).collect();
-        Ok(Self { steps, weights, input_scale: T::of((beta / polynomial.scale).sqrt()), certificate })
+        Ok(Self { steps, weights, input_scale: T::of((beta / polynomial.scale).sqrt()), centered, certificate })
     }
 
-    fn fill(&self, rows: ArrayView2<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
-        let scaled = (rows.t().to_owned() * self.input_scale).as_standard_layout().into_owned();
+    fn fill(&self, rows: ArrayView2<T>, mean: &Array1<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
+        let scaled = ((&rows - mean) * self.input_scale).t().as_standard_layout().into_owned();
         let width = rows.nrows();
         assert!(out.is_standard_layout() && out.dim() == (self.steps.len(), width), "a k x rows tile");
         let (Some(out), Some(inputs)) = (out.as_slice_mut(), scaled.as_slice()) else { return };
@@ -139,11 +150,19 @@ impl<T: Real> FeatureMap<T> for MonomialMap<T> {
     }
 
     fn query_features(&self, _first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
-        self.fill(rows, out, true);
+        self.fill(rows, &self.centered.query_mean, out, true);
     }
 
-    fn key_features(&self, _first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
-        self.fill(rows, out, false);
+    fn key_features(&self, first_row: usize, rows: ArrayView2<T>, mut out: ArrayViewMut2<T>) {
+        self.fill(rows, &self.centered.key_mean, out.view_mut(), false);
+        if let Some(factor) = &self.centered.column_factor {
+            let factor = ndarray::ArrayView1::from(&factor[first_row..first_row + rows.nrows()]);
+            out.zip_mut_with(&factor, |o, &f| *o *= f);
+        }
+    }
+
+    fn row_shift(&self) -> Option<&[T]> {
+        self.centered.row_shift.as_deref()
     }
 
     fn certificate(&self) -> &Certificate {

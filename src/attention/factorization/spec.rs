@@ -1,6 +1,7 @@
 //! Spec strings `name:key=value,...` and the table of methods.
 
 use super::SoftmaxFactorization;
+use super::centering::Center;
 use super::chebyshev::Chebyshev;
 use super::fitted::Fitted;
 use super::interval::Check;
@@ -13,9 +14,9 @@ use std::str::FromStr;
 
 /// Every method with its keys, for messages and help pages.
 pub const METHODS: [(&str, &str); 4] = [
-    ("taylor", "degree=G[,b=B][,check=norms|scan|off]"),
-    ("chebyshev", "degree=G or eps=E[,b=B][,check=norms|scan|off]"),
-    ("fitted", "degree=G[,samples=4096][,seed=0]"),
+    ("taylor", "degree=G[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
+    ("chebyshev", "degree=G or eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
+    ("fitted", "degree=G[,samples=4096][,seed=0][,center=both|keys|none]"),
     ("truncated-svd", "rank=K"),
 ];
 
@@ -35,7 +36,12 @@ pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
     let (name, rest) = spec.split_once(':').unwrap_or((spec, ""));
     let mut keys = Keys::parse(spec, rest)?;
     let made: Box<dyn SoftmaxFactorization<T>> = match name.trim() {
-        "taylor" => Box::new(Taylor { degree: keys.degree()?, b: keys.take("b")?, check: keys.check()? }),
+        "taylor" => Box::new(Taylor {
+            degree: keys.degree()?,
+            b: keys.take("b")?,
+            check: keys.check()?,
+            center: keys.center(Center::None)?,
+        }),
         "chebyshev" => {
             let degree = keys.take::<usize>("degree")?;
             let eps = keys.take::<f64>("eps")?;
@@ -50,12 +56,19 @@ pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
             {
                 return Err(keys.error("eps must be positive"));
             }
-            Box::new(Chebyshev { degree, eps, b: keys.take("b")?, check: keys.check()? })
+            Box::new(Chebyshev {
+                degree,
+                eps,
+                b: keys.take("b")?,
+                check: keys.check()?,
+                center: keys.center(Center::None)?,
+            })
         }
         "fitted" => Box::new(Fitted {
             degree: keys.degree()?,
             samples: keys.take("samples")?.unwrap_or(4096),
             seed: keys.take("seed")?.unwrap_or(0),
+            center: keys.center(Center::Both)?,
         }),
         "truncated-svd" => Box::new(TruncatedSvd { rank: keys.need("rank")? }),
         _ => {
@@ -121,6 +134,15 @@ impl<'a> Keys<'a> {
         }
     }
 
+    fn center(&mut self, default: Center) -> Result<Center> {
+        match self.values.remove("center") {
+            None => Ok(default),
+            Some(text) => {
+                text.parse().map_err(|()| self.error(format!("center cannot be {text:?}: none, keys or both")))
+            }
+        }
+    }
+
     fn finish(self) -> Result<()> {
         match self.values.keys().next() {
             None => Ok(()),
@@ -136,6 +158,7 @@ pub(super) fn polynomial_spec(
     eps: Option<f64>,
     b: Option<f64>,
     check: Check,
+    center: Center,
 ) -> String {
     let mut parts = Vec::new();
     if let Some(g) = degree {
@@ -152,6 +175,9 @@ pub(super) fn polynomial_spec(
         Check::Scan => parts.push("check=scan".into()),
         Check::Off => parts.push("check=off".into()),
     }
+    if center != Center::None {
+        parts.push(format!("center={center}"));
+    }
     format!("{name}:{}", parts.join(","))
 }
 
@@ -166,6 +192,9 @@ mod tests {
             "taylor:degree=2,b=3.5,check=scan",
             "chebyshev:degree=5,b=1,check=off",
             "chebyshev:eps=0.001",
+            "taylor:degree=2,center=keys",
+            "chebyshev:degree=2,check=scan,center=both",
+            "fitted:degree=3,samples=100,seed=7,center=none",
             "fitted:degree=3,samples=100,seed=7",
             "truncated-svd:rank=12",
         ] {
@@ -185,6 +214,7 @@ mod tests {
             ("taylor:degree", "not key=value"),
             ("taylor:degree=2,check=maybe", "norms, scan or off"),
             ("chebyshev:degree=2,eps=0.1", "exactly one"),
+            ("fitted:degree=2,center=rows", "none, keys or both"),
             ("chebyshev:eps=0", "eps must be positive"),
             ("chebyshev:degree=0", "at least 1"),
             ("truncated-svd:rank=-1", "rank cannot be"),

@@ -1,5 +1,6 @@
-//! `taylor:degree=g[,b=B][,check=norms|scan|off]`: the Taylor polynomial of exp [AS23].
+//! `taylor:degree=g[,b=B][,check=norms|scan|off][,center=none|keys|both]`: the Taylor polynomial of exp [AS23].
 
+use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
 use super::monomials::MonomialMap;
 use super::polynomial::{taylor, taylor_error};
@@ -15,6 +16,7 @@ use crate::linalg::Real;
 /// | `degree` | none | g; k = C(d + g, g) | >= 1 |
 /// | `b` | proven by `check` | interval [-b, b] of the certificate | > 0 |
 /// | `check` | norms | how b is proven | |
+/// | `center` | none | which means are taken out | |
 #[derive(Debug, Clone, PartialEq)]
 pub struct Taylor {
     /// Degree g.
@@ -23,16 +25,19 @@ pub struct Taylor {
     pub b: Option<f64>,
     /// How the interval is proven.
     pub check: Check,
+    /// Which means are taken out first.
+    pub center: Center,
 }
 
 impl<T: Real> SoftmaxFactorization<T> for Taylor {
     fn spec(&self) -> String {
-        super::spec::polynomial_spec("taylor", Some(self.degree), None, self.b, self.check)
+        super::spec::polynomial_spec("taylor", Some(self.degree), None, self.b, self.check, self.center)
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
-        let (b, evidence) = settle(&spec, scores, self.b, self.check, cost)?;
+        let centered = Centered::new(scores, self.center, cost)?;
+        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, cost)?;
         let certificate = Certificate {
             spec,
             rank: 0,
@@ -40,6 +45,6 @@ impl<T: Real> SoftmaxFactorization<T> for Taylor {
             interval: Some((b, evidence)),
             exp_error_bound: Some(taylor_error(self.degree, b)),
         };
-        Ok(Box::new(MonomialMap::new(scores.query.ncols(), scores.beta, &taylor(self.degree), certificate)?))
+        Ok(Box::new(MonomialMap::new(centered, scores.beta, &taylor(self.degree), certificate)?))
     }
 }
