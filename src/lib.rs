@@ -22,5 +22,6 @@ pub mod model;
 pub mod report;
 pub mod streams;
 pub mod tensor_file;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -231,7 +231,7 @@ impl<T: Real> AdaptedLinear<T> {
             }
             Method::S2ft(slice) => {
                 let weight = self.base.dense_mut("s2ft")?;
-                let mut values = slice.of(&weight.view()).to_owned();
+                let mut values = slice.of(&weight.view()).as_standard_layout().into_owned();
                 change("s2ft_slice", &mut values)?;
                 slice.of_mut(weight).assign(&values);
                 Ok(())

@@ -19,6 +19,7 @@ pub mod base_weight;
 pub mod dora;
 pub mod lora;
 pub mod moslora;
+pub mod nf4;
 pub mod paca;
 pub mod s2ft;
 pub mod selection;

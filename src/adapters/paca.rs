@@ -128,7 +128,9 @@ impl<T: Real> Paca<T> {
 
     /// The stored trainable tensor p, `out x r`.
     pub fn stored_columns(&self, base: &BaseWeight<T>) -> Array2<T> {
-        self.columns(base).mapv_into(|w| w / T::of(self.scaling))
+        // Selecting columns of a row-major matrix can leave them column-major.
+        let columns = self.columns(base);
+        columns.as_standard_layout().mapv(|w| w / T::of(self.scaling))
     }
 
     /// The columns as they act, s p.

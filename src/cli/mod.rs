@@ -5,6 +5,7 @@
 
 mod gradient;
 mod probe;
+mod train;
 
 use crate::attention::factorization::spec::METHODS;
 use clap::{Parser, Subcommand};
@@ -29,6 +30,8 @@ enum Command {
     Gradient(gradient::GradientArgs),
     /// Measure a head's norms against the threshold, and each factorization's error and cost on it
     Probe(probe::ProbeArgs),
+    /// Pretrain or fine-tune a small model; checkpoints in Hugging Face layout
+    Train(Box<train::TrainArgs>),
 }
 
 /// Parses the process's arguments, runs the subcommand and returns its exit code.
@@ -36,6 +39,7 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Gradient(args) => gradient::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Train(args) => train::run(&args),
     };
     match outcome {
         Ok(code) => code,

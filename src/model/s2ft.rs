@@ -134,7 +134,8 @@ fn inverse(order: &[usize]) -> Vec<usize> {
 
 fn reorder<T: Real>(weight: &Array2<T>, p: Projection, order: &[usize], config: &ModelConfig) -> Array2<T> {
     let axis = if side_of(p) == Side::Output { Axis(0) } else { Axis(1) };
-    weight.select(axis, &expand(order, unit_width(p, config)))
+    // Selecting columns can leave a matrix column-major; products and checkpoints want it row-major.
+    weight.select(axis, &expand(order, unit_width(p, config))).as_standard_layout().into_owned()
 }
 
 impl<T: Real> Layer<T> {

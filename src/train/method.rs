@@ -1,0 +1,307 @@
+//! The adaptation method of a run, as configuration files and flags name it.
+
+use crate::adapters::lora::LoraSpec;
+use crate::adapters::moslora::MixerInit;
+use crate::adapters::nf4::Nf4Matrix;
+use crate::adapters::paca::PacaSpec;
+use crate::adapters::selection::{ColumnRule, Order, Score};
+use crate::adapters::{BaseWeight, PackedWeight};
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::model::s2ft::{S2ftSpec, Scope};
+use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, Projection};
+use crate::train::stream::generator;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Names of the methods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum MethodName {
+    /// Every weight.
+    #[default]
+    Full,
+    /// Low-rank update.
+    Lora,
+    /// Low-rank update with magnitudes.
+    Dora,
+    /// Low-rank update with a mixer.
+    Moslora,
+    /// Partial connections.
+    Paca,
+    /// Heads and channels, co-permuted to dense slices.
+    S2ft,
+    /// LoRA on a base in NF4.
+    Qlora,
+    /// PaCA on a base in NF4.
+    Qpaca,
+}
+
+impl MethodName {
+    /// All of them.
+    pub const ALL: [MethodName; 8] =
+        [Self::Full, Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Qlora, Self::Qpaca];
+
+    /// Name in files, flags and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Lora => "lora",
+            Self::Dora => "dora",
+            Self::Moslora => "moslora",
+            Self::Paca => "paca",
+            Self::S2ft => "s2ft",
+            Self::Qlora => "qlora",
+            Self::Qpaca => "qpaca",
+        }
+    }
+
+    /// Whether the base is kept in NF4.
+    pub fn quantized(self) -> bool {
+        matches!(self, Self::Qlora | Self::Qpaca)
+    }
+}
+
+impl std::str::FromStr for MethodName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|m| m.name() == text).ok_or_else(|| {
+            Error::invalid("method.name", text, format!("must be one of {}", Self::ALL.map(Self::name).join(", ")))
+        })
+    }
+}
+
+/// Settings of a method.
+///
+/// | name | default | purpose | range |
+/// |---|---|---|---|
+/// | `name` | `full` | the method | `full`, `lora`, `dora`, `moslora`, `paca`, `s2ft`, `qlora`, `qpaca` |
+/// | `rank` | 8 | rank, or number of columns for PaCA | 1 to the smaller side of every target |
+/// | `alpha` | 16; none for PaCA | scaling alpha / rank; without it PaCA's is 1 | finite |
+/// | `rank_stabilized` | false | alpha / sqrt(rank) (LoRA family) | |
+/// | `true_derivative` | false | DoRA: differentiate through the norm | |
+/// | `selection` | `random` | columns (PaCA) or heads and channels (S2FT) by `random`, `weight`, `activation`, `weight-activation`, `gradient` | |
+/// | `smallest` | false | take the smallest scores first | |
+/// | `ratios` | o 0.052, down 0.02 | S2FT: share of heads or channels by module name | 0 to 1 |
+/// | `each_layer` | false | S2FT: the same number in every layer rather than the best of all layers | |
+/// | `targets` | all seven | projections, by module name (not S2FT); for `full`: everything, if absent | |
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MethodParams {
+    /// The method.
+    pub name: MethodName,
+    /// Rank or number of columns.
+    pub rank: usize,
+    /// Numerator of the scaling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// alpha / sqrt(rank).
+    pub rank_stabilized: bool,
+    /// DoRA's true derivative.
+    pub true_derivative: bool,
+    /// Rule for sparse methods.
+    pub selection: String,
+    /// Smallest scores first.
+    pub smallest: bool,
+    /// S2FT: shares by module name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratios: Option<BTreeMap<String, f64>>,
+    /// S2FT: the same number in every layer.
+    pub each_layer: bool,
+    /// Projections, by module name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<Vec<String>>,
+}
+
+impl Default for MethodParams {
+    fn default() -> Self {
+        Self {
+            name: MethodName::Full,
+            rank: 8,
+            alpha: None,
+            rank_stabilized: false,
+            true_derivative: false,
+            selection: "random".into(),
+            smallest: false,
+            ratios: None,
+            each_layer: false,
+            targets: None,
+        }
+    }
+}
+
+impl MethodParams {
+    /// A method with default settings.
+    pub fn named(name: MethodName) -> Self {
+        Self { name, ..Self::default() }
+    }
+
+    /// The target projections, in the order of [`Projection::ALL`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an unknown or repeated name, or none.
+    pub fn projections(&self) -> Result<Vec<Projection>> {
+        let Some(names) = &self.targets else { return Ok(Projection::ALL.to_vec()) };
+        let mut targets = names.iter().map(|n| n.parse()).collect::<Result<Vec<Projection>>>()?;
+        targets.sort_unstable();
+        if targets.is_empty() || targets.windows(2).any(|w| w[0] == w[1]) {
+            return Err(Error::invalid("method.targets", names.join(", "), "must be distinct and not empty"));
+        }
+        Ok(targets)
+    }
+
+    fn rule(&self) -> Result<ColumnRule> {
+        let order = if self.smallest { Order::Smallest } else { Order::Largest };
+        Ok(ColumnRule { score: self.selection.parse::<Score>()?, order })
+    }
+
+    /// Whether the selection needs gradients or activations on training rows.
+    pub fn needs_calibration(&self) -> bool {
+        matches!(self.name, MethodName::Paca | MethodName::Qpaca | MethodName::S2ft)
+            && self.rule().is_ok_and(|rule| rule.needs_calibration())
+    }
+
+    /// Settings of S2FT.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an unknown module or selection.
+    pub fn s2ft(&self) -> Result<S2ftSpec> {
+        let mut spec = S2ftSpec { rule: self.rule()?, ..S2ftSpec::default() };
+        if self.each_layer {
+            spec.scope = Scope::EachLayer;
+        }
+        if let Some(ratios) = &self.ratios {
+            spec.ratios = [0.0; 7];
+            for (name, ratio) in ratios {
+                spec.ratios[name.parse::<Projection>()? as usize] = *ratio;
+            }
+        }
+        Ok(spec)
+    }
+
+    /// What each target gets; `None` for S2FT, which ties projections together.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an unknown selection.
+    pub fn spec(&self) -> Result<Option<MethodSpec>> {
+        let lora =
+            LoraSpec { rank: self.rank, alpha: self.alpha.unwrap_or(16.0), rank_stabilized: self.rank_stabilized };
+        let rule = self.rule()?;
+        Ok(Some(match self.name {
+            MethodName::Full => MethodSpec::Full,
+            MethodName::Lora | MethodName::Qlora => MethodSpec::Lora(lora),
+            MethodName::Dora => MethodSpec::Dora { spec: lora, true_derivative: self.true_derivative },
+            MethodName::Moslora => MethodSpec::Moslora { spec: lora, mixer: MixerInit::default() },
+            MethodName::Paca | MethodName::Qpaca => {
+                MethodSpec::Paca(PacaSpec { rank: self.rank, alpha: self.alpha, rule })
+            }
+            MethodName::S2ft => return Ok(None),
+        }))
+    }
+
+    /// Refuses settings that contradict the method.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] naming the key.
+    pub fn check(&self) -> Result<()> {
+        self.projections()?;
+        self.spec()?;
+        self.s2ft()?;
+        if self.name == MethodName::S2ft && self.targets.is_some() {
+            return Err(Error::invalid("method.targets", "set", "s2ft takes method.ratios by module instead"));
+        }
+        if self.name != MethodName::S2ft && (self.ratios.is_some() || self.each_layer) {
+            return Err(Error::invalid("method.ratios", "set", "ratios and each_layer belong to method s2ft"));
+        }
+        Ok(())
+    }
+
+    /// Prepares a frozen model for training: packs the base if the method asks for it, then attaches.
+    ///
+    /// Random choices come from stream `init/adapter` of the seed. `calibration` is needed where
+    /// [`MethodParams::needs_calibration`] says so.
+    ///
+    /// # Errors
+    /// As [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
+    pub fn apply<T: Real>(&self, model: &mut Model<T>, calibration: Option<&Calibration<T>>, seed: u64) -> Result<()> {
+        self.check()?;
+        let mut rng = generator(seed, "init/adapter", 0);
+        if self.name == MethodName::Full && self.targets.is_none() {
+            model.train_fully();
+            return Ok(());
+        }
+        if self.name.quantized() {
+            quantize(model)?;
+        }
+        match self.spec()? {
+            Some(spec) => {
+                let plan = AdapterPlan::everywhere(&self.projections()?, spec);
+                model.attach_with_scores(&plan, calibration, &mut rng)
+            }
+            None => model.attach_s2ft(&self.s2ft()?, calibration, &mut rng).map(|_| ()),
+        }
+    }
+}
+
+/// Packs every projection of a model into NF4.
+///
+/// # Errors
+/// As [`Nf4Matrix::quantize`].
+pub fn quantize<T: Real>(model: &mut Model<T>) -> Result<()> {
+    for layer in &mut model.layers {
+        for p in Projection::ALL {
+            let projection = layer.projection_mut(p);
+            let packed: Arc<dyn PackedWeight<T>> = Arc::new(Nf4Matrix::quantize(projection.base.dense().view())?);
+            projection.base = BaseWeight::Packed(packed);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::preset::preset;
+
+    #[test]
+    fn names_parse_and_unknown_ones_list_the_known() {
+        for name in MethodName::ALL {
+            assert_eq!(name.name().parse::<MethodName>().unwrap(), name);
+        }
+        let text = "adalora".parse::<MethodName>().unwrap_err().to_string();
+        assert!(text.contains("adalora") && text.contains("qpaca"), "{text}");
+        let bad = MethodParams { targets: Some(vec!["q_proj".into(), "q_proj".into()]), ..Default::default() };
+        assert!(matches!(bad.projections(), Err(Error::InvalidParam { name, .. }) if name == "method.targets"));
+        let bad = MethodParams { targets: Some(vec!["w_proj".into()]), ..Default::default() };
+        assert!(bad.projections().unwrap_err().to_string().contains("down_proj"));
+    }
+
+    #[test]
+    fn every_method_trains_the_numbers_it_should() {
+        let config = preset("nano").unwrap();
+        let base: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
+        let shapes = Projection::ALL.map(|p| config.projection_shape(p));
+        let layers = config.num_hidden_layers;
+        for name in MethodName::ALL {
+            let mut model = base.clone();
+            MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 1).unwrap();
+            let each = |f: fn((usize, usize)) -> usize| layers * shapes.iter().map(|&s| f(s)).sum::<usize>();
+            let want = match name {
+                MethodName::Full => config.parameters(),
+                MethodName::Lora | MethodName::Qlora => each(|(o, i)| 3 * (o + i)),
+                MethodName::Dora => each(|(o, i)| 3 * (o + i) + o),
+                MethodName::Moslora => each(|(o, i)| 3 * (o + i) + 9),
+                MethodName::Paca | MethodName::Qpaca => each(|(o, _)| 3 * o),
+                // Shares of all layers together: 10 groups of two 32-wide heads, 5 * 344 channels.
+                MethodName::S2ft => config.hidden_size * (64 + 34),
+            };
+            assert_eq!(model.trainable_elements(), want, "{}", name.name());
+            if name.quantized() {
+                let (weights, _) = model.weight_bytes();
+                assert!(weights * 5 < base.weight_bytes().0, "{weights} bytes packed");
+            }
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! Training: objective, optimizer, schedule, data, trainer, memory ledger.
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod evaluate;
+pub mod method;
+pub mod observe;
+pub mod optimizer;
+pub mod preset;
+pub mod schedule;
+pub mod storage;
+pub mod stream;
+pub mod tasks;
+pub mod tokenizer;
+pub mod trainer;
