@@ -1,0 +1,53 @@
+//! Memory of a training step, read off the live objects.
+
+use super::Memory;
+use crate::cost::Cost;
+use crate::error::Result;
+use crate::linalg::Real;
+use crate::model::{Batch, Gradients, Model, StepOptions};
+use crate::train::optimizer::Optimizer;
+
+/// Saved tensors that do not come from the buffers a step reuses.
+const OUTSIDE: [&str; 4] = ["rope", "inverse_rms", ".projected", ".columns"];
+
+/// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters, gradient sinks
+/// and optimizer state as they are, activations by name as saved at the end of the forward pass, and as workspace
+/// the reused buffers beyond those. The gradients keep what the step added.
+///
+/// Call it after a few steps: the first ones still grow the buffers and the optimizer's state. Packed blocks of
+/// matrix products are not seen (at most a few MB; the prediction has them).
+///
+/// # Errors
+/// As [`Model::forward`] and [`Model::backward`].
+pub fn measure<T: Real>(
+    model: &Model<T>,
+    optimizer: &Optimizer<T>,
+    gradients: &mut Gradients<T>,
+    batch: &Batch,
+    options: &StepOptions,
+) -> Result<Memory> {
+    let mut cost = Cost::default();
+    let pass = model.forward(batch, options, gradients, &mut cost)?;
+    let named = pass.saved_bytes_by_name();
+    model.backward(batch, pass, gradients, &mut cost)?;
+    let (weights, adapters) = model.weight_bytes();
+    let mut memory = Memory {
+        weights,
+        adapters,
+        gradients: gradients.bytes_by_name().iter().map(|(_, bytes)| bytes).sum(),
+        optimizer: optimizer.bytes(),
+        trained: model.trainable_elements(),
+        ..Memory::default()
+    };
+    let mut reused = 0;
+    for (name, bytes) in named {
+        if !OUTSIDE.iter().any(|outside| name.ends_with(outside)) {
+            reused += bytes;
+        }
+        // `model.layers.3.mlp.gate` of every layer goes under one name.
+        let rest = name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')).map(|(_, rest)| rest);
+        *memory.activations.entry(rest.unwrap_or(&name).to_string()).or_default() += bytes;
+    }
+    memory.workspace = gradients.scratch_bytes().saturating_sub(reused);
+    Ok(memory)
+}
