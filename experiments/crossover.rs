@@ -1,4 +1,4 @@
-//! Claim ([CL-LoRA]): below the norm threshold the chained gradient is almost linear in L, so from some L on it beats
+//! Claim (\[CL-LoRA\]): below the norm threshold the chained gradient is almost linear in L, so from some L on it beats
 //! the exact one; above the threshold it cannot reach the same error at a comparable cost.
 //!
 //! Measured: seconds and counted operations against L for the dense, streaming and chained gradients at one c below

@@ -1,4 +1,4 @@
-//! Claim ([CL-LoRA], abstract and section 4; [AS23], [AS24]): with d = O(log L) and error 1/poly(L), a LoRA gradient
+//! Claim (\[CL-LoRA\], abstract and section 4; \[AS23\], \[AS24\]): with d = O(log L) and error 1/poly(L), a LoRA gradient
 //! can be computed in almost linear time when Gamma = o(sqrt(log L)), and not in sub-quadratic time above
 //! (assuming SETH).
 //!
@@ -49,8 +49,11 @@ const METHODS: [(&str, &str); 3] = [
     ("eps_rank", "eps-rank of P (the best any factorization of P can do)"),
 ];
 
+/// A label and eps as a function of L.
+type Target = (&'static str, fn(f64) -> f64);
+
 /// Error targets: fixed ones and 1 / L.
-const TARGETS: [(&str, fn(f64) -> f64); 3] = [("0.1", |_| 0.1), ("0.01", |_| 0.01), ("1/L", |l| 1.0 / l)];
+const TARGETS: [Target; 3] = [("0.1", |_| 0.1), ("0.01", |_| 0.01), ("1/L", |l| 1.0 / l)];
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let sizes: Vec<u64> = profile.pick(vec![64, 128, 256, 512, 1024], vec![64, 128, 256, 512, 1024, 2048]);

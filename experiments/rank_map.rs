@@ -1,4 +1,4 @@
-//! Claim ([CL-LoRA], the hierarchical low-rank structure of the gradient): below the threshold P and dS are numerically
+//! Claim (\[CL-LoRA\], the hierarchical low-rank structure of the gradient): below the threshold P and dS are numerically
 //! of low rank; above it their rank grows in proportion to L.
 //!
 //! Measured: eps-rank over L of P and of dS (relative Frobenius, eps = 1%) over (c, L), for entries that fill the box

@@ -1,4 +1,4 @@
-//! Claim under test: trained heads live on some side of the norm threshold of [CL-LoRA], and that decides whether a chained
+//! Claim under test: trained heads live on some side of the norm threshold of \[CL-LoRA\], and that decides whether a chained
 //! gradient can serve them.
 //!
 //! Measured on each head file of a folder (`--heads DIR`, made by python/dump_heads.py; two heads come with the project):

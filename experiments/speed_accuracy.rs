@@ -1,4 +1,4 @@
-//! Claim ([CL-LoRA]; design 2.3): which factorization buys the most gradient accuracy for its time depends on the norm;
+//! Claim (\[CL-LoRA\]; design 2.3): which factorization buys the most gradient accuracy for its time depends on the norm;
 //! near and above the threshold none of them beats the exact gradient.
 //!
 //! Measured: relative error of dA and dB (against dense f64) and seconds, for every factorization and setting, at three

@@ -1,8 +1,9 @@
-//! DoRA: y = x W''^T with W''_j = m_j W'_j / ||W'_j||, W' = W + s B A, row by row ([DoRA]).
+//! DoRA: y = x W''^T with W''_j = m_j W'_j / ||W'_j||, W' = W + s B A, row by row (\[DoRA\]).
 //!
 //! The normalised weight is formed once per product (out in r multiply-adds, small beside N out in), so the
 //! method saves nothing but its input. Backward forms dW'' = dy^T x once and reads every gradient off it.
 
+use super::InputSink;
 use super::lora::{LoraSpec, kaiming_uniform};
 use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::require_shape;
@@ -11,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::elementwise::vectorized_closure;
 use crate::linalg::gemm::parallel_product_into;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Zip};
+use ndarray::{Array2, ArrayView2, Zip};
 use rand::Rng;
 
 /// Factors and row magnitudes.
@@ -108,7 +109,7 @@ impl<T: Real> Dora<T> {
 
     /// With P = dy^T x, g_j = m_j / ||W'_j|| and c_j = P_j . W''_j:
     /// dm_j += c_j / m_j, dW'_j = g_j P_j (constant norm) or g_j P_j - c_j / ||W'_j||^2 W'_j (true derivative),
-    /// dB += s dW' A^T, dA += s B^T dW', dx = beta dx + dy W''. Sinks: dA, dB, dm.
+    /// dB += s dW' A^T, dA += s B^T dW', dx = dy W''. Sinks: dA, dB, dm.
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`]; as [`Dora::merged_weight`].
@@ -118,12 +119,11 @@ impl<T: Real> Dora<T> {
         x: ArrayView2<T>,
         base: ArrayView2<T>,
         sinks: &mut [Array2<T>],
-        dx: Option<&mut ArrayViewMut2<T>>,
-        beta: T,
+        dx: Option<InputSink<'_, '_, T>>,
         cost: &mut Cost,
     ) -> Result<()> {
         let merged = self.merged_weight(base, cost)?;
-        if let Some(dx) = dx {
+        if let Some(InputSink { dx, beta }) = dx {
             require_shape("dora", "dx", &dx.view(), (dy.nrows(), base.ncols()))?;
             parallel_product_into(T::one(), dy, merged.weight.view(), beta, dx, cost);
         }

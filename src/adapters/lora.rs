@@ -1,4 +1,4 @@
-//! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized ([LoRA]).
+//! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized (\[LoRA\]).
 
 use crate::blocks::linear::linear_backward_weight;
 use crate::cost::Cost;

@@ -1,4 +1,4 @@
-//! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA ([MosLoRA]).
+//! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA (\[MosLoRA\]).
 
 use super::lora::{LoraSpec, kaiming_uniform};
 use crate::blocks::linear::linear_backward_weight;

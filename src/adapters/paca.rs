@@ -1,4 +1,4 @@
-//! PaCA: r input columns of W are trained in place; backward keeps only those columns of x ([PaCA]).
+//! PaCA: r input columns of W are trained in place; backward keeps only those columns of x (\[PaCA\]).
 //!
 //! The stored trainable tensor is p = W[:, idx] / s, as in the official code with s = alpha / r (s = 1 in the
 //! paper). With dW_idx = dy^T x[:, idx], dp = s dW_idx. The values live in W; nothing is added to the forward.

@@ -1,4 +1,4 @@
-//! S2FT at one projection: a dense slice of a co-permuted weight is trained in place ([S2FT]).
+//! S2FT at one projection: a dense slice of a co-permuted weight is trained in place (\[S2FT\]).
 //!
 //! Output side (rows of q, k, v, gate, up): dW[s..e, :] = dy[:, s..e]^T x needs the whole input but computes only
 //! the slice. Input side (columns of o, down): dW[:, s..e] = dy^T x[:, s..e] keeps only the slice of the input.

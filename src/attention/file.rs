@@ -41,13 +41,18 @@ pub fn problem_from<T: Real>(file: &TensorFile) -> Result<AttentionProblem<T>> {
     AttentionProblem::new(source, objective, mask, softmax, beta).map_err(|e| in_file(file, e))
 }
 
-/// Turns an error about an argument into one that names the file too.
+/// Turns an error about an argument into one that names the file and the file's own tensor.
 fn in_file(file: &TensorFile, error: Error) -> Error {
+    // Self-attention has one X for the three inputs.
+    let own = |name: String| if file.contains("X") { name.replace("XQ", "X").replace("XK", "X") } else { name };
     match error {
         Error::ShapeMismatch { arg, expected, got, .. } => {
-            file.malformed(format!("tensor {arg}"), format!("shape {expected}"), format!("shape {got}"))
+            file.malformed(format!("tensor {}", own(arg)), format!("shape {expected}"), format!("shape {got}"))
         }
-        Error::InvalidParam { name, value, requirement } => file.malformed(name, requirement, value),
+        Error::InvalidParam { name, value, requirement } => {
+            let expected = requirement.strip_prefix("must be ").unwrap_or(&requirement);
+            file.malformed(own(name), expected, value)
+        }
         Error::NonFinite { tensor, index, value, .. } => {
             file.malformed(format!("tensor {tensor}"), "finite entries", format!("{value} at {index:?}"))
         }
@@ -56,10 +61,11 @@ fn in_file(file: &TensorFile, error: Error) -> Error {
 }
 
 fn projected_source<T: Real>(file: &TensorFile) -> Result<Source<T>> {
-    if let Some(extra) = ["X", "XQ", "XK", "XV", "WQ", "WK", "WV"].iter().find(|name| file.contains(name)) {
+    let of_hidden = ["X", "XQ", "XK", "XV", "WQ", "WK", "WV", "AQ", "BQ", "AK", "BK", "AV", "BV"];
+    if let Some(extra) = of_hidden.iter().find(|name| file.contains(name)) {
         return Err(file.malformed(
             "tensors",
-            "either Q, K, V or inputs with weights",
+            "either Q, K, V or inputs with weights and adapters",
             format!("{extra} beside Q, K or V"),
         ));
     }
@@ -72,10 +78,14 @@ fn projected_source<T: Real>(file: &TensorFile) -> Result<Source<T>> {
 }
 
 fn hidden_source<T: Real>(file: &TensorFile) -> Result<Hidden<T>> {
+    let separate = ["XQ", "XK", "XV"].into_iter().find(|name| file.contains(name));
+    if let (true, Some(extra)) = (file.contains("X"), separate) {
+        return Err(file.malformed("tensors", "either X or XQ, XK, XV", format!("{extra} beside X")));
+    }
     let inputs = if file.contains("X") {
         let x: ArcArray2<T> = file.matrix::<T>("X", "the input of self-attention")?.into_shared();
         Qkv { query: x.clone(), key: x.clone(), value: x }
-    } else if ["XQ", "XK", "XV"].iter().any(|name| file.contains(name)) {
+    } else if separate.is_some() {
         let reason = "XQ, XK and XV come together";
         Qkv {
             query: file.matrix::<T>("XQ", reason)?.into_shared(),

@@ -20,7 +20,7 @@ pub enum Mask {
 pub enum SoftmaxKind {
     /// exp(s_ij) / sum_j exp(s_ij).
     Standard,
-    /// exp(s_ij) / (1 + sum_j exp(s_ij)): the outlier-free variant of [CL-LoRA]'s experiments.
+    /// exp(s_ij) / (1 + sum_j exp(s_ij)): the outlier-free variant of \[CL-LoRA\]'s experiments.
     One,
 }
 
@@ -170,7 +170,9 @@ impl<T: Real> AttentionProblem<T> {
             Source::Hidden(hidden) => check_hidden(hidden)?,
         };
         if queries == 0 || keys == 0 {
-            return Err(Error::invalid("sequence length", queries.min(keys), "must be at least 1"));
+            let side = if queries == 0 { 'Q' } else { 'K' };
+            let tensor = if matches!(source, Source::Projected(_)) { "" } else { "X" };
+            return Err(Error::invalid(format!("rows of {tensor}{side}"), 0, "must be at least 1"));
         }
         if mask == Mask::Causal && queries != keys {
             return Err(Error::invalid(
@@ -331,7 +333,7 @@ fn check_projected<T: Real>(qkv: &Qkv<Array2<T>>) -> Result<(usize, usize, usize
     let (queries, head_dim) = qkv.query.dim();
     let keys = qkv.key.nrows();
     if head_dim == 0 {
-        return Err(Error::invalid("head_dim", 0, "Q must have at least one column"));
+        return Err(Error::invalid("columns of Q", 0, "must be at least 1"));
     }
     if qkv.key.ncols() != head_dim {
         return Err(Error::shape(OP, "K", (keys, head_dim), qkv.key.dim()));

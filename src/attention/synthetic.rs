@@ -75,7 +75,7 @@ impl SyntheticHead {
         }
     }
 
-    /// Sets Gamma to c sqrt(ln L), the scale of [CL-LoRA]'s threshold.
+    /// Sets Gamma to c sqrt(ln L), the scale of \[CL-LoRA\]'s threshold.
     pub fn at_threshold_ratio(mut self, c: f64) -> Self {
         self.gamma = c * (self.tokens.max(2) as f64).ln().sqrt();
         self

@@ -95,7 +95,7 @@ fn tile_view<'a, T>(buffer: &'a mut [T], rows: usize, columns: usize) -> ArrayVi
 ///
 /// Shapes: query `(B T) x (H d)`, key and value `(B T) x (H_kv d)`, O as query, log-sum-exp `(B H) x T` in nats.
 /// Backward needs Q, K, V, O and the log-sum-exp. Work O(B H T^2 d / 2); memory beyond the results is one
-/// `64 x 256` tile per thread ([FA2], with an online softmax).
+/// `64 x 256` tile per thread (\[FA2\], with an online softmax).
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if the heads do not form equal groups.

@@ -1,4 +1,4 @@
-//! Token embedding: x_i = E[id_i].
+//! Token embedding: x_i = `E[id_i]`.
 
 use super::require_shape;
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ pub fn embedding_forward<T: Real>(ids: &[u32], table: ArrayView2<T>) -> Result<A
     Ok(x)
 }
 
-/// dE[id_i] += dx_i, in token order.
+/// d`E[id_i]` += dx_i, in token order.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`].

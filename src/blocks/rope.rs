@@ -46,7 +46,7 @@ impl<T: Real> RopeTable<T> {
     }
 }
 
-/// Rotates every head of every row in place: with a = x[j], b = x[j + d/2],
+/// Rotates every head of every row in place: with a = `x[j]`, b = `x[j + d/2]`,
 /// (a, b) -> (a cos - b sin, b cos + a sin).
 ///
 /// Shapes: x `(B T) x (H d)`; row i has position i mod T with T the table's length.

@@ -34,7 +34,7 @@ enum Command {
     /// Predict the memory of a training step, and the longest sequence that fits
     Memory(memory::MemoryArgs),
     /// Pretrain or fine-tune a small model; checkpoints in Hugging Face layout
-    Train(train::TrainArgs),
+    Train(Box<train::TrainArgs>),
 }
 
 /// Parses the process's arguments, runs the subcommand and returns its exit code.

@@ -8,7 +8,7 @@ pub const MAX_DEGREE: usize = 4096;
 
 /// Smallest degree whose truncated Chebyshev series has uniform error at most `eps` on [-b, b].
 ///
-/// Computed from the exact error 2 sum_{n > g} I_n(b), not from an asymptotic formula ([AA22] gives
+/// Computed from the exact error 2 sum_{n > g} I_n(b), not from an asymptotic formula (\[AA22\] gives
 /// Theta(b + log(1/eps) / log(log(1/eps) / b)) for the optimal degree). The best polynomial of any
 /// kind needs at least [`lower_bound`], which is at most a few below.
 ///

@@ -1,4 +1,4 @@
-//! Norms of a head against the threshold sqrt(ln L) of [CL-LoRA].
+//! Norms of a head against the threshold sqrt(ln L) of \[CL-LoRA\].
 
 use crate::attention::problem::{AttentionProblem, Mask};
 use crate::attention::synthetic::largest_logit;

@@ -36,6 +36,9 @@ fn require_finite(op: &'static str, a: &ArrayView2<f64>) -> Result<()> {
 /// ```
 pub fn singular_values(a: ArrayView2<f64>) -> Result<Array1<f64>> {
     require_finite("singular_values", &a)?;
+    if a.is_empty() {
+        return Ok(Array1::zeros(0));
+    }
     backend::singular_values(a)
 }
 
@@ -45,6 +48,10 @@ pub fn singular_values(a: ArrayView2<f64>) -> Result<Array1<f64>> {
 /// As [`singular_values`].
 pub fn svd(a: ArrayView2<f64>) -> Result<Svd> {
     require_finite("svd", &a)?;
+    if a.is_empty() {
+        let (m, n) = a.dim();
+        return Ok(Svd { u: Array2::zeros((m, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, n)) });
+    }
     backend::svd(a)
 }
 
@@ -64,6 +71,10 @@ pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f6
         });
     }
     require_finite("least_squares", &a)?;
+    super::norms::require_finite("least_squares", "b", &b)?;
+    if n == 0 {
+        return Ok(Array1::zeros(0));
+    }
     let (q, r) = backend::qr(a)?;
     let mut x = q.t().dot(&b);
     let largest = r.diag().iter().fold(0.0f64, |m, d| m.max(d.abs()));
@@ -84,7 +95,9 @@ pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f6
 #[cfg(not(feature = "lapack"))]
 mod backend {
     use super::*;
+    use crate::linalg::norms;
     use nalgebra::DMatrix;
+    use ndarray::Axis;
 
     fn to_nalgebra(a: ArrayView2<f64>) -> DMatrix<f64> {
         DMatrix::from_fn(a.nrows(), a.ncols(), |i, j| a[[i, j]])
@@ -101,10 +114,86 @@ mod backend {
     }
 
     pub(super) fn svd(a: ArrayView2<f64>) -> Result<Svd> {
+        if a.nrows() < a.ncols() {
+            let Svd { u, s, vt } = svd(a.t())?;
+            return Ok(Svd { u: vt.reversed_axes(), s, vt: u.reversed_axes() });
+        }
         let gave_up = || Error::Decomposition { op: "svd", reason: "no convergence".into() };
-        let svd = to_nalgebra(a).try_svd(true, true, f64::EPSILON, 0).ok_or_else(gave_up)?;
-        let (u, vt) = (svd.u.ok_or_else(gave_up)?, svd.v_t.ok_or_else(gave_up)?);
-        Ok(Svd { u: from_nalgebra(&u), s: svd.singular_values.iter().copied().collect(), vt: from_nalgebra(&vt) })
+        let svd = to_nalgebra(a).try_svd(false, true, f64::EPSILON, 0).ok_or_else(gave_up)?;
+        Ok(polished(a, from_nalgebra(&svd.v_t.ok_or_else(gave_up)?)))
+    }
+
+    /// Sweeps of [`polished`]; from nalgebra's vectors one or two are enough.
+    const SWEEPS: usize = 20;
+
+    /// Ends the decomposition from approximate right singular vectors, `a` being at least as tall as wide.
+    ///
+    /// nalgebra's last 2 x 2 steps lose digits where singular values tie or vanish (measured: 1e-10 relative), while
+    /// its V stays orthogonal. So W = A V is formed; pairs of its columns that are further from orthogonal than
+    /// backward stability allows, |w_i . w_j| > c eps ||A|| max(|w_i|, |w_j|), are rotated (one-sided Jacobi); and W,
+    /// columns in descending order, is factorized as U diag(s) by QR, whose other entries are then roundoff.
+    /// That gives an orthogonal U for vanishing singular values too.
+    fn polished(a: ArrayView2<f64>, mut vt: Array2<f64>) -> Svd {
+        let (m, n) = a.dim();
+        // Squares of the entries must neither overflow nor underflow.
+        let scale = norms::max_abs(&a).max(f64::MIN_POSITIVE);
+        let mut wt = vt.dot(&a.t().mapv(|x| x / scale));
+        let tolerance = f64::EPSILON * (m as f64).sqrt().max(8.0);
+        for _ in 0..SWEEPS {
+            let gram = wt.dot(&wt.t());
+            let length: Vec<f64> = gram.diag().iter().map(|x| x.sqrt()).collect();
+            let largest = length.iter().fold(0.0f64, |x, y| x.max(*y));
+            let mut rotated = false;
+            for i in 0..n {
+                for j in i + 1..n {
+                    let allowed = tolerance * largest * length[i].max(length[j]);
+                    if gram[[i, j]].abs() <= allowed {
+                        continue;
+                    }
+                    // Earlier rotations of this sweep have changed the columns.
+                    let (x, y) = (wt.row(i), wt.row(j));
+                    let (p, q, r) = (x.dot(&x), y.dot(&y), x.dot(&y));
+                    if r.abs() <= allowed {
+                        continue;
+                    }
+                    let zeta = (q - p) / (2.0 * r);
+                    let t = zeta.signum() / (zeta.abs() + zeta.hypot(1.0));
+                    let c = 1.0 / t.hypot(1.0);
+                    rotate(&mut wt, i, j, c, c * t);
+                    rotate(&mut vt, i, j, c, c * t);
+                    rotated = true;
+                }
+            }
+            if !rotated {
+                break;
+            }
+        }
+        let order = descending(&wt.rows().into_iter().map(|row| norms::frobenius(&row)).collect::<Vec<_>>());
+        let (wt, vt) = (wt.select(Axis(0), &order), vt.select(Axis(0), &order));
+        let qr = to_nalgebra(wt.t()).qr();
+        let mut u = from_nalgebra(&qr.q());
+        let diagonal: Vec<f64> = qr.r().diagonal().iter().copied().collect();
+        for (mut column, d) in u.columns_mut().into_iter().zip(&diagonal) {
+            column *= if *d < 0.0 { -1.0 } else { 1.0 };
+        }
+        let s: Vec<f64> = diagonal.iter().map(|d| d.abs() * scale).collect();
+        // Neighbours may have changed places by a rounding.
+        let order = descending(&s);
+        Svd { u: u.select(Axis(1), &order), s: order.iter().map(|&i| s[i]).collect(), vt: vt.select(Axis(0), &order) }
+    }
+
+    fn descending(values: &[f64]) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..values.len()).collect();
+        order.sort_by(|&i, &j| values[j].total_cmp(&values[i]));
+        order
+    }
+
+    /// Rows i < j become c x - s y and s x + c y.
+    fn rotate(a: &mut Array2<f64>, i: usize, j: usize, c: f64, s: f64) {
+        let (mut above, mut below) = a.view_mut().split_at(Axis(0), j);
+        ndarray::Zip::from(above.row_mut(i)).and(below.row_mut(0)).for_each(|x, y| {
+            (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
+        });
     }
 
     pub(super) fn qr(a: ArrayView2<f64>) -> Result<(Array2<f64>, Array2<f64>)> {
@@ -122,6 +211,7 @@ mod backend {
     /// Parallelism is rayon's: each LAPACK call runs on the thread that makes it.
     fn one_thread_per_call() {
         static ONCE: Once = Once::new();
+        #[allow(unsafe_code)]
         unsafe extern "C" {
             fn openblas_set_num_threads(threads: std::ffi::c_int);
         }

@@ -2,7 +2,7 @@
 
 use super::gradients::LayerGradients;
 use super::parameters::{Model, Projection};
-use crate::adapters::{AdaptedLinear, InputNeed, LinearSaved};
+use crate::adapters::{AdaptedLinear, InputNeed, InputSink, LinearSaved};
 use crate::blocks::causal_attention::{
     AttentionCache, AttentionShape, causal_attention_backward, causal_attention_forward,
 };
@@ -277,7 +277,8 @@ impl<T: Real> Backward<'_, T> {
         let (x, mut dx) = (x.as_ref().map(|x| x.view()), dx.map(|dx| dx.view_mut()));
         let sinks = &mut self.sinks.projections[p as usize];
         let saved = &self.saved[p as usize];
-        self.layer.projection(p).backward(dy.view(), x, saved, sinks, dx.as_mut(), beta, self.cost)
+        let dx = dx.as_mut().map(|dx| InputSink { dx, beta });
+        self.layer.projection(p).backward(dy.view(), x, saved, sinks, dx, self.cost)
     }
 
     /// An array for the gradient of a projection's input, if wanted.

@@ -1,4 +1,4 @@
-//! S2FT on a layer: co-permutation of coupled structures, so that what is trained is a dense slice ([S2FT]).
+//! S2FT on a layer: co-permutation of coupled structures, so that what is trained is a dense slice (\[S2FT\]).
 //!
 //! Two structures of a layer are coupled. A key/value head with its group of query heads ties rows of q, k, v to
 //! columns of o; a feed-forward channel ties a row of gate and up to a column of down. Reordering heads or

@@ -15,7 +15,7 @@
 //! (dS^^T W)_j = sum_c V'_jc [Psi (U^T (G' * W))]_{j,(c,:)}
 //! ```
 //!
-//! [`full`] makes three passes over row tiles; [`causal`] scans chunks and treats the diagonal ones exactly.
+//! Without a mask, three passes over row tiles do it; a causal mask scans chunks and treats the diagonal ones exactly.
 
 mod causal;
 mod full;

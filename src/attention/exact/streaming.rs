@@ -1,7 +1,7 @@
 //! Exact gradients over tiles: no L x L memory, every product a GEMM on a tile that fits the cache.
 //!
 //! Pass 1 walks the key tiles of each query tile with the online softmax and leaves O, P R and the row
-//! log-sum-exps. Pass 2 recomputes the scores of each tile ([FA2] backward) and accumulates dS Z by
+//! log-sum-exps. Pass 2 recomputes the scores of each tile (\[FA2\] backward) and accumulates dS Z by
 //! query rows and dS^T W, P^T N by key rows.
 //!
 //! Counted floor, per query-key pair and head, in multiply-adds: 2 d_h + 2 d_v for S twice, P V and

@@ -1,4 +1,4 @@
-//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best polynomial on the interval of the logits [AA22].
+//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best polynomial on the interval of the logits \[AA22\].
 
 use super::centering::{Center, Centered};
 use super::interval::{Check, settle};

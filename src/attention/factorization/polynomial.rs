@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 
-/// p(s) = sum_n coefficients[n] (s / scale)^n.
+/// p(s) = sum_n c_n (s / scale)^n, c_n the coefficients.
 ///
 /// The variable is scaled so that coefficients stay within double precision for any b.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,4 +1,4 @@
-//! `taylor:degree=g[,b=B][,check=norms|scan|off][,center=none|keys|both]`: the Taylor polynomial of exp [AS23].
+//! `taylor:degree=g[,b=B][,check=norms|scan|off][,center=none|keys|both]`: the Taylor polynomial of exp \[AS23\].
 
 use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
