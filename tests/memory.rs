@@ -27,7 +27,7 @@ fn config() -> ModelConfig {
     }
 }
 
-/// Peak bytes of the last of four steps over what was live before the model, and the ledger of the next.
+/// Largest peak of four settled steps over what was live before the model, and the ledger of the next.
 fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
     let before = COUNTED.current_usage();
     let mut model: Model<f32> = Model::random(config(), &mut generator(1, "init/model", 0)).unwrap();
@@ -40,10 +40,11 @@ fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
     let mut optimizer = OptimizerParams::default().check::<f32>().unwrap();
     let options = StepOptions { divisor: None, checkpointing: shape.checkpointing };
     let mut peak = 0;
-    for _ in 0..4 {
+    for step in 0..6 {
         COUNTED.reset_peak_usage();
         model.loss_and_gradients(&batch, &options, &mut gradients, &mut Cost::default()).unwrap();
-        peak = COUNTED.peak_usage();
+        // Buffers settle in two steps; whether all threads pack at the peak is chance, so the largest of four counts.
+        peak = if step < 2 { 0 } else { peak.max(COUNTED.peak_usage()) };
         optimizer.begin_step();
         model
             .update(&gradients, &mut |t| {
@@ -99,7 +100,7 @@ fn the_prediction_is_within_one_percent_for_every_method() {
             );
             assert_eq!(memory.trained, ledger.trained);
             assert_eq!(memory.activation_bytes(), ledger.activation_bytes(), "{}", name.name());
-            if gap.abs() > 0.01 || read.abs() > 0.02 {
+            if gap.abs() > 0.01 || read.abs() > 0.01 {
                 failures.push((name.name(), checkpointing, gap));
             }
         }

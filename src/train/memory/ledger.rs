@@ -1,6 +1,7 @@
 //! Memory of a training step, read off the live objects.
 
-use super::Memory;
+use super::replay::loss_chunk;
+use super::{Memory, StepShape, packing};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
@@ -12,10 +13,10 @@ const OUTSIDE: [&str; 4] = ["rope", "inverse_rms", ".projected", ".columns"];
 
 /// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters, gradient sinks
 /// and optimizer state as they are, activations by name as saved at the end of the forward pass, and as workspace
-/// the reused buffers beyond those. The gradients keep what the step added.
+/// the reused buffers beyond those, and what lives outside them for a moment: the embedded tokens, one chunk of
+/// logits, packed blocks of matrix products. The gradients keep what the step added.
 ///
-/// Call it after a few steps: the first ones still grow the buffers and the optimizer's state. Packed blocks of
-/// matrix products are not seen (at most a few MB; the prediction has them).
+/// Call it after a few steps: the first ones still grow the buffers and the optimizer's state.
 ///
 /// # Errors
 /// As [`Model::forward`] and [`Model::backward`].
@@ -48,6 +49,16 @@ pub fn measure<T: Real>(
         let rest = name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')).map(|(_, rest)| rest);
         *memory.activations.entry(rest.unwrap_or(&name).to_string()).or_default() += bytes;
     }
-    memory.workspace = gradients.scratch_bytes().saturating_sub(reused);
+    let (rows, length) = batch.input_ids.dim();
+    let shape = StepShape {
+        batch: rows,
+        length,
+        bytes: size_of::<T>(),
+        state: 0,
+        checkpointing: options.checkpointing,
+        threads: rayon::current_num_threads(),
+    };
+    let moment = (batch.tokens() * model.config.hidden_size + loss_chunk(&model.config, &shape)) * shape.bytes;
+    memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment + packing(&model.config, &shape);
     Ok(memory)
 }

@@ -7,6 +7,12 @@ use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::model::{ModelConfig, Projection};
 use std::collections::BTreeMap;
 
+/// Numbers live while the loss is formed: rows, their logits and gradients, one chunk at a time, and the targets.
+pub(super) fn loss_chunk(config: &ModelConfig, shape: &StepShape) -> usize {
+    let n = shape.batch * shape.length;
+    LOGIT_ROWS.min(n) * (2 * config.hidden_size + config.vocab_size) + 16 * n / shape.bytes
+}
+
 /// Buffers by size, as `linalg::scratch` hands them out; sizes in numbers.
 #[derive(Default)]
 struct Pool {
@@ -151,8 +157,7 @@ impl<'a> Replay<'a> {
         let normed = pool.take(hidden);
         pool.fresh(n); // inverse rms of the last norm
         let dnormed = pool.take(hidden);
-        let rows = LOGIT_ROWS.min(n);
-        pool.touch(rows * (2 * c.hidden_size + c.vocab_size) + 16 * n / self.shape.bytes);
+        pool.touch(loss_chunk(c, self.shape));
         pool.keep(normed);
         let mut named: BTreeMap<String, usize> = BTreeMap::new();
         for (name, size) in layers.iter().flatten() {
