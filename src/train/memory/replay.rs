@@ -280,7 +280,7 @@ impl<'a> Replay<'a> {
         let n = self.shape.batch * self.shape.length;
         let (query, key) = (n * c.num_attention_heads * c.head_dim, n * c.num_key_value_heads * c.head_dim);
         let (hidden, inner) = (n * c.hidden_size, n * c.intermediate_size);
-        let mut give = |pool: &mut Pool, name: &str| {
+        let give = |pool: &mut Pool, saved: &mut Saved, name: &str| {
             if let Some(size) = saved.remove(name) {
                 pool.keep(size);
             }
@@ -292,7 +292,7 @@ impl<'a> Replay<'a> {
         };
         let dgated = if needs.gated { pool.take(inner) } else { 0 };
         self.pull(pool, Down);
-        give(pool, "gated");
+        give(pool, &mut saved, "gated");
         if !needs.gated {
             method(pool, &saved);
             return (dx, false);
@@ -301,18 +301,12 @@ impl<'a> Replay<'a> {
         let dnormed = if needs.normed_middle { pool.take(hidden) } else { 0 };
         self.pull(pool, Gate);
         self.pull(pool, Up);
-        pool.keep(inner);
-        pool.keep(inner);
-        (saved.remove("gate"), saved.remove("up"));
-        let mut give = |pool: &mut Pool, name: &str| {
-            if let Some(size) = saved.remove(name) {
-                pool.keep(size);
-            }
-        };
-        give(pool, "normed_middle");
+        give(pool, &mut saved, "gate");
+        give(pool, &mut saved, "up");
+        give(pool, &mut saved, "normed_middle");
         if needs.normed_middle {
             pool.keep(dnormed);
-            give(pool, "middle");
+            give(pool, &mut saved, "middle");
         }
         if !needs.middle {
             method(pool, &saved);
@@ -328,7 +322,7 @@ impl<'a> Replay<'a> {
             pool.take(size);
         }
         for name in ["query", "key", "value", "attention_output", "log_sum_exp"] {
-            give(pool, name);
+            give(pool, &mut saved, name);
         }
         pool.keep(dattended);
         let dnormed = if needs.normed_input { pool.take(hidden) } else { 0 };
@@ -338,10 +332,10 @@ impl<'a> Replay<'a> {
         for size in [query, key, key] {
             pool.keep(size);
         }
-        give(pool, "normed_input");
+        give(pool, &mut saved, "normed_input");
         if needs.normed_input {
             pool.keep(dnormed);
-            give(pool, "input");
+            give(pool, &mut saved, "input");
         }
         method(pool, &saved);
         (dx, needs.input)
