@@ -4,6 +4,7 @@
 //! file, the tensor, what was expected and what was found.
 
 mod gradient;
+mod memory;
 mod probe;
 mod train;
 
@@ -30,6 +31,8 @@ enum Command {
     Gradient(gradient::GradientArgs),
     /// Measure a head's norms against the threshold, and each factorization's error and cost on it
     Probe(probe::ProbeArgs),
+    /// Predict the memory of a training step, and the longest sequence that fits
+    Memory(memory::MemoryArgs),
     /// Pretrain or fine-tune a small model; checkpoints in Hugging Face layout
     Train(Box<train::TrainArgs>),
 }
@@ -39,6 +42,7 @@ pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Gradient(args) => gradient::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Memory(args) => memory::run(&args),
         Command::Train(args) => train::run(&args),
     };
     match outcome {

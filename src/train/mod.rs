@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod evaluate;
+pub mod memory;
 pub mod method;
 pub mod observe;
 pub mod optimizer;

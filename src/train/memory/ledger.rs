@@ -1,0 +1,64 @@
+//! Memory of a training step, read off the live objects.
+
+use super::replay::loss_chunk;
+use super::{Memory, StepShape, packing};
+use crate::cost::Cost;
+use crate::error::Result;
+use crate::linalg::Real;
+use crate::model::{Batch, Gradients, Model, StepOptions};
+use crate::train::optimizer::Optimizer;
+
+/// Saved tensors that do not come from the buffers a step reuses.
+const OUTSIDE: [&str; 4] = ["rope", "inverse_rms", ".projected", ".columns"];
+
+/// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters, gradient sinks
+/// and optimizer state as they are, activations by name as saved at the end of the forward pass, and as workspace
+/// the reused buffers beyond those, and what lives outside them for a moment: the embedded tokens, one chunk of
+/// logits, packed blocks of matrix products. The gradients keep what the step added.
+///
+/// Call it after a few steps: the first ones still grow the buffers and the optimizer's state.
+///
+/// # Errors
+/// As [`Model::forward`] and [`Model::backward`].
+pub fn measure<T: Real>(
+    model: &Model<T>,
+    optimizer: &Optimizer<T>,
+    gradients: &mut Gradients<T>,
+    batch: &Batch,
+    options: &StepOptions,
+) -> Result<Memory> {
+    let mut cost = Cost::default();
+    let pass = model.forward(batch, options, gradients, &mut cost)?;
+    let named = pass.saved_bytes_by_name();
+    model.backward(batch, pass, gradients, &mut cost)?;
+    let (weights, adapters) = model.weight_bytes();
+    let mut memory = Memory {
+        weights,
+        adapters,
+        gradients: gradients.bytes_by_name().iter().map(|(_, bytes)| bytes).sum(),
+        optimizer: optimizer.bytes(),
+        trained: model.trainable_elements(),
+        ..Memory::default()
+    };
+    let mut reused = 0;
+    for (name, bytes) in named {
+        if !OUTSIDE.iter().any(|outside| name.ends_with(outside)) {
+            reused += bytes;
+        }
+        // `model.layers.3.mlp.gate` of every layer goes under one name.
+        let rest = name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')).map(|(_, rest)| rest);
+        *memory.activations.entry(rest.unwrap_or(&name).to_string()).or_default() += bytes;
+    }
+    let (rows, length) = batch.input_ids.dim();
+    let shape = StepShape {
+        batch: rows,
+        length,
+        bytes: size_of::<T>(),
+        state: 0,
+        checkpointing: options.checkpointing,
+        threads: rayon::current_num_threads(),
+    };
+    let moment = (batch.tokens() * model.config.hidden_size + loss_chunk(&model.config, &shape)) * shape.bytes;
+    memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment + packing(&model.config, &shape);
+    Ok(memory)
+}
