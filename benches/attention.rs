@@ -5,7 +5,7 @@
 use ndarray::{Array2, parallel::prelude::*};
 use peft_limits::attention::chained;
 use peft_limits::attention::exact::streaming;
-use peft_limits::attention::factorization::build;
+use peft_limits::attention::factorization::{Scores, build};
 use peft_limits::attention::synthetic::SyntheticHead;
 use peft_limits::attention::{AttentionProblem, Mask, Request};
 use peft_limits::linalg::Real;
@@ -89,18 +89,65 @@ fn chained_case(tokens: usize, mask: Mask, spec: &str, repeats: usize) {
     );
 }
 
+/// One factorization: the chain with its features against the chain's products alone at the GEMM rate, for each column.
+fn factorization_case(spec: &str, repeats: usize) {
+    let head = SyntheticHead { rank: 4, ..SyntheticHead::new(8192, 16).at_threshold_ratio(0.4) };
+    let problem: AttentionProblem<f32> = head.draw().expect("valid head");
+    let projected = problem.project(&mut Default::default());
+    let scores = Scores::of(&problem, &projected);
+    let method = build::<f32>(spec).expect("valid spec");
+    let rate = gemm_rate::<f32>();
+    let mut map = None;
+    let prepare =
+        time(repeats, || map = Some(method.prepare(&scores, &mut Default::default()).expect("fits the head")));
+    let Some(map) = map else { return };
+    let mut failed = false;
+    let chain = time(repeats, || {
+        let done = chained::with_map(&problem, &projected, map.as_ref(), Request::Adapters, Default::default());
+        failed = done.is_err();
+    });
+    let (r, d) = (4, 16);
+    let floor = chained::predicted_multiply_adds(8192, map.rank() as u128, d, 2 * r, 2 * r) / rate;
+    let columns = map.rank() as f64;
+    println!(
+        "features  f32 L=  8192 d= 16 r=4 {spec:44} k={:5}: chain {:6.2} us a column, ratio {:.2}  prepare {:6.2} us a column  both {:.2}{}",
+        map.rank(),
+        1e6 * chain[1] / columns,
+        chain[1] / floor,
+        1e6 * prepare[1] / columns,
+        (chain[1] + prepare[1]) / floor,
+        if failed { "  (no positive denominators)" } else { "" },
+    );
+}
+
+fn factorization_cases() {
+    for spec in [
+        "taylor:degree=2",
+        "chebyshev:degree=2",
+        "fitted:degree=2",
+        "positive-features:rank=256",
+        "tensor-sketch:degree=3,rank=256",
+        "tensor-sketch:degree=4,rank=300,nonnegative=true",
+        "nystrom:rank=256",
+        "support-basis:degree=2,threshold=0.6",
+    ] {
+        factorization_case(spec, 9);
+    }
+}
+
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with("--")).unwrap_or_default();
     println!("{} threads; median [quartiles]", rayon::current_num_threads());
-    if "streaming".contains(&filter) || filter.is_empty() {
-        streaming_case::<f32>(4096, 64, 8, Request::Adapters, 21);
-        streaming_case::<f32>(4096, 64, 8, Request::All, 21);
-        streaming_case::<f64>(4096, 64, 8, Request::Adapters, 11);
-        streaming_case::<f32>(16384, 64, 8, Request::Adapters, 7);
-        streaming_case::<f32>(16384, 8, 4, Request::Adapters, 7);
-    }
-    if "chained".contains(&filter) || filter.is_empty() {
-        chained_case(65536, Mask::Full, "taylor:degree=3", 11);
-        chained_case(65536, Mask::Causal, "taylor:degree=3", 11);
-    }
+    let chosen = |name: &str| name.contains(&filter);
+    let cases: [(&str, &dyn Fn()); 8] = [
+        ("streaming f32 L=4096", &|| streaming_case::<f32>(4096, 64, 8, Request::Adapters, 21)),
+        ("streaming f32 L=4096 all", &|| streaming_case::<f32>(4096, 64, 8, Request::All, 21)),
+        ("streaming f64 L=4096", &|| streaming_case::<f64>(4096, 64, 8, Request::Adapters, 11)),
+        ("streaming f32 L=16384", &|| streaming_case::<f32>(16384, 64, 8, Request::Adapters, 7)),
+        ("streaming f32 L=16384 d=8", &|| streaming_case::<f32>(16384, 8, 4, Request::Adapters, 7)),
+        ("chained full", &|| chained_case(65536, Mask::Full, "taylor:degree=3", 11)),
+        ("chained causal", &|| chained_case(65536, Mask::Causal, "taylor:degree=3", 11)),
+        ("features", &factorization_cases),
+    ];
+    cases.iter().filter(|(name, _)| chosen(name)).for_each(|(_, run)| run());
 }

@@ -1,7 +1,7 @@
 //! Time of one training step (forward, backward, AdamW) per adaptation method, with operations and saved bytes.
 //!
 //! `cargo bench --bench train_step [-- --batch 8 --length 256 --width 256 --layers 6 --inner 688 --vocab 256
-//! --rank 8 --heads 8 --repeats 15 --checkpointing]`
+//! --rank 8 --heads 8 --repeats 15 --checkpointing --only lora,full]`
 //!
 //! Methods are interleaved, so a change of the machine's speed meets all of them; the table shows the median and
 //! quartiles of the repeats and ratios of medians to LoRA's.
@@ -14,38 +14,20 @@ use peft_limits::cost::Cost;
 use peft_limits::linalg::gemm::parallel_product_into;
 use peft_limits::model::s2ft::S2ftSpec;
 use peft_limits::model::{AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions};
+use peft_limits::train::optimizer::{Optimizer, OptimizerParams, update_model};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::collections::HashMap;
 use std::time::Instant;
-
-type Moments = HashMap<String, (Array2<f32>, Array2<f32>)>;
 
 struct Contender {
     name: &'static str,
     model: Model<f32>,
     gradients: Gradients<f32>,
-    moments: Moments,
+    optimizer: Optimizer<f32>,
     seconds: Vec<f64>,
     flops: u64,
     saved_bytes: usize,
     loss: f64,
-}
-
-fn adamw(model: &mut Model<f32>, gradients: &Gradients<f32>, step: i32, moments: &mut Moments) {
-    let (first, second) = (1.0 - 0.9f32.powi(step), 1.0 - 0.999f32.powi(step));
-    model
-        .update(gradients, &mut |t| {
-            let zeros = || (Array2::zeros(t.values.dim()), Array2::zeros(t.values.dim()));
-            let (m, v) = moments.entry(t.name.to_string()).or_insert_with(zeros);
-            for (((p, &g), m), v) in t.values.iter_mut().zip(t.gradient).zip(m).zip(v) {
-                *m = 0.9 * *m + 0.1 * g;
-                *v = 0.999 * *v + 0.001 * g * g;
-                *p -= 1e-4 * ((*m / first) / ((*v / second).sqrt() + 1e-8) + 0.01 * *p);
-            }
-            Ok(())
-        })
-        .expect("gradients fit the model");
 }
 
 fn quantile(sorted: &[f64], q: f64) -> f64 {
@@ -105,12 +87,16 @@ fn main() {
         ("full", MethodSpec::Full),
     ];
     let mut contenders: Vec<Contender> = Vec::new();
-    let mut enter = |name, model: Model<f32>| {
+    let only = arguments.iter().position(|a| a == "--only").map(|i| arguments[i + 1].clone());
+    let mut enter = |name: &'static str, model: Model<f32>| {
+        if only.as_ref().is_some_and(|only| only.split(',').all(|o| o != name)) {
+            return;
+        }
         contenders.push(Contender {
             name,
             gradients: model.zero_gradients(),
             model,
-            moments: Moments::new(),
+            optimizer: OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }.check().expect("in range"),
             seconds: vec![],
             flops: 0,
             saved_bytes: 0,
@@ -129,7 +115,7 @@ fn main() {
     model.attach_s2ft(&S2ftSpec::default(), None, &mut rng).expect("the ratios fit");
     enter("s2ft", model);
 
-    for step in 0..repeats as i32 + 2 {
+    for step in 0..repeats + 2 {
         for c in &mut contenders {
             let mut cost = Cost::default();
             let start = Instant::now();
@@ -140,7 +126,8 @@ fn main() {
                 c.saved_bytes = pass.saved_bytes_by_name().iter().map(|(_, bytes)| bytes).sum();
             }
             c.loss = c.model.backward(&data, pass, gradients, &mut cost).expect("backward").loss;
-            adamw(&mut c.model, gradients, step + 1, &mut c.moments);
+            update_model(&mut c.optimizer, &mut c.model, gradients, 1e-4, 1.0, |_| ())
+                .expect("gradients fit the model");
             // Two rounds of warm-up.
             if step >= 2 {
                 c.seconds.push(start.elapsed().as_secs_f64());

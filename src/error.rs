@@ -138,9 +138,43 @@ pub enum Error {
         /// What the drawing library said.
         reason: String,
     },
+    /// The chosen computing device is not there.
+    #[error("--device {wanted}: {found}")]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// What there is instead, and what to do.
+        found: String,
+    },
+    /// A device failed while it worked: lost, out of memory, a kernel that does not compile.
+    #[error("{op} on {device} failed: {reason}")]
+    Device {
+        /// What was being computed.
+        op: &'static str,
+        /// The device.
+        device: String,
+        /// What the driver or the engine said.
+        reason: String,
+    },
     /// The user asked the job to stop; what was finished is kept.
     #[error("interrupted; finished points are kept, continue with --resume")]
     Interrupted,
+    /// Another process of the job failed, so that this one cannot go on.
+    #[error("{op}: rank {rank} failed; its own message says why")]
+    OtherRank {
+        /// What the ranks were doing.
+        op: &'static str,
+        /// The first rank that failed.
+        rank: usize,
+    },
+    /// The message-passing library refused.
+    #[error("{op} over MPI failed: {reason}")]
+    Mpi {
+        /// What was asked of it.
+        op: &'static str,
+        /// What it said.
+        reason: String,
+    },
     /// A decomposition failed inside the linear algebra library.
     #[error("{op} failed: {reason}")]
     Decomposition {

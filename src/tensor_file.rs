@@ -6,6 +6,7 @@ use crate::linalg::Real;
 use ndarray::{Array1, Array2, ArrayView2};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A safetensors file in memory.
@@ -13,7 +14,14 @@ pub struct TensorFile {
     path: PathBuf,
     bytes: Vec<u8>,
     metadata: HashMap<String, String>,
-    shapes: BTreeMap<String, Vec<usize>>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+/// Where a tensor lies in the file.
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
 }
 
 impl TensorFile {
@@ -37,11 +45,14 @@ impl TensorFile {
         let broken = |e: safetensors::SafeTensorError| {
             Error::format(&path, "file", "a complete safetensors file", format!("{e} ({length} bytes)"))
         };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let tensors = SafeTensors::deserialize(&bytes).map_err(broken)?;
-        let shapes = tensors.iter().map(|(name, view)| (name.to_string(), view.shape().to_vec())).collect();
-        Ok(Self { path, bytes, metadata, shapes })
+        let (header_bytes, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        let start = size_of::<u64>() + header_bytes;
+        let tensors = header.tensors().into_iter().map(|(name, info)| {
+            let range = start + info.data_offsets.0..start + info.data_offsets.1;
+            (name, Entry { dtype: info.dtype, shape: info.shape.clone(), range })
+        });
+        let (tensors, metadata) = (tensors.collect(), header.metadata().clone().unwrap_or_default());
+        Ok(Self { path, bytes, metadata, tensors })
     }
 
     /// The file's path.
@@ -51,17 +62,17 @@ impl TensorFile {
 
     /// Tensor names in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.shapes.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     /// Shape of a tensor, if present.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.shapes.get(name).map(Vec::as_slice)
+        self.tensors.get(name).map(|entry| entry.shape.as_slice())
     }
 
     /// Whether a tensor is present.
     pub fn contains(&self, name: &str) -> bool {
-        self.shapes.contains_key(name)
+        self.tensors.contains_key(name)
     }
 
     /// A metadata value, if present.
@@ -76,8 +87,8 @@ impl TensorFile {
 
     /// The error for a tensor that is needed and absent.
     pub fn missing(&self, name: &str, reason: impl Into<String>) -> Error {
-        let mut found = self.shapes.keys().take(24).cloned().collect::<Vec<_>>().join(", ");
-        if self.shapes.len() > 24 {
+        let mut found = self.tensors.keys().take(24).cloned().collect::<Vec<_>>().join(", ");
+        if self.tensors.len() > 24 {
             found += ", ...";
         }
         if found.is_empty() {
@@ -86,22 +97,55 @@ impl TensorFile {
         Error::MissingTensor { path: self.path.clone(), name: name.into(), reason: reason.into(), found }
     }
 
-    fn view<'a>(&'a self, tensors: &'a SafeTensors<'a>, name: &str, reason: &str) -> Result<TensorView<'a>> {
-        tensors.tensor(name).map_err(|_| self.missing(name, reason))
+    fn entry(&self, name: &str, reason: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| self.missing(name, reason))
     }
 
-    /// All entries of a tensor in row-major order with its shape, converted to `T`.
-    ///
-    /// Integers and half precisions are accepted; every entry must be finite.
+    /// Precision and bytes of a tensor, as they are in the file.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Format`] for an unsupported dtype, [`Error::NonFinite`].
-    pub fn tensor<T: Real>(&self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
-        let tensors =
-            SafeTensors::deserialize(&self.bytes).map_err(|e| self.malformed("file", "safetensors", e.to_string()))?;
-        let view = self.view(&tensors, name, reason)?;
-        let data = view.data();
-        let values: Vec<T> = match view.dtype() {
+    /// [`Error::MissingTensor`].
+    pub fn bytes(&self, name: &str, reason: &str) -> Result<(Dtype, &[u8])> {
+        let entry = self.entry(name, reason)?;
+        Ok((entry.dtype, &self.bytes[entry.range.clone()]))
+    }
+
+    /// As [`TensorFile::bytes`], to be changed in memory ([`TensorFile::write_back`] writes the file).
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Format`] if the tensor does not hold floating-point numbers.
+    pub fn bytes_mut(&mut self, name: &str) -> Result<(Dtype, &mut [u8])> {
+        let entry = self.entry(name, "it is to be changed")?;
+        let (dtype, range) = (entry.dtype, entry.range.clone());
+        if float_bytes(dtype) == 0 {
+            return Err(self.malformed(format!("tensor {name}"), "dtype F64, F32, F16 or BF16", format!("{dtype:?}")));
+        }
+        Ok((dtype, &mut self.bytes[range]))
+    }
+
+    /// Writes the bytes in memory to the file's path, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write_back(&self) -> Result<()> {
+        write_bytes(&self.path, &self.bytes)
+    }
+
+    /// Precision of a tensor as the format names it (`F32`, `BF16`, ...), if present.
+    pub fn dtype(&self, name: &str) -> Option<String> {
+        self.tensors.get(name).map(|entry| format!("{:?}", entry.dtype))
+    }
+
+    /// All entries of a tensor in row-major order with its shape, converted to `T`; NaN and infinity pass.
+    ///
+    /// Integers and half precisions are accepted.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Format`] for an unsupported dtype.
+    pub fn raw_tensor<T: Real>(&self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
+        let entry = self.entry(name, reason)?;
+        let data = &self.bytes[entry.range.clone()];
+        let values: Vec<T> = match entry.dtype {
             Dtype::F64 => decode(data, |b| T::of(f64::from_le_bytes(b))),
             Dtype::F32 => decode(data, |b| T::of(f64::from(f32::from_le_bytes(b)))),
             Dtype::F16 => decode(data, |b| T::of(half::f16::from_le_bytes(b).to_f64())),
@@ -116,7 +160,15 @@ impl TensorFile {
                 ));
             }
         };
-        let shape = view.shape().to_vec();
+        Ok((entry.shape.clone(), values))
+    }
+
+    /// As [`TensorFile::raw_tensor`], every entry being finite.
+    ///
+    /// # Errors
+    /// As there; [`Error::Format`] naming the first entry that is not finite.
+    pub fn tensor<T: Real>(&self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
+        let (shape, values) = self.raw_tensor::<T>(name, reason)?;
         if let Some(position) = values.iter().position(|x| !x.is_finite()) {
             let mut rest = position;
             let mut index: Vec<usize> = shape
@@ -168,6 +220,27 @@ fn decode<T, const N: usize>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec
     data.as_chunks::<N>().0.iter().map(|&b| convert(b)).collect()
 }
 
+/// Bytes of one floating-point number; 0 for a dtype that holds none.
+pub fn float_bytes(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F64 => 8,
+        Dtype::F32 => 4,
+        Dtype::F16 | Dtype::BF16 => 2,
+        _ => 0,
+    }
+}
+
+/// Rounds a number once to the dtype and writes it to `to`, [`float_bytes`] long.
+pub fn write_float(dtype: Dtype, value: f64, to: &mut [u8]) {
+    match dtype {
+        Dtype::F64 => to.copy_from_slice(&value.to_le_bytes()),
+        Dtype::F32 => to.copy_from_slice(&(value as f32).to_le_bytes()),
+        Dtype::F16 => to.copy_from_slice(&half::f16::from_f64(value).to_le_bytes()),
+        Dtype::BF16 => to.copy_from_slice(&half::bf16::from_f64(value).to_le_bytes()),
+        _ => {}
+    }
+}
+
 /// Tensors and metadata to be written as one safetensors file.
 #[derive(Default)]
 pub struct TensorWriter {
@@ -199,6 +272,12 @@ impl TensorWriter {
             }
         }
         let dtype = if single { Dtype::F32 } else { Dtype::F64 };
+        self.tensors.insert(name.into(), (dtype, shape.to_vec(), bytes));
+        self
+    }
+
+    /// Adds a tensor given by its bytes.
+    pub fn raw(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> &mut Self {
         self.tensors.insert(name.into(), (dtype, shape.to_vec(), bytes));
         self
     }

@@ -6,7 +6,7 @@ use common::rng;
 use ndarray::{Array2, array, s};
 use peft_limits::Error;
 use peft_limits::blocks::causal_attention::{
-    AttentionCache, AttentionShape, causal_attention_backward, causal_attention_forward,
+    AttentionCache, AttentionShape, Visibility, causal_attention_backward, causal_attention_forward,
 };
 use peft_limits::blocks::cross_entropy::{CrossEntropySinks, LOGIT_ROWS, cross_entropy, prediction_targets};
 use peft_limits::blocks::embedding::{embedding_backward, embedding_forward};
@@ -150,12 +150,29 @@ fn attention_against_dense_loops_over_several_tiles() {
         (random(1, (600, 24), 2.0), random(2, (600, 12), 2.0), random(3, (600, 12), 1.0));
     let g: Array2<f64> = random(4, (600, 24), 1.0);
     let mut cost = Cost::default();
-    let (o, lse) =
-        causal_attention_forward(q.view(), k.view(), v.view(), shape, 0.7, &mut Scratch::default(), &mut cost).unwrap();
+    let (o, lse) = causal_attention_forward(
+        q.view(),
+        k.view(),
+        v.view(),
+        shape,
+        Visibility::default(),
+        0.7,
+        &mut Scratch::default(),
+        &mut cost,
+    )
+    .unwrap();
     let cache =
         AttentionCache { query: q.view(), key: k.view(), value: v.view(), output: o.view(), log_sum_exp: lse.view() };
-    let (dq, dk, dv) =
-        causal_attention_backward(g.view(), &cache, shape, 0.7, &mut Scratch::default(), &mut cost).unwrap();
+    let (dq, dk, dv) = causal_attention_backward(
+        g.view(),
+        &cache,
+        shape,
+        Visibility::default(),
+        0.7,
+        &mut Scratch::default(),
+        &mut cost,
+    )
+    .unwrap();
     assert!(cost.largest_buffer < 300 * 300, "no T x T buffer");
     let (mut want_o, mut want_dq) = (Array2::zeros((600, 24)), Array2::zeros((600, 24)));
     let (mut want_dk, mut want_dv) = (Array2::<f64>::zeros((600, 12)), Array2::<f64>::zeros((600, 12)));
@@ -196,6 +213,7 @@ fn attention_against_dense_loops_over_several_tiles() {
         single(&k).view(),
         single(&v).view(),
         shape,
+        Visibility::default(),
         0.7,
         &mut Scratch::default(),
         &mut cost,
@@ -203,9 +221,17 @@ fn attention_against_dense_loops_over_several_tiles() {
     .unwrap();
     assert_close("O in f32", &o32.view(), &want_o.view(), 1e-6);
     let wrong = AttentionShape { kv_heads: 3, ..shape };
-    let refused =
-        causal_attention_forward(q.view(), k.view(), v.view(), wrong, 0.7, &mut Scratch::default(), &mut cost)
-            .unwrap_err();
+    let refused = causal_attention_forward(
+        q.view(),
+        k.view(),
+        v.view(),
+        wrong,
+        Visibility::default(),
+        0.7,
+        &mut Scratch::default(),
+        &mut cost,
+    )
+    .unwrap_err();
     assert!(refused.to_string().contains("num_key_value_heads = 3"), "{refused}");
 }
 
@@ -220,6 +246,7 @@ fn attention_closed_forms() {
         k.view(),
         v.view(),
         shape,
+        Visibility::default(),
         1.0,
         &mut Scratch::default(),
         &mut Cost::default(),
@@ -236,6 +263,7 @@ fn attention_closed_forms() {
         k.view(),
         v.view(),
         shape,
+        Visibility::default(),
         1.0,
         &mut Scratch::default(),
         &mut Cost::default(),

@@ -184,6 +184,46 @@ fn bad_usage_is_refused_with_exit_code_2() {
 }
 
 #[test]
+fn a_device_that_no_command_has_is_refused_with_exit_code_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out.safetensors");
+    let good = data("attention_small.safetensors");
+    let gradient = |extra: &[&str], fragments: &[&str]| {
+        let mut arguments = vec!["gradient", text(&good), "-o", text(&output)];
+        arguments.extend_from_slice(extra);
+        refused(&arguments, &output, fragments);
+    };
+    gradient(&["--device", "tpu"], &["tpu", "cpu, gpu, gpu:N, cuda or cuda:N"]);
+    gradient(&["--device", "gpu", "--method", "dense"], &["dense", "--device cpu"]);
+    gradient(&["--device", "gpu", "--dtype", "f64"], &["f64", "f32"]);
+    gradient(&["--products", "bf16"], &["--products", "bf16", "--device gpu"]);
+    gradient(&["--device", "gpu", "--products", "int8"], &["int8", "f32, tf32, bf16 or f16"]);
+    refused(&["probe", text(&good), "--products", "f16"], &output, &["--products", "f16", "--device gpu"]);
+    refused(&["probe", text(&good), "--device", "gpu:x"], &output, &["gpu:x"]);
+}
+
+#[cfg(not(feature = "gpu"))]
+#[test]
+fn without_the_feature_a_gpu_is_refused_with_the_build_that_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out.safetensors");
+    let good = data("attention_small.safetensors");
+    for (device, name, build) in [
+        ("gpu", "gpu:0", "--features gpu"),
+        ("gpu:2", "gpu:2", "--features gpu"),
+        ("cuda:1", "cuda:1", "--features cuda"),
+    ] {
+        let fragments = [name, "built without it", build];
+        refused(&["gradient", text(&good), "-o", text(&output), "--device", device], &output, &fragments);
+        refused(&["probe", text(&good), "--device", device], &output, &fragments);
+    }
+    let outcome = peft_limits(&["devices"]);
+    assert!(outcome.status.success());
+    let said = String::from_utf8_lossy(&outcome.stdout).into_owned();
+    assert!(said.contains("--features gpu") && said.contains("--features cuda"), "{said}");
+}
+
+#[test]
 fn probe_as_json_holds_the_norms_and_every_method() {
     let head = data("heads/minilm_l0_h7.safetensors");
     let outcome = peft_limits(&[
@@ -209,9 +249,118 @@ fn probe_as_json_holds_the_norms_and_every_method() {
 
 #[test]
 fn help_shows_examples() {
-    for command in ["gradient", "probe"] {
-        let outcome = peft_limits(&[command, "--help"]);
-        let stdout = String::from_utf8_lossy(&outcome.stdout);
-        assert!(outcome.status.success() && stdout.contains("Examples:") && stdout.contains("truncated-svd:rank=K"));
+    let commands = ["gradient", "probe", "memory", "train", "validate", "adapter", "completions"];
+    let adapter = ["export", "fuse", "switch", "evaluate"];
+    let pages = commands.iter().map(|c| vec![*c]).chain(adapter.iter().map(|c| vec!["adapter", c]));
+    for mut page in pages {
+        let example = format!("  peft-limits {}", page.join(" "));
+        page.push("--help");
+        let help = succeeds(&page);
+        assert!(help.contains("Example") && help.contains(&example), "{page:?}: {help}");
+        // What an example reads from the repository is there.
+        for word in help.split_whitespace().filter(|w| w.starts_with("tests/data/") || w.starts_with("examples/")) {
+            assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join(word).exists(), "{page:?}: {word}");
+        }
     }
+    for page in ["gradient", "probe"] {
+        assert!(succeeds(&[page, "--help"]).contains("truncated-svd:rank=K"));
+    }
+}
+
+#[test]
+fn completions_of_every_shell_know_every_command() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = succeeds(&["completions", shell]);
+        for word in ["peft-limits", "gradient", "validate", "evaluate", "heat-map"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    assert_eq!(peft_limits(&["completions", "tcsh"]).status.code(), Some(2));
+}
+
+fn succeeds(arguments: &[&str]) -> String {
+    let outcome = peft_limits(arguments);
+    assert!(outcome.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&outcome.stderr));
+    String::from_utf8(outcome.stdout).unwrap()
+}
+
+/// Pretrain, fine-tune, export in every way, fuse, switch, serve: the whole life of an adapter.
+#[test]
+fn adapters_are_exported_fused_switched_and_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let sizes = r#"{"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2}"#;
+    std::fs::write(at("sizes.json"), sizes).unwrap();
+    let train = |text: String, out: &str| {
+        std::fs::write(at("run.toml"), text).unwrap();
+        succeeds(&["train", &at("run.toml"), "-o", &at(out)]);
+    };
+    let data = "[train]\nsteps = 3\nbatch = 2\neval_rows = 0\n[[data]]\ntask = \"lists\"\n";
+    train(format!("[model]\nconfig = {:?}\n{data}", at("sizes.json")), "base");
+    let base = at("base/model");
+    for (method, more) in
+        [("s2ft", "ratios = { o_proj = 0.5, down_proj = 0.2 }"), ("paca", "rank = 3"), ("lora", "rank = 2")]
+    {
+        let text = format!("[model]\npath = {base:?}\n[method]\nname = {method:?}\n{more}\n{data}");
+        train(text, method);
+        for (source, path) in [("--adapter", "adapter"), ("--trained", "model"), ("--run", "")] {
+            let out = at(&format!("{method}{source}"));
+            succeeds(&["adapter", "export", "--model", &base, source, &at(&format!("{method}/{path}")), "-o", &out]);
+        }
+        // Three ways to the same update (a merged LoRA model gives a dense one).
+        let read = |source: &str| TensorFile::open(at(&format!("{method}{source}/adapter_model.safetensors"))).unwrap();
+        let (adapter, run) = (read("--adapter"), read("--run"));
+        for name in adapter.names() {
+            assert_eq!(adapter.bytes(name, "test").unwrap(), run.bytes(name, "test").unwrap(), "{method} {name}");
+        }
+        if method != "lora" {
+            let trained = read("--trained");
+            for name in trained.names().filter(|name| name.ends_with("slice_delta")) {
+                assert_eq!(
+                    trained.bytes(name, "test").unwrap(),
+                    adapter.bytes(name, "test").unwrap(),
+                    "{method} {name}"
+                );
+            }
+        }
+    }
+    let parts = [format!("{}=0.5", at("s2ft--adapter")), format!("{}=-1", at("lora/adapter"))];
+    let told = succeeds(&["adapter", "fuse", "--model", &base, &parts[0], &parts[1], "-o", &at("fused")]);
+    assert!(told.contains("low-rank"), "{told}");
+    let config = std::fs::read_to_string(at("fused/adapter_config.json")).unwrap();
+    assert!(config.contains("\"LORA\""), "{config}");
+    let weights = Path::new(&base).join("model.safetensors");
+    let before = std::fs::read(&weights).unwrap();
+    succeeds(&["adapter", "switch", "--model", &base, &at("s2ft--run")]);
+    let with = std::fs::read(&weights).unwrap();
+    assert_ne!(with, before);
+    succeeds(&["adapter", "switch", "--model", &base, &at("fused")]);
+    assert_ne!(std::fs::read(&weights).unwrap(), with);
+    succeeds(&["adapter", "switch", "--model", &base, "--off"]);
+    assert_eq!(std::fs::read(&weights).unwrap(), before);
+    let table = succeeds(&[
+        "adapter",
+        "evaluate",
+        "--model",
+        &base,
+        &at("s2ft/adapter"),
+        &at("fused"),
+        "--task",
+        "lists",
+        "--rows",
+        "4",
+    ]);
+    assert_eq!(table.lines().count(), 1 + 2 * 3, "{table}");
+    let none = folder.path().join("none");
+    refused(
+        &["adapter", "export", "--model", &base, "--trained", &base, "-o", text(&none)],
+        &none,
+        &["equal to the base"],
+    );
+    refused(
+        &["adapter", "fuse", "--model", &base, &at("nowhere"), "-o", text(&none)],
+        &none,
+        &["nowhere/adapter_config.json"],
+    );
 }

@@ -61,6 +61,24 @@ fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn the_prediction_is_within_one_percent_for_every_method() {
+    // On one thread nothing is left to chance, so there the bound is one percent and nothing more.
+    for threads in [1, 2] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(every_method);
+    }
+
+    // S2FT's share of all layers together: which layers get how many is chance, their total is not.
+    let method = MethodParams::named(MethodName::S2ft);
+    let shape = StepShape { batch: 2, length: 32, bytes: 4, state: 2, checkpointing: false, threads: 1 };
+    let (_, ledger) = measured(&method, &shape);
+    let memory = predict(&config(), &method, &shape).unwrap();
+    assert_eq!(
+        (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.trained),
+        (ledger.weights, ledger.adapters, ledger.gradients, ledger.optimizer, ledger.trained)
+    );
+}
+
+fn every_method() {
     rayon_warm();
     let mut failures = Vec::new();
     for name in MethodName::ALL {
@@ -100,7 +118,14 @@ fn the_prediction_is_within_one_percent_for_every_method() {
             );
             assert_eq!(memory.trained, ledger.trained);
             assert_eq!(memory.activation_bytes(), ledger.activation_bytes(), "{}", name.name());
-            if gap.abs() > 0.01 || read.abs() > 0.01 {
+            // Whether all threads pack blocks of a product at the very peak is chance, and on a busy machine rare: the
+            // count may lack the blocks (64 + inner) x width of all threads but one.
+            let chance = (shape.threads - 1) * 4 * 128 * (64 + 344);
+            let within = |total: usize| {
+                let gap = total as f64 - got as f64;
+                gap > -0.01 * got as f64 && gap < 0.01 * got as f64 + chance as f64
+            };
+            if !within(memory.total()) || !within(ledger.total()) {
                 failures.push((name.name(), checkpointing, gap));
             }
         }

@@ -64,26 +64,29 @@ impl<T: Real> AdaptedLinear<T> {
             parallel_product_into(T::one(), x, merged.weight.t(), beta, y, cost);
             return Ok(saved);
         }
+        let base = self.base.dense();
         match &self.method {
+            Method::Lora(lora) if !self.is_merged() => {
+                saved.projected = Some(lora.beside(base.view()).forward(x, beta, y, cost));
+            }
+            Method::Moslora(moslora) if !self.is_merged() => {
+                let mixed = moslora.mixed_up(cost);
+                saved.projected = Some(moslora.beside(base.view(), &mixed).forward(x, beta, y, cost));
+            }
             Method::Paca(paca) if matches!(self.base, BaseWeight::Packed(_)) => {
-                let mut dense = self.base.dense().into_owned();
+                let mut dense = base.into_owned();
                 paca.write_columns(&mut dense);
                 parallel_product_into(T::one(), x, dense.t(), beta, y, cost);
             }
-            _ => parallel_product_into(T::one(), x, self.base.dense().t(), beta, y, cost),
+            _ => parallel_product_into(T::one(), x, base.t(), beta, y, cost),
         }
-        if self.is_merged() {
-            return Ok(saved);
+        if !save || self.is_merged() {
+            return Ok(LinearSaved::default());
         }
         match &self.method {
-            Method::Lora(lora) => saved.projected = Some(lora.forward_add(x, y, cost)),
-            Method::Moslora(moslora) => saved.projected = Some(moslora.forward_add(x, y, cost)),
-            Method::Paca(paca) if save => saved.columns = Some(paca.select(x, cost)),
-            Method::S2ft(slice) if save => saved.columns = slice.select(x),
+            Method::Paca(paca) => saved.columns = Some(paca.select(x, cost)),
+            Method::S2ft(slice) => saved.columns = slice.select(x),
             _ => {}
-        }
-        if !save {
-            saved = LinearSaved::default();
         }
         Ok(saved)
     }
@@ -136,9 +139,15 @@ impl<T: Real> AdaptedLinear<T> {
         require_shape("linear_backward", "dy", &dy, (dy.nrows(), self.shape().0))?;
         let absent = |what: &str| Error::invalid(what, "absent", "forward must save it for this method");
         let whole = || x.as_ref().ok_or_else(|| absent("input"));
-        if let (Some(InputSink { dx, beta }), false) = (&mut dx, matches!(self.method, Method::Dora(_))) {
-            let beta = *beta;
+        if let Some(InputSink { dx, .. }) = &dx {
             require_shape("linear_backward", "dx", &dx.view(), (dy.nrows(), self.shape().1))?;
+        }
+        if let Some(x) = &x {
+            require_shape("linear_backward", "x", x, (dy.nrows(), self.shape().1))?;
+        }
+        let together = matches!(self.method, Method::Dora(_) | Method::Lora(_) | Method::Moslora(_));
+        if let (Some(InputSink { dx, beta }), false) = (&mut dx, together) {
+            let beta = *beta;
             match (&self.base, &self.method) {
                 (BaseWeight::Packed(_), Method::Paca(paca)) => {
                     let mut dense = self.base.dense().into_owned();
@@ -151,17 +160,20 @@ impl<T: Real> AdaptedLinear<T> {
         if let (Method::Dora(dora), Some(x)) = (&self.method, &x) {
             return dora.backward(dy, x.view(), self.base.dense().view(), sinks, dx, cost);
         }
-        let dx = dx.map(|sink| sink.dx);
         match &self.method {
             Method::Frozen => {}
             Method::Full => linear_backward_weight(T::one(), dy, whole()?.view(), &mut sinks[0].view_mut(), cost)?,
             Method::Lora(lora) => {
                 let projected = saved.projected.as_ref().ok_or_else(|| absent("xA^T"))?;
-                lora.backward(dy, whole()?.view(), projected.view(), sinks, dx, cost)?;
+                require_shape("linear_backward", "xA^T", &projected.view(), (dy.nrows(), lora.a.nrows()))?;
+                let base = self.base.dense();
+                lora.backward(base.view(), dy, whole()?.view(), projected.view(), sinks, dx, cost);
             }
             Method::Moslora(moslora) => {
                 let projected = saved.projected.as_ref().ok_or_else(|| absent("xA^T"))?;
-                moslora.backward(dy, whole()?.view(), projected.view(), sinks, dx, cost)?;
+                require_shape("linear_backward", "xA^T", &projected.view(), (dy.nrows(), moslora.a.nrows()))?;
+                let base = self.base.dense();
+                moslora.backward(base.view(), dy, whole()?.view(), projected.view(), sinks, dx, cost);
             }
             // With its input it has returned above.
             Method::Dora(_) => return Err(absent("input")),

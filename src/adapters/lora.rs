@@ -1,6 +1,7 @@
 //! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized (\[LoRA\]).
 
-use crate::blocks::linear::linear_backward_weight;
+use super::InputSink;
+use super::low_rank::LowRank;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -90,36 +91,32 @@ impl<T: Real> Lora<T> {
         Ok(Self { a, b, spec, scaling })
     }
 
-    /// y += s (x A^T) B^T; returns xA^T.
-    pub fn forward_add(&self, x: ArrayView2<T>, y: &mut ArrayViewMut2<T>, cost: &mut Cost) -> Array2<T> {
+    /// y += s (x A^T) B^T, without the weight under it.
+    pub fn forward_add(&self, x: ArrayView2<T>, y: &mut ArrayViewMut2<T>, cost: &mut Cost) {
         let mut projected = Array2::zeros((x.nrows(), self.a.nrows()));
         parallel_product_into(T::one(), x, self.a.t(), T::zero(), &mut projected.view_mut(), cost);
         parallel_product_into(T::of(self.scaling), projected.view(), self.b.t(), T::one(), y, cost);
-        projected
     }
 
-    /// With z = xA^T and dz = s dy B: dB += s dy^T z, dA += dz^T x, dx += dz A. Sinks: dA, dB.
-    ///
-    /// # Errors
-    /// [`Error::ShapeMismatch`].
-    pub fn backward(
+    /// The update beside the weight under it.
+    pub(super) fn beside<'a>(&'a self, weight: ArrayView2<'a, T>) -> LowRank<'a, T> {
+        LowRank { weight, a: self.a.view(), b: self.b.view(), scaling: T::of(self.scaling) }
+    }
+
+    /// With z = xA^T and dz = s dy B: dB += s dy^T z, dA += dz^T x, dx = beta dx + dy W + dz A. Sinks: dA, dB.
+    pub(super) fn backward(
         &self,
+        weight: ArrayView2<T>,
         dy: ArrayView2<T>,
         x: ArrayView2<T>,
         projected: ArrayView2<T>,
         sinks: &mut [Array2<T>],
-        dx: Option<&mut ArrayViewMut2<T>>,
+        dx: Option<InputSink<'_, '_, T>>,
         cost: &mut Cost,
-    ) -> Result<()> {
-        let scaling = T::of(self.scaling);
-        let mut dprojected = Array2::zeros(projected.dim());
-        parallel_product_into(scaling, dy, self.b.view(), T::zero(), &mut dprojected.view_mut(), cost);
-        linear_backward_weight(T::one(), dprojected.view(), x, &mut sinks[0].view_mut(), cost)?;
-        linear_backward_weight(scaling, dy, projected, &mut sinks[1].view_mut(), cost)?;
-        if let Some(dx) = dx {
-            parallel_product_into(T::one(), dprojected.view(), self.a.view(), T::one(), dx, cost);
-        }
-        Ok(())
+    ) {
+        let (product, da) = self.beside(weight).backward(dy, x, projected, dx, cost);
+        sinks[0] += &da;
+        sinks[1].scaled_add(T::of(self.scaling), &product);
     }
 
     /// weight += s B A.

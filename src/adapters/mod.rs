@@ -18,11 +18,13 @@ mod adapted_linear;
 pub mod base_weight;
 pub mod dora;
 pub mod lora;
+mod low_rank;
 pub mod moslora;
 pub mod nf4;
 pub mod paca;
 pub mod s2ft;
 pub mod selection;
+pub mod update;
 
 use crate::linalg::Real;
 pub use adapted_linear::AdaptedLinear;

@@ -1,12 +1,13 @@
 //! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA (\[MosLoRA\]).
 
+use super::InputSink;
 use super::lora::{LoraSpec, kaiming_uniform};
-use crate::blocks::linear::linear_backward_weight;
+use super::low_rank::LowRank;
 use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use crate::linalg::gemm::parallel_product_into;
+use crate::linalg::gemm::{parallel_product_into, product};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -89,48 +90,34 @@ impl<T: Real> Moslora<T> {
         Ok(Self { a, b, mixer, spec, scaling })
     }
 
-    /// y += s ((x A^T) M^T) B^T; returns xA^T.
-    pub fn forward_add(&self, x: ArrayView2<T>, y: &mut ArrayViewMut2<T>, cost: &mut Cost) -> Array2<T> {
-        let mut projected = Array2::zeros((x.nrows(), self.a.nrows()));
-        parallel_product_into(T::one(), x, self.a.t(), T::zero(), &mut projected.view_mut(), cost);
-        let mixed = self.mix(projected.view(), cost);
-        parallel_product_into(T::of(self.scaling), mixed.view(), self.b.t(), T::one(), y, cost);
-        projected
+    /// B M, `out x r`: the update is that of LoRA with it in place of B.
+    pub(super) fn mixed_up(&self, cost: &mut Cost) -> Array2<T> {
+        product(self.b.view(), self.mixer.view(), cost)
     }
 
-    fn mix(&self, projected: ArrayView2<T>, cost: &mut Cost) -> Array2<T> {
-        let mut mixed = Array2::zeros(projected.dim());
-        parallel_product_into(T::one(), projected, self.mixer.t(), T::zero(), &mut mixed.view_mut(), cost);
-        mixed
+    /// The update beside the weight under it; `mixed` is [`Moslora::mixed_up`].
+    pub(super) fn beside<'a>(&'a self, weight: ArrayView2<'a, T>, mixed: &'a Array2<T>) -> LowRank<'a, T> {
+        LowRank { weight, a: self.a.view(), b: mixed.view(), scaling: T::of(self.scaling) }
     }
 
-    /// With z = xA^T, dm = s dy B and dz = dm M: dB += s dy^T (z M^T), dM += dm^T z, dA += dz^T x,
-    /// dx += dz A. Sinks: dA, dB, dM.
-    ///
-    /// # Errors
-    /// [`crate::Error::ShapeMismatch`].
-    pub fn backward(
+    /// With z = xA^T, dz = s dy B M and P = dy^T z: dB += s P M^T, dM += s B^T P, dA += dz^T x,
+    /// dx = beta dx + dy W + dz A. Sinks: dA, dB, dM.
+    pub(super) fn backward(
         &self,
+        weight: ArrayView2<T>,
         dy: ArrayView2<T>,
         x: ArrayView2<T>,
         projected: ArrayView2<T>,
         sinks: &mut [Array2<T>],
-        dx: Option<&mut ArrayViewMut2<T>>,
+        dx: Option<InputSink<'_, '_, T>>,
         cost: &mut Cost,
-    ) -> Result<()> {
+    ) {
         let scaling = T::of(self.scaling);
-        let mixed = self.mix(projected, cost);
-        linear_backward_weight(scaling, dy, mixed.view(), &mut sinks[1].view_mut(), cost)?;
-        let mut dmixed = mixed;
-        parallel_product_into(scaling, dy, self.b.view(), T::zero(), &mut dmixed.view_mut(), cost);
-        linear_backward_weight(T::one(), dmixed.view(), projected, &mut sinks[2].view_mut(), cost)?;
-        let mut dprojected = Array2::zeros(projected.dim());
-        parallel_product_into(T::one(), dmixed.view(), self.mixer.view(), T::zero(), &mut dprojected.view_mut(), cost);
-        linear_backward_weight(T::one(), dprojected.view(), x, &mut sinks[0].view_mut(), cost)?;
-        if let Some(dx) = dx {
-            parallel_product_into(T::one(), dprojected.view(), self.a.view(), T::one(), dx, cost);
-        }
-        Ok(())
+        let mixed = self.mixed_up(cost);
+        let (outer, da) = self.beside(weight, &mixed).backward(dy, x, projected, dx, cost);
+        sinks[0] += &da;
+        sinks[1].scaled_add(scaling, &product(outer.view(), self.mixer.t(), cost));
+        sinks[2].scaled_add(scaling, &product(self.b.t(), outer.view(), cost));
     }
 
     /// weight += s B M A.

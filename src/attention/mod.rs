@@ -9,6 +9,7 @@ pub mod factorization;
 pub mod file;
 pub mod gradients;
 pub mod problem;
+pub mod shards;
 pub mod synthetic;
 
 pub use gradients::{Gradients, Request};

@@ -261,6 +261,27 @@ impl<T: Real> AttentionProblem<T> {
         }
     }
 
+    /// Lets `update` change the entries of AQ, BQ, AK, ... in place, in row-major order.
+    ///
+    /// # Errors
+    /// That of `update`; [`Error::NonFinite`] if an entry is no longer finite.
+    pub fn update_adapters(&mut self, mut update: impl FnMut(&str, &mut [T]) -> Result<()>) -> Result<()> {
+        let Source::Hidden(hidden) = &mut self.source else { return Ok(()) };
+        let Qkv { query, key, value } = &mut hidden.projections;
+        for (letter, projection) in [('Q', query), ('K', key), ('V', value)] {
+            let Some(adapter) = &mut projection.adapter else { continue };
+            for (factor, matrix) in [('A', &mut adapter.lora_a), ('B', &mut adapter.lora_b)] {
+                let name = format!("{factor}{letter}");
+                if !matrix.is_standard_layout() {
+                    *matrix = matrix.as_standard_layout().into_owned();
+                }
+                update(&name, matrix.as_slice_mut().unwrap_or(&mut []))?;
+                norms::require_finite("update_adapters", &name, &matrix.view())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Q, K, V by Q = X W* + (alpha/r) (X B) A, without forming B A.
     pub fn project(&self, cost: &mut Cost) -> Projected<T> {
         match &self.source {

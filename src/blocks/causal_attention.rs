@@ -43,12 +43,12 @@ impl AttentionShape {
         Ok(())
     }
 
-    /// Multiply-adds of one product of all causal score tiles with a width-d matrix.
-    fn tile_products(&self) -> u64 {
+    /// Multiply-adds of one product of all score tiles with a width-d matrix.
+    fn tile_products(&self, ahead: usize) -> u64 {
         let mut entries = 0;
         for start in (0..self.length).step_by(QUERY_TILE) {
             let end = (start + QUERY_TILE).min(self.length);
-            entries += (end - start) * end;
+            entries += (end - start) * end.saturating_add(ahead).min(self.length);
         }
         (self.batch * self.heads * entries * self.head_dim) as u64
     }
@@ -56,6 +56,52 @@ impl AttentionShape {
     fn head<'a, T>(&self, array: &'a ArrayView2<T>, batch: usize, head: usize) -> ArrayView2<'a, T> {
         let (rows, columns) = (batch * self.length, head * self.head_dim);
         array.slice(s![rows..rows + self.length, columns..columns + self.head_dim])
+    }
+}
+
+/// Which keys a query sees.
+///
+/// The default is causal attention without padding. A query that sees no key has output 0 and passes no gradient
+/// (frameworks differ there; no counted position depends on it).
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Visibility<'a> {
+    /// `B x T`, false for keys that no query may see (padding); every key when absent.
+    pub keys: Option<ArrayView2<'a, bool>>,
+    /// Tokens after its own that a query sees: 0 is causal, T - 1 bidirectional.
+    pub ahead: usize,
+}
+
+impl Visibility<'_> {
+    fn check(&self, op: &'static str, shape: &AttentionShape) -> Result<()> {
+        match &self.keys {
+            Some(keys) if keys.dim() != (shape.batch, shape.length) => {
+                Err(Error::shape(op, "attention_mask", (shape.batch, shape.length), keys.dim()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// End of the keys that queries before `end` can see.
+    fn key_end(&self, end: usize, length: usize) -> usize {
+        end.saturating_add(self.ahead).min(length)
+    }
+
+    /// Sets entry (i, j) of a score tile to -inf where key `key_start + j` is hidden from query `query_start + i`.
+    fn hide<T: Real>(
+        &self,
+        scores: &mut ArrayViewMut2<T>,
+        shape: &AttentionShape,
+        batch: usize,
+        query_start: usize,
+        key_start: usize,
+    ) {
+        mask_future(scores, query_start + self.ahead.min(shape.length), key_start);
+        let Some(keys) = &self.keys else { return };
+        for (j, mut column) in scores.columns_mut().into_iter().enumerate() {
+            if !keys[[batch, key_start + j]] {
+                column.fill(T::neg_infinity());
+            }
+        }
     }
 }
 
@@ -91,7 +137,7 @@ fn tile_view<'a, T>(buffer: &'a mut [T], rows: usize, columns: usize) -> ArrayVi
     }
 }
 
-/// O = softmax(scale Q K^T + causal mask) V for every sequence and head; returns (O, log-sum-exp).
+/// O = softmax(scale Q K^T + mask) V, the mask being `visible`, for every sequence and head; returns (O, log-sum-exp).
 ///
 /// Shapes: query `(B T) x (H d)`, key and value `(B T) x (H_kv d)`, O as query, log-sum-exp `(B H) x T` in nats.
 /// Backward needs Q, K, V, O and the log-sum-exp. Work O(B H T^2 d / 2); memory beyond the results is one
@@ -104,14 +150,16 @@ pub fn causal_attention_forward<T: Real>(
     key: ArrayView2<T>,
     value: ArrayView2<T>,
     shape: AttentionShape,
+    visible: Visibility<'_>,
     scale: f64,
     scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>)> {
     shape.check("causal_attention_forward", &query, [("key", &key), ("value", &value)])?;
+    visible.check("causal_attention_forward", &shape)?;
     let (length, head_dim) = (shape.length, shape.head_dim);
-    cost.multiply_adds += 2 * shape.tile_products();
-    cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
+    cost.multiply_adds += 2 * shape.tile_products(visible.ahead);
+    cost.exponentials += shape.tile_products(visible.ahead) / (head_dim as u64).max(1);
     cost.hold(QUERY_TILE * (KEY_TILE + head_dim));
     let mut output = scratch.array(query.dim());
     let mut log_sum_exp = scratch.array((shape.batch * shape.heads, length));
@@ -136,12 +184,13 @@ pub fn causal_attention_forward<T: Real>(
         let v = shape.head(&value, batch, head / group);
         let (mut maximum, mut sum) = ([T::neg_infinity(); QUERY_TILE], [T::zero(); QUERY_TILE]);
         let mut factor = [T::one(); QUERY_TILE];
-        for key_start in (0..start + rows).step_by(KEY_TILE) {
-            let key_end = (key_start + KEY_TILE).min(start + rows);
+        let last = visible.key_end(start + rows, length);
+        for key_start in (0..last).step_by(KEY_TILE) {
+            let key_end = (key_start + KEY_TILE).min(last);
             let mut tile = tile_view(scores, rows, key_end - key_start);
             let keys = k.slice(s![key_start..key_end, ..]);
             general_mat_mul(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
-            mask_future(&mut tile, start, key_start);
+            visible.hide(&mut tile, &shape, batch, start, key_start);
             online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
             let mut acc = tile_view(sums, rows, head_dim);
             let keep = if key_start == 0 { T::zero() } else { T::one() };
@@ -152,6 +201,12 @@ pub fn causal_attention_forward<T: Real>(
         }
         let acc = tile_view(sums, rows, head_dim);
         for i in 0..rows {
+            if !(sum[i] > T::zero()) && maximum[i] == T::neg_infinity() {
+                // No key at all: exp(s - inf) = 0 in backward.
+                out.row_mut(i).fill(T::zero());
+                lse[i] = T::infinity();
+                continue;
+            }
             let inverse = T::one() / sum[i];
             out.row_mut(i).zip_mut_with(&acc.row(i), |o, &a| *o = a * inverse);
             lse[i] = maximum[i] + sum[i].ln();
@@ -187,18 +242,20 @@ pub fn causal_attention_backward<T: Real>(
     upstream: ArrayView2<T>,
     cache: &AttentionCache<'_, T>,
     shape: AttentionShape,
+    visible: Visibility<'_>,
     scale: f64,
     scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>, Array2<T>)> {
     let op = "causal_attention_backward";
     shape.check(op, &cache.query, [("key", &cache.key), ("value", &cache.value)])?;
+    visible.check(op, &shape)?;
     require_shape(op, "upstream", &upstream, cache.query.dim())?;
     require_shape(op, "output", &cache.output, cache.query.dim())?;
     require_shape(op, "log_sum_exp", &cache.log_sum_exp, (shape.batch * shape.heads, shape.length))?;
     let (length, head_dim, group) = (shape.length, shape.head_dim, shape.heads / shape.kv_heads);
-    cost.multiply_adds += 5 * shape.tile_products();
-    cost.exponentials += shape.tile_products() / (head_dim as u64).max(1);
+    cost.multiply_adds += 5 * shape.tile_products(visible.ahead);
+    cost.exponentials += shape.tile_products(visible.ahead) / (head_dim as u64).max(1);
     cost.hold(2 * QUERY_TILE * KEY_TILE);
     let mut dquery = scratch.array(cache.query.dim());
     let mut dkey = scratch.array(cache.key.dim());
@@ -233,13 +290,14 @@ pub fn causal_attention_backward<T: Real>(
                     delta[i] = g.row(i).dot(&o.row(start + i));
                 }
                 let mut dq = dq.slice_mut(s![start..end, ..]);
-                for key_start in (0..end).step_by(KEY_TILE) {
-                    let key_end = (key_start + KEY_TILE).min(end);
+                let last = visible.key_end(end, length);
+                for key_start in (0..last).step_by(KEY_TILE) {
+                    let key_end = (key_start + KEY_TILE).min(last);
                     let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
                     let mut p = tile_view(scores, rows, width);
                     let mut ds = tile_view(products, rows, width);
                     general_mat_mul(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
-                    mask_future(&mut p, start, key_start);
+                    visible.hide(&mut p, &shape, batch, start, key_start);
                     general_mat_mul(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
                     general_mat_mul(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));

@@ -63,7 +63,24 @@ pub fn cross_entropy<T: Real>(
     weight: ArrayView2<T>,
     targets: &[(usize, usize)],
     divisor: f64,
+    sinks: Option<CrossEntropySinks<'_, '_, T>>,
+    cost: &mut Cost,
+) -> Result<f64> {
+    cross_entropy_observed(hidden, weight, targets, divisor, sinks, &|_, _| (), cost)
+}
+
+/// As [`cross_entropy`], showing each chunk of logits (false) and of their gradient (true) to `observe`, which may
+/// change it: that is how the rounding of a lower precision is imitated.
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn cross_entropy_observed<T: Real>(
+    hidden: ArrayView2<T>,
+    weight: ArrayView2<T>,
+    targets: &[(usize, usize)],
+    divisor: f64,
     mut sinks: Option<CrossEntropySinks<'_, '_, T>>,
+    observe: &dyn Fn(bool, &mut Array2<T>),
     cost: &mut Cost,
 ) -> Result<f64> {
     let (op, width, vocabulary) = ("cross_entropy", hidden.ncols(), weight.nrows());
@@ -85,6 +102,7 @@ pub fn cross_entropy<T: Real>(
         cost.exponentials += logits.len() as u64;
         cost.elementwise += 4 * logits.len() as u64;
         parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
+        observe(false, &mut logits);
         let losses: Vec<f64> = logits
             .as_slice_mut()
             .unwrap_or(&mut [])
@@ -99,6 +117,7 @@ pub fn cross_entropy<T: Real>(
             total += loss;
         }
         if let Some(sinks) = &mut sinks {
+            observe(true, &mut logits);
             let mut drows = Array2::<T>::zeros(rows.dim());
             parallel_product_into(T::one(), logits.view(), weight, T::zero(), &mut drows.view_mut(), cost);
             for (&row, drow) in indices.iter().zip(drows.rows()) {

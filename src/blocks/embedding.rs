@@ -5,6 +5,20 @@ use crate::error::{Error, Result};
 use crate::linalg::Real;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
+/// Refuses an id outside the vocabulary.
+///
+/// # Errors
+/// [`Error::InvalidParam`] naming its position.
+pub fn check_ids(ids: &[u32], vocabulary: usize) -> Result<()> {
+    match ids.iter().position(|&id| id as usize >= vocabulary) {
+        Some(i) => {
+            let requirement = format!("must be below the vocabulary size {vocabulary}");
+            Err(Error::invalid(format!("input_ids[{i}]"), ids[i], requirement))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Row i of the result is row `ids[i]` of the table.
 ///
 /// Shapes: table `V x D`, result `N x D`.
@@ -12,15 +26,9 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 /// # Errors
 /// [`Error::InvalidParam`] for an id outside the vocabulary, naming its position.
 pub fn embedding_forward<T: Real>(ids: &[u32], table: ArrayView2<T>) -> Result<Array2<T>> {
+    check_ids(ids, table.nrows())?;
     let mut x = Array2::zeros((ids.len(), table.ncols()));
-    for (i, (&id, mut row)) in ids.iter().zip(x.rows_mut()).enumerate() {
-        if id as usize >= table.nrows() {
-            return Err(Error::invalid(
-                format!("input_ids[{i}]"),
-                id,
-                format!("must be below the vocabulary size {}", table.nrows()),
-            ));
-        }
+    for (&id, mut row) in ids.iter().zip(x.rows_mut()) {
         row.assign(&table.row(id as usize));
     }
     Ok(x)

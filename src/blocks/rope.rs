@@ -5,7 +5,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::elementwise::vectorized_closure;
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
 /// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2, computed in double precision.
@@ -21,14 +21,23 @@ impl<T: Real> RopeTable<T> {
     /// # Errors
     /// [`Error::InvalidParam`] for an odd or zero head width or a base that is not positive.
     pub fn new(length: usize, head_dim: usize, theta: f64) -> Result<Self> {
+        let positions: Vec<u32> = (0..length as u32).collect();
+        Self::at(&positions, head_dim, theta)
+    }
+
+    /// Angles for given positions, one per row of what is to be rotated.
+    ///
+    /// # Errors
+    /// As [`RopeTable::new`].
+    pub fn at(positions: &[u32], head_dim: usize, theta: f64) -> Result<Self> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::invalid("head_dim", head_dim, "rotary embedding needs a positive even head width"));
         }
         if !(theta > 0.0) || !theta.is_finite() {
             return Err(Error::invalid("rope_theta", theta, "must be positive and finite"));
         }
-        let angle = |(t, j): (usize, usize)| t as f64 * theta.powf(-2.0 * j as f64 / head_dim as f64);
-        let shape = (length, head_dim / 2);
+        let angle = |(t, j): (usize, usize)| f64::from(positions[t]) * theta.powf(-2.0 * j as f64 / head_dim as f64);
+        let shape = (positions.len(), head_dim / 2);
         Ok(Self {
             cos: Array2::from_shape_fn(shape, |i| T::of(angle(i).cos())),
             sin: Array2::from_shape_fn(shape, |i| T::of(angle(i).sin())),
@@ -38,6 +47,16 @@ impl<T: Real> RopeTable<T> {
     /// Number of positions.
     pub fn length(&self) -> usize {
         self.cos.nrows()
+    }
+
+    /// Cosines, `T x d/2`.
+    pub fn cos(&self) -> ArrayView2<'_, T> {
+        self.cos.view()
+    }
+
+    /// Sines, `T x d/2`.
+    pub fn sin(&self) -> ArrayView2<'_, T> {
+        self.sin.view()
     }
 
     /// Bytes of both tables.

@@ -11,12 +11,14 @@ use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 The prediction is that of this crate's own training step (see train::memory); --bytes 2 tells what the same step would \
-hold with half-precision numbers throughout. Logits exist 256 rows at a time. S2FT trains the same number of units in every layer.
+hold with half-precision numbers throughout. Logits exist 256 rows at a time. S2FT's units are taken to be spread evenly over the layers.
 
 Examples:
   peft-limits memory --preset micro --batch 8 --length 256
-  peft-limits memory --config llama-2-7b/config.json --method lora,paca,s2ft --rank 8 --length 2048 --bytes 2
-  peft-limits memory --config llama-2-7b --method qpaca --bytes 2 --fits 24GiB";
+  # three methods on LLaMA-2-7B in half precision
+  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,paca,s2ft --length 2048 --bytes 2
+  # the longest sequence in 24 GiB
+  peft-limits memory --config examples/configs/llama-2-7b.json --method qpaca --batch 1 --bytes 2 --fits 24GiB";
 
 /// Flags of `peft-limits memory`.
 #[derive(Debug, Args)]
@@ -25,7 +27,7 @@ pub struct MemoryArgs {
     /// A Hugging Face `config.json`, or the folder that holds it
     #[arg(long, value_name = "PATH", required_unless_present = "preset")]
     config: Option<PathBuf>,
-    /// A preset size instead: nano, micro or mini
+    /// A preset size instead: pico, nano, micro or mini
     #[arg(long, conflicts_with = "config")]
     preset: Option<String>,
     /// Methods, comma-separated (all when absent)
@@ -61,7 +63,7 @@ pub struct MemoryArgs {
 }
 
 /// A size in bytes: a number with an optional unit.
-fn parse_size(text: &str) -> std::result::Result<usize, String> {
+pub(super) fn parse_size(text: &str) -> std::result::Result<usize, String> {
     let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = (text[..at].parse::<f64>(), text[at..].trim());
     let factor = match unit {

@@ -3,10 +3,16 @@
 //! Exit codes: 0 done, 1 a check failed, 2 bad input or usage. Errors go to stderr as one line that names the
 //! file, the tensor, what was expected and what was found.
 
+mod adapter;
+mod completions;
+mod devices;
 mod gradient;
+#[cfg(feature = "mpi")]
+mod gradient_over_ranks;
 mod memory;
 mod probe;
 mod train;
+mod validate;
 
 use crate::attention::factorization::spec::METHODS;
 use clap::{Parser, Subcommand};
@@ -18,7 +24,16 @@ use std::process::ExitCode;
     version,
     about = "How cheap can a fine-tuning gradient be, and is a trainer's gradient right?",
     long_about = "Exact and almost-linear-time LoRA gradients of softmax attention, and the norm threshold between them.\n\n\
-                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage."
+                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage.",
+    after_long_help = "\
+First steps, in the repository:
+  # where a trained head stands against the threshold
+  peft-limits probe tests/data/heads/minilm_l0_h7.safetensors
+  # what is wrong with a trainer whose rotary backward is missing
+  peft-limits validate tests/data/dumps/faults/half-precision-rotary-backward
+  # which method fits
+  peft-limits memory --config examples/configs/llama-2-7b.json --bytes 2 --fits 80GiB
+`peft-limits COMMAND --help` has examples of each command."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -29,21 +44,33 @@ struct Arguments {
 enum Command {
     /// Compute the gradients of one attention head
     Gradient(gradient::GradientArgs),
+    /// List the GPUs that --device can name
+    Devices(devices::DevicesArgs),
     /// Measure a head's norms against the threshold, and each factorization's error and cost on it
     Probe(probe::ProbeArgs),
     /// Predict the memory of a training step, and the longest sequence that fits
     Memory(memory::MemoryArgs),
     /// Pretrain or fine-tune a small model; checkpoints in Hugging Face layout
     Train(Box<train::TrainArgs>),
+    /// Validate a trainer's gradients against the exact reference, and say what is wrong
+    Validate(Box<validate::ValidateArgs>),
+    /// Take adapters out of trained models, fuse, switch and serve them
+    Adapter(adapter::AdapterArgs),
+    /// Print the completions of a shell
+    Completions(completions::CompletionsArgs),
 }
 
 /// Parses the process's arguments, runs the subcommand and returns its exit code.
 pub fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Gradient(args) => gradient::run(&args),
+        Command::Devices(args) => devices::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Memory(args) => memory::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Validate(args) => validate::run(&args),
+        Command::Adapter(args) => adapter::run(&args),
+        Command::Completions(args) => completions::run::<Arguments>(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -1,14 +1,20 @@
 //! `peft-limits probe`.
 
+use super::devices::{DEVICE_HELP, PRODUCTS_HELP};
+use super::gradient::products_need_a_gpu;
 use super::{INPUT_HELP, features_help};
 use crate::attention::exact::{dense, streaming};
 use crate::attention::factorization::{SoftmaxFactorization, build};
-use crate::attention::{AttentionProblem, Mask, SoftmaxKind, file};
+use crate::attention::{AttentionProblem, Gradients, Mask, Request, SoftmaxKind, file};
 use crate::cost::Cost;
+use crate::device::{DeviceChoice, ProductPrecision};
 use crate::error::Result;
 use crate::limits::rank::frobenius_ranks;
 use crate::limits::threshold::Threshold;
+#[cfg(feature = "gpu")]
+use crate::limits::trial::trial_of;
 use crate::limits::trial::{Trial, natural_request, reference, trial};
+use crate::linalg::Real;
 use crate::report::{Cell, Row, Table, short_float};
 use clap::Args;
 use serde_json::{Value, json};
@@ -27,13 +33,17 @@ pub(super) struct ProbeArgs {
     /// Factorization to try; may be given several times (default: a survey of all methods)
     #[arg(long, value_name = "SPEC")]
     features: Vec<String>,
+    #[arg(long, default_value_t, help = DEVICE_HELP)]
+    device: DeviceChoice,
+    #[arg(long, value_name = "PRECISION", default_value_t, help = PRODUCTS_HELP)]
+    products: ProductPrecision,
     /// Print one JSON object instead of tables
     #[arg(long)]
     json: bool,
 }
 
 /// Tried when no `--features` is given.
-const SURVEY: [&str; 12] = [
+const SURVEY: [&str; 19] = [
     "taylor:degree=1",
     "taylor:degree=2",
     "taylor:degree=3",
@@ -43,6 +53,13 @@ const SURVEY: [&str; 12] = [
     "fitted:degree=1",
     "fitted:degree=2",
     "fitted:degree=3",
+    "positive-features:rank=64",
+    "positive-features:rank=256",
+    "tensor-sketch:degree=3,rank=256",
+    "nystrom:rank=32",
+    "nystrom:rank=128",
+    "support-basis:degree=1,threshold=1",
+    "auto:eps=0.1",
     "truncated-svd:rank=8",
     "truncated-svd:rank=32",
     "truncated-svd:rank=128",
@@ -60,14 +77,14 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let survey = args.features.is_empty();
     let specs: Vec<String> = if survey { SURVEY.map(String::from).to_vec() } else { args.features.clone() };
     let methods: Vec<Box<dyn SoftmaxFactorization<f64>>> = specs.iter().map(|s| build(s)).collect::<Result<_>>()?;
+    products_need_a_gpu(args.products, args.device)?;
+    let on = Place::open(args.device, args.products)?;
     let problem: AttentionProblem<f64> = file::read_problem(&args.input)?;
     let projected = problem.project(&mut Cost::default());
     let threshold = Threshold::measure(&problem, &projected, &mut Cost::default());
     let request = natural_request(&problem);
     let exact = reference(&problem, request)?;
-    let start = Instant::now();
-    let streamed = streaming::gradients(&problem, request)?;
-    let streaming_seconds = start.elapsed().as_secs_f64();
+    let streamed = on.streaming(&problem, &exact, request)?;
     let ranks = if threshold.tokens <= RANK_TOKENS {
         let matrices = dense::matrices(&problem, &projected.qkv);
         Some((frobenius_ranks(matrices.P.view(), &RANK_EPS)?, frobenius_ranks(matrices.dS.view(), &RANK_EPS)?))
@@ -79,16 +96,18 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         if survey && survey_rank(spec, &threshold) > (SURVEY_RANK_PER_TOKEN * threshold.tokens) as u128 {
             continue;
         }
-        outcomes.push((spec.clone(), trial(&problem, &exact, method.as_ref(), request)));
+        outcomes.push((spec.clone(), on.trial(&problem, &exact, method.as_ref(), request)));
     }
-    let streaming_flops = streamed.cost.flops() as f64;
+    let streaming_flops = streamed.flops;
     if args.json {
-        let value =
-            to_json(args, &problem, &threshold, ranks.as_ref(), (streaming_flops, streaming_seconds), &outcomes);
+        let value = to_json(args, &problem, &threshold, ranks.as_ref(), &streamed, &on, &outcomes);
         println!("{value:#}");
         return Ok(ExitCode::SUCCESS);
     }
     print_head(args, &problem, &threshold);
+    if let Some(name) = on.name() {
+        println!("  streaming and chained gradients in f32 on {name}, against the processor's f64");
+    }
     if let Some((p, ds)) = &ranks {
         println!("\neps-rank (relative Frobenius)   {}", RANK_EPS.map(|e| format!("{e:>8}")).join(""));
         for (name, ranks) in [("P ", p), ("dS", ds)] {
@@ -103,11 +122,11 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     table.push(&row(
         "streaming (exact)",
         None,
-        Some(streamed.relative_gap(&exact)),
+        Some(streamed.gradient_error),
         None,
         streaming_flops,
         1.0,
-        streaming_seconds,
+        streamed.seconds,
     ));
     for (spec, outcome) in &outcomes {
         match outcome {
@@ -127,22 +146,114 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         }
     }
     print!("{}", table.to_text(usize::MAX));
-    for (_, outcome) in &outcomes {
-        if let Err(error) = outcome {
-            println!("note: {error}");
+    for (spec, outcome) in &outcomes {
+        match outcome {
+            Err(error) => println!("note: {error}"),
+            Ok(t) => {
+                if let Some(s) = &t.certificate.selection {
+                    println!(
+                        "note: {spec} chose {}: error of P predicted {}, measured {}",
+                        s.chosen.spec,
+                        short_float(s.chosen.predicted_error),
+                        short_float(s.measured_error)
+                    );
+                }
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Feature columns of a survey spec, whose degree is its first digit.
-fn survey_rank(spec: &str, threshold: &Threshold) -> u128 {
-    let number = spec.split(['=', ',']).nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
-    if spec.starts_with("truncated-svd") {
-        // Above the sequence there is nothing to cut; above 4096 tokens nothing is decomposed.
-        return if number <= threshold.tokens && threshold.tokens <= RANK_TOKENS { number as u128 } else { u128::MAX };
+/// Where the streaming and the chained gradients are computed.
+enum Place {
+    Cpu,
+    #[cfg(feature = "gpu")]
+    Gpu(crate::gpu::Device, crate::gpu::attention::streaming::Options),
+}
+
+/// The exact streaming gradient of the head.
+struct Streamed {
+    flops: f64,
+    seconds: f64,
+    gradient_error: f64,
+}
+
+impl Streamed {
+    fn timed<T: Real>(exact: &Gradients<f64>, compute: impl FnOnce() -> Result<Gradients<T>>) -> Result<Self> {
+        let start = Instant::now();
+        let gradients = compute()?;
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Self { flops: gradients.cost.flops() as f64, seconds, gradient_error: gradients.relative_gap(exact) })
     }
-    crate::attention::factorization::monomials::count(threshold.head_dim, number)
+}
+
+impl Place {
+    #[cfg_attr(not(feature = "gpu"), expect(unused_variables, reason = "a GPU's option"))]
+    fn open(choice: DeviceChoice, products: ProductPrecision) -> Result<Self> {
+        if choice == DeviceChoice::Cpu {
+            return Ok(Place::Cpu);
+        }
+        #[cfg(feature = "gpu")]
+        return Ok(Place::Gpu(
+            crate::gpu::Device::open(choice)?,
+            crate::gpu::attention::streaming::Options { precision: products, ..Default::default() },
+        ));
+        #[cfg(not(feature = "gpu"))]
+        Err(choice.not_built())
+    }
+
+    /// The device, if it is not the processor.
+    fn name(&self) -> Option<String> {
+        match self {
+            Place::Cpu => None,
+            #[cfg(feature = "gpu")]
+            Place::Gpu(device, options) => Some(format!("{}, {} products", device.info(), options.precision)),
+        }
+    }
+
+    fn streaming(&self, problem: &AttentionProblem<f64>, exact: &Gradients<f64>, request: Request) -> Result<Streamed> {
+        match self {
+            Place::Cpu => Streamed::timed(exact, || streaming::gradients(problem, request)),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(device, options) => {
+                let compute = || crate::gpu::attention::streaming::gradients(device, problem, request, options);
+                // The first run compiles the kernels.
+                compute()?;
+                Streamed::timed(exact, compute)
+            }
+        }
+    }
+
+    fn trial(
+        &self,
+        problem: &AttentionProblem<f64>,
+        exact: &Gradients<f64>,
+        method: &dyn SoftmaxFactorization<f64>,
+        request: Request,
+    ) -> Result<Trial> {
+        match self {
+            Place::Cpu => trial(problem, exact, method, request),
+            #[cfg(feature = "gpu")]
+            Place::Gpu(device, options) => {
+                let compute = || crate::gpu::attention::chained::gradients(device, problem, method, request, options);
+                compute()?;
+                trial_of(exact, compute)
+            }
+        }
+    }
+}
+
+/// Feature columns of a survey spec.
+fn survey_rank(spec: &str, threshold: &Threshold) -> u128 {
+    let key = |name: &str| -> Option<usize> {
+        spec.split([':', ',']).find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+    };
+    if let Some(rank) = key("rank") {
+        // Above the sequence there is nothing to choose from; above RANK_TOKENS nothing is decomposed.
+        let decomposed = spec.starts_with("truncated-svd") && threshold.tokens > RANK_TOKENS;
+        return if rank <= threshold.tokens && !decomposed { rank as u128 } else { u128::MAX };
+    }
+    key("degree").map_or(1, |degree| crate::attention::factorization::monomials::count(threshold.head_dim, degree))
 }
 
 fn row(
@@ -194,7 +305,8 @@ fn to_json(
     problem: &AttentionProblem<f64>,
     t: &Threshold,
     ranks: Option<&(Vec<usize>, Vec<usize>)>,
-    streaming: (f64, f64),
+    streaming: &Streamed,
+    on: &Place,
     outcomes: &[(String, Result<Trial>)],
 ) -> Value {
     let methods: Vec<Value> = outcomes
@@ -207,6 +319,18 @@ fn to_json(
                 "interval": t.certificate.interval.map(|(b, _)| b),
                 "interval_evidence": t.certificate.interval.map(|(_, e)| e.to_string()),
                 "exp_error_bound": t.certificate.exp_error_bound,
+                "corrected_pairs": t.certificate.corrected_pairs,
+                "selection": t.certificate.selection.as_ref().map(|s| json!({
+                    "chosen": s.chosen.spec,
+                    "target_error": s.eps,
+                    "predicted_error": s.chosen.predicted_error,
+                    "measured_error": s.measured_error,
+                    "predicted_multiply_adds": s.chosen.predicted_multiply_adds,
+                    "candidates": s.candidates.iter().map(|c| json!({
+                        "features": c.spec, "rank": c.rank, "predicted_error": c.predicted_error,
+                        "predicted_multiply_adds": c.predicted_multiply_adds,
+                    })).collect::<Vec<_>>(),
+                })),
                 "gradient_error": t.gradient_error,
                 "output_error": t.output_error,
                 "flops": t.cost.flops(),
@@ -216,6 +340,7 @@ fn to_json(
         })
         .collect();
     json!({
+        "device": on.name().unwrap_or_else(|| "cpu".into()),
         "input": args.input.display().to_string(),
         "num_queries": problem.num_queries(),
         "num_keys": problem.num_keys(),
@@ -230,7 +355,9 @@ fn to_json(
         "largest_logit": t.largest_logit,
         "norm_bound": t.norm_bound,
         "eps_rank": ranks.map(|(p, ds)| json!({ "eps": RANK_EPS, "probabilities": p, "score_gradient": ds })),
-        "streaming": { "flops": streaming.0, "seconds": streaming.1 },
+        "streaming": {
+            "flops": streaming.flops, "seconds": streaming.seconds, "gradient_error": streaming.gradient_error,
+        },
         "methods": methods,
     })
 }

@@ -1,5 +1,6 @@
 //! `peft-limits train`.
 
+use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::train::checkpoint;
@@ -22,10 +23,14 @@ Output folder: config.toml (resolved), steps.csv, evaluations.csv, step-*/ (to c
 checkpoint, adapters merged) and, for adapters, adapter/ (PEFT layout).
 
 Examples:
-  peft-limits train --preset nano --steps 1500 --batch 64 --lr 3e-3 -o runs/base     pretrain on the mixture
-  peft-limits train --model runs/base/model --method paca --task lists -o runs/paca  fine-tune, forgetting measured
-  peft-limits train lora.toml --seed 2 -o runs/lora-2                                file, one key overridden
-  peft-limits train lora.toml --seed 2 -o runs/lora-2 --resume                       continue after Ctrl-C
+  # pretrain on the mixture of tasks
+  peft-limits train --preset nano --steps 1500 --batch 64 --lr 3e-3 -o runs/base
+  # fine-tune on one task; what is forgotten of the others is measured
+  peft-limits train --model runs/base/model --method paca --task lists -o runs/paca
+  # a configuration file, some keys overridden
+  peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora
+  # continue after Ctrl-C
+  peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora --resume
 
 Configuration file (TOML; every key has a default):
   seed = 1
@@ -43,7 +48,7 @@ Configuration file (TOML; every key has a default):
 pub struct TrainArgs {
     /// Configuration file
     config: Option<PathBuf>,
-    /// Random weights of a preset size: nano, micro or mini
+    /// Random weights of a preset size: pico, nano, micro or mini
     #[arg(long, conflicts_with = "model")]
     preset: Option<String>,
     /// Checkpoint folder to start from
@@ -104,6 +109,9 @@ pub struct TrainArgs {
     /// Double precision
     #[arg(long)]
     f64: bool,
+    /// Where the steps are computed: cpu, gpu or gpu:N, cuda or cuda:N; evaluation stays on the processor
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceChoice,
     /// Seed of every random choice
     #[arg(long)]
     seed: Option<u64>,
@@ -203,6 +211,9 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     if args.resume {
         checkpoint::resume(&mut trainer, out)?;
     }
+    if args.device != DeviceChoice::Cpu {
+        move_to(&mut trainer, args.device)?;
+    }
     crate::atomic_file::write_bytes(&out.join("config.toml"), trainer.config.to_toml()?.as_bytes())?;
     let handler = || {
         if STOP.swap(true, Ordering::Relaxed) {
@@ -234,6 +245,18 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     print!("{}", bar.table());
     println!("{reason}; wrote {}{}", model.display(), if adapted { " and adapter/" } else { "" });
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(feature = "gpu")]
+fn move_to<T: Real>(trainer: &mut Trainer<T>, choice: DeviceChoice) -> Result<()> {
+    let device = crate::gpu::Device::open(choice)?;
+    eprintln!("training on {}", device.info());
+    crate::gpu::train::train_on(trainer, &device)
+}
+
+#[cfg(not(feature = "gpu"))]
+fn move_to<T: Real>(_trainer: &mut Trainer<T>, choice: DeviceChoice) -> Result<()> {
+    Err(choice.not_built())
 }
 
 /// A fine-tuned model needs its tokenizer beside it.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// How much is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum Profile {
     /// About a minute on two cores; written under `figures/quick`, never over a full result.
     Quick,
@@ -133,6 +133,8 @@ pub struct Experiment {
     pub claim: &'static str,
     /// What result would refute it.
     pub refuted_by: &'static str,
+    /// The strongest reason not to trust the result beyond what was measured: one sentence.
+    pub doubt: &'static str,
     /// The points of a profile; `seed` is the `--seed` flag from which the points' seeds follow.
     pub grid: fn(profile: Profile, seed: u64) -> Vec<Point>,
     /// Measures one point. Rows need not repeat the configuration; the runner puts it first.

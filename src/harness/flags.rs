@@ -3,12 +3,13 @@
 use super::experiment::{Experiment, Profile};
 use crate::error::{Error, Result};
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
+use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 /// Flags of an experiment run.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Args, Serialize, Deserialize)]
 pub struct Flags {
     /// How much to measure: about a minute, or the published figures
     #[arg(long, value_enum, default_value_t = Profile::Quick)]
@@ -80,8 +81,22 @@ pub(super) fn parse_single(
     arguments: impl IntoIterator<Item = OsString>,
 ) -> std::result::Result<Flags, u8> {
     let about = format!("{}\n\nClaim: {}\n\nRefuted by: {}", experiment.title, experiment.claim, experiment.refuted_by);
-    let command = SingleArguments::command().name(experiment.name).about(experiment.title).long_about(about);
-    let matches = command.version(env!("CARGO_PKG_VERSION")).try_get_matches_from(arguments).map_err(|e| shown(&e))?;
+    let name = experiment.name;
+    let examples = format!(
+        "Examples:\n  \
+         # the small grid, into figures/quick/{name}\n  cargo run --release --bin {name}\n  \
+         # the published one; Ctrl-C keeps what is finished, --resume goes on\n  \
+         cargo run --release --bin {name} -- --profile full --resume\n  \
+         # other seeds, into a folder of your own\n  \
+         cargo run --release --bin {name} -- --seed 7 --out runs/{name}-7\n  \
+         # only the figures and findings, again\n  cargo run --release --bin {name} -- --plot-only"
+    );
+    let command = SingleArguments::command().name(name).about(experiment.title).long_about(about);
+    let matches = command
+        .after_long_help(examples)
+        .version(env!("CARGO_PKG_VERSION"))
+        .try_get_matches_from(arguments)
+        .map_err(|e| shown(&e))?;
     SingleArguments::from_arg_matches(&matches).map(|a| a.flags).map_err(|e| shown(&e))
 }
 
@@ -94,7 +109,14 @@ pub(super) fn parse_reproduce(
     let command = ReproduceArguments::command()
         .name("reproduce")
         .about("Runs every experiment and writes an index page of their figures and findings")
-        .after_help(format!("Experiments:{list}"))
+        .after_help(format!(
+            "Examples:\n  \
+             # every experiment on its small grid, into figures/quick\n  cargo run --release\n  \
+             # two of them as published\n  \
+             cargo run --release -- --profile full --only phase_transition,crossover\n  \
+             # figures, findings and pages again, from the saved tables\n  \
+             cargo run --release -- --profile full --plot-only\n\nExperiments:{list}"
+        ))
         .version(env!("CARGO_PKG_VERSION"));
     let matches = command.try_get_matches_from(arguments).map_err(|e| shown(&e))?;
     ReproduceArguments::from_arg_matches(&matches).map_err(|e| shown(&e))

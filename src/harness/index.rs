@@ -1,7 +1,7 @@
 //! The index page of a figures folder.
 
 use super::experiment::{Experiment, Profile};
-use super::outputs::verdict;
+use super::outputs::{statements, verdict};
 use crate::atomic_file::write_bytes;
 use crate::error::Result;
 use crate::report::manifest::Manifest;
@@ -36,7 +36,7 @@ fn section(experiment: &Experiment, manifest: Option<&Manifest>) -> String {
     for figure in &manifest.figures {
         text += &format!("[![{figure}]({0}/{figure}.png)]({0}/{figure}.svg)\n\n", experiment.name);
     }
-    text += &format!("**Claim.** {}\n\n**Refuted by.** {}\n\n", experiment.claim, experiment.refuted_by);
+    text += &statements(experiment);
     let seed = manifest.config.get("seed").and_then(serde_json::Value::as_u64).unwrap_or(0);
     text += &format!(
         "**Command.** `cargo run --release --bin {} -- --profile {} --seed {seed}` ({:.0} s on {} threads{})\n\n",

@@ -9,18 +9,31 @@
 //! - `findings.md`: claim, what the numbers say, checks, failed points;
 //! - `manifest.json`: how it was made, with checksums.
 //!
+//! Under `mpirun` (feature `mpi`) the ranks share the points; see `paper-notes/many-machines.md`.
+//!
 //! Exit codes: 0 done, 1 a check or a grid point failed, 2 bad usage or input/output, 130
 //! interrupted (finished points are kept for `--resume`).
 
 mod experiment;
 mod flags;
+mod gallery;
 mod index;
 mod interrupt;
+#[cfg(feature = "gpu")]
+mod on_device;
 mod outputs;
 mod partial;
 mod progress;
+#[cfg(feature = "mpi")]
+mod ranks;
+#[cfg(not(feature = "mpi"))]
+#[path = "one_process.rs"]
+mod ranks;
 mod reproduce;
 mod run;
+pub mod study;
+pub mod timed_step;
+mod timing;
 
 #[cfg(test)]
 mod tests;
@@ -29,11 +42,15 @@ pub use crate::streams::seed_stream;
 pub use experiment::{Checks, Experiment, Point, Profile};
 pub use flags::{Flags, heads_folder};
 pub use interrupt::interrupted;
+#[cfg(feature = "gpu")]
+pub use on_device::{best_device, main_on_device};
 pub use reproduce::reproduce;
+pub use timing::{Seconds, repeated_seconds};
 
 use crate::error::{Error, Result};
 use crate::report::manifest::StopReason;
 use progress::Progress;
+use ranks::Crew;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
@@ -41,14 +58,18 @@ use std::process::ExitCode;
 /// Runs one experiment with the process's arguments.
 pub fn main(experiment: &Experiment) -> ExitCode {
     interrupt::install();
-    ExitCode::from(run_single(experiment, std::env::args_os(), &interrupted, &mut std::io::stdout()))
+    let code = ranks::in_job(std::slice::from_ref(experiment), |crew| {
+        run_single(experiment, std::env::args_os(), &interrupted, crew, &mut std::io::stdout())
+    });
+    ExitCode::from(code)
 }
 
-/// [`main`] with given arguments, stop signal and standard output; returns the exit code.
+/// [`main`] with given arguments, stop signal, processes and standard output; returns the exit code.
 fn run_single(
     experiment: &Experiment,
     arguments: impl IntoIterator<Item = OsString>,
     stop: &(dyn Fn() -> bool + Sync),
+    crew: Crew,
     out: &mut dyn Write,
 ) -> u8 {
     let flags = match flags::parse_single(experiment, arguments) {
@@ -58,7 +79,7 @@ fn run_single(
     let progress = Progress::new(None);
     let outcome = flags.use_for_process().and_then(|()| {
         let folder = flags.out.clone().unwrap_or_else(|| flags.profile.root().join(experiment.name));
-        run::run(experiment, &flags, &folder, &progress, stop)
+        run::run(experiment, &flags, &folder, &progress, stop, crew)
     });
     match outcome {
         Ok(done) => {

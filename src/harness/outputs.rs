@@ -111,8 +111,14 @@ fn findings_page(experiment: &Experiment, manifest: &Manifest) -> String {
     if manifest.profile == "quick" {
         page += "*Quick profile: a small grid, to be read as a check, not as a result.*\n\n";
     }
-    page += &format!("**Claim.** {}\n\n**Refuted by.** {}\n\n", experiment.claim, experiment.refuted_by);
+    page += &statements(experiment);
     page + &verdict(manifest, "##")
+}
+
+/// Claim, what would refute it, and doubt, as Markdown.
+pub(super) fn statements(experiment: &Experiment) -> String {
+    let Experiment { claim, refuted_by, doubt, .. } = experiment;
+    format!("**Claim.** {claim}\n\n**Refuted by.** {refuted_by}\n\n**Doubt.** {doubt}\n\n")
 }
 
 /// Findings, checks and failures as Markdown under headings of this level.

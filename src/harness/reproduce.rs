@@ -2,8 +2,10 @@
 
 use super::experiment::Experiment;
 use super::flags::parse_reproduce;
+use super::gallery::write_gallery;
 use super::index::write_index;
 use super::progress::Progress;
+use super::ranks::{self, Crew};
 use super::{exit_code, interrupt, interrupted, run};
 use crate::error::{Error, Result};
 use std::ffi::OsString;
@@ -17,14 +19,18 @@ use std::process::ExitCode;
 /// stop the others; the exit code is the worst of theirs.
 pub fn reproduce(experiments: &[Experiment]) -> ExitCode {
     interrupt::install();
-    ExitCode::from(run_all(experiments, std::env::args_os(), &interrupted, &mut std::io::stdout()))
+    let code = ranks::in_job(experiments, |crew| {
+        run_all(experiments, std::env::args_os(), &interrupted, crew, &mut std::io::stdout())
+    });
+    ExitCode::from(code)
 }
 
-/// [`reproduce`] with given arguments, stop signal and standard output; returns the exit code.
+/// [`reproduce`] with given arguments, stop signal, processes and standard output; returns the exit code.
 pub(super) fn run_all(
     experiments: &[Experiment],
     arguments: impl IntoIterator<Item = OsString>,
     stop: &(dyn Fn() -> bool + Sync),
+    crew: Crew,
     out: &mut dyn Write,
 ) -> u8 {
     let arguments = match parse_reproduce(experiments, arguments) {
@@ -43,7 +49,7 @@ pub(super) fn run_all(
     let progress = Progress::new(Some(chosen.len()));
     let mut worst = 0;
     for experiment in chosen {
-        let outcome = run::run(experiment, flags, &root.join(experiment.name), &progress, stop);
+        let outcome = run::run(experiment, flags, &root.join(experiment.name), &progress, stop, crew);
         progress.suspend(|| match &outcome {
             // A reader that has gone away is no error of the experiments.
             Ok(done) => drop(out.write_all(done.to_text(12).as_bytes())),
@@ -57,8 +63,9 @@ pub(super) fn run_all(
     }
     progress.close();
     // Also after an interruption: the page then shows what is there.
-    match write_index(&root, flags.profile, experiments) {
-        Ok(()) => eprintln!("index: {}", root.join("README.md").display()),
+    let pages = write_index(&root, flags.profile, experiments);
+    match pages.and_then(|()| write_gallery(&root, flags.profile, experiments)) {
+        Ok(()) => eprintln!("index: {0}/README.md, {0}/index.html", root.display()),
         Err(error) => {
             eprintln!("reproduce: {error}");
             worst = worst.max(2);

@@ -5,6 +5,7 @@ use super::flags::Flags;
 use super::outputs::{Finished, write_outputs};
 use super::partial::{PARTIAL, Partial, run_key};
 use super::progress::{ExperimentProgress, Progress};
+use super::ranks::Crew;
 use crate::error::{Error, Result};
 use crate::report::manifest::{Failure, Manifest};
 use crate::report::{Cell, Row, Table};
@@ -27,6 +28,7 @@ pub(super) fn run(
     folder: &Path,
     progress: &Progress,
     stop: &(dyn Fn() -> bool + Sync),
+    crew: Crew,
 ) -> Result<Finished> {
     let earlier = Manifest::read(folder)?;
     if flags.plot_only {
@@ -61,13 +63,24 @@ pub(super) fn run(
     let mut manifest = Manifest::start(experiment.name, flags.profile.name());
     manifest.config = config;
     manifest.seeds = seeds_of(flags.seed, &points);
+    manifest.machine.ranks = (crew.size() > 1).then_some(crew.size());
     let started = Instant::now();
     let keep: &[String] = if flags.resume { &keys } else { &[] };
     let (partial, mut rows) = Partial::open(folder, experiment, flags.profile.name(), keep)?;
     manifest.resumed_points = rows.len();
     let bar = progress.start(experiment.name, points.len(), rows.len());
-    let grid = Grid { experiment, points: &points, keys: &keys, stop, bar: &bar };
-    let (partial, failures) = match grid.measure(partial, &mut rows) {
+    let grid = Grid {
+        experiment,
+        #[cfg(feature = "mpi")]
+        flags,
+        #[cfg(feature = "mpi")]
+        folder,
+        points: &points,
+        keys: &keys,
+        stop,
+        bar: &bar,
+    };
+    let (partial, failures) = match grid.measure(partial, &mut rows, crew) {
         Ok(measured) => measured,
         Err(error) => {
             bar.finish(if matches!(error, Error::Interrupted) { "interrupted" } else { "stopped" });
@@ -167,26 +180,38 @@ fn table_of(points: &[Point], keys: &[String], rows: &HashMap<String, Vec<Row>>)
     table
 }
 
-struct Grid<'a> {
-    experiment: &'a Experiment,
-    points: &'a [Point],
-    keys: &'a [String],
-    stop: &'a (dyn Fn() -> bool + Sync),
-    bar: &'a ExperimentProgress<'a>,
+/// What is to be measured.
+pub(super) struct Grid<'a> {
+    pub experiment: &'a Experiment,
+    /// What other ranks need to draw the same grid.
+    #[cfg(feature = "mpi")]
+    pub flags: &'a Flags,
+    /// Where every rank keeps its finished points.
+    #[cfg(feature = "mpi")]
+    pub folder: &'a Path,
+    pub points: &'a [Point],
+    pub keys: &'a [String],
+    pub stop: &'a (dyn Fn() -> bool + Sync),
+    pub bar: &'a ExperimentProgress<'a>,
 }
 
 /// What the points measured so far left, shared by the threads.
-struct Collected<'a> {
+pub(super) struct Collected<'a> {
     partial: Partial,
-    rows: &'a mut HashMap<String, Vec<Row>>,
+    pub rows: &'a mut HashMap<String, Vec<Row>>,
     failures: Vec<(usize, Failure)>,
-    interrupted: bool,
-    broken: Option<Error>,
+    pub interrupted: bool,
+    pub broken: Option<Error>,
 }
 
 impl Grid<'_> {
     /// Measures the points that `rows` lacks; failures are in grid order.
-    fn measure(&self, partial: Partial, rows: &mut HashMap<String, Vec<Row>>) -> Result<(Partial, Vec<Failure>)> {
+    fn measure(
+        &self,
+        partial: Partial,
+        rows: &mut HashMap<String, Vec<Row>>,
+        crew: Crew,
+    ) -> Result<(Partial, Vec<Failure>)> {
         let missing: Vec<usize> = (0..self.points.len()).filter(|i| !rows.contains_key(&self.keys[*i])).collect();
         let collected = Mutex::new(Collected { partial, rows, failures: Vec::new(), interrupted: false, broken: None });
         let one = |i: usize| {
@@ -203,7 +228,9 @@ impl Grid<'_> {
             self.bar.point_done();
             lock(&collected).take(i, self.points, self.keys, outcome);
         };
-        if self.experiment.parallel {
+        if crew.measure(self, &missing, &collected) {
+            // Done by all ranks.
+        } else if self.experiment.parallel {
             missing.par_iter().for_each(|i| one(*i));
         } else {
             missing.iter().for_each(|i| one(*i));
@@ -220,12 +247,13 @@ impl Grid<'_> {
     }
 }
 
-fn lock<'m, 'a>(collected: &'m Mutex<Collected<'a>>) -> std::sync::MutexGuard<'m, Collected<'a>> {
+pub(super) fn lock<'m, 'a>(collected: &'m Mutex<Collected<'a>>) -> std::sync::MutexGuard<'m, Collected<'a>> {
     collected.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Collected<'_> {
-    fn take(&mut self, i: usize, points: &[Point], keys: &[String], outcome: Result<Vec<Row>>) {
+    /// Files the outcome of a point measured here.
+    pub fn take(&mut self, i: usize, points: &[Point], keys: &[String], outcome: Result<Vec<Row>>) {
         match outcome {
             Ok(measured) => match self.partial.append(&keys[i], &points[i].label, &measured) {
                 Ok(()) => {
@@ -234,15 +262,18 @@ impl Collected<'_> {
                 Err(error) => self.broken = Some(error),
             },
             Err(Error::Interrupted) => self.interrupted = true,
-            Err(error) => {
-                self.failures.push((i, Failure { point: points[i].label.clone(), error: error.to_string() }));
-            }
+            Err(error) => self.fail(i, points, error.to_string()),
         }
+    }
+
+    /// Files a failure.
+    pub fn fail(&mut self, i: usize, points: &[Point], error: String) {
+        self.failures.push((i, Failure { point: points[i].label.clone(), error }));
     }
 }
 
 /// A panic in one point is that point's failure, not the run's.
-fn measure_caught(experiment: &Experiment, point: &Point) -> Result<Vec<Row>> {
+pub(super) fn measure_caught(experiment: &Experiment, point: &Point) -> Result<Vec<Row>> {
     catch_unwind(AssertUnwindSafe(|| (experiment.measure)(point))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));

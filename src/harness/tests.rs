@@ -54,6 +54,7 @@ const DEMO: Experiment = Experiment {
     title: "Cost of the demo",
     claim: "Cost is quadratic.",
     refuted_by: "Any other exponent.",
+    doubt: "Two < three points.",
     grid,
     measure,
     parallel: false,
@@ -75,7 +76,7 @@ fn execute(
     let arguments = ["demo", "--out"].map(OsString::from).into_iter().chain([folder.into()]);
     let arguments = arguments.chain(flags.split_whitespace().map(OsString::from));
     let mut out = Vec::new();
-    let code = run_single(experiment, arguments, stop, &mut out);
+    let code = run_single(experiment, arguments, stop, Crew::default(), &mut out);
     (code, String::from_utf8(out).unwrap(), MEASURED.take())
 }
 
@@ -327,14 +328,32 @@ fn reproduce_runs_all_and_writes_the_index() {
     let run = |flags: &str| {
         let arguments = ["reproduce", "--out"].map(OsString::from).into_iter().chain([home.path().into()]);
         let mut out = Vec::new();
-        let code = run_all(&all, arguments.chain(flags.split_whitespace().map(OsString::from)), &never, &mut out);
+        let code = run_all(
+            &all,
+            arguments.chain(flags.split_whitespace().map(OsString::from)),
+            &never,
+            Crew::default(),
+            &mut out,
+        );
         (code, String::from_utf8(out).unwrap())
     };
     assert_eq!(run("--only nothing").0, 2);
     let (code, out) = run("--only broken,demo-cost");
     assert_eq!(code, 1);
     assert!(out.contains("FAILED n = 2") && out.contains("takes 3.57 s"), "{out}");
-    assert_eq!(names(home.path()), ["README.md", "broken", "demo-cost"]);
+    assert_eq!(names(home.path()), ["README.md", "broken", "demo-cost", "index.html"]);
+    let gallery = text(home.path(), "index.html");
+    for part in [
+        "<h2>Broken: c &gt; 1?</h2>",
+        "src=\"demo-cost/cost.svg\"",
+        "<b>Found:</b> The largest of",
+        "<b>Doubt:</b> Two &lt; three points.",
+        "<p class=\"fail\">n = 2: n = 1: too hard</p>",
+        "name=\"viewport\"",
+    ] {
+        assert!(gallery.contains(part), "{part} is not in {gallery}");
+    }
+    assert!(!gallery.contains("Later"), "an experiment that has not run has no section");
     let page = text(home.path(), "README.md");
     for part in [
         "quick profile",

@@ -1,7 +1,13 @@
 //! The norm threshold and what it limits: degree, rank, cost exponent (design 2.4).
 
-pub mod degree;
+pub mod bounds;
 pub mod exponent;
+pub mod guard;
+pub mod hardness;
+pub mod oracle;
 pub mod rank;
 pub mod threshold;
 pub mod trial;
+
+// The factorizations choose degrees by it, and `attention` must not reach back into `limits`.
+pub use crate::attention::factorization::degree;

@@ -5,6 +5,7 @@ use crate::attention::synthetic::largest_logit;
 use crate::attention::{Qkv, problem::Projected};
 use crate::cost::Cost;
 use crate::linalg::{Real, norms};
+use ndarray::ArrayView2;
 
 /// Norms of one head with the threshold they are compared to.
 ///
@@ -43,7 +44,7 @@ impl Threshold {
             key: norms::max_abs(&key.view()),
             value: norms::max_abs(&value.view()),
         };
-        let gamma = (problem.beta() * head_dim as f64 * max_abs.query * max_abs.key).sqrt();
+        let gamma = effective_gamma(problem.beta(), query.view(), key.view());
         let sqrt_log_tokens = (tokens as f64).ln().sqrt();
         Self {
             tokens,
@@ -62,6 +63,11 @@ impl Threshold {
     pub fn concentration(&self) -> f64 {
         self.largest_logit / (self.gamma * self.gamma)
     }
+}
+
+/// Gamma = sqrt(beta d_h max|Q| max|K|), in O(L d_h) operations.
+pub fn effective_gamma<T: Real>(beta: f64, query: ArrayView2<T>, key: ArrayView2<T>) -> f64 {
+    (beta * query.ncols() as f64 * norms::max_abs(&query) * norms::max_abs(&key)).sqrt()
 }
 
 /// Number of visible query-key pairs of `queries` and `keys` under a mask.

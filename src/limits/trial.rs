@@ -56,8 +56,19 @@ pub fn trial<T: Real>(
     factorization: &dyn SoftmaxFactorization<T>,
     request: Request,
 ) -> Result<Trial> {
+    trial_of(reference, || chained::gradients(problem, factorization, request))
+}
+
+/// Times a chained gradient, wherever it is computed, and measures it against the reference.
+///
+/// # Errors
+/// Those of `compute`.
+pub fn trial_of<T: Real>(
+    reference: &Gradients<f64>,
+    compute: impl FnOnce() -> Result<chained::ChainedGradients<T>>,
+) -> Result<Trial> {
     let start = Instant::now();
-    let chained = chained::gradients(problem, factorization, request)?;
+    let chained = compute()?;
     let seconds = start.elapsed().as_secs_f64();
     Ok(Trial {
         gradient_error: chained.gradients.relative_gap(reference),

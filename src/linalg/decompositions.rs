@@ -92,6 +92,35 @@ pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f6
     Ok(x)
 }
 
+/// Q of a = Q R with the diagonal of R positive: the Gram-Schmidt basis of the columns of `a`, `m x n` with m >= n.
+///
+/// For independent normal entries Q is then distributed by the Haar measure (with the signs that a library leaves
+/// to R it is not).
+///
+/// # Errors
+/// [`Error::ShapeMismatch`] if m < n, [`Error::NonFinite`], [`Error::Decomposition`].
+///
+/// ```
+/// use ndarray::array;
+/// use peft_limits::linalg::decompositions::orthonormal_columns;
+/// let q = orthonormal_columns(array![[3.0, 1.0], [4.0, 0.0]].view())?;
+/// assert!((q[[0, 0]] - 0.6).abs() < 1e-15 && (q[[1, 0]] - 0.8).abs() < 1e-15);
+/// assert!((q[[0, 1]] - 0.8).abs() < 1e-15 && (q[[1, 1]] + 0.6).abs() < 1e-15);
+/// # Ok::<(), peft_limits::Error>(())
+/// ```
+pub fn orthonormal_columns(a: ArrayView2<f64>) -> Result<Array2<f64>> {
+    let (m, n) = a.dim();
+    if m < n {
+        return Err(Error::shape("orthonormal_columns", "a", (n, n), (m, n)));
+    }
+    require_finite("orthonormal_columns", &a)?;
+    let (mut q, r) = backend::qr(a)?;
+    for (mut column, &d) in q.columns_mut().into_iter().zip(r.diag()) {
+        column *= if d < 0.0 { -1.0 } else { 1.0 };
+    }
+    Ok(q)
+}
+
 #[cfg(not(feature = "lapack"))]
 mod backend {
     use super::*;

@@ -73,20 +73,20 @@ pub(crate) fn row_max<T: Real>(row: &[T]) -> T {
     lanes[0]
 }
 
-/// Replaces a row by exp(row - shift) and returns its sum.
+/// Replaces a row by exp(row - shift) and returns its sum; `shift` is at least the largest entry.
 #[inline(always)]
 pub(crate) fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
     let mut lanes = [T::zero(); LANES];
     let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
-            let e = (*x - shift).exp_lane();
+            let e = (*x - shift).exp_nonpositive_lane();
             *x = e;
             *lane += e;
         }
     }
     for (lane, x) in lanes.iter_mut().zip(chunks.into_remainder()) {
-        let e = (*x - shift).exp_lane();
+        let e = (*x - shift).exp_nonpositive_lane();
         *x = e;
         *lane += e;
     }
@@ -150,7 +150,7 @@ impl<T: Real> Kernel for OnlineSoftmax<'_, T> {
                 *factor = T::one();
                 continue;
             }
-            *factor = (*maximum - updated).exp_lane();
+            *factor = (*maximum - updated).exp_nonpositive_lane();
             *sum = *factor * *sum + row_exp_sum(row, updated);
             *maximum = updated;
         }
@@ -216,7 +216,7 @@ impl<T: Real> Kernel for SoftmaxBackward<'_, T> {
         let tiles = self.scores.chunks_exact_mut(width).zip(self.upstream.chunks_exact_mut(width));
         for (((s_row, t_row), &lse), &d) in tiles.zip(self.log_sum_exp).zip(self.delta) {
             for (s, t) in s_row.iter_mut().zip(t_row) {
-                let p = (*s - lse).exp_lane();
+                let p = (*s - lse).exp_nonpositive_lane();
                 *s = p;
                 *t = p * (*t - d);
             }
@@ -247,6 +247,29 @@ impl<T: Real> Kernel for ExpRows<'_, T> {
     }
 }
 
+/// Replaces every entry of a contiguous tile by exp(entry - shift of its column).
+pub fn exp_columns<T: Real>(mut tile: ArrayViewMut2<T>, shift: &[T]) {
+    assert_eq!(tile.ncols(), shift.len(), "one shift a column");
+    vectorized(ExpColumns { tile: contiguous(&mut tile), shift });
+}
+
+struct ExpColumns<'a, T> {
+    tile: &'a mut [T],
+    shift: &'a [T],
+}
+
+impl<T: Real> Kernel for ExpColumns<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self) {
+        for row in self.tile.chunks_exact_mut(self.shift.len().max(1)) {
+            for (x, &s) in row.iter_mut().zip(self.shift) {
+                *x = (*x - s).exp_lane();
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -261,6 +284,7 @@ mod tests {
             let x32 = x as f32;
             let want = f64::from(x32).exp();
             worst32 = worst32.max(((f64::from(x32.exp_lane()) - want) / want).abs() / f64::from(f32::EPSILON));
+            assert!(x > 0.0 || x32.exp_nonpositive_lane().to_bits() == x32.exp_lane().to_bits());
             let x64 = -708.0 + 1417.0 * f64::from(i) / 2e6;
             worst64 = worst64.max(((x64.exp_lane() - x64.exp()) / x64.exp()).abs() / f64::EPSILON);
         }
@@ -273,6 +297,9 @@ mod tests {
         assert!(f32::NAN.exp_lane().is_nan() && f64::NAN.exp_lane().is_nan());
         assert_eq!(f32::NEG_INFINITY.exp_lane().to_bits(), 0.0f32.to_bits());
         assert_eq!(f64::NEG_INFINITY.exp_lane().to_bits(), 0.0f64.to_bits());
+        assert!(f32::NAN.exp_nonpositive_lane().is_nan() && f64::NAN.exp_nonpositive_lane().is_nan());
+        assert_eq!(f32::NEG_INFINITY.exp_nonpositive_lane().to_bits(), 0.0f32.to_bits());
+        assert_eq!(f64::NEG_INFINITY.exp_nonpositive_lane().to_bits(), 0.0f64.to_bits());
         assert_eq!((-1e4f64).exp_lane().to_bits(), 0.0f64.to_bits());
         assert!(1e3f64.exp_lane().is_infinite() && 89f32.exp_lane().is_infinite());
         assert_eq!(0f32.exp_lane().to_bits(), 1f32.to_bits());
@@ -298,6 +325,17 @@ mod tests {
         online_softmax_tile(tile.view_mut(), &mut maximum, &mut sum, &mut factor);
         assert!(tile.iter().all(|x| x.to_bits() == 0));
         assert_eq!((sum[0].to_bits(), factor[0].to_bits()), (0, 1f32.to_bits()));
+    }
+
+    #[test]
+    fn columns_and_rows_shift_alike() {
+        let tile = ndarray::Array2::from_shape_fn((5, 37), |(i, j)| ((i * 7 + j) % 11) as f64 * 0.3 - 1.0);
+        let shift: Vec<f64> = (0..37).map(|j| j as f64 * 0.1).collect();
+        let (mut columns, mut rows) = (tile.clone(), tile.t().as_standard_layout().into_owned());
+        exp_columns(columns.view_mut(), &shift);
+        exp_rows(rows.view_mut(), &shift);
+        assert_eq!(columns, rows.t());
+        assert!((columns[[1, 3]] - (tile[[1, 3]] - shift[3]).exp()).abs() < 1e-15);
     }
 
     #[test]

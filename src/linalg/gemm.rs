@@ -80,8 +80,7 @@ pub fn parallel_product_into<T: Real>(
         general_mat_mul(alpha, &a, &b, beta, c);
         return;
     }
-    // Several tasks per thread even out other load; each task packs the shared operand again, so not too many.
-    let tile = |extent: usize| extent.div_ceil(2 * threads).next_multiple_of(16).max(TASK_TILE);
+    let tile = rows_per_task;
     if m >= n || m > 2 * TASK_TILE {
         c.axis_chunks_iter_mut(Axis(0), tile(m))
             .into_par_iter()
@@ -93,6 +92,13 @@ pub fn parallel_product_into<T: Real>(
             .zip(b.axis_chunks_iter(Axis(1), tile(n)))
             .for_each(|(mut c, b)| general_mat_mul(alpha, &a, &b, beta, &mut c));
     }
+}
+
+/// Rows of one task of a product with `rows` rows on rayon's threads.
+///
+/// Several tasks per thread even out other load; each packs the shared operand again, so not too many.
+pub fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16).max(TASK_TILE)
 }
 
 /// Products below this many multiply-adds run on the calling thread.

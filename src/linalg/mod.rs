@@ -4,11 +4,16 @@ pub mod decompositions;
 pub mod elementwise;
 pub mod gemm;
 pub mod khatri_rao;
+pub mod lanes;
 pub mod norms;
+pub mod pivoted_cholesky;
 pub mod real;
 pub mod reduce;
 pub mod scratch;
+pub mod tile;
+pub mod workers;
 
 pub use gemm::{product, product_into};
 pub use real::Real;
 pub use scratch::Scratch;
+pub use workers::on_workers;

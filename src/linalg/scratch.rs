@@ -55,7 +55,7 @@ impl<T: Real> Scratch<T> {
     /// An array of zeros.
     pub fn zeros(&mut self, shape: (usize, usize)) -> Array2<T> {
         let mut array = self.array(shape);
-        array.as_slice_mut().unwrap_or(&mut []).par_chunks_mut(COPY).for_each(|part| part.fill(T::zero()));
+        fill_zero(array.as_slice_mut().unwrap_or(&mut []));
         array
     }
 
@@ -93,6 +93,11 @@ impl<T: Real> Scratch<T> {
     pub fn bytes(&self) -> usize {
         self.free.iter().map(|(_, buffer)| buffer.len() * size_of::<T>()).sum()
     }
+}
+
+/// Zeroes entries on rayon's threads.
+pub fn fill_zero<T: Real>(entries: &mut [T]) {
+    entries.par_chunks_mut(COPY).for_each(|part| part.fill(T::zero()));
 }
 
 /// Entries of one task of a copy.

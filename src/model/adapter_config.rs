@@ -62,15 +62,41 @@ const UNSUPPORTED: [&str; 12] = [
     "layers_pattern",
 ];
 
+/// The object in a JSON file.
+pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    parse_object(path, &text)
+}
+
+fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(Error::format(path, "file", "a JSON object", "another JSON value")),
+        Err(e) => Err(Error::format(path, "file", "a JSON object", e.to_string())),
+    }
+}
+
+/// An `adapter_config.json` whose keys another one keeps.
+pub(super) struct Template {
+    config: AdapterConfig,
+    text: String,
+    keys: Map<String, Value>,
+}
+
 impl AdapterConfig {
     pub fn read(path: &Path) -> Result<Self> {
+        Self::of_object(path, &read_object(path)?)
+    }
+
+    /// With the file's text and keys, to write another one like it.
+    pub fn read_with_text(path: &Path) -> Result<Template> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+        let keys = parse_object(path, &text)?;
+        Ok(Template { config: Self::of_object(path, &keys)?, text, keys })
+    }
+
+    fn of_object(path: &Path, map: &Map<String, Value>) -> Result<Self> {
         let wrong = |field: String, expected: &str, found: String| Error::format(path, field, expected, found);
-        let value: Value =
-            serde_json::from_str(&text).map_err(|e| wrong("file".into(), "a JSON object", e.to_string()))?;
-        let Some(map) = value.as_object() else {
-            return Err(wrong("file".into(), "a JSON object", "another JSON value".into()));
-        };
         let key = |key: &str, expected: &str| {
             let found = map.get(key).map_or("nothing".into(), Value::to_string);
             wrong(format!("key {key}"), expected, found)
@@ -82,7 +108,12 @@ impl AdapterConfig {
             Some("MOSLORA") => AdapterKind::Moslora,
             Some("PACA") => AdapterKind::Paca,
             Some("S2FT") => AdapterKind::S2ft,
-            _ => return Err(key("peft_type", "LORA, MOSLORA, PACA or S2FT")),
+            _ => {
+                return Err(key(
+                    "peft_type",
+                    "LORA, MOSLORA, PACA or S2FT (SLICE is an update: see `peft-limits adapter`)",
+                ));
+            }
         };
         for name in UNSUPPORTED {
             let plain = match map.get(name) {
@@ -135,6 +166,9 @@ impl AdapterConfig {
                 ]),
             };
         let (ranks, alphas) = (pattern("rank_pattern")?, pattern("alpha_pattern")?);
+        if ranks.values().any(|r| !(*r >= 1.0) || r.fract().abs() > 0.0) {
+            return Err(key("rank_pattern", "positive integers by module name"));
+        }
         let path = path.to_path_buf();
         let true_derivative = flag("dora_true_derivative");
         Ok(Self { path, kind, spec, true_derivative, ranks, alphas, targets, layers })
@@ -158,13 +192,37 @@ impl AdapterConfig {
     }
 }
 
-/// The text of an `adapter_config.json`; `entries` are the adapted projections.
+impl Template {
+    /// Whether it describes exactly these adapters.
+    fn describes(
+        &self,
+        kind: AdapterKind,
+        entries: &[(usize, Projection, LoraSpec)],
+        layers: usize,
+        dora: bool,
+    ) -> bool {
+        let config = &self.config;
+        let settings = kind == config.kind && (kind != AdapterKind::Dora || config.true_derivative == dora);
+        let mut places = (0..layers).flat_map(|l| Projection::ALL.map(|p| (l, p)));
+        let given: BTreeMap<_, _> = entries.iter().map(|&(l, p, spec)| ((l, p), spec)).collect();
+        settings && places.all(|(l, p)| config.spec_of(l, p) == given.get(&(l, p)).copied())
+    }
+}
+
+/// The text of an `adapter_config.json`; `entries` are the adapted projections. Keys of `like` that are not set
+/// here are kept; its text is returned as it is if it says the same.
 pub(super) fn compose(
     kind: AdapterKind,
     entries: &[(usize, Projection, LoraSpec)],
     layers: usize,
     true_derivative: bool,
+    like: Option<&Template>,
 ) -> String {
+    if let Some(like) = like
+        && like.describes(kind, entries, layers, true_derivative)
+    {
+        return like.text.clone();
+    }
     let modules: BTreeSet<Projection> = entries.iter().map(|&(_, p, _)| p).collect();
     let everywhere = entries.len() == modules.len() * layers;
     let targets: Vec<String> = if everywhere {
@@ -205,6 +263,13 @@ pub(super) fn compose(
         if true_derivative {
             map.insert("dora_true_derivative".into(), json!(true));
         }
+    }
+    if let (Some(like), Some(map)) = (like, value.as_object()) {
+        let mut keys = like.keys.clone();
+        keys.extend(map.clone());
+        // The targets above name every layer that they mean.
+        keys.entry("layers_to_transform").and_modify(|layers| *layers = Value::Null);
+        value = Value::Object(keys);
     }
     format!("{value:#}\n")
 }

@@ -29,21 +29,44 @@ use ndarray::Array2;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-const WEIGHTS: &str = "adapter_model.safetensors";
-const CONFIG: &str = "adapter_config.json";
+pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
+pub(super) const CONFIG: &str = "adapter_config.json";
 
-fn layer_prefix(layer: usize) -> String {
+pub(super) fn layer_prefix(layer: usize) -> String {
     format!("base_model.model.model.layers.{layer}")
 }
 
+/// Whether a folder holds a plain LoRA adapter.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Format`] for a configuration that cannot be read.
+pub fn is_lora(folder: &Path) -> Result<bool> {
+    Ok(AdapterConfig::read(&folder.join(CONFIG))?.kind == AdapterKind::Lora)
+}
+
 /// Reads tensors and remembers which were taken.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     file: &'a TensorFile,
     taken: BTreeSet<String>,
 }
 
-impl Reader<'_> {
-    fn matrix<T: Real>(&mut self, name: String, expected: (usize, usize)) -> Result<Array2<T>> {
+impl<'a> Reader<'a> {
+    pub(super) fn new(file: &'a TensorFile) -> Self {
+        Self { file, taken: BTreeSet::new() }
+    }
+
+    /// Refuses a tensor that nothing took.
+    pub(super) fn refuse_leftovers(&self, layers: usize) -> Result<()> {
+        match self.file.names().find(|name| !self.taken.contains(*name)) {
+            Some(extra) => {
+                let found = format!("a tensor that {CONFIG} and the model's {layers} layers leave over");
+                Err(self.file.malformed(format!("tensor {extra}"), "only tensors that the adapter uses", found))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn matrix<T: Real>(&mut self, name: String, expected: (usize, usize)) -> Result<Array2<T>> {
         let array = self.file.matrix::<T>(&name, format!("{CONFIG} asks for it").as_str())?;
         if array.dim() != expected {
             let wanted = format!("shape {expected:?}");
@@ -59,7 +82,7 @@ impl Reader<'_> {
         Ok(values.to_vec())
     }
 
-    fn indices(&mut self, name: String) -> Result<Vec<usize>> {
+    pub(super) fn indices(&mut self, name: String) -> Result<Vec<usize>> {
         let values = self.vector::<f64>(name.clone())?;
         match values.iter().find(|v| v.fract().abs() > 0.0 || **v < 0.0) {
             Some(bad) => Err(self.file.malformed(format!("tensor {name}"), "non-negative integers", bad.to_string())),
@@ -78,7 +101,7 @@ impl<T: Real> Model<T> {
     pub fn read_adapter(&mut self, folder: &Path) -> Result<AdapterKind> {
         let config = AdapterConfig::read(&folder.join(CONFIG))?;
         let file = TensorFile::open(folder.join(WEIGHTS))?;
-        let mut reader = Reader { file: &file, taken: BTreeSet::new() };
+        let mut reader = Reader::new(&file);
         let mut adapted = 0;
         for l in 0..self.layers.len() {
             let wanted: Vec<_> = Projection::ALL.into_iter().filter_map(|p| Some((p, config.spec_of(l, p)?))).collect();
@@ -110,13 +133,8 @@ impl<T: Real> Model<T> {
         if adapted == 0 {
             return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
         }
-        match file.names().find(|name| !reader.taken.contains(*name)) {
-            Some(extra) => {
-                let found = format!("a tensor that {CONFIG} and the model's {} layers leave over", self.layers.len());
-                Err(file.malformed(format!("tensor {extra}"), "only tensors that the adapter uses", found))
-            }
-            None => Ok(config.kind),
-        }
+        reader.refuse_leftovers(self.layers.len())?;
+        Ok(config.kind)
     }
 
     fn read_one(
@@ -204,6 +222,15 @@ impl<T: Real> Model<T> {
     /// the adapters is trained (then write a whole checkpoint, [`Model::write`]), or for factors of reordered
     /// weights; [`Error::Io`].
     pub fn write_adapter(&self, folder: &Path) -> Result<()> {
+        self.write_adapter_like(folder, None)
+    }
+
+    /// As [`Model::write_adapter`]; the `adapter_config.json` keeps every key of the one in folder `like`, and its
+    /// text to the byte if method, ranks, scalings and targets are the same.
+    ///
+    /// # Errors
+    /// As [`Model::write_adapter`]; [`Error::Io`] and [`Error::Format`] for a `like` that cannot be read.
+    pub fn write_adapter_like(&self, folder: &Path, like: Option<&Path>) -> Result<()> {
         let parts = self.trainable;
         if parts.embedding || parts.norms || parts.lm_head {
             return Err(Error::invalid("trainable", format!("{parts:?}"), "an adapter holds projections only"));
@@ -272,8 +299,9 @@ impl<T: Real> Model<T> {
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
+        let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
+        let text = compose(kind, &entries, self.layers.len(), true_derivative, like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
-        let text = compose(kind, &entries, self.layers.len(), true_derivative);
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }
 
@@ -294,11 +322,11 @@ impl<T: Real> Model<T> {
     }
 }
 
-fn write_factors<T: Real>(writer: &mut TensorWriter, prefix: &str, a: &Array2<T>, b: &Array2<T>) {
+pub(super) fn write_factors<T: Real>(writer: &mut TensorWriter, prefix: &str, a: &Array2<T>, b: &Array2<T>) {
     writer.matrix(&format!("{prefix}.lora_A.weight"), a.view());
     writer.matrix(&format!("{prefix}.lora_B.weight"), b.view());
 }
 
-fn write_indices(writer: &mut TensorWriter, name: &str, indices: &[usize]) {
+pub(super) fn write_indices(writer: &mut TensorWriter, name: &str, indices: &[usize]) {
     writer.tensor(name, &[indices.len()], indices.iter().map(|&i| i as f64));
 }

@@ -12,6 +12,10 @@ pub struct Batch {
     /// Labels, `B x T`: usually the ids, -100 where a token is not to be predicted. The shift by one is the
     /// loss's business.
     pub labels: Array2<i64>,
+    /// `B x T`, false for padding, which no token attends to; nothing is padding when absent.
+    pub attention_mask: Option<Array2<bool>>,
+    /// `B x T`, positions of the rotary embedding; 0, 1, 2, ... in each sequence when absent.
+    pub position_ids: Option<Array2<u32>>,
 }
 
 impl Batch {
@@ -29,7 +33,35 @@ impl Batch {
         Ok(Self {
             input_ids: input_ids.as_standard_layout().into_owned(),
             labels: labels.as_standard_layout().into_owned(),
+            attention_mask: None,
+            position_ids: None,
         })
+    }
+
+    /// With padding: false marks tokens that are not attended to, on either side.
+    ///
+    /// Labels are not touched: padding enters the loss unless its label is -100, as in Transformers.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`].
+    pub fn with_attention_mask(mut self, mask: Array2<bool>) -> Result<Self> {
+        if mask.dim() != self.input_ids.dim() {
+            return Err(Error::shape("batch", "attention_mask", self.input_ids.dim(), mask.dim()));
+        }
+        self.attention_mask = Some(mask.as_standard_layout().into_owned());
+        Ok(self)
+    }
+
+    /// With given positions of the rotary embedding.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`].
+    pub fn with_position_ids(mut self, positions: Array2<u32>) -> Result<Self> {
+        if positions.dim() != self.input_ids.dim() {
+            return Err(Error::shape("batch", "position_ids", self.input_ids.dim(), positions.dim()));
+        }
+        self.position_ids = Some(positions.as_standard_layout().into_owned());
+        Ok(self)
     }
 
     /// Positions that enter the loss: labels other than -100 that are not the first of their sequence.

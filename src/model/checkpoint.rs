@@ -13,19 +13,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The tensors of a checkpoint folder, one file or several.
-struct Shards {
+pub(super) struct Shards {
     files: Vec<TensorFile>,
     place: BTreeMap<String, usize>,
+    changed: BTreeSet<usize>,
 }
 
 impl Shards {
-    fn open(folder: &Path) -> Result<Self> {
+    pub(super) fn open(folder: &Path) -> Result<Self> {
         let single = folder.join("model.safetensors");
         let index = folder.join("model.safetensors.index.json");
         if single.exists() || !index.exists() {
             let file = TensorFile::open(&single)?;
             let place = file.names().map(|name| (name.to_string(), 0)).collect();
-            return Ok(Self { files: vec![file], place });
+            return Ok(Self { files: vec![file], place, changed: BTreeSet::new() });
         }
         let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
         let value: serde_json::Value =
@@ -53,7 +54,19 @@ impl Shards {
             }
             place.insert(tensor.clone(), at);
         }
-        Ok(Self { files, place })
+        Ok(Self { files, place, changed: BTreeSet::new() })
+    }
+
+    /// The file that holds a tensor, which will be changed.
+    pub(super) fn file_mut(&mut self, name: &str) -> &mut TensorFile {
+        let at = self.place.get(name).copied().unwrap_or(0);
+        self.changed.insert(at);
+        &mut self.files[at]
+    }
+
+    /// Writes every file that was handed out to be changed; each appears whole or not at all.
+    pub(super) fn write_changed(&self) -> Result<()> {
+        self.changed.iter().try_for_each(|&at| self.files[at].write_back())
     }
 
     /// The file that holds a tensor (or, for the error message, the first).
@@ -96,7 +109,8 @@ impl<T: Real> Model<T> {
         let embedding = shards.matrix("model.embed_tokens.weight", table)?;
         let mut known: BTreeSet<String> =
             ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"].map(String::from).into();
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        // Not sized in advance: the config's number of layers is a claim until their tensors are found.
+        let mut layers = Vec::new();
         for l in 0..config.num_hidden_layers {
             let prefix = format!("model.layers.{l}");
             let mut projections = Vec::with_capacity(7);

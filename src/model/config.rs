@@ -49,6 +49,10 @@ pub struct ModelConfig {
 const FIXED: [(&str, &str); 4] =
     [("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", "false"), ("mlp_bias", "false")];
 
+/// Most weights of a model: 2^40, some 10^12. Beyond it sizes are taken for a damaged file, before anything is
+/// allocated for them.
+const MOST_PARAMETERS: u128 = 1 << 40;
+
 struct Keys<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
@@ -157,7 +161,14 @@ impl ModelConfig {
             let expected = "an even head width (hidden_size / num_attention_heads when absent)";
             return Err(Error::format(path, "key head_dim", expected, config.head_dim.to_string()));
         }
-        Ok(config)
+        match config.counted_parameters() {
+            Some(n) if n <= MOST_PARAMETERS => Ok(config),
+            n => {
+                let found = n.map_or("more than 2^128".into(), |n| n.to_string());
+                let expected = format!("sizes of at most {MOST_PARAMETERS} weights in all");
+                Err(Error::format(path, "hidden_size, intermediate_size, vocab_size, ...", expected, found))
+            }
+        }
     }
 
     /// Refuses sizes that contradict each other, for a config made in code.
@@ -210,17 +221,28 @@ impl ModelConfig {
 
     /// Number of weights.
     pub fn parameters(&self) -> usize {
-        let projections: usize = super::Projection::ALL
-            .map(|p| {
-                let (out, width) = self.projection_shape(p);
-                out * width
-            })
-            .iter()
-            .sum();
-        let head = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_hidden_layers * (projections + 2 * self.hidden_size)
-            + self.hidden_size
-            + head * self.vocab_size * self.hidden_size
+        self.counted_parameters().and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX)
+    }
+
+    /// Number of weights; `None` if it overflows, which the sizes of an unchecked file may make it.
+    fn counted_parameters(&self) -> Option<u128> {
+        let [heads, kv_heads, head_dim, hidden, inner, layers, vocabulary] = [
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.vocab_size,
+        ]
+        .map(|n| n as u128);
+        // q, o; k, v; gate, up, down: out times in of `projection_shape`.
+        let attention = 2 * (heads + kv_heads);
+        let attention = attention.checked_mul(head_dim)?.checked_mul(hidden)?;
+        let projections = attention.checked_add(3 * inner.checked_mul(hidden)?)?;
+        let tables: u128 = if self.tie_word_embeddings { 1 } else { 2 };
+        let outside = hidden.checked_add(tables * vocabulary.checked_mul(hidden)?)?;
+        layers.checked_mul(projections.checked_add(2 * hidden)?)?.checked_add(outside)
     }
 }
 
@@ -272,6 +294,11 @@ mod tests {
                 "{message}"
             );
         }
+        let huge = text(|map| {
+            map.insert("num_hidden_layers".into(), json!(1u64 << 39));
+        });
+        let message = ModelConfig::from_json(Path::new("c.json"), &huge).unwrap_err().to_string();
+        assert!(message.contains("1099511627776 weights"), "{message}");
         assert!(ModelConfig::from_json(Path::new("c.json"), "[1]").unwrap_err().to_string().contains("JSON object"));
     }
 }

@@ -1,7 +1,8 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
 use super::parameters::{Model, Projection};
-use crate::linalg::{Real, Scratch};
+use crate::linalg::scratch::fill_zero;
+use crate::linalg::{Real, Scratch, on_workers};
 use ndarray::{Array2, ArrayView2};
 
 /// Sinks of one layer.
@@ -95,7 +96,12 @@ impl<T: Real> Gradients<T> {
 
     /// Zeroes every buffer.
     pub fn fill_zero(&mut self) {
-        self.for_each_mut(|g| g.fill(T::zero()));
+        on_workers(|| {
+            self.for_each_mut(|g| match g.as_slice_memory_order_mut() {
+                Some(entries) => fill_zero(entries),
+                None => g.fill(T::zero()),
+            });
+        });
     }
 
     /// Multiplies every buffer, as gradient clipping does.

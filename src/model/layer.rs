@@ -1,10 +1,11 @@
 //! One decoder layer: h = x + o(attention(norm(x))), out = h + down(swiglu(norm(h))).
 
 use super::gradients::LayerGradients;
+use super::instruments::{Instruments, Point};
 use super::parameters::{Model, Projection};
 use crate::adapters::{AdaptedLinear, InputNeed, InputSink, LinearSaved};
 use crate::blocks::causal_attention::{
-    AttentionCache, AttentionShape, causal_attention_backward, causal_attention_forward,
+    AttentionCache, AttentionShape, Visibility, causal_attention_backward, causal_attention_forward,
 };
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
@@ -12,7 +13,7 @@ use crate::blocks::swiglu::{swiglu_backward, swiglu_forward};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::{Real, Scratch};
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
 /// Weights of a layer.
 #[derive(Debug, Clone)]
@@ -53,7 +54,7 @@ impl<T: Real> Layer<T> {
 
 /// Which gradients a layer's backward must form; everything else is neither saved nor computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct LayerNeeds {
+pub(crate) struct LayerNeeds {
     /// Of the layer's input: something below is trained.
     pub input: bool,
     /// Of the first normalised input, hence through attention.
@@ -85,16 +86,36 @@ impl LayerNeeds {
     }
 }
 
-/// Sizes and tables that a layer shares with its siblings.
+/// Sizes and tables that a layer shares with its siblings, and its own number.
+#[derive(Clone, Copy)]
 pub(super) struct Context<'a, T> {
+    pub layer: usize,
     pub attention: AttentionShape,
+    pub visible: Visibility<'a>,
     pub rope: &'a RopeTable<T>,
     pub eps: f64,
+    pub instruments: Instruments<'a, T>,
+    /// Added to every projection's output, in forwards that save nothing.
+    pub extra: Option<&'a AddToOutput<'a, T>>,
 }
+
+/// `((layer, projection), x, y, cost)`: adds to the output y, `N x out`, of a projection with input x, `N x in`.
+pub(super) type AddToOutput<'a, T> =
+    dyn Fn((usize, Projection), ArrayView2<T>, &mut ArrayViewMut2<T>, &mut Cost) -> Result<()> + 'a;
 
 impl<T> Context<'_, T> {
     fn scale(&self) -> f64 {
-        1.0 / (self.attention.head_dim as f64).sqrt()
+        self.instruments.scale.unwrap_or_else(|| 1.0 / (self.attention.head_dim as f64).sqrt())
+    }
+
+    /// Shows a tensor that has just been computed.
+    fn tap(&self, point: Point, tensor: &mut Array2<T>) {
+        self.instruments.tap(Some(self.layer), point, false, tensor);
+    }
+
+    /// Shows a gradient that has just been computed.
+    fn tap_gradient(&self, point: Point, tensor: &mut Array2<T>) {
+        self.instruments.tap(Some(self.layer), point, true, tensor);
     }
 }
 
@@ -191,21 +212,34 @@ pub(super) fn layer_forward<T: Real>(
     use Projection::*;
     let keep = |wanted: fn(LayerNeeds) -> bool| needs.is_some_and(wanted);
     let save = needs.is_some();
+    let extra = |p: Projection, x: &Array2<T>, y: &mut Array2<T>, cost: &mut Cost| match context.extra {
+        Some(add) => add((context.layer, p), x.view(), &mut y.view_mut(), cost),
+        None => Ok(()),
+    };
     let project = |p: Projection, x: &Array2<T>, scratch: &mut Scratch<T>, cost: &mut Cost| {
-        layer.projection(p).forward(x.view(), save, scratch, cost)
+        let (mut y, saved) = layer.projection(p).forward(x.view(), save, scratch, cost)?;
+        extra(p, x, &mut y, cost)?;
+        Ok::<_, Error>((y, saved))
     };
 
     let gain = layer.input_norm.to_vec();
-    let (normed, input_inverse_rms) = rms_norm_forward(x.view(), &gain, context.eps, scratch, cost)?;
+    let (mut normed, input_inverse_rms) = rms_norm_forward(x.view(), &gain, context.eps, scratch, cost)?;
+    context.tap(Point::NormedInput, &mut normed);
     let (mut query, saved_query) = project(Query, &normed, scratch, cost)?;
     let (mut key, saved_key) = project(Key, &normed, scratch, cost)?;
-    let (value, saved_value) = project(Value, &normed, scratch, cost)?;
+    let (mut value, saved_value) = project(Value, &normed, scratch, cost)?;
+    context.tap(Point::Query, &mut query);
+    context.tap(Point::Key, &mut key);
+    context.tap(Point::Value, &mut value);
     let normed_input = retain(save && layer.needs_whole_input(&[Query, Key, Value]), normed, scratch);
     rope_forward(&mut query.view_mut(), context.rope, cost)?;
     rope_forward(&mut key.view_mut(), context.rope, cost)?;
-    let (shape, scale) = (context.attention, context.scale());
-    let (attended, log_sum_exp) =
-        causal_attention_forward(query.view(), key.view(), value.view(), shape, scale, scratch, cost)?;
+    context.tap(Point::RotatedQuery, &mut query);
+    context.tap(Point::RotatedKey, &mut key);
+    let (shape, visible, scale) = (context.attention, context.visible, context.scale());
+    let (mut attended, log_sum_exp) =
+        causal_attention_forward(query.view(), key.view(), value.view(), shape, visible, scale, scratch, cost)?;
+    context.tap(Point::Attended, &mut attended);
     let attention = keep(|n| n.attention);
     let [query, key, value, log_sum_exp] = [query, key, value, log_sum_exp].map(|a| retain(attention, a, scratch));
 
@@ -213,20 +247,28 @@ pub(super) fn layer_forward<T: Real>(
     let (mut middle, input) = if normed_input_backward { (scratch.copy(&x), Some(x)) } else { (x, None) };
     let output = layer.projection(Output);
     let saved_output = output.forward_into(attended.view(), T::one(), &mut middle.view_mut(), save, cost)?;
+    extra(Output, &attended, &mut middle, cost)?;
+    context.tap(Point::Middle, &mut middle);
     let attention_output = retain(attention || (save && layer.needs_whole_input(&[Output])), attended, scratch);
 
     let gain = layer.post_attention_norm.to_vec();
-    let (normed, middle_inverse_rms) = rms_norm_forward(middle.view(), &gain, context.eps, scratch, cost)?;
-    let (gate, saved_gate) = project(Gate, &normed, scratch, cost)?;
-    let (up, saved_up) = project(Up, &normed, scratch, cost)?;
+    let (mut normed, middle_inverse_rms) = rms_norm_forward(middle.view(), &gain, context.eps, scratch, cost)?;
+    context.tap(Point::NormedMiddle, &mut normed);
+    let (mut gate, saved_gate) = project(Gate, &normed, scratch, cost)?;
+    let (mut up, saved_up) = project(Up, &normed, scratch, cost)?;
+    context.tap(Point::Gate, &mut gate);
+    context.tap(Point::Up, &mut up);
     let normed_middle = retain(save && layer.needs_whole_input(&[Gate, Up]), normed, scratch);
-    let gated = swiglu_forward(gate.view(), up.view(), scratch, cost)?;
+    let mut gated = swiglu_forward(gate.view(), up.view(), scratch, cost)?;
+    context.tap(Point::Gated, &mut gated);
     let gated_backward = keep(|n| n.gated);
     let [gate, up] = [gate, up].map(|a| retain(gated_backward, a, scratch));
 
     let normed_middle_backward = keep(|n| n.normed_middle);
     let (mut out, middle) = if normed_middle_backward { (scratch.copy(&middle), Some(middle)) } else { (middle, None) };
     let saved_down = layer.projection(Down).forward_into(gated.view(), T::one(), &mut out.view_mut(), save, cost)?;
+    extra(Down, &gated, &mut out, cost)?;
+    context.tap(Point::Output, &mut out);
     let gated = retain(save && layer.needs_whole_input(&[Down]), gated, scratch);
     if needs.is_none_or(|n| !n.any) {
         return Ok((out, None));
@@ -317,10 +359,13 @@ pub(super) fn layer_backward<T: Real>(
     let mut dgated = run.input_gradient(needs.gated, rows, Down);
     run.project(Down, &dx, &cache.gated, dgated.as_mut(), zero)?;
     run.release([cache.gated.take()]);
-    let Some(dgated) = dgated else { return Ok(None) };
+    let Some(mut dgated) = dgated else { return Ok(None) };
+    context.tap_gradient(Point::Gated, &mut dgated);
     // gated = silu(gate) o up
     let (mut gate, mut up) = (take(&mut cache.gate, "gate")?, take(&mut cache.up, "up")?);
     swiglu_backward(dgated.view(), &mut gate, &mut up, run.cost)?;
+    context.tap_gradient(Point::Gate, &mut gate);
+    context.tap_gradient(Point::Up, &mut up);
     run.release([Some(dgated)]);
     // gate = gate_proj(normed), up = up_proj(normed)
     let mut dnormed = run.input_gradient(needs.normed_middle, rows, Gate);
@@ -328,7 +373,8 @@ pub(super) fn layer_backward<T: Real>(
     run.project(Up, &up, &cache.normed_middle, dnormed.as_mut(), one)?;
     run.release([Some(gate), Some(up), cache.normed_middle.take()]);
     // normed = norm(h)
-    if let Some(dnormed) = dnormed {
+    if let Some(mut dnormed) = dnormed {
+        context.tap_gradient(Point::NormedMiddle, &mut dnormed);
         let middle = take(&mut cache.middle, "middle")?;
         let gain = layer.post_attention_norm.to_vec();
         let sink = run.sinks.post_attention_norm.as_mut().and_then(Array2::as_slice_mut);
@@ -337,6 +383,7 @@ pub(super) fn layer_backward<T: Real>(
         let inverse = &cache.middle_inverse_rms;
         rms_norm_backward(dnormed.view(), middle.view(), inverse, &gain, sink, dmiddle, run.cost)?;
         run.release([Some(dnormed), Some(middle)]);
+        context.tap_gradient(Point::Middle, &mut dx);
     }
     if !needs.middle {
         return Ok(None);
@@ -344,7 +391,8 @@ pub(super) fn layer_backward<T: Real>(
     // h = x + o(attended)
     let mut dattended = run.input_gradient(needs.attention, rows, Output);
     run.project(Output, &dx, &cache.attention_output, dattended.as_mut(), zero)?;
-    let Some(dattended) = dattended else { return Ok(None) };
+    let Some(mut dattended) = dattended else { return Ok(None) };
+    context.tap_gradient(Point::Attended, &mut dattended);
     // attended = attention(rope(q), rope(k), v)
     let (query, key, value) =
         (take(&mut cache.query, "query")?, take(&mut cache.key, "key")?, take(&mut cache.value, "value")?);
@@ -357,12 +405,17 @@ pub(super) fn layer_backward<T: Real>(
         output: attended.view(),
         log_sum_exp: log_sum_exp.view(),
     };
-    let (shape, scale) = (context.attention, context.scale());
-    let (mut dquery, mut dkey, dvalue) =
-        causal_attention_backward(dattended.view(), &views, shape, scale, run.scratch, run.cost)?;
+    let (shape, visible, scale) = (context.attention, context.visible, context.scale());
+    let (mut dquery, mut dkey, mut dvalue) =
+        causal_attention_backward(dattended.view(), &views, shape, visible, scale, run.scratch, run.cost)?;
+    context.tap_gradient(Point::RotatedQuery, &mut dquery);
+    context.tap_gradient(Point::RotatedKey, &mut dkey);
+    context.tap_gradient(Point::Value, &mut dvalue);
     run.release([query, key, value, attended, log_sum_exp, dattended].map(Some));
     rope_backward(&mut dquery.view_mut(), context.rope, run.cost)?;
     rope_backward(&mut dkey.view_mut(), context.rope, run.cost)?;
+    context.tap_gradient(Point::Query, &mut dquery);
+    context.tap_gradient(Point::Key, &mut dkey);
     // q, k, v = projections of normed
     let mut dnormed = run.input_gradient(needs.normed_input, rows, Query);
     for (p, dy, beta) in [(Query, &dquery, zero), (Key, &dkey, one), (Value, &dvalue, one)] {
@@ -370,7 +423,8 @@ pub(super) fn layer_backward<T: Real>(
     }
     run.release([Some(dquery), Some(dkey), Some(dvalue), cache.normed_input.take()]);
     // normed = norm(x)
-    if let Some(dnormed) = dnormed {
+    if let Some(mut dnormed) = dnormed {
+        context.tap_gradient(Point::NormedInput, &mut dnormed);
         let input = take(&mut cache.input, "input")?;
         let gain = layer.input_norm.to_vec();
         let sink = run.sinks.input_norm.as_mut().and_then(Array2::as_slice_mut);

@@ -1,18 +1,20 @@
 //! The whole decoder: embedding, layers, last norm, loss; forward and backward.
 
 use super::batch::{Batch, StepOptions, StepOutput};
+use super::config::ModelConfig;
 use super::gradients::Gradients;
-use super::layer::{Context, LayerCache, LayerNeeds, layer_backward, layer_forward};
+use super::instruments::{Instruments, Point};
+use super::layer::{AddToOutput, Context, LayerCache, LayerNeeds, layer_backward, layer_forward};
 use super::parameters::Model;
-use crate::blocks::causal_attention::AttentionShape;
-use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy, prediction_targets};
+use crate::blocks::causal_attention::{AttentionShape, Visibility};
+use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy, cross_entropy_observed, prediction_targets};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
 use crate::blocks::linear::linear_forward;
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::RopeTable;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::{Real, Scratch};
+use crate::linalg::{Real, Scratch, on_workers};
 use ndarray::{Array2, ArrayView2};
 
 /// What is kept of one layer between forward and backward.
@@ -29,7 +31,6 @@ pub struct Pass<T> {
     pub output: StepOutput,
     layers: Vec<Kept<T>>,
     rope: RopeTable<T>,
-    attention: AttentionShape,
     /// Input of the last norm and 1 / rms of its rows.
     last: Option<(Array2<T>, Vec<T>)>,
     /// Gradient of the last norm's output, formed together with the loss.
@@ -81,26 +82,66 @@ impl<T: Real> Model<T> {
     }
 
     /// Embedding and layers without saving anything, then the last norm: `N x D`.
-    fn hidden(&self, ids: ArrayView2<u32>, cost: &mut Cost) -> Result<Array2<T>> {
-        let attention = self.attention_shape(ids.dim());
-        let rope = RopeTable::new(attention.length, attention.head_dim, self.config.rope_theta)?;
-        let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
-        let ids = ids.as_standard_layout();
-        let mut x = embedding_forward(ids.as_slice().unwrap_or(&[]), self.embedding.view())?;
+    /// `extra`, if any, is added to every projection's output.
+    pub(super) fn hidden(
+        &self,
+        batch: &Batch,
+        instruments: &Instruments<'_, T>,
+        extra: Option<&AddToOutput<'_, T>>,
+        cost: &mut Cost,
+    ) -> Result<Array2<T>> {
+        let rope = rope_table(&self.config, batch)?;
+        let mut context = Context { extra, ..self.context(batch, &rope, instruments) };
+        let mut x = embedding_forward(batch.input_ids.as_slice().unwrap_or(&[]), self.embedding.view())?;
+        instruments.tap(None, Point::Embedded, false, &mut x);
         let scratch = &mut Scratch::default();
-        for layer in &self.layers {
+        for (l, layer) in self.layers.iter().enumerate() {
+            context.layer = l;
             x = layer_forward(layer, x, &context, None, scratch, cost)?.0;
         }
         let gain = self.final_norm.to_vec();
-        Ok(rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?.0)
+        let mut normed = rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?.0;
+        instruments.tap(None, Point::FinalNorm, false, &mut normed);
+        Ok(normed)
     }
 
-    /// Logits of every position, `(B T) x V`.
+    fn context<'a>(
+        &self,
+        batch: &'a Batch,
+        rope: &'a RopeTable<T>,
+        instruments: &Instruments<'a, T>,
+    ) -> Context<'a, T> {
+        Context {
+            layer: 0,
+            attention: self.attention_shape(batch.input_ids.dim()),
+            visible: Visibility {
+                keys: batch.attention_mask.as_ref().map(|mask| mask.view()),
+                ahead: instruments.ahead,
+            },
+            rope,
+            eps: self.config.rms_norm_eps,
+            instruments: *instruments,
+            extra: None,
+        }
+    }
+
+    /// Logits of every position of unpadded sequences, `(B T) x V`.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
     pub fn logits(&self, ids: ArrayView2<u32>, cost: &mut Cost) -> Result<Array2<T>> {
-        linear_forward(self.hidden(ids, cost)?.view(), self.head().view(), cost)
+        let batch = Batch::new(ids.to_owned(), Array2::zeros(ids.dim()))?;
+        on_workers(|| self.batch_logits(&batch, &Instruments::default(), cost))
+    }
+
+    /// Logits of every position of a batch, `(B T) x V`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an id outside the vocabulary.
+    pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+        let mut logits = linear_forward(self.hidden(batch, instruments, None, cost)?.view(), self.head().view(), cost)?;
+        instruments.tap(None, Point::Logits, false, &mut logits);
+        Ok(logits)
     }
 
     /// Mean loss of a batch in nats, saving nothing.
@@ -110,8 +151,10 @@ impl<T: Real> Model<T> {
     pub fn loss(&self, batch: &Batch, cost: &mut Cost) -> Result<f64> {
         let targets = prediction_targets(batch.labels.view(), self.config.vocab_size)?;
         let divisor = divisor(&StepOptions::default(), targets.len())?;
-        let hidden = self.hidden(batch.input_ids.view(), cost)?;
-        cross_entropy(hidden.view(), self.head().view(), &targets, divisor, None, cost)
+        on_workers(|| {
+            let hidden = self.hidden(batch, &Instruments::default(), None, cost)?;
+            cross_entropy(hidden.view(), self.head().view(), &targets, divisor, None, cost)
+        })
     }
 
     /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
@@ -127,17 +170,36 @@ impl<T: Real> Model<T> {
         gradients: &mut Gradients<T>,
         cost: &mut Cost,
     ) -> Result<Pass<T>> {
-        let targets = prediction_targets(batch.labels.view(), self.config.vocab_size)?;
+        on_workers(|| self.forward_with(batch, options, &Instruments::default(), gradients, cost))
+    }
+
+    /// As [`Model::forward`], with instruments.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_with(
+        &self,
+        batch: &Batch,
+        options: &StepOptions,
+        instruments: &Instruments<'_, T>,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<Pass<T>> {
+        let targets = match instruments.targets {
+            Some(targets) => targets.to_vec(),
+            None => prediction_targets(batch.labels.view(), self.config.vocab_size)?,
+        };
         let divisor = divisor(options, targets.len())?;
-        let attention = self.attention_shape(batch.input_ids.dim());
-        let rope = RopeTable::new(attention.length, attention.head_dim, self.config.rope_theta)?;
-        let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
+        let rope = rope_table(&self.config, batch)?;
+        let mut context = self.context(batch, &rope, instruments);
         let mut x = embedding_forward(batch.input_ids.as_slice().unwrap_or(&[]), self.embedding.view())?;
+        instruments.tap(None, Point::Embedded, false, &mut x);
         let mut layers = Vec::with_capacity(self.layers.len());
         let scratch = &mut gradients.scratch;
         scratch.next_step();
         for (l, layer) in self.layers.iter().enumerate() {
             let needs = LayerNeeds::of(self, l);
+            context.layer = l;
             let kept = if !needs.any {
                 x = layer_forward(layer, x, &context, None, scratch, cost)?.0;
                 Kept::Nothing
@@ -153,7 +215,8 @@ impl<T: Real> Model<T> {
             layers.push(kept);
         }
         let gain = self.final_norm.to_vec();
-        let (normed, inverse_rms) = rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?;
+        let (mut normed, inverse_rms) = rms_norm_forward(x.view(), &gain, self.config.rms_norm_eps, scratch, cost)?;
+        instruments.tap(None, Point::FinalNorm, false, &mut normed);
         let wanted = self.trained_below(self.layers.len()) || self.trainable.norms;
         let mut dnormed = scratch.zeros(normed.dim());
         let dweight = match &self.lm_head {
@@ -162,11 +225,14 @@ impl<T: Real> Model<T> {
         };
         let mut view = dnormed.view_mut();
         let sinks = CrossEntropySinks { dhidden: &mut view, dweight: dweight.map(|d| d.view_mut()) };
-        let loss = cross_entropy(normed.view(), self.head().view(), &targets, divisor, Some(sinks), cost)?;
+        let observe = |gradient: bool, logits: &mut Array2<T>| instruments.tap(None, Point::Logits, gradient, logits);
+        let head = self.head().view();
+        let loss = cross_entropy_observed(normed.view(), head, &targets, divisor, Some(sinks), &observe, cost)?;
+        instruments.tap(None, Point::FinalNorm, true, &mut dnormed);
         let output = StepOutput { loss, counted: targets.len() };
         gradients.scratch.keep(normed);
         let last = wanted.then_some((x, inverse_rms));
-        Ok(Pass { output, layers, rope, attention, last, dnormed: wanted.then_some(dnormed) })
+        Ok(Pass { output, layers, rope, last, dnormed: wanted.then_some(dnormed) })
     }
 
     /// The backward half: consumes the pass, releasing each saved tensor after its last use.
@@ -180,12 +246,27 @@ impl<T: Real> Model<T> {
         gradients: &mut Gradients<T>,
         cost: &mut Cost,
     ) -> Result<StepOutput> {
-        let Pass { output, layers, rope, attention, last, dnormed } = pass;
+        on_workers(|| self.backward_with(batch, pass, &Instruments::default(), gradients, cost))
+    }
+
+    /// As [`Model::backward`], with the instruments of the forward.
+    ///
+    /// # Errors
+    /// As [`Model::backward`].
+    pub fn backward_with(
+        &self,
+        batch: &Batch,
+        pass: Pass<T>,
+        instruments: &Instruments<'_, T>,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<StepOutput> {
+        let Pass { output, layers, rope, last, dnormed } = pass;
         let (Some((x, inverse_rms)), Some(dnormed)) = (last, dnormed) else { return Ok(output) };
         if gradients.layers.len() != self.layers.len() {
             return Err(Error::invalid("gradients", gradients.layers.len(), "made for another number of layers"));
         }
-        let context = Context { attention, rope: &rope, eps: self.config.rms_norm_eps };
+        let mut context = self.context(batch, &rope, instruments);
         let scratch = &mut gradients.scratch;
         let mut dx = scratch.zeros(x.dim());
         let gain = self.final_norm.to_vec();
@@ -195,7 +276,9 @@ impl<T: Real> Model<T> {
         scratch.keep(dnormed);
         let mut upstream = Some(dx);
         for (l, kept) in layers.into_iter().enumerate().rev() {
-            let Some(dout) = upstream.take() else { break };
+            let Some(mut dout) = upstream.take() else { break };
+            context.layer = l;
+            instruments.tap(Some(l), Point::Output, true, &mut dout);
             let (layer, needs) = (&self.layers[l], LayerNeeds::of(self, l));
             let cache = match kept {
                 Kept::Nothing => break,
@@ -212,7 +295,8 @@ impl<T: Real> Model<T> {
             let sinks = &mut gradients.layers[l];
             upstream = layer_backward(layer, cache, dout, &context, needs, sinks, scratch, cost)?;
         }
-        if let (Some(dx), Some(sink)) = (upstream, &mut gradients.embedding) {
+        if let (Some(mut dx), Some(sink)) = (upstream, &mut gradients.embedding) {
+            instruments.tap(None, Point::Embedded, true, &mut dx);
             embedding_backward(batch.input_ids.as_slice().unwrap_or(&[]), dx.view(), &mut sink.view_mut())?;
         }
         Ok(output)
@@ -234,7 +318,16 @@ impl<T: Real> Model<T> {
     }
 }
 
-fn divisor(options: &StepOptions, counted: usize) -> Result<f64> {
+/// Angles of a batch's positions.
+pub(crate) fn rope_table<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<RopeTable<T>> {
+    match batch.position_ids.as_ref().and_then(|p| p.as_slice()) {
+        Some(positions) => RopeTable::at(positions, config.head_dim, config.rope_theta),
+        None => RopeTable::new(batch.input_ids.ncols(), config.head_dim, config.rope_theta),
+    }
+}
+
+/// What the sum of losses is divided by.
+pub(crate) fn divisor(options: &StepOptions, counted: usize) -> Result<f64> {
     let divisor = options.divisor.unwrap_or(counted as f64);
     if counted == 0 && options.divisor.is_none() {
         return Err(Error::invalid("labels", "all ignored", "at least one position must count"));

@@ -45,16 +45,23 @@ mod calibration;
 pub mod checkpoint;
 mod config;
 mod gradients;
+mod instruments;
 mod layer;
 mod llama;
 mod parameters;
 pub mod s2ft;
+pub mod update;
 
 pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
 pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use gradients::{Gradients, LayerGradients};
+pub use instruments::{Instruments, Place, Point, Tap};
+#[cfg(feature = "gpu")]
+pub(crate) use layer::LayerNeeds;
 pub use layer::{Layer, LayerCache};
 pub use llama::Pass;
-pub use parameters::{Model, Projection, Trainable, TrainableParts};
+#[cfg(feature = "gpu")]
+pub(crate) use llama::{divisor, rope_table};
+pub use parameters::{Model, Projection, ReadValues, Trainable, TrainableParts};

@@ -9,6 +9,7 @@ use crate::linalg::Real;
 use ndarray::{Array1, Array2};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
+use std::collections::BTreeMap;
 
 /// The seven projections of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,6 +84,14 @@ pub struct TrainableParts {
     pub lm_head: bool,
 }
 
+/// Gives a trained tensor's values by its name and shape.
+pub type ReadValues<'a, T> = dyn FnMut(&str, (usize, usize)) -> Result<Array2<T>> + 'a;
+
+/// Name of a projection's trained columns.
+fn paca_columns(layer: usize, p: Projection) -> String {
+    format!("model.layers.{layer}.{}.paca_columns", p.path())
+}
+
 /// A decoder with its adapters.
 #[derive(Debug, Clone)]
 pub struct Model<T> {
@@ -114,9 +123,13 @@ impl<T: Real> Model<T> {
     /// Normal weights of deviation 0.02 (the two that end a residual branch divided by sqrt(2 layers)), gains one.
     ///
     /// # Errors
-    /// As [`ModelConfig::check`].
+    /// As [`ModelConfig::check`]; [`Error::TooLarge`] beyond 2^33 weights.
     pub fn random(config: ModelConfig, rng: &mut impl Rng) -> Result<Self> {
         config.check()?;
+        let (needed, limit) = (config.parameters() as u128, 1 << 33);
+        if needed > limit {
+            return Err(Error::TooLarge { what: "a model with random weights".into(), needed, limit, unit: "weights" });
+        }
         let residual = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
         let mut normal = |shape: (usize, usize), deviation: f64| {
             Array2::from_shape_simple_fn(shape, || {
@@ -153,6 +166,19 @@ impl<T: Real> Model<T> {
         }
     }
 
+    /// Ends full fine-tuning: the weights stay as they are and nothing but adapters is trained from now on.
+    pub fn freeze(&mut self) {
+        self.trainable = TrainableParts::default();
+        for layer in &mut self.layers {
+            for p in Projection::ALL {
+                let method = &mut layer.projection_mut(p).method;
+                if matches!(method, Method::Full) {
+                    *method = Method::Frozen;
+                }
+            }
+        }
+    }
+
     /// The output projection.
     pub fn head(&self) -> &Array2<T> {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
@@ -180,7 +206,7 @@ impl<T: Real> Model<T> {
     }
 
     /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
-    pub(super) fn trained_below(&self, index: usize) -> bool {
+    pub(crate) fn trained_below(&self, index: usize) -> bool {
         self.trainable.embedding
             || (index > 0 && self.trainable.norms)
             || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
@@ -286,6 +312,55 @@ impl<T: Real> Model<T> {
             all.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".into(), head.clone())));
         }
         all
+    }
+
+    /// Copies of the trained values as they act. PaCA's are taken from the weight itself: its stored tensor is the
+    /// weight over a scaling, and a division followed by a product need not return the same bits.
+    pub fn acting_values(&self) -> Vec<(String, Array2<T>)> {
+        let mut all = self.trainable_values();
+        let mut columns = BTreeMap::new();
+        for (l, layer) in self.layers.iter().enumerate() {
+            for p in Projection::ALL {
+                let projection = layer.projection(p);
+                if let Method::Paca(paca) = &projection.method {
+                    columns.insert(paca_columns(l, p), paca.columns(&projection.base));
+                }
+            }
+        }
+        for (name, values) in &mut all {
+            if let Some(columns) = columns.remove(name) {
+                *values = columns;
+            }
+        }
+        all
+    }
+
+    /// Puts values as [`Model::acting_values`] gives them; `read` gets each tensor's name and shape.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    pub fn put_acting_values(&mut self, read: &mut ReadValues<'_, T>) -> Result<()> {
+        let mut columns = BTreeMap::new();
+        self.for_each_trainable(&mut |name, values| {
+            let found = read(name, values.dim())?;
+            if name.ends_with(".paca_columns") {
+                columns.insert(name.to_string(), found);
+            } else {
+                *values = found;
+            }
+            Ok(())
+        })?;
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            for p in Projection::ALL {
+                let projection = layer.projection_mut(p);
+                if let (Method::Paca(paca), Some(values)) =
+                    (&mut projection.method, columns.remove(&paca_columns(l, p)))
+                {
+                    paca.put(values, &mut projection.base);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Bytes held at rest: (weights, adapter tensors beside them).

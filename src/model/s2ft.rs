@@ -33,6 +33,14 @@ pub struct LayerOrder {
     pub channels: Vec<usize>,
 }
 
+impl LayerOrder {
+    /// The original row (or column, for o and down) of what now stands at each place of a projection.
+    pub fn lines(&self, p: Projection, config: &ModelConfig) -> Vec<usize> {
+        let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
+        expand(if channels { &self.channels } else { &self.groups }, unit_width(p, config))
+    }
+}
+
 /// Over what a share is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scope {
@@ -122,6 +130,13 @@ fn side_of(p: Projection) -> Side {
 /// Unit order expanded to rows or columns of a projection.
 fn expand(order: &[usize], width: usize) -> Vec<usize> {
     order.iter().flat_map(|&unit| unit * width..(unit + 1) * width).collect()
+}
+
+/// Original row or column of a projection that now stands at each place; `None` in the checkpoint's order.
+pub(super) fn original_places(order: Option<&LayerOrder>, p: Projection, config: &ModelConfig) -> Option<Vec<usize>> {
+    let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
+    let order = order.map(|o| if channels { &o.channels } else { &o.groups })?;
+    Some(expand(order, unit_width(p, config)))
 }
 
 fn inverse(order: &[usize]) -> Vec<usize> {

@@ -16,6 +16,9 @@ pub struct Machine {
     pub logical_cores: usize,
     /// Threads of the rayon pool.
     pub threads: usize,
+    /// Processes of the MPI job that shared the work, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
     /// Installed memory in bytes, if the system tells.
     pub memory_bytes: Option<u64>,
     /// Operating system and architecture, such as `linux x86_64`.
@@ -29,6 +32,7 @@ impl Machine {
             cpu: proc_field("/proc/cpuinfo", "model name"),
             logical_cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             threads: rayon::current_num_threads(),
+            ranks: None,
             memory_bytes: proc_field("/proc/meminfo", "MemTotal")
                 .and_then(|v| v.split_whitespace().next()?.parse::<u64>().ok())
                 .map(|kib| kib * 1024),

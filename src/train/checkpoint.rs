@@ -11,7 +11,6 @@
 //! leaves the earlier ones as they were; the two latest are kept. What is not trained is not stored: it
 //! follows from the configuration (and is checked against the stored fingerprint of the base weights).
 
-use crate::adapters::Method;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::{Model, Projection};
@@ -19,8 +18,6 @@ use crate::tensor_file::{TensorFile, TensorWriter};
 use crate::train::config::TrainConfig;
 use crate::train::stream::mix;
 use crate::train::trainer::Trainer;
-use ndarray::Array2;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Checkpoints kept.
@@ -42,30 +39,8 @@ pub fn fingerprint<T: Real>(model: &Model<T>) -> u64 {
     hash
 }
 
-/// Trained values as they act. PaCA's are taken from the weight itself: its stored tensor is the weight over a
-/// scaling, and a division followed by a product need not return the same bits.
-fn values<T: Real>(model: &Model<T>) -> Vec<(String, Array2<T>)> {
-    let mut all = model.trainable_values();
-    let mut columns = BTreeMap::new();
-    for (l, layer) in model.layers.iter().enumerate() {
-        for p in Projection::ALL {
-            let projection = layer.projection(p);
-            if let Method::Paca(paca) = &projection.method {
-                let name = format!("model.layers.{l}.{}.paca_columns", p.path());
-                columns.insert(name, paca.columns(&projection.base));
-            }
-        }
-    }
-    for (name, values) in &mut all {
-        if let Some(columns) = columns.remove(name) {
-            *values = columns;
-        }
-    }
-    all
-}
-
 fn restore<T: Real>(model: &mut Model<T>, file: &TensorFile) -> Result<()> {
-    let read = |name: &str, expected: (usize, usize)| -> Result<Array2<T>> {
+    model.put_acting_values(&mut |name, expected| {
         let tensor = format!("value.{name}");
         let values = file.matrix::<T>(&tensor, "the configuration trains it")?;
         if values.dim() == expected {
@@ -73,22 +48,7 @@ fn restore<T: Real>(model: &mut Model<T>, file: &TensorFile) -> Result<()> {
         }
         let (expected, found) = (format!("shape {expected:?}"), format!("{:?}", values.dim()));
         Err(file.malformed(format!("tensor {tensor}"), expected, found))
-    };
-    model.for_each_trainable(&mut |name, values| {
-        *values = read(name, values.dim())?;
-        Ok(())
-    })?;
-    for (l, layer) in model.layers.iter_mut().enumerate() {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
-            if let Method::Paca(paca) = &mut projection.method {
-                let name = format!("model.layers.{l}.{}.paca_columns", p.path());
-                let shape = (projection.base.shape().0, paca.index.len());
-                paca.put(read(&name, shape)?, &mut projection.base);
-            }
-        }
-    }
-    Ok(())
+    })
 }
 
 /// Writes the state of a run and removes all but the latest checkpoints. Returns the checkpoint's folder.
@@ -104,7 +64,7 @@ pub fn save<T: Real>(trainer: &Trainer<T>, folder: &Path) -> Result<PathBuf> {
     let temporary = tempfile::Builder::new().prefix(".saving-").tempdir_in(folder).map_err(|e| Error::io(folder, e))?;
     let mut writer = TensorWriter::new();
     writer.metadata("step", trainer.step).metadata("fingerprint", format!("{:016x}", trainer.fingerprint));
-    for (name, values) in values(&trainer.model) {
+    for (name, values) in trainer.model.acting_values() {
         writer.matrix(&format!("value.{name}"), values.view());
     }
     for (name, values) in trainer.optimizer.state() {

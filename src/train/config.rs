@@ -78,10 +78,10 @@ impl ModelSource {
 ///
 /// | name | default | purpose | range |
 /// |---|---|---|---|
-/// | `steps` | 1000 | optimizer updates | >= 1 |
-/// | `batch` | 32 | rows per forward pass | >= 1 |
-/// | `accumulation` | 1 | forward passes per update | >= 1 |
-/// | `length` | 256 | most tokens per row | >= 2 |
+/// | `steps` | 1000 | optimizer updates | 1 to 2^32 |
+/// | `batch` | 32 | rows per forward pass | 1 to 2^16 |
+/// | `accumulation` | 1 | forward passes per update | 1 to 2^15 |
+/// | `length` | 256 | most tokens per row | 2 to 2^20 |
 /// | `fixed_width` | false | pad every batch to `length` rather than to its longest row | |
 /// | `truncate` | false | cut longer rows rather than refuse them | |
 /// | `checkpointing` | false | activation checkpointing: less memory, one more forward | |
@@ -231,15 +231,17 @@ impl TrainConfig {
     /// [`Error::InvalidParam`] naming the key.
     pub fn check(&self) -> Result<()> {
         let run = &self.train;
-        let least = [
-            ("steps", run.steps, 1),
-            ("batch", run.batch as u64, 1),
-            ("accumulation", run.accumulation as u64, 1),
-            ("length", run.length as u64, 2),
+        // The upper ends keep the number of every row below 2^64 and refuse a damaged file before it allocates.
+        let ranges = [
+            ("steps", run.steps, 1, 1 << 32),
+            ("batch", run.batch as u64, 1, 1 << 16),
+            ("accumulation", run.accumulation as u64, 1, 1 << 15),
+            ("length", run.length as u64, 2, 1 << 20),
         ];
-        for (name, value, least) in least {
-            if value < least {
-                return Err(Error::invalid(format!("train.{name}"), value, format!("must be at least {least}")));
+        for (name, value, least, most) in ranges {
+            if value < least || value > most {
+                let requirement = format!("must be at least {least} and at most {most}");
+                return Err(Error::invalid(format!("train.{name}"), value, requirement));
             }
         }
         if !(run.target_loss >= 0.0) {
@@ -313,6 +315,7 @@ mod tests {
             ("\n[optimizer]\nlearning_rate = 1\n", ["learning_rate", "line 3"]),
             ("[model]\npreset = \"nano\"\npath = \"x\"\n", ["c.toml", "line"]),
             ("[train]\nsteps = 0\n", ["train.steps", "at least 1"]),
+            ("[train]\nbatch = 65537\n", ["train.batch", "at most 65536"]),
             ("[train]\nlength = 1\n", ["train.length", "at least 2"]),
             ("[train]\ntarget_loss = nan\n", ["train.target_loss", "at least 0"]),
             ("[optimizer]\nlr = -1\n", ["optimizer.lr", "positive"]),

@@ -12,7 +12,7 @@ use crate::linalg::Real;
 use crate::model::{Batch, Model};
 use crate::train::data::{Encoder, Example};
 use crate::train::tasks::{Split, Task, row};
-use ndarray::ArrayView1;
+use ndarray::{ArrayView1, ArrayView2};
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -31,10 +31,13 @@ pub struct Scores {
 
 /// What one sequence gets.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-struct Sequence {
-    counted: usize,
-    right: usize,
-    log_likelihood: f64,
+pub(super) struct Sequence {
+    /// Supervised tokens.
+    pub counted: usize,
+    /// Those that are the argmax of their logits.
+    pub right: usize,
+    /// Sum of the supervised tokens' log-probabilities, nats.
+    pub log_likelihood: f64,
 }
 
 /// Evaluates `rows` rows of a split, `batch` sequences at a time. Cost: one forward per sequence.
@@ -84,17 +87,18 @@ fn score<T: Real>(
 ) -> Result<Vec<Sequence>> {
     let mut all = Vec::with_capacity(examples.len());
     for chunk in examples.chunks(batch.max(1)) {
-        all.extend(score_batch(model, &encoder.batch(chunk, None)?)?);
+        let batch = encoder.batch(chunk, None)?;
+        let logits = model.logits(batch.input_ids.view(), &mut Cost::default())?;
+        all.extend(score_logits(logits.view(), &batch, model.config.vocab_size)?);
     }
     Ok(all)
 }
 
-fn score_batch<T: Real>(model: &Model<T>, batch: &Batch) -> Result<Vec<Sequence>> {
-    let mut cost = Cost::default();
-    let logits = model.logits(batch.input_ids.view(), &mut cost)?;
+/// What each sequence of a batch gets from its logits, `(B T) x V`.
+pub(super) fn score_logits<T: Real>(logits: ArrayView2<T>, batch: &Batch, vocabulary: usize) -> Result<Vec<Sequence>> {
     let (sequences, length) = batch.labels.dim();
     let mut all = vec![Sequence::default(); sequences];
-    for (position, label) in prediction_targets(batch.labels.view(), model.config.vocab_size)? {
+    for (position, label) in prediction_targets(batch.labels.view(), vocabulary)? {
         let (best, log_probability) = read_logits(logits.row(position), label);
         let sequence = &mut all[position / length];
         sequence.counted += 1;

@@ -224,9 +224,14 @@ impl MethodParams {
     /// [`MethodParams::needs_calibration`] says so.
     ///
     /// # Errors
-    /// As [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
+    /// [`Error::InvalidParam`] if the model trains something already ([`Model::freeze`] ends that); as
+    /// [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
     pub fn apply<T: Real>(&self, model: &mut Model<T>, calibration: Option<&Calibration<T>>, seed: u64) -> Result<()> {
         self.check()?;
+        if model.trainable_elements() > 0 {
+            // Whatever is still trainable would be trained beside the method, unnoticed.
+            return Err(Error::invalid("model", "already trainable", "must be frozen before a method is attached"));
+        }
         let mut rng = generator(seed, "init/adapter", 0);
         if self.name == MethodName::Full && self.targets.is_none() {
             model.train_fully();
@@ -298,6 +303,15 @@ mod tests {
                 MethodName::S2ft => config.hidden_size * (64 + 34),
             };
             assert_eq!(model.trainable_elements(), want, "{}", name.name());
+            let mut again = model.clone();
+            let refused = MethodParams::named(MethodName::Lora).apply(&mut again, None, 1).unwrap_err();
+            assert!(refused.to_string().contains("frozen"), "{refused}");
+            if name == MethodName::Full {
+                again.freeze();
+                assert_eq!(again.trainable_elements(), 0);
+                MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }.apply(&mut again, None, 1).unwrap();
+                assert_eq!(again.trainable_elements(), each(|(o, i)| 3 * (o + i)));
+            }
             if name.quantized() {
                 let (weights, _) = model.weight_bytes();
                 assert!(weights * 5 < base.weight_bytes().0, "{weights} bytes packed");

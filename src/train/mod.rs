@@ -1,9 +1,13 @@
 //! Training: objective, optimizer, schedule, data, trainer, memory ledger.
 
+pub mod budget;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod engine;
 pub mod evaluate;
+pub mod evaluate_mixed;
+pub mod head;
 pub mod memory;
 pub mod method;
 pub mod observe;
@@ -15,3 +19,4 @@ pub mod stream;
 pub mod tasks;
 pub mod tokenizer;
 pub mod trainer;
+pub mod two_layer;

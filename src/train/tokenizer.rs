@@ -66,8 +66,10 @@ impl Tokenizer {
 
     #[cfg(feature = "hf-tokenizer")]
     fn from_json(folder: &Path, path: &Path) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_file(path)
-            .map_err(|e| Error::format(path, "file", "a Hugging Face tokenizer", e.to_string()))?;
+        let refused = |found: String| Error::format(path, "file", "a Hugging Face tokenizer", found);
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| refused(e.to_string()))?;
+        let inner = without_panic(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(refused)?;
         let config = folder.join("config.json");
         let text = std::fs::read_to_string(&config).map_err(|e| Error::io(&config, e))?;
         let value: serde_json::Value =
@@ -75,7 +77,7 @@ impl Tokenizer {
         // `eos_token_id` may be a list; the first entry ends a row.
         let id = |key: &str| {
             let value = value.get(key)?;
-            value.as_u64().or_else(|| value.get(0)?.as_u64()).map(|id| id as u32)
+            value.as_u64().or_else(|| value.get(0)?.as_u64()).and_then(|id| u32::try_from(id).ok())
         };
         let end = id("eos_token_id")
             .ok_or_else(|| Error::format(&config, "key eos_token_id", "the id that ends a row", "nothing"))?;
@@ -105,9 +107,9 @@ impl Tokenizer {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(u32::from).collect()),
             #[cfg(feature = "hf-tokenizer")]
-            Kind::HuggingFace(inner) => match inner.encode(text, false) {
+            Kind::HuggingFace(inner) => match without_panic(|| inner.encode(text, false)) {
                 Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-                Err(e) => Err(Error::invalid("text", format!("{text:?}"), e.to_string())),
+                Err(reason) => Err(Error::invalid("text", format!("{text:?}"), reason)),
             },
         }
     }
@@ -123,9 +125,22 @@ impl Tokenizer {
                 Ok(String::from_utf8_lossy(&bytes).into_owned())
             }
             #[cfg(feature = "hf-tokenizer")]
-            Kind::HuggingFace(inner) => {
-                inner.decode(ids, true).map_err(|e| Error::invalid("token ids", format!("{ids:?}"), e.to_string()))
-            }
+            Kind::HuggingFace(inner) => without_panic(|| inner.decode(ids, true))
+                .map_err(|reason| Error::invalid("token ids", format!("{ids:?}"), reason)),
+        }
+    }
+}
+
+/// The library's answer, or its error or panic as a text: it panics on some files that are JSON but no tokenizer.
+#[cfg(feature = "hf-tokenizer")]
+fn without_panic<X>(call: impl FnOnce() -> tokenizers::Result<X>) -> std::result::Result<X, String> {
+    // Nothing outside the call can be left half changed: it borrows immutably.
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+        Ok(answer) => answer.map_err(|e| e.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|t| t.to_string()));
+            Err(text.unwrap_or_else(|| "something on which the tokenizer library fails".into()))
         }
     }
 }

@@ -12,13 +12,14 @@
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::model::{Gradients, Model, StepOptions};
+use crate::model::{Batch, Gradients, Model, StepOptions};
 use crate::train::checkpoint;
 use crate::train::config::{ModelSource, TrainConfig};
 use crate::train::data::Encoder;
+use crate::train::engine::StepEngine;
 use crate::train::evaluate::evaluate;
 use crate::train::observe::{EvaluationRecord, Event, Observe, StepRecord, StopReason};
-use crate::train::optimizer::{Optimizer, clip_factor};
+use crate::train::optimizer::{Optimizer, clip_factor, update_model};
 use crate::train::schedule::Schedule;
 use crate::train::storage::{round_bf16, round_gradients, round_model};
 use crate::train::stream::{fnv1a, generator};
@@ -51,7 +52,11 @@ pub struct Trainer<T: Real> {
     data: Mixture,
     retain: Option<Mixture>,
     gradients: Gradients<T>,
-    /// Operations of all steps so far (since the start or the resume).
+    /// Computes the steps in place of the model, if any.
+    engine: Option<Box<dyn StepEngine<T>>>,
+    /// Whether the engine has made updates that the model does not have.
+    behind: bool,
+    /// Operations of the model's own steps so far (since the start or the resume).
     pub cost: Cost,
 }
 
@@ -121,6 +126,8 @@ impl<T: Real> Trainer<T> {
             data,
             retain,
             gradients: model.zero_gradients(),
+            engine: None,
+            behind: false,
             tokenizer,
             model,
             fingerprint,
@@ -133,6 +140,11 @@ impl<T: Real> Trainer<T> {
     /// Updates done.
     pub fn steps_done(&self) -> u64 {
         self.step
+    }
+
+    /// [`checkpoint::fingerprint`] of the weights before adaptation.
+    pub fn base_fingerprint(&self) -> u64 {
+        self.fingerprint
     }
 
     /// The gradient sinks (zero between steps).
@@ -164,39 +176,27 @@ impl<T: Real> Trainer<T> {
             .collect::<Result<Vec<_>>>()?;
         let counted: usize = batches.iter().map(|b| b.counted()).sum();
         let options = StepOptions { divisor: Some(counted as f64), checkpointing: run.checkpointing };
-        let mut loss = 0.0;
-        self.gradients.fill_zero();
-        for batch in &batches {
-            match self.model.loss_and_gradients(batch, &options, &mut self.gradients, &mut self.cost) {
-                Ok(output) => loss += output.loss,
-                Err(Error::NonFinite { tensor, .. }) => return Ok(StepOutcome::NonFinite { tensor }),
-                Err(other) => return Err(other),
-            }
-        }
-        if run.bf16_storage {
-            round_gradients(&mut self.gradients);
-        }
-        let norm = self.gradients.norm();
-        if !norm.is_finite() {
-            let bad = self.gradients.named().into_iter().find(|(_, g)| g.iter().any(|x| !x.is_finite()));
-            // Each entry may be finite and the norm overflow: report the norm itself then.
-            let tensor = bad.map_or("gradient norm".to_string(), |(name, _)| format!("gradient of {name}"));
-            return Ok(StepOutcome::NonFinite { tensor });
-        }
+        let gradients = match &mut self.engine {
+            Some(engine) => engine.gradients(&batches, &options),
+            None => self.own_gradients(&batches, &options),
+        };
+        let (loss, norm) = match gradients {
+            Ok(found) => found,
+            Err(Error::NonFinite { tensor, .. }) => return Ok(StepOutcome::NonFinite { tensor }),
+            Err(other) => return Err(other),
+        };
         let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
         let scale = clip_factor(norm, self.config.optimizer.clip);
-        let optimizer = &mut self.optimizer;
-        optimizer.begin_step();
-        self.model.update(&self.gradients, &mut |tensor| {
-            let contiguous = || Error::invalid("tensor", tensor.name, "must be contiguous");
-            let gradient = tensor.gradient.as_slice().ok_or_else(contiguous)?;
-            let values = tensor.values.as_slice_mut().ok_or_else(contiguous)?;
-            optimizer.update(tensor.name, values, gradient, lr, scale)?;
-            if run.bf16_storage {
-                values.iter_mut().for_each(|x| *x = round_bf16(*x));
-            }
-            Ok(())
-        })?;
+        if let Some(engine) = &mut self.engine {
+            engine.update(lr, scale)?;
+            self.behind = true;
+        } else {
+            update_model(&mut self.optimizer, &mut self.model, &self.gradients, lr, scale, |values| {
+                if run.bf16_storage {
+                    values.iter_mut().for_each(|x| *x = round_bf16(*x));
+                }
+            })?;
+        }
         self.step += 1;
         Ok(StepOutcome::Done(StepRecord {
             step: self.step,
@@ -207,6 +207,43 @@ impl<T: Real> Trainer<T> {
             tokens: batches.iter().map(|b| b.tokens()).sum(),
             seconds: start.elapsed().as_secs_f64(),
         }))
+    }
+
+    /// Gradients of the batches in the sinks, by the model itself: (loss, norm).
+    fn own_gradients(&mut self, batches: &[Batch], options: &StepOptions) -> Result<(f64, f64)> {
+        self.gradients.fill_zero();
+        let mut loss = 0.0;
+        for batch in batches {
+            loss += self.model.loss_and_gradients(batch, options, &mut self.gradients, &mut self.cost)?.loss;
+        }
+        if self.config.train.bf16_storage {
+            round_gradients(&mut self.gradients);
+        }
+        let norm = self.gradients.norm();
+        if !norm.is_finite() {
+            let bad = self.gradients.named().into_iter().find(|(_, g)| g.iter().any(|x| !x.is_finite()));
+            // Each entry may be finite and the norm overflow: report the norm itself then.
+            let tensor = bad.map_or("gradient norm".to_string(), |(name, _)| format!("gradient of {name}"));
+            return Err(Error::NonFinite { op: "gradient norm", tensor, index: vec![], value: norm });
+        }
+        Ok((loss, norm))
+    }
+
+    /// Lets an engine, made from this run's model and optimizer as they are now, compute the steps from here on.
+    pub fn attach(&mut self, engine: Box<dyn StepEngine<T>>) {
+        self.engine = Some(engine);
+    }
+
+    /// Brings the model and the optimizer up to the engine's state, if there is an engine.
+    ///
+    /// # Errors
+    /// What the engine fails with.
+    pub fn synchronize(&mut self) -> Result<()> {
+        if let (Some(engine), true) = (&self.engine, self.behind) {
+            engine.download(&mut self.model, &mut self.optimizer)?;
+            self.behind = false;
+        }
+        Ok(())
     }
 
     /// Scores on every task and split that there is: the data's, then the retained ones'.
@@ -263,6 +300,7 @@ impl<T: Real> Trainer<T> {
             };
             tell(&Event::Step(&record))?;
             if run.eval_every > 0 && self.step.is_multiple_of(run.eval_every) {
+                self.synchronize()?;
                 for record in self.evaluate()? {
                     tell(&Event::Evaluated(&record))?;
                 }
@@ -272,6 +310,7 @@ impl<T: Real> Trainer<T> {
                 break StopReason::TargetLoss { step: self.step, loss: record.loss };
             }
             if run.save_every > 0 && self.step.is_multiple_of(run.save_every) && self.step < run.steps {
+                self.synchronize()?;
                 if let Some(tensor) = self.non_finite_parameter() {
                     break StopReason::NonFinite { step: self.step, tensor };
                 }
@@ -280,6 +319,7 @@ impl<T: Real> Trainer<T> {
                 }
             }
         };
+        self.synchronize()?;
         let reason = match (&reason, self.non_finite_parameter()) {
             (StopReason::NonFinite { .. }, _) | (_, None) => reason,
             (_, Some(tensor)) => StopReason::NonFinite { step: self.step, tensor },

@@ -3,11 +3,13 @@
 //! A query of chunk t sees the keys of chunks before t through the running moments M_t = sum_{s < t} Psi_s^T [...]
 //! and those of its own chunk through their exact exponentials, on the same scale exp(S - shift). The key
 //! side is the mirror image, scanned from the last chunk. Groups of chunks run in parallel: their totals
-//! come first, then each group scans from the sum of the groups before (or after) it.
+//! come first, then each group scans from the sum of the groups before (or after) it. Shards of rows are further
+//! groups: each starts from the sum of the shards before (or after) it. Chunks begin at the first row of a shard.
 
-use super::full::query_tiles;
-use super::tile::{Chain, QueryTile, TILE};
-use crate::attention::contraction::Products;
+use super::query_results::QueryResults;
+use super::sparse::QuerySide;
+use super::tile::{Chain, Chained, QueryTile, TILE};
+use crate::attention::shards::{RowShards, entries, together};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::elementwise::exp_rows;
@@ -19,7 +21,7 @@ use std::ops::Range;
 /// Fixed number of groups, so that results do not depend on the number of threads.
 const GROUPS: usize = 8;
 
-pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Products<T>, Array2<T>)> {
+pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cost: &mut Cost) -> Result<Chained<T>> {
     let w = chain.widths;
     let rank = chain.map.rank();
     let tokens = chain.problem.num_queries();
@@ -37,19 +39,16 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Pr
         }
         Ok(sum)
     })?;
-    let before = exclusive_sums(totals);
+    let mut earlier = total_of(&totals);
+    shards.sum_before(entries(&mut earlier))?;
+    let before = exclusive_sums(totals, earlier);
 
-    let mut output = Array2::zeros((tokens, w.value));
-    let mut value_right = Array2::zeros((tokens, w.value_right));
-    let mut score_right = Array2::zeros((tokens, w.score_right));
-    let mut upstream = Array2::zeros((tokens, w.value));
-    let mut row_state = Array2::zeros((tokens, 2));
+    let mut results = QueryResults::new(tokens, w, cost);
     let mut key_side = Array2::zeros((tokens, w.score_left + w.value_left));
-    cost.hold(tokens * (2 * w.value + w.value_right + w.score_right + 2) + key_side.len());
+    cost.hold(key_side.len());
 
     // Forward scan: queries, the exact diagonal's part of the key side, totals of the left moments.
-    let mut tiles =
-        query_tiles(&mut output, &mut value_right, &mut score_right, &mut upstream, &mut row_state).into_iter();
+    let mut tiles = results.tiles().into_iter();
     let mut key_tiles = key_side.axis_chunks_iter_mut(Axis(0), TILE);
     let mut jobs: Vec<ForwardJob<T>> = groups
         .iter()
@@ -65,15 +64,12 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Pr
         .collect();
     let outcomes: Vec<Result<(Array2<T>, Cost)>> = jobs.par_iter_mut().map(|job| forward_scan(chain, job)).collect();
     drop(jobs);
-    let mut totals = Vec::with_capacity(groups.len());
-    for outcome in outcomes {
-        let (total, part) = outcome?;
-        cost.add_operations(&part);
-        totals.push(total);
-    }
+    let mut totals = together(shards, in_order(outcomes, cost))?;
+    let mut later = total_of(&totals);
+    shards.sum_after(entries(&mut later))?;
     // Running sums over the groups after.
     totals.reverse();
-    let mut after = exclusive_sums(totals);
+    let mut after = exclusive_sums(totals, later);
     after.reverse();
 
     // Backward scan: the key side below the diagonal chunks.
@@ -87,7 +83,8 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Pr
             keys: key_tiles.by_ref().take(range.len().div_ceil(TILE)).collect(),
         })
         .collect();
-    let (upstream_view, state_view) = (upstream.view(), row_state.view());
+    let (upstream_view, state_view) = (results.upstream.view(), results.row_state.view());
+    let side = QuerySide::new(chain, upstream_view, state_view, cost);
     let costs: Vec<Cost> = jobs
         .par_iter_mut()
         .map(|BackwardJob { range, state, keys }| {
@@ -97,6 +94,7 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Pr
                 let psi = chain.key_features(chunk.clone(), &mut cost);
                 let sums = product(psi.t(), state.view(), &mut cost);
                 chain.add_keys(chunk.clone(), sums.view(), out, &mut cost);
+                chain.add_corrected_keys(chunk.clone(), chunk.end, side.as_ref(), out, &mut cost);
                 let phi = chain.query_features(chunk.clone(), &mut cost);
                 let rows = s![chunk.clone(), ..];
                 let columns =
@@ -109,14 +107,7 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<(Pr
     drop(jobs);
     costs.iter().for_each(|part| cost.add_operations(part));
     cost.release(tile_memory);
-    let products = Products {
-        output,
-        value_right,
-        score_right,
-        score_left: key_side.slice(s![.., ..w.score_left]).to_owned(),
-        value_left: key_side.slice(s![.., w.score_left..]).to_owned(),
-    };
-    Ok((products, upstream))
+    Ok(results.with_key_side(&key_side, w))
 }
 
 /// One group of the forward scan: its starting moments and the rows it owns.
@@ -144,7 +135,9 @@ fn forward_scan<T: Real>(chain: &Chain<T>, job: &mut ForwardJob<T>) -> Result<(A
         let exact = diagonal(chain, chunk.clone(), &mut cost);
         let right = chain.right_columns(chunk.clone(), &mut cost);
         product_into(exact.view(), right.view(), T::one(), &mut sums.view_mut(), &mut cost);
+        chain.add_corrected_rows(chunk.clone(), chunk.start, &mut sums, &mut cost);
         chain.finish_queries(sums.view(), tile, &mut cost)?;
+        chain.add_corrected_scores(chunk.start, tile, &mut cost);
         let left = chain.left_columns(chunk.clone(), tile.upstream.view(), tile.row_state.view(), &mut cost);
         let key_sums = product(exact.t(), left.view(), &mut cost);
         chain.add_keys(chunk.clone(), key_sums.view(), out, &mut cost);
@@ -194,7 +187,12 @@ fn in_parallel<T: Real>(
             Ok((work(range, &mut cost)?, cost))
         })
         .collect();
-    let mut results = Vec::with_capacity(groups.len());
+    in_order(outcomes, cost)
+}
+
+/// The results, with their operations added.
+fn in_order<T>(outcomes: Vec<Result<(Array2<T>, Cost)>>, cost: &mut Cost) -> Result<Vec<Array2<T>>> {
+    let mut results = Vec::with_capacity(outcomes.len());
     for outcome in outcomes {
         let (result, part) = outcome?;
         cost.add_operations(&part);
@@ -203,10 +201,15 @@ fn in_parallel<T: Real>(
     Ok(results)
 }
 
-/// Replaces each matrix by the sum of those before it (zero for the first).
-fn exclusive_sums<T: Real>(mut matrices: Vec<Array2<T>>) -> Vec<Array2<T>> {
-    let Some(first) = matrices.first() else { return matrices };
-    let mut running = Array2::zeros(first.raw_dim());
+/// Sum of the matrices.
+fn total_of<T: Real>(matrices: &[Array2<T>]) -> Array2<T> {
+    let mut total = matrices.first().map_or_else(|| Array2::zeros((0, 0)), |first| Array2::zeros(first.raw_dim()));
+    matrices.iter().for_each(|matrix| total += matrix);
+    total
+}
+
+/// Replaces each matrix by `running` plus the sum of those before it.
+fn exclusive_sums<T: Real>(mut matrices: Vec<Array2<T>>, mut running: Array2<T>) -> Vec<Array2<T>> {
     for matrix in &mut matrices {
         let next = &running + &*matrix;
         *matrix = std::mem::replace(&mut running, next);

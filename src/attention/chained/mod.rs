@@ -19,22 +19,29 @@
 
 mod causal;
 mod full;
+mod query_results;
+mod sparse;
 mod tile;
 
-use super::contraction::{Contraction, Products};
+use super::contraction::Contraction;
 use super::factorization::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
 use super::gradients::{Gradients, Request};
 use super::problem::{AttentionProblem, Mask, Projected};
+use super::shards::{RowShards, WholeHead};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use ndarray::Array2;
+
+/// Rows of the chunks that a causal chain treats exactly, counted from the first row of a shard.
+pub const CHUNK: usize = tile::TILE;
 
 /// A gradient with the certificate of the factorization that made it.
 #[derive(Debug, Clone)]
 pub struct ChainedGradients<T> {
     /// The gradients.
     pub gradients: Gradients<T>,
+    /// 1 / D_i of every query, D the approximate softmax denominator on the scale exp(S - shift).
+    pub inverse_denominators: Vec<T>,
     /// What the factorization assumed and guarantees.
     pub certificate: Certificate,
 }
@@ -54,13 +61,7 @@ pub fn gradients<T: Real>(
 ) -> Result<ChainedGradients<T>> {
     let mut cost = Cost::default();
     let projected = problem.project(&mut cost);
-    let scores = Scores {
-        query: projected.qkv.query.view(),
-        key: projected.qkv.key.view(),
-        beta: problem.beta(),
-        mask: problem.mask(),
-    };
-    let map = factorization.prepare(&scores, &mut cost)?;
+    let map = factorization.prepare(&Scores::of(problem, &projected), &mut cost)?;
     with_map(problem, &projected, map.as_ref(), request, cost)
 }
 
@@ -73,16 +74,34 @@ pub fn with_map<T: Real>(
     projected: &Projected<T>,
     map: &dyn FeatureMap<T>,
     request: Request,
+    cost: Cost,
+) -> Result<ChainedGradients<T>> {
+    on_shard(problem, projected, map, request, &WholeHead, cost)
+}
+
+/// As [`with_map`], for one shard of a head's rows: `problem`, `projected` and `map` are of this shard's rows.
+///
+/// Rows of the result (O, dQ, dK, dV) are this shard's; its dW, dA, dB and loss are still to be summed over the shards.
+///
+/// # Errors
+/// As [`gradients`], rows being counted from the shard's first; [`crate::Error::OtherRank`] when another shard fails.
+pub fn on_shard<T: Real>(
+    problem: &AttentionProblem<T>,
+    projected: &Projected<T>,
+    map: &dyn FeatureMap<T>,
+    request: Request,
+    shards: &dyn RowShards<T>,
     mut cost: Cost,
 ) -> Result<ChainedGradients<T>> {
     let contraction = Contraction::new(problem, projected, request, &mut cost)?;
     let chain = tile::Chain::new(problem, projected, &contraction, map);
-    let (products, upstream): (Products<T>, Array2<T>) = match problem.mask() {
-        Mask::Full => full::products(&chain, &mut cost)?,
-        Mask::Causal => causal::products(&chain, &mut cost)?,
+    let done = match problem.mask() {
+        Mask::Full => full::products(&chain, shards, &mut cost)?,
+        Mask::Causal => causal::products(&chain, shards, &mut cost)?,
     };
-    let gradients = contraction.finish(problem, projected, &upstream, products, cost);
-    Ok(ChainedGradients { gradients, certificate: map.certificate().clone() })
+    let gradients = contraction.finish(problem, projected, &done.upstream, done.products, cost);
+    let inverse_denominators = done.row_state.column(0).to_vec();
+    Ok(ChainedGradients { gradients, inverse_denominators, certificate: map.certificate().clone() })
 }
 
 /// Multiply-adds of a chained gradient with k feature columns on self-attention, as counted by [`gradients`] apart

@@ -1,6 +1,6 @@
 //! What one row tile does: gather the columns that moments are made of, and contract moments into outputs.
 
-use crate::attention::contraction::Contraction;
+use crate::attention::contraction::{Contraction, Products};
 use crate::attention::factorization::FeatureMap;
 use crate::attention::problem::{AttentionProblem, Objective, Projected, SoftmaxKind};
 use crate::cost::Cost;
@@ -11,7 +11,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
 /// Token rows of one tile.
-pub(super) const TILE: usize = 256;
+pub(crate) const TILE: usize = 256;
 
 /// Everything the passes read.
 pub(super) struct Chain<'a, T> {
@@ -20,6 +20,15 @@ pub(super) struct Chain<'a, T> {
     pub contraction: &'a Contraction<T>,
     pub map: &'a dyn FeatureMap<T>,
     pub widths: Widths,
+}
+
+/// What the passes leave.
+pub(super) struct Chained<T> {
+    pub products: Products<T>,
+    /// G^.
+    pub upstream: Array2<T>,
+    /// [1 / D | delta] of every query.
+    pub row_state: Array2<T>,
 }
 
 /// Column counts: d_v, R, Z, W, N.
@@ -76,6 +85,7 @@ impl<'a, T: Real> Chain<'a, T> {
     pub fn key_features(&self, range: Range<usize>, cost: &mut Cost) -> Array2<T> {
         let mut out = Array2::zeros((self.map.rank(), range.len()));
         cost.elementwise += out.len() as u64;
+        self.map.count_key_features(range.len(), cost);
         self.map.key_features(range.start, self.projected.qkv.key.slice(s![range, ..]), out.view_mut());
         out
     }
@@ -84,6 +94,7 @@ impl<'a, T: Real> Chain<'a, T> {
     pub fn query_features(&self, range: Range<usize>, cost: &mut Cost) -> Array2<T> {
         let mut out = Array2::zeros((self.map.rank(), range.len()));
         cost.elementwise += 2 * out.len() as u64;
+        self.map.count_query_features(range.len(), cost);
         self.map.query_features(range.start, self.projected.qkv.query.slice(s![range, ..]), out.view_mut());
         out
     }

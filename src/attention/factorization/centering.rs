@@ -6,10 +6,11 @@
 //! without centering a polynomial spends its degrees on a constant.
 
 use super::Scores;
+use crate::attention::shards::{RowShards, WholeHead, together};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use ndarray::{Array1, Array2, Axis};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use std::fmt;
 use std::str::FromStr;
 
@@ -62,6 +63,8 @@ pub struct Centered<T> {
     pub row_shift: Option<Vec<T>>,
     /// exp(beta q0.(k_j - k0)) for each key, if queries are centered.
     pub column_factor: Option<Vec<T>>,
+    /// Largest column factor of all shards (1 without any): an error of the polynomial is multiplied by at most this.
+    pub largest_factor: f64,
 }
 
 impl<T: Real> Centered<T> {
@@ -70,27 +73,49 @@ impl<T: Real> Centered<T> {
     /// # Errors
     /// [`Error::InvalidParam`] if a column factor overflows.
     pub fn new(scores: &Scores<T>, center: Center, cost: &mut Cost) -> Result<Self> {
+        Self::of_shard(scores, center, &WholeHead, cost)
+    }
+
+    /// As [`Centered::new`] for one shard of the rows; the means are those of all rows.
+    ///
+    /// # Errors
+    /// As [`Centered::new`]; those of the shards.
+    pub fn of_shard(scores: &Scores<T>, center: Center, shards: &dyn RowShards<T>, cost: &mut Cost) -> Result<Self> {
         let d = scores.query.ncols();
-        let mean = |a: &ndarray::ArrayView2<T>| a.mean_axis(Axis(0)).unwrap_or_else(|| Array1::zeros(d));
-        let key_mean = if center == Center::None { Array1::zeros(d) } else { mean(&scores.key) };
-        let query_mean = if center == Center::Both { mean(&scores.query) } else { Array1::zeros(d) };
+        let mean = |a: &ArrayView2<T>| -> Result<Array1<T>> {
+            if shards.count() == 1 {
+                return Ok(a.mean_axis(Axis(0)).unwrap_or_else(|| Array1::zeros(d)));
+            }
+            let sum = a.sum_axis(Axis(0));
+            let mut wide: Vec<f64> = sum.iter().map(|x| x.widen()).chain([a.nrows() as f64]).collect();
+            shards.sum_wide(&mut wide)?;
+            let rows = wide[d].max(1.0);
+            Ok(wide[..d].iter().map(|x| T::of(x / rows)).collect())
+        };
+        let key_mean = if center == Center::None { Array1::zeros(d) } else { mean(&scores.key)? };
+        let query_mean = if center == Center::Both { mean(&scores.query)? } else { Array1::zeros(d) };
         let (query, key) = (&scores.query - &query_mean, &scores.key - &key_mean);
         let beta = T::of(scores.beta);
         let row_shift =
             (center != Center::None).then(|| scores.query.dot(&key_mean).iter().map(|&x| beta * x).collect());
         let column_factor: Option<Vec<T>> =
             (center == Center::Both).then(|| key.dot(&query_mean).iter().map(|&x| (beta * x).exp()).collect());
-        if let Some(factors) = &column_factor
-            && factors.iter().any(|x| !x.is_finite())
-        {
-            return Err(Error::invalid("center", "both", "a column factor exp(beta q0.(k - k0)) overflows"));
-        }
+        let overflows = column_factor.as_ref().is_some_and(|factors| factors.iter().any(|x| !x.is_finite()));
+        let checked = match overflows {
+            true => Err(Error::invalid("center", "both", "a column factor exp(beta q0.(k - k0)) overflows")),
+            false => Ok(()),
+        };
+        together(shards, checked)?;
+        let largest_factor = match &column_factor {
+            Some(factors) => shards.largest(factors.iter().fold(0.0, |m, x| m.max(x.widen())))?,
+            None => 1.0,
+        };
         if center != Center::None {
             cost.elementwise += 2 * (scores.query.len() + scores.key.len()) as u64;
             cost.multiply_adds += (scores.query.len() + scores.key.len()) as u64;
             cost.hold(scores.query.len() + scores.key.len());
         }
-        Ok(Self { query, key, query_mean, key_mean, row_shift, column_factor })
+        Ok(Self { query, key, query_mean, key_mean, row_shift, column_factor, largest_factor })
     }
 
     /// The scores left to the polynomial.
@@ -98,8 +123,11 @@ impl<T: Real> Centered<T> {
         Scores { query: self.query.view(), key: self.key.view(), beta: of.beta, mask: of.mask }
     }
 
-    /// Largest column factor: an error of the polynomial is multiplied by at most this.
-    pub fn largest_factor(&self) -> f64 {
-        self.column_factor.as_ref().map_or(1.0, |f| f.iter().fold(0.0, |m, x| m.max(x.widen())))
+    /// Multiplies the columns of a tile of transposed key features by their factors.
+    pub fn scale_columns(&self, first_row: usize, mut features: ArrayViewMut2<T>) {
+        if let Some(factor) = &self.column_factor {
+            let factor = ArrayView1::from(&factor[first_row..first_row + features.ncols()]);
+            features.zip_mut_with(&factor, |x, &f| *x *= f);
+        }
     }
 }

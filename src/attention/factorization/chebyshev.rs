@@ -1,13 +1,14 @@
 //! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best polynomial on the interval of the logits \[AA22\].
 
 use super::centering::{Center, Centered};
+use super::degree::degree;
 use super::interval::{Check, settle};
 use super::monomials::MonomialMap;
 use super::polynomial::{chebyshev, chebyshev_error};
 use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
+use crate::attention::shards::{RowShards, WholeHead};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::limits::degree::degree;
 use crate::linalg::Real;
 
 /// The truncated Chebyshev series of exp on [-b, b], in monomials.
@@ -41,9 +42,18 @@ impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
+        self.prepare_shard(scores, &WholeHead, cost)
+    }
+
+    fn prepare_shard(
+        &self,
+        scores: &Scores<T>,
+        shards: &dyn RowShards<T>,
+        cost: &mut Cost,
+    ) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
-        let centered = Centered::new(scores, self.center, cost)?;
-        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, cost)?;
+        let centered = Centered::of_shard(scores, self.center, shards, cost)?;
+        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
         let degree = match (self.degree, self.eps) {
             (Some(g), None) => g,
             (None, Some(eps)) => degree(b, eps)?.max(1),
@@ -51,10 +61,10 @@ impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
         };
         let certificate = Certificate {
             spec,
-            rank: 0,
             degree: Some(degree),
             interval: Some((b, evidence)),
             exp_error_bound: Some(chebyshev_error(degree, b)),
+            ..Certificate::default()
         };
         Ok(Box::new(MonomialMap::new(centered, scores.beta, &chebyshev(degree, b)?, certificate)?))
     }

@@ -9,6 +9,7 @@ use super::monomials::MonomialMap;
 use super::polynomial::{Polynomial, chebyshev_to_powers};
 use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
 use crate::attention::problem::Mask;
+use crate::attention::shards::WholeHead;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -39,7 +40,7 @@ pub struct Fitted {
 
 impl Fitted {
     /// Logits of pairs drawn uniformly from the visible ones.
-    fn sample<T: Real>(&self, scores: &Scores<T>, cost: &mut Cost) -> Vec<f64> {
+    pub(super) fn sample<T: Real>(&self, scores: &Scores<T>, cost: &mut Cost) -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         cost.product(self.samples, scores.query.ncols(), 1);
         (0..self.samples)
@@ -93,7 +94,7 @@ pub fn fit(degree: usize, logits: &[f64]) -> Result<(Polynomial, f64)> {
 
 impl<T: Real> SoftmaxFactorization<T> for Fitted {
     fn spec(&self) -> String {
-        let center = if self.center == Center::Both { String::new() } else { format!(",center={}", self.center) };
+        let center = super::spec::center_suffix(self.center);
         format!("fitted:degree={},samples={},seed={}{center}", self.degree, self.samples, self.seed)
     }
 
@@ -104,14 +105,14 @@ impl<T: Real> SoftmaxFactorization<T> for Fitted {
         }
         let centered = Centered::new(scores, self.center, cost)?;
         let left = centered.scores(scores);
-        let (b, evidence) = settle(&spec, &left, None, Check::Norms, cost)?;
+        let (b, evidence) = settle(&spec, &left, None, Check::Norms, &WholeHead, cost)?;
         let (polynomial, _) = fit(self.degree, &self.sample(&left, cost))?;
         let certificate = Certificate {
             spec,
-            rank: 0,
             degree: Some(self.degree),
             interval: Some((b, evidence)),
             exp_error_bound: Some(polynomial.uniform_error(b)),
+            ..Certificate::default()
         };
         Ok(Box::new(MonomialMap::new(centered, scores.beta, &polynomial, certificate)?))
     }

@@ -1,6 +1,7 @@
 //! The interval [-b, b] that holds every visible logit: where b comes from and whether it was checked.
 
 use super::Scores;
+use crate::attention::shards::RowShards;
 use crate::attention::synthetic::largest_logit;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -44,12 +45,13 @@ impl fmt::Display for Evidence {
 ///
 /// # Errors
 /// [`Error::LogitOutsideInterval`] if the check does not prove a given b, [`Error::InvalidParam`] for a b that is
-/// not positive and finite or for `check=off` without b.
+/// not positive and finite, for `check=off` without b, or for `check=scan` on one of several shards.
 pub fn settle<T: Real>(
     spec: &str,
     scores: &Scores<T>,
     b: Option<f64>,
     check: Check,
+    shards: &dyn RowShards<T>,
     cost: &mut Cost,
 ) -> Result<(f64, Evidence)> {
     if let Some(b) = b
@@ -60,8 +62,13 @@ pub fn settle<T: Real>(
     let (found, evidence, words) = match check {
         Check::Norms => {
             cost.elementwise += 2 * (scores.query.len() + scores.key.len()) as u64;
-            let bound = scores.beta * norms::max_row_norm(scores.query) * norms::max_row_norm(scores.key);
+            let query = shards.largest(norms::max_row_norm(scores.query))?;
+            let bound = scores.beta * query * shards.largest(norms::max_row_norm(scores.key))?;
             (bound, Evidence::Norms, "bound by the norms of Q and K; check=scan computes the largest logit itself")
+        }
+        Check::Scan if shards.count() > 1 => {
+            let why = "sees every pair of tokens, which no rank holds; use norms, or off with an explicit b";
+            return Err(Error::invalid("check", "scan", why));
         }
         Check::Scan => {
             let largest = largest_logit(scores.query, scores.key, scores.beta, scores.mask, cost);

@@ -3,22 +3,33 @@
 //! A [`SoftmaxFactorization`] is a method with its parameters. Given one head's queries and keys it prepares a
 //! [`FeatureMap`], which makes rows of Phi and Psi tile by tile, and a [`Certificate`] of what it assumed.
 
+pub mod auto;
 pub mod centering;
 pub mod chebyshev;
+pub mod degree;
+mod exponential;
 pub mod fitted;
 pub mod interval;
+pub mod large_logits;
 pub mod monomials;
+pub mod nystrom;
 pub mod polynomial;
+pub mod positive_features;
+pub mod sparse;
 pub mod spec;
+pub mod support_basis;
 pub mod taylor;
+pub mod tensor_sketch;
 pub mod truncated_svd;
 
-use super::problem::Mask;
+use super::problem::{AttentionProblem, Mask, Projected};
+use super::shards::RowShards;
 use crate::cost::Cost;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::Real;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
+pub use sparse::SparseCorrection;
 pub use spec::build;
 
 /// The scores to be factorized: S = beta Q K^T on the visible pairs.
@@ -34,8 +45,16 @@ pub struct Scores<'a, T> {
     pub mask: Mask,
 }
 
+impl<'a, T: Real> Scores<'a, T> {
+    /// The scores of a head with its projections.
+    pub fn of(problem: &AttentionProblem<T>, projected: &'a Projected<T>) -> Self {
+        let (query, key) = (projected.qkv.query.view(), projected.qkv.key.view());
+        Self { query, key, beta: problem.beta(), mask: problem.mask() }
+    }
+}
+
 /// What a prepared factorization assumed and what it guarantees.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Certificate {
     /// Spec of the method with its parameters settled.
     pub spec: String,
@@ -49,6 +68,10 @@ pub struct Certificate {
     /// Bound on |Phi Psi^T - exp(S - shift)| for every logit in the interval, if the mathematics gives one; the
     /// shift is that of [`FeatureMap::row_shift`].
     pub exp_error_bound: Option<f64>,
+    /// Visible pairs that are corrected one by one, for methods with a sparse part.
+    pub corrected_pairs: u64,
+    /// How `auto` came to its choice.
+    pub selection: Option<auto::Selection>,
 }
 
 /// Rows of Phi and Psi, made tile by tile.
@@ -62,8 +85,24 @@ pub trait FeatureMap<T: Real>: Send + Sync {
     /// Fills `out` (`k x rows`, the transpose of a row tile of Psi) for the key rows starting at `first_row`.
     fn key_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>);
 
+    /// Adds the products and exponentials of `rows` rows of Phi; the chain itself counts elementwise steps.
+    fn count_query_features(&self, _rows: usize, _cost: &mut Cost) {}
+
+    /// The same for Psi.
+    fn count_key_features(&self, _rows: usize, _cost: &mut Cost) {}
+
     /// The logarithm that was taken out of each query row, if any: Phi Psi^T ~= exp(S - shift).
     fn row_shift(&self) -> Option<&[T]> {
+        None
+    }
+
+    /// A sparse matrix added to Phi Psi^T, if the method has one.
+    fn sparse(&self) -> Option<&SparseCorrection<T>> {
+        None
+    }
+
+    /// The monomials behind the features, where they are nothing else: another device can make them itself.
+    fn monomials(&self) -> Option<&monomials::MonomialMap<T>> {
         None
     }
 
@@ -82,13 +121,45 @@ pub trait SoftmaxFactorization<T: Real>: Send + Sync {
     /// [`crate::Error::LogitOutsideInterval`] when an assumption fails, [`crate::Error::TooLarge`] when the rank would
     /// exceed the limit, [`crate::Error::InvalidParam`] for parameters that do not fit the head.
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>>;
+
+    /// As [`SoftmaxFactorization::prepare`], from one shard of the rows and sums and maxima over all of them.
+    ///
+    /// Methods that must see all queries or keys at once do not have it.
+    ///
+    /// # Errors
+    /// As there; [`Error::InvalidParam`] for a method that does not have it.
+    fn prepare_shard(
+        &self,
+        _scores: &Scores<T>,
+        _shards: &dyn RowShards<T>,
+        _cost: &mut Cost,
+    ) -> Result<Box<dyn FeatureMap<T>>> {
+        Err(Error::invalid(
+            "features",
+            self.spec(),
+            "needs all queries and keys in one process; with rows divided among ranks use taylor or chebyshev \
+             (check=norms or off), positive-features or tensor-sketch",
+        ))
+    }
 }
 
 /// Largest number of feature columns that a factorization may have: above it a single tile of features
 /// outgrows any cache and the method has lost to the exact one at every length we can run.
 pub const MAX_RANK: usize = 1 << 18;
 
-/// Phi (`L_q x k`) and Psi (`L_k x k`) in full: for tests and small studies.
+/// The approximation of exp(S - shift) in full, sparse part included: for tests and small studies.
+pub fn approximation<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>) -> Array2<T> {
+    let (phi, psi) = materialize(map, scores);
+    let mut product = phi.dot(&psi.t());
+    if let Some(sparse) = map.sparse() {
+        for i in 0..product.nrows() {
+            sparse.row(i).for_each(|(j, x)| product[[i, j]] += x);
+        }
+    }
+    product
+}
+
+/// Phi (`L_q x k`) and Psi (`L_k x k`) in full, without the sparse part.
 pub fn materialize<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>) -> (Array2<T>, Array2<T>) {
     let mut phi = Array2::zeros((map.rank(), scores.query.nrows()));
     let mut psi = Array2::zeros((map.rank(), scores.key.nrows()));

@@ -9,7 +9,7 @@ use super::{Certificate, FeatureMap, MAX_RANK};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::elementwise::{Kernel, vectorized};
-use ndarray::{Array1, ArrayView2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
 /// C(d + g, g), the number of monomials of degree at most g in d variables; saturates at `u128::MAX`.
 ///
@@ -51,7 +51,7 @@ pub struct MonomialMap<T> {
 
 impl<T: Real> MonomialMap<T> {
     /// Prepares the columns for p(beta q.k) of centered queries and keys; the error bound of the certificate is
-    /// multiplied by the largest column factor.
+    /// multiplied by the largest column factor of all shards.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if C(d + g, g) exceeds [`MAX_RANK`].
@@ -73,7 +73,7 @@ impl<T: Real> MonomialMap<T> {
             });
         }
         certificate.rank = rank as usize;
-        certificate.exp_error_bound = certificate.exp_error_bound.map(|e| e * centered.largest_factor());
+        certificate.exp_error_bound = certificate.exp_error_bound.map(|e| e * centered.largest_factor);
         let mut steps = vec![Step { parent: 0, variable: 0 }];
         let mut multinomials = vec![1.0f64];
         let mut degrees = vec![0usize];
@@ -98,6 +98,42 @@ impl<T: Real> MonomialMap<T> {
         debug_assert_eq!(steps.len(), certificate.rank);
         let weights = multinomials.iter().zip(&degrees).map(|(m, &n)| T::of(m * polynomial.coefficients[n])).collect();
         Ok(Self { steps, weights, input_scale: T::of((beta / polynomial.scale).sqrt()), centered, certificate })
+    }
+
+    /// Coefficient of each column, a factor of Phi.
+    pub fn weights(&self) -> &[T] {
+        &self.weights
+    }
+
+    /// Factor of each row of Psi, if keys and queries are centered.
+    pub fn column_factor(&self) -> Option<&[T]> {
+        self.centered.column_factor.as_deref()
+    }
+
+    /// Query rows as they enter the monomials.
+    pub fn scaled_query(&self, rows: ArrayView2<T>) -> Array2<T> {
+        (&rows - &self.centered.query_mean) * self.input_scale
+    }
+
+    /// Key rows as they enter the monomials.
+    pub fn scaled_key(&self, rows: ArrayView2<T>) -> Array2<T> {
+        (&rows - &self.centered.key_mean) * self.input_scale
+    }
+
+    /// For each degree from 1 on, in the order of the columns: the place of each monomial's parent among the
+    /// monomials of one degree less, and the variable that it is multiplied with.
+    pub fn by_degree(&self) -> Vec<(Vec<u32>, Vec<u32>)> {
+        let mut degrees = Vec::new();
+        // The columns of the degree below.
+        let mut below = 0..1;
+        while below.end < self.steps.len() {
+            let children = self.steps[below.end..].iter().take_while(|step| (step.parent as usize) < below.end);
+            let degree: (Vec<u32>, Vec<u32>) =
+                children.map(|step| (step.parent - below.start as u32, step.variable)).unzip();
+            below = below.end..below.end + degree.0.len();
+            degrees.push(degree);
+        }
+        degrees
     }
 
     fn fill(&self, rows: ArrayView2<T>, mean: &Array1<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
@@ -155,14 +191,15 @@ impl<T: Real> FeatureMap<T> for MonomialMap<T> {
 
     fn key_features(&self, first_row: usize, rows: ArrayView2<T>, mut out: ArrayViewMut2<T>) {
         self.fill(rows, &self.centered.key_mean, out.view_mut(), false);
-        if let Some(factor) = &self.centered.column_factor {
-            let factor = ndarray::ArrayView1::from(&factor[first_row..first_row + rows.nrows()]);
-            out.zip_mut_with(&factor, |o, &f| *o *= f);
-        }
+        self.centered.scale_columns(first_row, out);
     }
 
     fn row_shift(&self) -> Option<&[T]> {
         self.centered.row_shift.as_deref()
+    }
+
+    fn monomials(&self) -> Option<&MonomialMap<T>> {
+        Some(self)
     }
 
     fn certificate(&self) -> &Certificate {

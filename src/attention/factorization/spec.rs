@@ -1,11 +1,16 @@
 //! Spec strings `name:key=value,...` and the table of methods.
 
 use super::SoftmaxFactorization;
+use super::auto::Auto;
 use super::centering::Center;
 use super::chebyshev::Chebyshev;
 use super::fitted::Fitted;
 use super::interval::Check;
+use super::nystrom::Nystrom;
+use super::positive_features::{Directions, PositiveFeatures};
+use super::support_basis::SupportBasis;
 use super::taylor::Taylor;
+use super::tensor_sketch::TensorSketch;
 use super::truncated_svd::TruncatedSvd;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -13,10 +18,15 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 /// Every method with its keys, for messages and help pages.
-pub const METHODS: [(&str, &str); 4] = [
+pub const METHODS: [(&str, &str); 9] = [
     ("taylor", "degree=G[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
     ("chebyshev", "degree=G or eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
     ("fitted", "degree=G[,samples=4096][,seed=0][,center=both|keys|none]"),
+    ("positive-features", "rank=K[,seed=0][,directions=orthogonal|iid][,center=both|keys|none]"),
+    ("tensor-sketch", "degree=G,rank=K[,seed=0][,nonnegative=true|false][,center=both|keys|none]"),
+    ("nystrom", "rank=K[,seed=0][,temperature=T][,tolerance=E][,center=both|keys|none]"),
+    ("support-basis", "degree=G,threshold=T[,center=both|keys|none]"),
+    ("auto", "eps=E[,seed=0][,columns=W]"),
     ("truncated-svd", "rank=K"),
 ];
 
@@ -69,6 +79,36 @@ pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
             samples: keys.take("samples")?.unwrap_or(4096),
             seed: keys.take("seed")?.unwrap_or(0),
             center: keys.center(Center::Both)?,
+        }),
+        "positive-features" => Box::new(PositiveFeatures {
+            rank: keys.rank()?,
+            seed: keys.take("seed")?.unwrap_or(0),
+            directions: keys.directions()?,
+            center: keys.center(Center::Both)?,
+        }),
+        "tensor-sketch" => Box::new(TensorSketch {
+            degree: keys.degree()?,
+            rank: keys.rank()?,
+            seed: keys.take("seed")?.unwrap_or(0),
+            nonnegative: keys.take("nonnegative")?.unwrap_or(false),
+            center: keys.center(Center::Both)?,
+        }),
+        "nystrom" => Box::new(Nystrom {
+            rank: keys.rank()?,
+            seed: keys.take("seed")?.unwrap_or(0),
+            temperature: keys.positive("temperature")?,
+            tolerance: keys.take("tolerance")?,
+            center: keys.center(Center::Both)?,
+        }),
+        "support-basis" => Box::new(SupportBasis {
+            degree: keys.degree()?,
+            threshold: keys.positive("threshold")?.ok_or_else(|| keys.error("threshold is missing"))?,
+            center: keys.center(Center::Both)?,
+        }),
+        "auto" => Box::new(Auto {
+            eps: keys.positive("eps")?.ok_or_else(|| keys.error("eps is missing"))?,
+            seed: keys.take("seed")?.unwrap_or(0),
+            columns: keys.take("columns")?,
         }),
         "truncated-svd" => Box::new(TruncatedSvd { rank: keys.need("rank")? }),
         _ => {
@@ -125,6 +165,29 @@ impl<'a> Keys<'a> {
         }
     }
 
+    fn rank(&mut self) -> Result<usize> {
+        match self.need("rank")? {
+            0 => Err(self.error("rank must be at least 1")),
+            k => Ok(k),
+        }
+    }
+
+    fn positive(&mut self, key: &str) -> Result<Option<f64>> {
+        let value: Option<f64> = self.take(key)?;
+        match value {
+            Some(x) if !(x > 0.0 && x.is_finite()) => Err(self.error(format!("{key} must be positive and finite"))),
+            other => Ok(other),
+        }
+    }
+
+    fn directions(&mut self) -> Result<Directions> {
+        match self.values.remove("directions") {
+            None | Some("orthogonal") => Ok(Directions::Orthogonal),
+            Some("iid") => Ok(Directions::Iid),
+            Some(other) => Err(self.error(format!("directions cannot be {other:?}: orthogonal or iid"))),
+        }
+    }
+
     fn check(&mut self) -> Result<Check> {
         match self.values.remove("check") {
             None | Some("norms") => Ok(Check::Norms),
@@ -149,6 +212,11 @@ impl<'a> Keys<'a> {
             Some(key) => Err(self.error(format!("unknown key {key}"))),
         }
     }
+}
+
+/// `,center=...` for methods whose default is both.
+pub(super) fn center_suffix(center: Center) -> String {
+    if center == Center::Both { String::new() } else { format!(",center={center}") }
 }
 
 /// The spec of a polynomial method.
@@ -197,6 +265,16 @@ mod tests {
             "fitted:degree=3,samples=100,seed=7,center=none",
             "fitted:degree=3,samples=100,seed=7",
             "truncated-svd:rank=12",
+            "positive-features:rank=64,seed=3",
+            "positive-features:rank=64,seed=3,directions=iid,center=none",
+            "tensor-sketch:degree=4,rank=256,seed=0",
+            "tensor-sketch:degree=4,rank=256,seed=1,nonnegative=true,center=keys",
+            "nystrom:rank=32,seed=5",
+            "nystrom:rank=32,seed=5,temperature=0.5,tolerance=0.001,center=none",
+            "support-basis:degree=2,threshold=1.5",
+            "support-basis:degree=2,threshold=1.5,center=none",
+            "auto:eps=0.01,seed=0",
+            "auto:eps=0.01,seed=2,columns=100",
         ] {
             assert_eq!(build::<f32>(spec).unwrap().spec(), spec);
         }
@@ -218,6 +296,14 @@ mod tests {
             ("chebyshev:eps=0", "eps must be positive"),
             ("chebyshev:degree=0", "at least 1"),
             ("truncated-svd:rank=-1", "rank cannot be"),
+            ("positive-features:rank=0", "at least 1"),
+            ("positive-features:rank=4,directions=some", "orthogonal or iid"),
+            ("tensor-sketch:rank=4", "degree is missing"),
+            ("nystrom:rank=4,temperature=-1", "temperature must be positive"),
+            ("support-basis:degree=2", "threshold is missing"),
+            ("support-basis:degree=0,threshold=1", "at least 1"),
+            ("support-basis:degree=2,threshold=0", "threshold must be positive"),
+            ("auto:eps=nan", "eps must be positive"),
             ("nope:rank=1", "must be one of"),
         ] {
             let text = build::<f64>(spec).err().unwrap().to_string();

@@ -5,6 +5,7 @@ use super::interval::{Check, settle};
 use super::monomials::MonomialMap;
 use super::polynomial::{taylor, taylor_error};
 use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
+use crate::attention::shards::{RowShards, WholeHead};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
@@ -35,15 +36,24 @@ impl<T: Real> SoftmaxFactorization<T> for Taylor {
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
+        self.prepare_shard(scores, &WholeHead, cost)
+    }
+
+    fn prepare_shard(
+        &self,
+        scores: &Scores<T>,
+        shards: &dyn RowShards<T>,
+        cost: &mut Cost,
+    ) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
-        let centered = Centered::new(scores, self.center, cost)?;
-        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, cost)?;
+        let centered = Centered::of_shard(scores, self.center, shards, cost)?;
+        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
         let certificate = Certificate {
             spec,
-            rank: 0,
             degree: Some(self.degree),
             interval: Some((b, evidence)),
             exp_error_bound: Some(taylor_error(self.degree, b)),
+            ..Certificate::default()
         };
         Ok(Box::new(MonomialMap::new(centered, scores.beta, &taylor(self.degree), certificate)?))
     }

@@ -101,6 +101,7 @@ impl<T: Real> Oracle<T> {
                 // An entry of P - P_k is at most its spectral norm, the next singular value. The bound is on
                 // exp(S - lse), that is on P itself.
                 exp_error_bound: Some(self.svd.s.get(rank).copied().unwrap_or(0.0)),
+                ..Certificate::default()
             },
         }))
     }

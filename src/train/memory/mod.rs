@@ -19,6 +19,7 @@ mod replay;
 
 use crate::adapters::nf4::Nf4Matrix;
 use crate::error::{Error, Result};
+use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{ModelConfig, Projection};
 use crate::train::method::{MethodName, MethodParams};
 use replay::Replay;
@@ -86,7 +87,8 @@ impl Memory {
 
 /// Predicts the peak of a training step.
 ///
-/// S2FT is taken to train the same number of units in every layer.
+/// Where S2FT takes its share over all layers together, the units are taken to be spread evenly over them; which
+/// layers really have how many depends on the selection.
 ///
 /// # Errors
 /// As [`MethodParams::check`]; [`Error::InvalidParam`] for a rank that does not fit a projection or an empty shape.
@@ -113,7 +115,7 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
     let adapted = adapted(config, method)?;
     let single = shape.bytes;
     let layers = config.num_hidden_layers;
-    let sum = |f: &dyn Fn(&Adapted) -> usize| layers * adapted.iter().map(f).sum::<usize>();
+    let sum = |f: &dyn Fn(&Adapted) -> usize| adapted.iter().flatten().map(f).sum::<usize>();
     let outside = config.parameters()
         - layers * Projection::ALL.iter().map(|&p| elements(config.projection_shape(p))).sum::<usize>();
     let base: usize = Projection::ALL
@@ -136,6 +138,18 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
         activations,
         trained,
     })
+}
+
+/// Numbers that a method trains.
+///
+/// # Errors
+/// As [`predict`].
+pub fn trained_numbers(config: &ModelConfig, method: &MethodParams) -> Result<usize> {
+    method.check()?;
+    if method.name == MethodName::Full && method.targets.is_none() {
+        return Ok(config.parameters());
+    }
+    Ok(adapted(config, method)?.iter().flatten().map(|a| a.trained).sum())
 }
 
 /// The longest sequence for which the prediction stays within `limit` bytes; `None` if not even one token fits.
@@ -175,11 +189,27 @@ fn packing(config: &ModelConfig, shape: &StepShape) -> usize {
     shape.threads * shape.bytes * depth * (64 + config.intermediate_size.min(1024))
 }
 
-/// What the method puts on each projection of a layer.
-fn adapted(config: &ModelConfig, method: &MethodParams) -> Result<[Adapted; 7]> {
+/// What the method puts on each projection of each layer.
+fn adapted(config: &ModelConfig, method: &MethodParams) -> Result<Vec<[Adapted; 7]>> {
+    (0..config.num_hidden_layers).map(|layer| adapted_layer(config, method, layer)).collect()
+}
+
+/// Units of a layer under S2FT: the same in every layer, or an even share of those of all layers.
+fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usize, layer: usize) -> usize {
+    let take = |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
+    match spec.scope {
+        Scope::EachLayer => take(units),
+        Scope::AllLayers => {
+            let (layers, all) = (config.num_hidden_layers, take(config.num_hidden_layers * units));
+            (layer + 1) * all / layers - layer * all / layers
+        }
+    }
+}
+
+fn adapted_layer(config: &ModelConfig, method: &MethodParams, layer: usize) -> Result<[Adapted; 7]> {
     let targets = method.projections()?;
     let r = method.rank;
-    let ratios = method.s2ft()?.ratios;
+    let s2ft = method.s2ft()?;
     let mut all = [Adapted::default(); 7];
     for p in Projection::ALL {
         let (out, input) = config.projection_shape(p);
@@ -212,12 +242,12 @@ fn adapted(config: &ModelConfig, method: &MethodParams) -> Result<[Adapted; 7]> 
                     (a.trained, a.beside, a.saved_columns) = (r * out, copies * r * out, r);
                 }
                 MethodName::S2ft => {
-                    let ratio = ratios[p as usize];
+                    let ratio = s2ft.ratios[p as usize];
                     if ratio > 0.0 {
                         let (units, unit, rows) = units_of(config, p);
-                        let n = ((ratio * units as f64).round() as usize).clamp(1, units) * unit;
+                        let n = units_in_layer(config, &s2ft, ratio, units, layer) * unit;
                         let size = if rows { n * input } else { n * out };
-                        (a.trained, a.beside, a.whole_input) = (size, size, rows);
+                        (a.trained, a.beside, a.whole_input) = (size, size, rows && n > 0);
                         a.saved_columns = if rows { 0 } else { n };
                     }
                 }

@@ -76,7 +76,7 @@ struct Needs {
 
 pub(super) struct Replay<'a> {
     config: &'a ModelConfig,
-    adapted: &'a [Adapted; 7],
+    adapted: &'a [[Adapted; 7]],
     everything: bool,
     shape: &'a StepShape,
 }
@@ -87,35 +87,36 @@ type Saved = BTreeMap<&'static str, usize>;
 impl<'a> Replay<'a> {
     pub(super) fn new(
         config: &'a ModelConfig,
-        adapted: &'a [Adapted; 7],
+        adapted: &'a [[Adapted; 7]],
         everything: bool,
         shape: &'a StepShape,
     ) -> Self {
         Self { config, adapted, everything, shape }
     }
 
-    fn of(&self, p: Projection) -> &Adapted {
-        &self.adapted[p as usize]
+    fn of(&self, layer: usize, p: Projection) -> &Adapted {
+        &self.adapted[layer][p as usize]
     }
 
-    fn trains(&self, ps: &[Projection]) -> bool {
-        ps.iter().any(|&p| self.of(p).trained > 0)
+    fn trains(&self, layer: usize, ps: &[Projection]) -> bool {
+        ps.iter().any(|&p| self.of(layer, p).trained > 0)
     }
 
-    fn whole(&self, ps: &[Projection]) -> bool {
-        ps.iter().any(|&p| self.of(p).whole_input)
+    fn whole(&self, layer: usize, ps: &[Projection]) -> bool {
+        ps.iter().any(|&p| self.of(layer, p).whole_input)
     }
 
     fn needs(&self, layer: usize) -> Needs {
         use Projection::*;
         let norms = self.everything;
-        let input = self.everything || (layer > 0 && self.trains(&Projection::ALL));
+        let below = (0..layer).any(|l| self.trains(l, &Projection::ALL));
+        let input = self.everything || below;
         let normed_input = input || norms;
-        let attention = normed_input || self.trains(&[Query, Key, Value]);
-        let middle = attention || self.trains(&[Output]);
+        let attention = normed_input || self.trains(layer, &[Query, Key, Value]);
+        let middle = attention || self.trains(layer, &[Output]);
         let normed_middle = middle || norms;
-        let gated = normed_middle || self.trains(&[Gate, Up]);
-        let any = gated || self.trains(&[Down]);
+        let gated = normed_middle || self.trains(layer, &[Gate, Up]);
+        let any = gated || self.trains(layer, &[Down]);
         Needs { input, normed_input, attention, middle, normed_middle, gated, any }
     }
 
@@ -142,14 +143,14 @@ impl<'a> Replay<'a> {
         for l in 0..c.num_hidden_layers {
             let needs = self.needs(l);
             if !needs.any {
-                x = self.forward(pool, x, None).0;
+                x = self.forward(pool, l, x, None).0;
                 layers.push(Saved::new());
             } else if self.shape.checkpointing {
                 let input = pool.take(hidden);
-                x = self.forward(pool, x, None).0;
+                x = self.forward(pool, l, x, None).0;
                 layers.push(Saved::from([("checkpoint", input)]));
             } else {
-                let (out, saved) = self.forward(pool, x, Some(needs));
+                let (out, saved) = self.forward(pool, l, x, Some(needs));
                 x = out;
                 layers.push(saved);
             }
@@ -181,13 +182,13 @@ impl<'a> Replay<'a> {
             }
             let saved = match saved.get("checkpoint") {
                 Some(&input) => {
-                    let (out, saved) = self.forward(pool, input, Some(needs));
+                    let (out, saved) = self.forward(pool, l, input, Some(needs));
                     pool.keep(out);
                     saved
                 }
                 None => saved,
             };
-            (dx, alive) = self.backward(pool, saved, dx, needs);
+            (dx, alive) = self.backward(pool, l, saved, dx, needs);
         }
         pool.drop(dx);
         pool.drop(n);
@@ -196,8 +197,8 @@ impl<'a> Replay<'a> {
     }
 
     /// What a projection's forward leaves outside the pool.
-    fn project(&self, pool: &mut Pool, p: Projection, save: bool, saved: &mut Saved) {
-        let a = self.of(p);
+    fn project(&self, pool: &mut Pool, layer: usize, p: Projection, save: bool, saved: &mut Saved) {
+        let a = self.of(layer, p);
         pool.touch(a.temporary / if a.saved_columns == 0 && a.beside > 0 { 2 } else { 1 });
         let n = self.shape.batch * self.shape.length * a.saved_columns;
         if n > 0 && save {
@@ -206,7 +207,7 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn forward(&self, pool: &mut Pool, x: usize, needs: Option<Needs>) -> (usize, Saved) {
+    fn forward(&self, pool: &mut Pool, layer: usize, x: usize, needs: Option<Needs>) -> (usize, Saved) {
         use Projection::*;
         let c = self.config;
         let n = self.shape.batch * self.shape.length;
@@ -226,9 +227,9 @@ impl<'a> Replay<'a> {
         pool.fresh(n);
         for (p, size) in [(Query, query), (Key, key), (Value, key)] {
             pool.take(size);
-            self.project(pool, p, save, &mut saved);
+            self.project(pool, layer, p, save, &mut saved);
         }
-        retain(pool, &mut saved, save && self.whole(&[Query, Key, Value]), "normed_input", normed);
+        retain(pool, &mut saved, save && self.whole(layer, &[Query, Key, Value]), "normed_input", normed);
         pool.take(query);
         pool.take(heads);
         let attention = wants(|n| n.attention);
@@ -242,15 +243,15 @@ impl<'a> Replay<'a> {
         } else {
             pool.drop(n);
         }
-        self.project(pool, Output, save, &mut saved);
-        retain(pool, &mut saved, attention || (save && self.whole(&[Output])), "attention_output", query);
+        self.project(pool, layer, Output, save, &mut saved);
+        retain(pool, &mut saved, attention || (save && self.whole(layer, &[Output])), "attention_output", query);
         let normed = pool.take(hidden);
         pool.fresh(n);
         for p in [Gate, Up] {
             pool.take(inner);
-            self.project(pool, p, save, &mut saved);
+            self.project(pool, layer, p, save, &mut saved);
         }
-        retain(pool, &mut saved, save && self.whole(&[Gate, Up]), "normed_middle", normed);
+        retain(pool, &mut saved, save && self.whole(layer, &[Gate, Up]), "normed_middle", normed);
         pool.take(inner);
         let gated = wants(|n| n.gated);
         retain(pool, &mut saved, gated, "gate", inner);
@@ -261,20 +262,20 @@ impl<'a> Replay<'a> {
         } else {
             pool.drop(n);
         }
-        self.project(pool, Down, save, &mut saved);
-        retain(pool, &mut saved, save && self.whole(&[Down]), "gated", inner);
+        self.project(pool, layer, Down, save, &mut saved);
+        retain(pool, &mut saved, save && self.whole(layer, &[Down]), "gated", inner);
         (hidden, saved)
     }
 
     /// Temporaries of a projection's backward: the gradient of a low-rank projection of the input, a weight.
-    fn pull(&self, pool: &mut Pool, p: Projection) {
-        let a = self.of(p);
+    fn pull(&self, pool: &mut Pool, layer: usize, p: Projection) {
+        let a = self.of(layer, p);
         let low_rank = if a.whole_input { self.shape.batch * self.shape.length * a.saved_columns } else { 0 };
         pool.touch(a.temporary + low_rank);
     }
 
     /// Returns (size of the gradient passed on, whether there is one).
-    fn backward(&self, pool: &mut Pool, mut saved: Saved, dx: usize, needs: Needs) -> (usize, bool) {
+    fn backward(&self, pool: &mut Pool, layer: usize, mut saved: Saved, dx: usize, needs: Needs) -> (usize, bool) {
         use Projection::*;
         let c = self.config;
         let n = self.shape.batch * self.shape.length;
@@ -291,7 +292,7 @@ impl<'a> Replay<'a> {
             }
         };
         let dgated = if needs.gated { pool.take(inner) } else { 0 };
-        self.pull(pool, Down);
+        self.pull(pool, layer, Down);
         give(pool, &mut saved, "gated");
         if !needs.gated {
             method(pool, &saved);
@@ -299,8 +300,8 @@ impl<'a> Replay<'a> {
         }
         pool.keep(dgated);
         let dnormed = if needs.normed_middle { pool.take(hidden) } else { 0 };
-        self.pull(pool, Gate);
-        self.pull(pool, Up);
+        self.pull(pool, layer, Gate);
+        self.pull(pool, layer, Up);
         give(pool, &mut saved, "gate");
         give(pool, &mut saved, "up");
         give(pool, &mut saved, "normed_middle");
@@ -313,7 +314,7 @@ impl<'a> Replay<'a> {
             return (dx, false);
         }
         let dattended = if needs.attention { pool.take(query) } else { 0 };
-        self.pull(pool, Output);
+        self.pull(pool, layer, Output);
         if !needs.attention {
             method(pool, &saved);
             return (dx, false);
@@ -327,7 +328,7 @@ impl<'a> Replay<'a> {
         pool.keep(dattended);
         let dnormed = if needs.normed_input { pool.take(hidden) } else { 0 };
         for p in [Query, Key, Value] {
-            self.pull(pool, p);
+            self.pull(pool, layer, p);
         }
         for size in [query, key, key] {
             pool.keep(size);

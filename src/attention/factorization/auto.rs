@@ -1,0 +1,323 @@
+//! `auto:eps=E[,seed=S][,columns=W]`: the cheapest method that is predicted to reach an error, checked afterwards.
+//!
+//! Every method is tried with rising parameters on a sample of queries and keys, where the relative error of the
+//! probabilities is measured; the cost of each on the whole head is predicted from its columns; the cheapest that
+//! reaches the target is prepared on the whole head and measured on a sample of whole rows. If it misses, the next
+//! cheapest is taken. Prediction and measurement are reported in the certificate.
+
+use super::large_logits::large_logits;
+use super::monomials::{MonomialMap, count};
+use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization, SparseCorrection, approximation, build};
+use crate::attention::problem::Mask;
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::streams::seed_stream;
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
+use rand::seq::SliceRandom;
+
+/// Choice of a method by measured prediction.
+///
+/// | field | default | purpose | range |
+/// |---|---|---|---|
+/// | `eps` | none | relative Frobenius error of P to reach; that of the gradient is of its size | > 0 |
+/// | `seed` | 0 | of samples, and of the randomised methods | |
+/// | `columns` | 16 d_h | columns of the chain's moments, which a feature column costs on either side | >= 1 |
+#[derive(Debug, Clone, PartialEq)]
+pub struct Auto {
+    /// Target error.
+    pub eps: f64,
+    /// Seed.
+    pub seed: u64,
+    /// Moment columns, if given.
+    pub columns: Option<usize>,
+}
+
+/// One method with parameters that were tried on the sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Its spec.
+    pub spec: String,
+    /// Columns k.
+    pub rank: usize,
+    /// Relative Frobenius error of P on the sample; infinite if a denominator was not positive.
+    pub predicted_error: f64,
+    /// Predicted multiply-adds of features and chain on the whole head.
+    pub predicted_multiply_adds: f64,
+}
+
+/// How a choice was made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selection {
+    /// Target error.
+    pub eps: f64,
+    /// The method that was taken.
+    pub chosen: Candidate,
+    /// Its relative Frobenius error of P on whole rows of the head.
+    pub measured_error: f64,
+    /// The cheapest candidate of every family that reached the target on the sample, cheapest first.
+    pub candidates: Vec<Candidate>,
+}
+
+const SAMPLE_QUERIES: usize = 96;
+const SAMPLE_KEYS: usize = 512;
+const MEASURED_ROWS: usize = 48;
+/// Columns up to which methods are tried.
+const MOST_COLUMNS: usize = 4096;
+/// Parameters beyond the first sufficient one that a family may offer, should the first miss on the whole head.
+const RESERVES: usize = 3;
+
+impl Auto {
+    /// Every candidate with its prediction: for each family those from the first that reaches `eps` on the sample on.
+    ///
+    /// # Errors
+    /// Those of preparing a method, apart from parameters that do not fit the head.
+    pub fn predict<T: Real>(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Vec<Candidate>> {
+        let queries = sample(self.seed, "auto-queries", scores.query.nrows(), SAMPLE_QUERIES);
+        let keys = sample(self.seed, "auto-keys", scores.key.nrows(), SAMPLE_KEYS);
+        let (query, key) = (scores.query.select(Axis(0), &queries), scores.key.select(Axis(0), &keys));
+        let pilot = Scores { query: query.view(), key: key.view(), beta: scores.beta, mask: Mask::Full };
+        let exact = probabilities(&pilot);
+        cost.product(query.nrows(), query.ncols(), key.nrows());
+        cost.exponentials += exact.len() as u64;
+        let mut offered = Vec::new();
+        for family in self.families(&pilot, scores)? {
+            let mut reached = 0;
+            for (spec, rank, multiply_adds) in family {
+                let Some(predicted_error) = error_of(&spec, &pilot, &exact, cost)? else { continue };
+                if predicted_error <= self.eps {
+                    offered.push(Candidate { spec, rank, predicted_error, predicted_multiply_adds: multiply_adds });
+                    reached += 1;
+                }
+                if reached > RESERVES {
+                    break;
+                }
+            }
+        }
+        offered.sort_by(|a, b| a.predicted_multiply_adds.total_cmp(&b.predicted_multiply_adds));
+        Ok(offered)
+    }
+
+    /// (spec, columns, predicted multiply-adds) of every family by rising cost.
+    fn families<T: Real>(&self, pilot: &Scores<T>, scores: &Scores<T>) -> Result<Vec<Vec<(String, usize, f64)>>> {
+        let d = scores.query.ncols();
+        let (lq, lk) = (scores.query.nrows() as f64, scores.key.nrows() as f64);
+        let tokens = lq + lk;
+        let w = self.columns.unwrap_or(16 * d) as f64;
+        let most = MOST_COLUMNS.min(scores.key.nrows());
+        let ranks: Vec<usize> =
+            (0..).map(|i| (16.0 * 2f64.powf(f64::from(i) / 2.0)) as usize).take_while(|&k| k <= most).collect();
+        let seed = self.seed;
+        let mut families = Vec::new();
+        for name in ["taylor", "chebyshev", "fitted"] {
+            let options = if name == "fitted" { "" } else { ",center=both" };
+            let degrees = (1..).map(|g| (g, count(d, g))).take_while(|&(_, k)| k <= most as u128);
+            families.push(
+                degrees
+                    .map(|(g, k)| (format!("{name}:degree={g}{options}"), k as usize, tokens * k as f64 * (w + 1.0)))
+                    .collect(),
+            );
+        }
+        // An exponential costs about ten multiply-adds; the largest exponents take a pass of their own.
+        let positive = |&k: &usize| {
+            (format!("positive-features:rank={k},seed={seed}"), k, tokens * k as f64 * (w + 2.5 * d as f64 + 10.0))
+        };
+        families.push(ranks.iter().map(positive).collect());
+        for degree in [2usize, 3, 5] {
+            let sketch = |&k: &usize| {
+                let per_column = w + 1.5 * d as f64 * degree as f64 / (degree - 1) as f64 + 4.0;
+                (format!("tensor-sketch:degree={degree},rank={k},seed={seed}"), k, tokens * k as f64 * per_column)
+            };
+            families.push(ranks.iter().filter(|&&k| k > d + degree).map(sketch).collect());
+        }
+        // A coreset larger than half of the sampled keys says nothing about more keys than those.
+        let believable = if scores.key.nrows() > pilot.key.nrows() { pilot.key.nrows() / 2 } else { pilot.key.nrows() };
+        let nystrom = |&k: &usize| {
+            let own = lk * (k + d) as f64 + lq * (k as f64 + 2.0 * d as f64 + 10.0);
+            (format!("nystrom:rank={k},seed={seed}"), k, k as f64 * (tokens * w + own))
+        };
+        families.push(ranks.iter().filter(|&&k| k <= believable).map(nystrom).collect());
+        let pairs = lq * lk;
+        let mut support: Vec<(String, usize, f64)> = Vec::new();
+        for degree in [1usize, 2] {
+            let k = count(d, degree);
+            if k > most as u128 {
+                continue;
+            }
+            for (threshold, share) in thresholds(pilot)? {
+                // Candidates are predicted as if all pairs were computed.
+                let multiply_adds =
+                    tokens * k as f64 * (w + 1.0) + pairs * d as f64 + share * pairs * 3.0 * (d as f64 + 8.0);
+                support.push((
+                    format!("support-basis:degree={degree},threshold={threshold}"),
+                    k as usize,
+                    multiply_adds,
+                ));
+            }
+        }
+        support.sort_by(|a, b| a.2.total_cmp(&b.2));
+        families.push(support);
+        Ok(families)
+    }
+}
+
+/// Thresholds that leave out the largest 0.1%, 1%, 5% and 20% of the sampled centered logits.
+fn thresholds<T: Real>(pilot: &Scores<T>) -> Result<Vec<(f64, f64)>> {
+    let centered = super::centering::Centered::new(pilot, super::centering::Center::Both, &mut Cost::default())?;
+    let all = large_logits(&centered.scores(pilot), 0.0, &mut Cost::default());
+    let mut logits: Vec<f64> = all.iter().flatten().map(|(_, s)| s.widen().abs()).collect();
+    logits.sort_by(|a, b| b.total_cmp(a));
+    let at = |share: f64| logits.get((share * logits.len() as f64) as usize).map(|&t| (t, share));
+    Ok([0.001, 0.01, 0.05, 0.2].into_iter().filter_map(at).filter(|&(t, _)| t > 0.0).collect())
+}
+
+/// At most `size` distinct indices below `length`, sorted.
+fn sample(seed: u64, name: &str, length: usize, size: usize) -> Vec<usize> {
+    let mut all: Vec<usize> = (0..length).collect();
+    all.shuffle(&mut seed_stream(seed, name));
+    all.truncate(size);
+    all.sort_unstable();
+    all
+}
+
+/// Unmasked softmax of the scores.
+fn probabilities<T: Real>(scores: &Scores<T>) -> Array2<f64> {
+    let mut p = scores.query.dot(&scores.key.t()).mapv(|x| x.widen() * scores.beta);
+    for mut row in p.rows_mut() {
+        let largest = row.fold(f64::NEG_INFINITY, |m, &x| m.max(x));
+        row.mapv_inplace(|x| (x - largest).exp());
+        let sum = row.sum();
+        row /= sum;
+    }
+    p
+}
+
+/// Relative Frobenius error of P of a method on a sample; `None` if its parameters do not fit it.
+fn error_of<T: Real>(spec: &str, scores: &Scores<T>, exact: &Array2<f64>, cost: &mut Cost) -> Result<Option<f64>> {
+    match build::<T>(spec)?.prepare(scores, cost) {
+        Ok(map) => {
+            cost.product(scores.query.nrows(), map.rank(), scores.key.nrows());
+            Ok(Some(probability_error(&approximation(map.as_ref(), scores), exact)))
+        }
+        Err(Error::InvalidParam { .. } | Error::TooLarge { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// ||P^ - P||_F / ||P||_F with P^ the row-normalised approximation; infinite if a row sum is not positive.
+fn probability_error<T: Real>(approximation: &Array2<T>, exact: &Array2<f64>) -> f64 {
+    let (mut gap, mut norm) = (0.0, 0.0);
+    for (row, want) in approximation.rows().into_iter().zip(exact.rows()) {
+        gap += square_gap(row, want);
+        norm += want.dot(&want);
+    }
+    (gap / norm).sqrt()
+}
+
+/// Squared distance of a row, normalised, from probabilities; infinite if its sum is not positive.
+fn square_gap<T: Real>(row: ArrayView1<T>, want: ArrayView1<f64>) -> f64 {
+    let sum: f64 = row.iter().map(|x| x.widen()).sum();
+    if !(sum > 0.0 && sum.is_finite()) {
+        return f64::INFINITY;
+    }
+    row.iter().zip(want).map(|(x, p)| (x.widen() / sum - p).powi(2)).sum()
+}
+
+/// As [`probability_error`], on a sample of whole rows of the head, visible keys only.
+fn measured_error<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>, seed: u64, cost: &mut Cost) -> f64 {
+    let rows = sample(seed, "auto-measured", scores.query.nrows(), MEASURED_ROWS);
+    let mut psi = Array2::zeros((map.rank(), scores.key.nrows()));
+    map.key_features(0, scores.key, psi.view_mut());
+    let (mut gap, mut norm) = (0.0, 0.0);
+    for &i in &rows {
+        let visible = if scores.mask == Mask::Causal { i + 1 } else { scores.key.nrows() };
+        let query = scores.query.slice(s![i..=i, ..]);
+        let exact = probabilities(&Scores { query, key: scores.key.slice(s![..visible, ..]), ..*scores });
+        let mut phi = Array2::zeros((map.rank(), 1));
+        map.query_features(i, query, phi.view_mut());
+        let mut row = phi.column(0).dot(&psi.slice(s![.., ..visible]));
+        if let Some(sparse) = map.sparse() {
+            sparse.row(i).for_each(|(j, x)| row[j] += x);
+        }
+        gap += square_gap(row.view(), exact.row(0));
+        norm += exact.row(0).dot(&exact.row(0));
+    }
+    cost.product(rows.len(), map.rank() + scores.query.ncols(), scores.key.nrows());
+    (gap / norm).sqrt()
+}
+
+impl<T: Real> SoftmaxFactorization<T> for Auto {
+    fn spec(&self) -> String {
+        let columns = self.columns.map_or_else(String::new, |w| format!(",columns={w}"));
+        format!("auto:eps={},seed={}{columns}", self.eps, self.seed)
+    }
+
+    /// # Errors
+    /// [`Error::InvalidParam`] if no method with at most L columns reaches the target: the exact gradient is then the
+    /// cheaper one too.
+    fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
+        let candidates = self.predict(scores, cost)?;
+        for chosen in &candidates {
+            let map = build::<T>(&chosen.spec)?.prepare(scores, cost)?;
+            let measured_error = measured_error(map.as_ref(), scores, self.seed, cost);
+            if measured_error <= self.eps {
+                let selection =
+                    Selection { eps: self.eps, chosen: chosen.clone(), measured_error, candidates: candidates.clone() };
+                let certificate = Certificate { selection: Some(selection), ..map.certificate().clone() };
+                return Ok(Box::new(Chosen { map, certificate }));
+            }
+        }
+        Err(Error::invalid(
+            "eps",
+            self.eps,
+            format!(
+                "no factorization with at most {} columns reaches it on this head; take the exact gradient",
+                MOST_COLUMNS.min(scores.key.nrows())
+            ),
+        ))
+    }
+}
+
+/// The chosen map with the story of its choice.
+struct Chosen<T> {
+    map: Box<dyn FeatureMap<T>>,
+    certificate: Certificate,
+}
+
+impl<T: Real> FeatureMap<T> for Chosen<T> {
+    fn rank(&self) -> usize {
+        self.map.rank()
+    }
+
+    fn query_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
+        self.map.query_features(first_row, rows, out);
+    }
+
+    fn key_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>) {
+        self.map.key_features(first_row, rows, out);
+    }
+
+    fn count_query_features(&self, rows: usize, cost: &mut Cost) {
+        self.map.count_query_features(rows, cost);
+    }
+
+    fn count_key_features(&self, rows: usize, cost: &mut Cost) {
+        self.map.count_key_features(rows, cost);
+    }
+
+    fn row_shift(&self) -> Option<&[T]> {
+        self.map.row_shift()
+    }
+
+    fn sparse(&self) -> Option<&SparseCorrection<T>> {
+        self.map.sparse()
+    }
+
+    fn monomials(&self) -> Option<&MonomialMap<T>> {
+        self.map.monomials()
+    }
+
+    fn certificate(&self) -> &Certificate {
+        &self.certificate
+    }
+}

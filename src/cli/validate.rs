@@ -1,0 +1,345 @@
+//! `peft-limits validate`.
+
+use super::memory::parse_size;
+use crate::device::DeviceChoice;
+use crate::error::{Error, Result};
+use crate::report::{ColourScale, Figure, HeatAxis, HeatMap, short_float};
+use crate::validate::dump::{Case, DumpPaths, PlainSettings};
+use crate::validate::ladder::Outcome;
+use crate::validate::measure::{MULTIPLE, Measure};
+use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeSet;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+const FORMAT: &str = "\
+A dump is a folder that `python/peft_limits_dump.py` writes from any PyTorch trainer:
+
+  with dump_step(model, \"dump\"):
+      loss = model(**batch).loss; loss.backward(); optimizer.step()
+
+  manifest.json      format peft-limits-dump, version 1: model and adapter folders, trained names, precision, loss
+                     reduction, micro-batches, loss scale, optimizer
+  step.safetensors   input_ids, labels (B x T), optional attention_mask, position_ids; loss, logits, hidden.LAYER;
+                     grad.NAME, applied.NAME (as the optimizer saw it), after.NAME, previous.NAME, exp_avg.NAME, ...
+  model/, adapter/   Hugging Face and PEFT layout, or elsewhere as the manifest says
+
+paper-notes/dump-format.md has every key. Each comparison is three-way: the exact f64 reference, the reference with the \
+trainer's rounding imitated, the trainer; the column `share` is the gap in units of what is allowed (8 times the rounding gap). \
+When something is wrong the known faults are tried, and the one that reproduces the trainer's numbers is named.
+
+Examples:
+  # a right step and one with a planted fault, from this repository
+  peft-limits validate tests/data/dumps/clean/lora-bf16
+  peft-limits validate tests/data/dumps/faults/half-precision-rotary-backward
+  # your own dump, for people and for programs
+  peft-limits validate dump --heat-map shares --json > verdict.json
+  # without a manifest: a model, its adapter, and the step's tensors
+  peft-limits validate --model llama --adapter lora --reference step.safetensors
+  # our own step on a GPU
+  peft-limits validate --model llama --adapter lora --trainer gpu
+  # one attention kernel
+  peft-limits validate --head head.safetensors --reference kernel-output.safetensors --dtype bf16
+
+Exit codes: 0 right, 1 wrong, 2 bad input.";
+
+/// Flags of `peft-limits validate`.
+#[derive(Args)]
+#[command(after_long_help = FORMAT)]
+pub(super) struct ValidateArgs {
+    /// A dump folder
+    #[arg(required_unless_present_any = ["model", "head"], conflicts_with_all = ["model", "head"])]
+    dump: Option<PathBuf>,
+    /// Hugging Face checkpoint folder, with --reference or --trainer
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Adapter folder
+    #[arg(long, value_name = "DIR", requires = "model")]
+    adapter: Option<PathBuf>,
+    /// One attention head (see `gradient --help`), with the kernel's output in --reference
+    #[arg(long, value_name = "FILE", requires = "reference", conflicts_with = "model")]
+    head: Option<PathBuf>,
+    /// What the trainer or kernel computed: tensors as in a dump's step.safetensors, or O and gradients of a head
+    #[arg(long, value_name = "FILE")]
+    reference: Option<PathBuf>,
+    /// Validate this program's own training step on gpu, gpu:N, cuda or cuda:N: on the batch of --reference (input_ids and
+    /// labels), or on a small random one
+    #[arg(long, value_name = "DEVICE", requires = "model", conflicts_with_all = ["dtype", "head"])]
+    trainer: Option<DeviceChoice>,
+    /// Number format of the trainer, without a manifest: f64, f32, bf16 or f16 (default: that of its gradients)
+    #[arg(long, value_name = "DTYPE", value_parser = |text: &str| Precision::parse(text).map_err(|e| e.to_string()))]
+    dtype: Option<Precision>,
+    /// Print every tensor, not only the worst
+    #[arg(long)]
+    all: bool,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    json: bool,
+    /// Write a heat map of shares, layer by projection, to NAME.svg and NAME.png
+    #[arg(long, value_name = "NAME")]
+    heat_map: Option<PathBuf>,
+    /// Memory that may be used, for instance 24GiB (default: what is free)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<usize>,
+}
+
+/// A spinner on a terminal, nothing elsewhere.
+struct Spinner(ProgressBar);
+
+impl Spinner {
+    fn new() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Self(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::new_spinner();
+        let style = ProgressStyle::with_template("{spinner} {msg}  {elapsed}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Self(bar)
+    }
+}
+
+impl Watch for Spinner {
+    fn begins(&self, what: &str) {
+        self.0.set_message(what.to_string());
+    }
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// Files that cannot be read or do not fit each other, a model that does not fit in memory.
+pub(super) fn run(args: &ValidateArgs) -> Result<ExitCode> {
+    let report = match (&args.head, &args.reference) {
+        _ if args.trainer.is_some() => validate_device(args)?,
+        (Some(input), Some(output)) => head::validate_head(input, output, args.dtype)?,
+        _ => validate_step(args)?,
+    };
+    if let Some(name) = &args.heat_map {
+        write_heat_map(&report, name)?;
+    }
+    if args.json {
+        println!("{}", json(&report));
+    } else {
+        print(&report, args.all);
+    }
+    Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn validate_step(args: &ValidateArgs) -> Result<Report> {
+    let (paths, manifest, name) = match (&args.dump, &args.model, &args.reference) {
+        (Some(folder), ..) => {
+            if args.reference.is_some() {
+                return Err(Error::invalid("--reference", "given", "a dump folder holds its own step.safetensors"));
+            }
+            let (paths, manifest) = DumpPaths::of_folder(folder)?;
+            (paths, Some(manifest), folder)
+        }
+        (None, Some(model), Some(reference)) => {
+            let (model, adapter) = (model.clone(), args.adapter.clone());
+            (DumpPaths { model, adapter, step: reference.clone() }, None, reference)
+        }
+        _ => return Err(Error::invalid("--reference", "absent", "give a dump folder, or --model and --reference")),
+    };
+    let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
+    memory::require(&paths, manifest.as_ref(), limit)?;
+    let spinner = Spinner::new();
+    spinner.begins("reading");
+    let plain = PlainSettings { dtype: args.dtype };
+    let case = Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
+    let report = validate(&case, &spinner);
+    spinner.0.finish_and_clear();
+    report
+}
+
+#[cfg(not(feature = "gpu"))]
+fn validate_device(args: &ValidateArgs) -> Result<Report> {
+    Err(args.trainer.unwrap_or_default().not_built())
+}
+
+/// This program's own step on a device.
+#[cfg(feature = "gpu")]
+fn validate_device(args: &ValidateArgs) -> Result<Report> {
+    use crate::gpu::Device;
+    use crate::gpu::train::{DeviceCase, StepMemory};
+    let (Some(folder), Some(choice)) = (&args.model, args.trainer) else {
+        return Err(Error::invalid("--model", "absent", "--trainer needs a checkpoint folder"));
+    };
+    let device = Device::open(choice)?;
+    let mut model = crate::model::Model::<f64>::read(folder)?;
+    let kind = match &args.adapter {
+        Some(adapter) => Some(model.read_adapter(adapter)?),
+        None => {
+            model.train_fully();
+            None
+        }
+    };
+    let batch = match &args.reference {
+        Some(path) => crate::validate::dump::read_batch(&crate::tensor_file::TensorFile::open(path)?)?,
+        None => random_batch(&model.config)?,
+    };
+    let memory = StepMemory::measure(&device, &model, &batch)?;
+    let spinner = Spinner::new();
+    spinner.begins("step on the device");
+    let name = format!("{} on {}", folder.display(), device.info());
+    let case = device.run("training step", DeviceCase { name, model, kind, batch })?;
+    let report = validate(&case, &spinner);
+    spinner.0.finish_and_clear();
+    if !args.json {
+        println!("{memory}");
+    }
+    report
+}
+
+/// Two rows of at most 32 random tokens.
+#[cfg(feature = "gpu")]
+fn random_batch(config: &crate::model::ModelConfig) -> Result<crate::model::Batch> {
+    use ndarray::Array2;
+    use rand::RngExt;
+    let mut rng = crate::train::stream::generator(1, "validate/batch", 0);
+    let length = config.max_position_embeddings.min(32);
+    let ids = Array2::from_shape_simple_fn((2, length), || rng.random_range(0..config.vocab_size as u32));
+    crate::model::Batch::new(ids.clone(), ids.mapv(i64::from))
+}
+
+/// NaN and infinity have no JSON number; serde writes null.
+fn json(report: &Report) -> String {
+    serde_json::to_string_pretty(report).unwrap_or_default()
+}
+
+fn print(report: &Report, all: bool) {
+    let (products, weights) = &report.precision;
+    let precision = if products == weights { products.clone() } else { format!("{products} over {weights}") };
+    println!("{}: {precision}, reference loss {:.6}", report.name, report.reference_loss);
+    println!();
+    println!("  {:<18} {:<8} {:>9} {:>9}", "rung", "result", "tensors", "share");
+    for rung in &report.rungs {
+        let (result, note) = match &rung.outcome {
+            Outcome::Pass => ("pass", String::new()),
+            Outcome::Fail => ("FAIL", worst(&rung.tensors)),
+            Outcome::Skipped(why) => ("-", why.clone()),
+        };
+        let share = if rung.tensors.is_empty() { String::new() } else { short_float(rung.share()) };
+        let line = format!("  {:<18} {result:<8} {:>9} {share:>9}  {note}", rung.name, rung.tensors.len());
+        println!("{}", line.trim_end());
+        let shown = if all { usize::MAX } else { 3 };
+        rung.problems.iter().take(shown).for_each(|problem| println!("  {:<18} {problem}", ""));
+        if rung.problems.len() > shown {
+            println!("  {:<18} and {} more (--all)", "", rung.problems.len() - shown);
+        }
+    }
+    print_tensors(report, all);
+    println!();
+    if report.passed {
+        println!("PASS: every gap is within {MULTIPLE} times what rounding to {precision} explains.");
+        let blurred = report.gradients().iter().filter(|m| m.rounding > 0.1).count();
+        if blurred > 0 {
+            println!("      {blurred} gradients are tested weakly: rounding alone moves them by more than 10%.");
+        }
+        return;
+    }
+    println!("FAIL");
+    for (i, d) in report.diagnoses.iter().enumerate() {
+        let certain = if d.complete { "this explains every gap" } else { "this explains a part" };
+        let (explained, failing) = d.tensors;
+        println!();
+        println!("  {}. {}: {}", i + 1, d.fault, d.what);
+        println!("     {certain} ({explained} of {failing} tensors, largest remaining share {})", short_float(d.share));
+        println!("     {}", d.fix);
+    }
+    if !report.diagnoses.iter().any(|d| d.complete) {
+        println!();
+        println!("  No known fault explains all of it ({} steps of the reference tried).", report.reference_steps);
+        if let Some(lead) = report.lead() {
+            println!("  Where to look: {lead}.");
+        }
+    }
+}
+
+fn worst(tensors: &[Measure]) -> String {
+    let wrong = tensors.iter().filter(|m| !m.passes()).count();
+    let most = tensors.iter().max_by(|a, b| a.share.total_cmp(&b.share));
+    most.map_or(String::new(), |m| format!("{wrong} wrong, worst {}", m.name))
+}
+
+fn print_tensors(report: &Report, all: bool) {
+    let mut tensors: Vec<&Measure> =
+        report.rungs.iter().flat_map(|r| &r.tensors).filter(|m| m.worst.is_some() && m.name != "loss").collect();
+    if !all {
+        tensors.sort_by(|a, b| b.share.total_cmp(&a.share));
+        tensors.truncate(if report.passed { 3 } else { 8 });
+    }
+    if tensors.is_empty() {
+        return;
+    }
+    println!();
+    println!(
+        "  {:<46} {:>9} {:>9} {:>9} {:>8} {:>9}  worst entry: trainer, reference",
+        "tensor", "gap", "rounding", "share", "cosine", "norms"
+    );
+    for m in tensors {
+        let entry = m.worst.map_or(String::new(), |(i, j, got, want)| format!("[{i}, {j}] {got:.4e}, {want:.4e}"));
+        println!(
+            "  {:<46} {:>9} {:>9} {:>9} {:>8.4} {:>9}  {entry}",
+            m.name.replace("model.layers.", ""),
+            scientific(m.relative),
+            scientific(m.rounding),
+            short_float(m.share),
+            m.cosine,
+            short_float(m.norm_ratio),
+        );
+    }
+}
+
+fn scientific(x: f64) -> String {
+    if x.is_finite() { format!("{x:.1e}") } else { "NaN".into() }
+}
+
+/// Shares of the gradients' tolerances, layer by projection.
+fn write_heat_map(report: &Report, name: &Path) -> Result<()> {
+    let Some(stem) = name.file_name().and_then(|n| n.to_str()) else {
+        return Err(Error::invalid("--heat-map", name.display(), "must end in a file name without extension"));
+    };
+    let gradients = report.gradients();
+    let placed: Vec<(usize, String, f64)> = gradients
+        .iter()
+        .filter_map(|m| {
+            let (layer, module, tensor) = place_of(&m.name);
+            let short = module.trim_end_matches("_proj").replace("layernorm", "norm");
+            // A share that is not finite is drawn as the worst that can be.
+            Some((layer?, format!("{short} {}", tensor.trim_start_matches("lora_")), m.share.clamp(1e-6, 1e9)))
+        })
+        .collect();
+    if placed.is_empty() {
+        return Err(Error::invalid("--heat-map", "no gradients of layers", "there is nothing to draw"));
+    }
+    let mut columns: Vec<String> = Vec::new();
+    for (_, column, _) in &placed {
+        if !columns.contains(column) {
+            columns.push(column.clone());
+        }
+    }
+    let layers: Vec<usize> = placed.iter().map(|p| p.0).collect::<BTreeSet<_>>().into_iter().collect();
+    let value = |layer: usize, column: &String| {
+        placed.iter().find(|(l, c, _)| *l == layer && c == column).map_or(f64::NAN, |p| p.2)
+    };
+    let values = layers.iter().map(|&l| columns.iter().map(|c| value(l, c)).collect()).collect();
+    let mut map = HeatMap::new(
+        "",
+        HeatAxis::categories("projection and tensor", columns.clone()),
+        HeatAxis::categories("layer", layers.iter().map(ToString::to_string)),
+        values,
+        "share of the tolerance (above 1: wrong)",
+    );
+    map.colours = ColourScale::Log10;
+    map.annotate = true;
+    let verdict = if report.passed { "pass" } else { "fail" };
+    let mut figure = Figure::new(format!("{}: {verdict}", report.name), [map]);
+    figure.panel_size.0 = (60.0 * columns.len() as f64 + 260.0).clamp(620.0, 2000.0);
+    let folder = name.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    figure.write(folder, stem).map(drop)
+}

@@ -1,0 +1,125 @@
+//! Update folders: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Low-rank updates are written as PEFT's LORA. Slices are written under `peft_type` SLICE (ours):
+//!
+//! | tensor after `base_model.model.model.layers.N.<path>.` | shape |
+//! |---|---|
+//! | `slice_rows` or `slice_columns` | k, increasing; rows or columns of the checkpoint's weight |
+//! | `slice_delta` | k x in or out x k: trained - base |
+
+use super::super::adapter_config::{AdapterConfig, AdapterKind, compose, module_name, read_object};
+use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, layer_prefix, write_factors, write_indices};
+use super::super::parameters::{Model, Projection};
+use super::ModelUpdate;
+use crate::adapters::lora::LoraSpec;
+use crate::adapters::s2ft::Side;
+use crate::adapters::update::{SliceUpdate, WeightUpdate};
+use crate::atomic_file::write_bytes;
+use crate::error::{Error, Result};
+use crate::linalg::Real;
+use crate::tensor_file::{TensorFile, TensorWriter};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+const SLICE: &str = "SLICE";
+
+/// Whether a folder holds slice updates (`peft_type` SLICE).
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Format`] if its `adapter_config.json` is no JSON object.
+pub fn is_slice_folder(folder: &Path) -> Result<bool> {
+    let map = read_object(&folder.join(CONFIG))?;
+    Ok(map.get("peft_type").and_then(|v| v.as_str()) == Some(SLICE))
+}
+
+impl<T: Real> ModelUpdate<T> {
+    /// Reads any adapter folder as an update of `base`: SLICE as it is, every other kind by putting it on a copy of
+    /// the model ([`Model::read_adapter`]) and taking what it changes ([`ModelUpdate::of_adapters`]).
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`], [`Error::MissingTensor`] naming file and key or tensor; as the two above.
+    pub fn read(folder: &Path, base: &Model<T>) -> Result<Self> {
+        if !is_slice_folder(folder)? {
+            let mut adapted = base.clone();
+            adapted.read_adapter(folder)?;
+            return Self::of_adapters(&adapted);
+        }
+        let file = TensorFile::open(folder.join(WEIGHTS))?;
+        let mut reader = Reader::new(&file);
+        let mut entries = BTreeMap::new();
+        for (l, layer) in base.layers.iter().enumerate() {
+            for p in Projection::ALL {
+                let prefix = format!("{}.{}", layer_prefix(l), p.path());
+                let names = [(Side::Output, "slice_rows"), (Side::Input, "slice_columns")];
+                let mut found = names.into_iter().filter(|(_, name)| file.contains(&format!("{prefix}.{name}")));
+                let Some((side, name)) = found.next() else { continue };
+                if found.next().is_some() {
+                    let wanted = "either slice_rows or slice_columns";
+                    return Err(file.malformed(format!("adapter of {prefix}"), wanted, "both"));
+                }
+                let index = reader.indices(format!("{prefix}.{name}"))?;
+                let shape = layer.projection(p).shape();
+                let expected = match side {
+                    Side::Output => (index.len(), shape.1),
+                    Side::Input => (shape.0, index.len()),
+                };
+                let delta = reader.matrix(format!("{prefix}.slice_delta"), expected)?;
+                let slice = SliceUpdate::new(shape, side, index, delta).map_err(|e| {
+                    file.malformed(format!("tensor {prefix}.{name}"), "distinct places of the weight", e.to_string())
+                })?;
+                entries.insert((l, p), WeightUpdate::Slice(slice));
+            }
+        }
+        if entries.is_empty() {
+            let found = format!("none for the model's {} layers", base.layers.len());
+            return Err(file.malformed("tensors", "slice updates", found));
+        }
+        reader.refuse_leftovers(base.layers.len())?;
+        Ok(Self { entries })
+    }
+
+    /// Writes a folder: slices as SLICE, low-rank updates as PEFT's LORA. A mixture of both is written as LORA, the
+    /// slices as factors with a selection matrix. `layers` is the model's number of layers. Files appear whole or
+    /// not at all.
+    ///
+    /// With `like`, the `adapter_config.json` of a LORA folder keeps every key of that folder's own, and its text to
+    /// the byte if the ranks, scalings and targets are the same.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an update without entries; [`Error::Io`]; [`Error::Format`] for a broken `like`.
+    pub fn write(&self, folder: &Path, layers: usize, like: Option<&Path>) -> Result<()> {
+        if self.entries.is_empty() {
+            return Err(Error::invalid("update", "empty", "must change at least one projection"));
+        }
+        let mut writer = TensorWriter::new();
+        writer.metadata("format", "pt");
+        if self.entries.values().all(|u| matches!(u, WeightUpdate::Slice(_))) {
+            for (&(l, p), update) in &self.entries {
+                if let WeightUpdate::Slice(slice) = update {
+                    let prefix = format!("{}.{}", layer_prefix(l), p.path());
+                    let name = if slice.place().side == Side::Output { "slice_rows" } else { "slice_columns" };
+                    write_indices(&mut writer, &format!("{prefix}.{name}"), &slice.place().index);
+                    writer.matrix(&format!("{prefix}.slice_delta"), slice.delta());
+                }
+            }
+            let targets: Vec<String> = self.entries.keys().map(|&(l, p)| module_name(l, p)).collect();
+            let config = json!({
+                "peft_type": SLICE, "task_type": "CAUSAL_LM", "target_modules": targets, "bias": "none",
+                "inference_mode": true,
+            });
+            writer.write(&folder.join(WEIGHTS))?;
+            return write_bytes(&folder.join(CONFIG), format!("{config:#}\n").as_bytes());
+        }
+        let mut entries: Vec<(usize, Projection, LoraSpec)> = Vec::new();
+        for (&(l, p), update) in &self.entries {
+            let lora = update.to_low_rank()?;
+            write_factors(&mut writer, &format!("{}.{}", layer_prefix(l), p.path()), &lora.a, &lora.b);
+            entries.push((l, p, lora.spec));
+        }
+        let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
+        let text = compose(AdapterKind::Lora, &entries, layers, false, like.as_ref());
+        writer.write(&folder.join(WEIGHTS))?;
+        write_bytes(&folder.join(CONFIG), text.as_bytes())
+    }
+}

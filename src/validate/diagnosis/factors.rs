@@ -1,0 +1,179 @@
+//! Constant factors between the trainer's gradients and the reference's, and what they probably are.
+
+use super::gradient::some;
+use super::{Context, Diagnosis, EXPLAINED, Fault, Tested};
+use crate::linalg::norms::frobenius;
+use crate::validate::measure::dot;
+use crate::validate::names::place_of;
+use std::collections::BTreeMap;
+
+/// One factor between the trainer's gradients and the reference's, for all tensors or for one kind of tensor.
+pub(super) fn factors(context: &Context<'_>, tested: &mut Tested<'_>) {
+    let factor = |names: &[&str]| {
+        let (mut along, mut square) = (0.0, 0.0);
+        for name in names {
+            let (Some(got), Some(want)) = (context.observed(name), context.exact.gradients.get(*name)) else {
+                continue;
+            };
+            if got.values.dim() == want.dim() {
+                along += dot(&got.values, want);
+                square += dot(want, want);
+            }
+        }
+        if square > 0.0 { along / square } else { f64::NAN }
+    };
+    let explained = |names: &[&str], c: f64| -> (usize, f64) {
+        let mut most = 0.0f64;
+        let mut count = 0;
+        for name in names {
+            let Some(got) = context.observed(name) else { continue };
+            let share = context.share_of(name, &got.values.mapv(|x| x / c));
+            count += usize::from(share <= EXPLAINED);
+            most = most.max(share);
+        }
+        (count, most)
+    };
+    let usable = |c: f64| c.is_finite() && c.abs() > 1e-12 && (c - 1.0).abs() > 1e-7;
+    let names: Vec<&str> = context.failing.iter().map(|m| m.name.as_str()).collect();
+    let c = factor(&names);
+    if usable(c) {
+        let (count, share) = explained(&names, c);
+        if count == names.len() {
+            let everything =
+                names.len() == context.exact.gradients.values().filter(|g| frobenius(&g.view()) > 0.0).count();
+            let near = context.case.rounding.coarsest().epsilon().max(1e-4);
+            let (name, meaning, fix) = meaning(context, c, near, everything);
+            let what = format!("the gradients of {} are {c:.6} times the right ones{meaning}", some(&names));
+            let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), count, share);
+            same_in_loss(context, c, 1e-3, &mut diagnosis);
+            tested.found.push(diagnosis);
+            return;
+        }
+    }
+    // By kind of tensor: a factor on A and another on B.
+    let mut kinds: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for name in &names {
+        kinds.entry(place_of(name).2).or_default().push(name);
+    }
+    let found: Vec<(String, f64, usize, f64)> = kinds
+        .into_iter()
+        .map(|(kind, names)| {
+            let c = factor(&names);
+            let (count, share) = if usable(c) { explained(&names, c) } else { (0, f64::INFINITY) };
+            (kind, c, if count == names.len() { count } else { 0 }, share)
+        })
+        .filter(|(_, _, count, _)| *count > 0)
+        .collect();
+    if !found.is_empty() {
+        let each: Vec<String> = found.iter().map(|(kind, c, ..)| format!("{kind} {c:.6} times")).collect();
+        let what = format!("constant factors by kind of tensor: {} the right gradient", each.join(", "));
+        let fix = "a factor is missing in the backward of these tensors only: look at where alpha / r enters";
+        let share = found.iter().map(|f| f.3).fold(0.0, f64::max);
+        let fault = Fault::new("factor-by-kind", what, fix);
+        tested.found.push(context.of_gradients(fault, found.iter().map(|f| f.2).sum(), share));
+    }
+}
+
+/// A loss that is off by the same factor is explained with the gradients.
+fn same_in_loss(context: &Context<'_>, c: f64, near: f64, diagnosis: &mut Diagnosis) {
+    if let Some(loss) = context.case.trainer.loss
+        && context.failed(1)
+        && (loss / context.exact.loss / c - 1.0).abs() < near
+    {
+        diagnosis.explains.push(crate::validate::ladder::RUNGS[1].to_string());
+        diagnosis.complete = diagnosis.explains.len() == context.failed.len();
+    }
+}
+
+/// A factor too near 1 to show in any single tensor.
+pub(super) fn common_factor(context: &Context<'_>, tested: &mut Tested<'_>) {
+    let (true, Some((c, noise))) = (context.failed(5), context.mean_factor()) else { return };
+    let near = 3.0 * noise + 1e-6;
+    let (name, meaning, fix) = meaning(context, c, near, true);
+    let what = format!("all gradients together are {c:.4} (+- {near:.0e}) times the right ones{meaning}");
+    let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), 0, 0.0);
+    same_in_loss(context, c, near.max(1e-3), &mut diagnosis);
+    tested.found.push(diagnosis);
+}
+
+/// What a factor probably is.
+fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'static str, String, &'static str) {
+    let batch = &context.case.batch;
+    let (rows, length) = batch.input_ids.dim();
+    let counted = batch.counted() as f64;
+    let tokens = (rows * length) as f64;
+    let mask = batch.attention_mask.as_ref().map_or(tokens, |m| m.iter().filter(|x| **x).count() as f64);
+    let micro = context.case.micro_batches().len() as f64;
+    let scalings: Vec<(f64, usize)> = context
+        .case
+        .model
+        .layers
+        .iter()
+        .flat_map(|l| crate::model::Projection::ALL.map(|p| l.projection(p)))
+        .filter_map(|p| match &p.method {
+            crate::adapters::Method::Lora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Dora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Moslora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Paca(m) => Some((m.scaling, m.index.len())),
+            _ => None,
+        })
+        .take(1)
+        .collect();
+    let mut candidates: Vec<(f64, &'static str, String, &'static str)> = Vec::new();
+    let averaging = "check by how many tokens the loss is divided";
+    if everything {
+        let wrong = "loss-divisor";
+        candidates.push((counted, wrong, format!(": the loss is summed over its {counted} counted tokens"), averaging));
+        candidates.push((1.0 / counted, wrong, ": the mean over counted tokens is taken twice".into(), averaging));
+        for (n, of) in [
+            (tokens, "all B T tokens"),
+            (tokens - rows as f64, "the B (T - 1) shifted tokens"),
+            (mask, "the tokens that are not padding"),
+            (rows as f64, "the B sequences"),
+        ] {
+            let text = format!(": the loss is divided by {of} ({n}) instead of the {counted} counted ones");
+            candidates.push((counted / n, wrong, text, averaging));
+        }
+        if micro > 1.0 {
+            let fix = "divide each micro-batch's loss by their number (or by the counted tokens of all)";
+            let text = format!(": the losses of {micro} micro-batches are added without dividing");
+            candidates.push((micro, "accumulation", text, fix));
+            candidates.push((1.0 / micro, "accumulation", format!(": divided by {micro} micro-batches twice"), fix));
+        }
+        candidates.push((
+            -1.0,
+            "sign",
+            ": the sign is flipped, so descent climbs".into(),
+            "negate the loss or the update",
+        ));
+    }
+    for (s, r) in scalings {
+        let (r, fix) = (r as f64, "check where alpha / r enters forward and backward");
+        for (value, text) in [
+            (1.0 / s, format!(": the scaling alpha / r = {s} is missing in the backward of the factors")),
+            (s, format!(": the scaling alpha / r = {s} enters the backward twice")),
+            (r, format!(": alpha is not divided by r = {r}")),
+            (r.sqrt(), format!(": alpha is divided by sqrt(r), r = {r}")),
+            (1.0 / r, format!(": alpha is divided by r = {r} twice")),
+        ] {
+            candidates.push((value, "adapter-scaling-backward", text, fix));
+        }
+    }
+    let log = c.abs().log2();
+    if c > 0.0 && log.abs() > 1.5 && (log - log.round()).abs() < near {
+        let text = format!(" (2^{}): a loss scale that was not divided out", log.round());
+        let loss_scale = (c, "loss-scale", text, "unscale the gradients before they are used");
+        // The forward being right, a factor of the loss is likelier than one of the rank.
+        let rank = candidates.iter().position(|c| c.2.contains(": alpha is")).unwrap_or(candidates.len());
+        candidates.insert(rank, loss_scale);
+    }
+    candidates.retain(|(value, ..)| value.is_finite() && value.abs() > 0.0 && (c / value - 1.0).abs() < near);
+    let mut candidates = candidates.into_iter();
+    let Some((_, name, mut text, fix)) = candidates.next() else {
+        return ("constant-factor", String::new(), "look for a factor of the loss that the reference does not have");
+    };
+    for (_, _, other, _) in candidates {
+        text += &format!("; or{}", other.trim_start_matches(':'));
+    }
+    (name, text, fix)
+}

@@ -1,0 +1,305 @@
+//! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
+
+use super::manifest::{Loss, Manifest, OptimizerRecord};
+use super::names::canonical_name;
+use super::precision::Precision;
+use super::reference::Rounding;
+use crate::adapters::Method;
+use crate::error::{Error, Result};
+use crate::model::adapter_folder::AdapterKind;
+use crate::model::{Batch, Model, Projection};
+use crate::tensor_file::TensorFile;
+use ndarray::Array2;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A tensor of the trainer, as it is in the file; entries may be NaN.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// Values; a vector is one row, leading axes of a hidden state or of logits are folded into rows.
+    pub values: Array2<f64>,
+    /// Format in the file.
+    pub precision: Precision,
+    /// Shape in the file.
+    pub shape: Vec<usize>,
+}
+
+/// What the trainer computed.
+#[derive(Debug, Clone, Default)]
+pub struct Trainer {
+    /// The loss.
+    pub loss: Option<f64>,
+    /// Logits, `(B T) x V`.
+    pub logits: Option<Observed>,
+    /// Output of each layer, `(B T) x D`.
+    pub hidden: BTreeMap<usize, Observed>,
+    /// Gradients by the reference model's names, divided by the loss scale.
+    pub gradients: BTreeMap<String, Observed>,
+    /// Gradients as the optimizer saw them, where they differ (clipping, unscaling).
+    pub applied: BTreeMap<String, Observed>,
+    /// Parameters after the step.
+    pub after: BTreeMap<String, Observed>,
+    /// Parameters before the step before.
+    pub previous: BTreeMap<String, Observed>,
+    /// First moments, or momentum, before the step.
+    pub first: BTreeMap<String, Observed>,
+    /// Second moments before the step.
+    pub second: BTreeMap<String, Observed>,
+}
+
+/// Everything that validation needs.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// Name in reports.
+    pub name: String,
+    /// The model with its adapter; what the trainer trains is trainable.
+    pub model: Model<f64>,
+    /// Kind of the adapter.
+    pub kind: Option<AdapterKind>,
+    /// The batch of the whole step.
+    pub batch: Batch,
+    /// Loss settings.
+    pub loss: Loss,
+    /// Optimizer settings.
+    pub optimizer: Option<OptimizerRecord>,
+    /// Names of trained tensors.
+    pub trained: Vec<String>,
+    /// Where the trainer rounds.
+    pub rounding: Rounding,
+    /// The trainer's results.
+    pub trainer: Trainer,
+}
+
+/// Where the parts of a dump are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DumpPaths {
+    /// Folder of the base model.
+    pub model: PathBuf,
+    /// Folder of the adapter.
+    pub adapter: Option<PathBuf>,
+    /// File of the step's tensors.
+    pub step: PathBuf,
+}
+
+/// Settings of a reference file that has no manifest.
+#[derive(Debug, Clone, Default)]
+pub struct PlainSettings {
+    /// Number format of the trainer; that of its gradients when absent.
+    pub dtype: Option<Precision>,
+}
+
+impl DumpPaths {
+    /// Opens a dump folder: its manifest and where the rest is.
+    ///
+    /// # Errors
+    /// As [`Manifest::read`].
+    pub fn of_folder(folder: &Path) -> Result<(Self, Manifest)> {
+        let manifest = Manifest::read(&folder.join("manifest.json"))?;
+        let place = |path: &String| folder.join(path);
+        let paths = Self {
+            model: place(&manifest.model),
+            adapter: manifest.adapter.as_ref().map(place),
+            step: folder.join("step.safetensors"),
+        };
+        Ok((paths, manifest))
+    }
+}
+
+impl Case {
+    /// Reads a dump.
+    ///
+    /// # Errors
+    /// Those of the model and adapter folders and of the tensor file; [`Error::Format`] for inputs of a wrong shape.
+    pub fn read(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
+        let file = TensorFile::open(&paths.step)?;
+        let mut model = Model::<f64>::read(&paths.model)?;
+        let kind = match &paths.adapter {
+            Some(folder) => Some(model.read_adapter(folder)?),
+            None => None,
+        };
+        let batch = read_batch(&file)?;
+        let loss = manifest.map(|m| m.loss.clone()).unwrap_or_default();
+        let rows: usize = loss.micro_batch_rows.iter().sum();
+        if !loss.micro_batch_rows.is_empty() && rows != batch.input_ids.nrows() {
+            let expected = format!("{rows} rows, the sum of micro_batch_rows");
+            return Err(file.malformed("tensor input_ids", expected, batch.input_ids.nrows().to_string()));
+        }
+        let trainer = read_trainer(&file, loss.scale, model.config.tie_word_embeddings)?;
+        let named = manifest.and_then(|m| m.trained.as_ref());
+        let trained: Vec<String> = match named {
+            Some(names) => names.iter().map(|n| canonical_name(n)).collect(),
+            None if kind.is_some() => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
+            None => trainer.gradients.keys().cloned().collect(),
+        };
+        train_these(&mut model, &trained, &paths.step)?;
+        let known: Vec<String> = model.trainable_values().into_iter().map(|(name, _)| name).collect();
+        let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
+        let rounding = rounding(manifest, &trainer, plain);
+        Ok(Self {
+            name: name.to_string(),
+            model,
+            kind,
+            batch,
+            loss,
+            optimizer: manifest.and_then(|m| m.optimizer.clone()),
+            trained,
+            rounding,
+            trainer,
+        })
+    }
+
+    /// Rows of each micro-batch, as ranges of the batch.
+    pub fn micro_batches(&self) -> Vec<std::ops::Range<usize>> {
+        let rows = self.batch.input_ids.nrows();
+        if self.loss.micro_batch_rows.is_empty() {
+            return std::iter::once(0..rows).collect();
+        }
+        let mut start = 0;
+        let next = |&n: &usize| {
+            start += n;
+            start - n..start
+        };
+        self.loss.micro_batch_rows.iter().map(next).collect()
+    }
+}
+
+fn rounding(manifest: Option<&Manifest>, trainer: &Trainer, plain: &PlainSettings) -> Rounding {
+    let parse = |name: &Option<String>| name.as_deref().and_then(|n| Precision::parse(n).ok());
+    let stored = trainer.gradients.values().map(|g| g.precision).reduce(Precision::coarser);
+    let weights = manifest.and_then(|m| parse(&m.compute.weights));
+    let weights = plain.dtype.or(weights).or(stored).unwrap_or(Precision::F32);
+    let autocast = manifest.and_then(|m| parse(&m.compute.autocast));
+    let internals = manifest.and_then(|m| parse(&m.compute.internals)).unwrap_or(weights);
+    Rounding { stream: weights, products: autocast.unwrap_or(weights), autocast: autocast.is_some(), internals }
+}
+
+/// Makes trainable what the trainer trains outside the adapter.
+fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Result<()> {
+    for name in trained {
+        let projection = || {
+            let (layer, module, tensor) = super::names::place_of(name);
+            let (layer, p) = (layer?, module.parse::<Projection>().ok()?);
+            (layer < model.layers.len() && tensor == "weight").then_some((layer, p))
+        };
+        if name == "model.embed_tokens.weight" {
+            model.trainable.embedding = true;
+        } else if name == "lm_head.weight" {
+            model.trainable.lm_head = true;
+        } else if name.ends_with("norm.weight") {
+            model.trainable.norms = true;
+        } else if let Some((layer, p)) = projection() {
+            let projection = model.layers[layer].projection_mut(p);
+            if projection.is_trainable() {
+                let found = format!("{name} beside an adapter of {}", projection.method.name());
+                return Err(Error::format(path, "trained parameters", "one method per projection", found));
+            }
+            projection.method = Method::Full;
+        }
+    }
+    Ok(())
+}
+
+/// The batch of a step's file.
+///
+/// # Errors
+/// [`Error::MissingTensor`]; [`Error::Format`] for ids, labels or masks of a wrong shape or kind.
+pub fn read_batch(file: &TensorFile) -> Result<Batch> {
+    let reason = "the batch of the step";
+    let ids = integers(file, "input_ids", reason)?.mapv(|x| x as u32);
+    let labels = integers(file, "labels", reason)?;
+    let in_file = |e: Error| match e {
+        Error::ShapeMismatch { arg, expected, got, .. } => file.malformed(format!("tensor {arg}"), expected, got),
+        Error::InvalidParam { name, value, requirement } => file.malformed(name, requirement, value),
+        other => other,
+    };
+    let mut batch = Batch::new(ids, labels).map_err(in_file)?;
+    if file.contains("attention_mask") {
+        let mask = integers(file, "attention_mask", reason)?;
+        if let Some((place, value)) = mask.indexed_iter().find(|(_, v)| **v != 0 && **v != 1) {
+            let found = format!("{value} at {place:?}");
+            return Err(file.malformed("tensor attention_mask", "zeros and ones", found));
+        }
+        batch = batch.with_attention_mask(mask.mapv(|x| x == 1)).map_err(in_file)?;
+    }
+    if file.contains("position_ids") {
+        let positions = integers(file, "position_ids", reason)?;
+        let restarts = |row: ndarray::ArrayView1<i64>| row.windows(2).into_iter().any(|w| w[1] != w[0] + 1);
+        if batch.attention_mask.is_none() && positions.rows().into_iter().any(restarts) {
+            let expected = "positions that rise by one in each row (packed sequences are not implemented)";
+            return Err(file.malformed("tensor position_ids", expected, "other steps"));
+        }
+        if let Some(bad) = positions.iter().find(|p| **p < 0 || **p > i64::from(u32::MAX)) {
+            return Err(file.malformed("tensor position_ids", "positions of at least 0", bad.to_string()));
+        }
+        batch = batch.with_position_ids(positions.mapv(|x| x as u32)).map_err(in_file)?;
+    }
+    Ok(batch)
+}
+
+fn integers(file: &TensorFile, name: &str, reason: &str) -> Result<Array2<i64>> {
+    let values = file.matrix::<f64>(name, reason)?;
+    match values.iter().find(|x| x.fract().abs() > 0.0 || x.abs() > 1e15) {
+        Some(bad) => Err(file.malformed(format!("tensor {name}"), "integers", bad.to_string())),
+        None => Ok(values.mapv(|x| x as i64)),
+    }
+}
+
+/// A tensor with its leading axes folded into rows, multiplied by `factor`.
+pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Observed> {
+    let (shape, mut values) = file.raw_tensor::<f64>(name, "listed in the file")?;
+    let columns = shape.last().copied().unwrap_or(1);
+    let rows = values.len().checked_div(columns).unwrap_or(0);
+    let precision = Precision::parse(&file.dtype(name).unwrap_or_default())
+        .map_err(|_| file.malformed(format!("tensor {name}"), "a floating-point tensor", "integers"))?;
+    if factor.to_bits() != 1f64.to_bits() {
+        values.iter_mut().for_each(|x| *x *= factor);
+    }
+    let values = Array2::from_shape_vec((rows, columns), values)
+        .map_err(|e| file.malformed(format!("tensor {name}"), "data that fill its shape", e.to_string()))?;
+    Ok(Observed { values, precision, shape })
+}
+
+fn read_trainer(file: &TensorFile, scale: f64, tied: bool) -> Result<Trainer> {
+    let mut trainer = Trainer::default();
+    for name in file.names() {
+        let own = |raw: &str| {
+            let name = canonical_name(raw);
+            if tied && name == "lm_head.weight" { "model.embed_tokens.weight".to_string() } else { name }
+        };
+        let (group, raw) = match name.split_once('.') {
+            Some((group, raw)) => (group, raw),
+            None => match name {
+                "loss" => {
+                    trainer.loss = file.raw_tensor::<f64>("loss", "the loss")?.1.first().copied();
+                    continue;
+                }
+                "logits" => {
+                    trainer.logits = Some(observed(file, name, 1.0)?);
+                    continue;
+                }
+                _ => continue,
+            },
+        };
+        let factor = if group == "grad" { 1.0 / scale } else { 1.0 };
+        let target = match group {
+            "grad" => &mut trainer.gradients,
+            "applied" => &mut trainer.applied,
+            "after" => &mut trainer.after,
+            "previous" => &mut trainer.previous,
+            "exp_avg" | "momentum_buffer" => &mut trainer.first,
+            "exp_avg_sq" => &mut trainer.second,
+            "hidden" => {
+                let Ok(layer) = raw.parse::<usize>() else {
+                    return Err(file.malformed(format!("tensor {name}"), "hidden.LAYER", raw));
+                };
+                trainer.hidden.insert(layer, observed(file, name, 1.0)?);
+                continue;
+            }
+            _ => continue,
+        };
+        if target.insert(own(raw), observed(file, name, factor)?).is_some() {
+            return Err(file.malformed(format!("tensor {name}"), "one tensor per parameter", "two that are the same"));
+        }
+    }
+    Ok(trainer)
+}

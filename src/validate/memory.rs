@@ -1,0 +1,60 @@
+//! Whether a validation fits in memory, before anything large is read.
+
+use super::dump::DumpPaths;
+use super::manifest::Manifest;
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::tensor_file::TensorFile;
+use crate::train::memory::{StepShape, predict};
+use crate::train::method::{MethodName, MethodParams};
+
+/// Bytes of an f64 step of the reference with its gradients, and a second copy of the weights, which hypotheses and
+/// rounding need.
+///
+/// The step is that of LoRA with rank 8 on every projection if there is an adapter, of full fine-tuning otherwise; what is
+/// trained besides makes little difference.
+///
+/// # Errors
+/// Those of `config.json` and of the step's file.
+pub fn needed(paths: &DumpPaths, manifest: Option<&Manifest>) -> Result<usize> {
+    let config = ModelConfig::read(&paths.model.join("config.json"))?;
+    let file = TensorFile::open(&paths.step)?;
+    let Some(&[rows, length]) = file.shape("input_ids") else {
+        return Err(file.missing("input_ids", "the batch of the step, (batch, length)"));
+    };
+    let rows = manifest.and_then(|m| m.loss.micro_batch_rows.iter().max().copied()).unwrap_or(rows);
+    let name = if paths.adapter.is_some() { MethodName::Lora } else { MethodName::Full };
+    let rank = 8.min(config.hidden_size).min(config.head_dim * config.num_key_value_heads);
+    let method = MethodParams { rank, ..MethodParams::named(name) };
+    let shape = StepShape {
+        batch: rows.max(1),
+        length: length.max(1),
+        bytes: size_of::<f64>(),
+        state: 0,
+        checkpointing: false,
+        threads: rayon::current_num_threads(),
+    };
+    let step = predict(&config, &method, &shape)?;
+    Ok(step.total() + step.weights)
+}
+
+/// Refuses a validation that needs more than `limit` bytes.
+///
+/// # Errors
+/// [`Error::TooLarge`] with both numbers; as [`needed`].
+pub fn require(paths: &DumpPaths, manifest: Option<&Manifest>, limit: usize) -> Result<usize> {
+    let bytes = needed(paths, manifest)?;
+    if bytes <= limit {
+        return Ok(bytes);
+    }
+    let what = format!("{}: the f64 reference of this step", paths.model.display());
+    let (shift, unit) = if bytes < 1 << 24 { (10, "KiB") } else { (20, "MiB") };
+    Err(Error::TooLarge { what, needed: bytes.div_ceil(1 << shift) as u128, limit: (limit >> shift) as u128, unit })
+}
+
+/// Memory that the system says is available, if it says so.
+pub fn available() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
+}

@@ -1,0 +1,274 @@
+//! The reference step: exact, with the trainer's rounding imitated, or as a hypothesis about a fault would have it.
+
+use super::dump::Case;
+use super::manifest::Reduction;
+use super::precision::Precision;
+use crate::blocks::cross_entropy::prediction_targets;
+use crate::blocks::linear::linear_forward;
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::model::{Batch, Instruments, Model, Place, Point, Projection, StepOptions, Tap};
+use ndarray::{Array2, Axis, s};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Where a trainer rounds.
+///
+/// | tensor | rounded to |
+/// |---|---|
+/// | weights | as dumped; to `products` where autocast casts them |
+/// | embedding, sums after attention and feed-forward, and their gradients | `stream` |
+/// | inputs and outputs of matrix products and attention, logits, and their gradients | `products` |
+/// | normalised inputs, rotated queries and keys, attention, logits | also to `internals`, if that is coarser |
+/// | parameter gradients | the format they are stored in, or `products` under autocast |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rounding {
+    /// Format of weights and of the residual stream.
+    pub stream: Precision,
+    /// Format of matrix products.
+    pub products: Precision,
+    /// Whether products are in another format because of autocast.
+    pub autocast: bool,
+    /// Format of norms, angles, softmax and loss.
+    pub internals: Precision,
+}
+
+impl Rounding {
+    /// The coarsest format.
+    pub fn coarsest(&self) -> Precision {
+        self.stream.coarser(self.products).coarser(self.internals)
+    }
+
+    fn at(&self, place: Place) -> Precision {
+        match place.point {
+            Point::Embedded | Point::Middle | Point::Output => self.stream,
+            Point::NormedInput
+            | Point::NormedMiddle
+            | Point::FinalNorm
+            | Point::RotatedQuery
+            | Point::RotatedKey
+            | Point::Attended
+            | Point::Logits => self.products.coarser(self.internals),
+            _ => self.products,
+        }
+    }
+}
+
+/// What a step computes.
+#[derive(Debug, Clone, Default)]
+pub struct Evidence {
+    /// Loss.
+    pub loss: f64,
+    /// Logits, `(B T) x V`.
+    pub logits: Option<Array2<f64>>,
+    /// Output of each layer.
+    pub hidden: BTreeMap<usize, Array2<f64>>,
+    /// Gradients by name.
+    pub gradients: BTreeMap<String, Array2<f64>>,
+}
+
+/// A step that differs from the case's own; the default does not.
+#[derive(Clone, Default)]
+pub struct Variant<'a> {
+    /// The model of the forward pass.
+    pub forward: Option<&'a Model<f64>>,
+    /// The model of the backward pass; that of the forward when absent.
+    pub backward: Option<&'a Model<f64>>,
+    /// The batch.
+    pub batch: Option<&'a Batch>,
+    /// Rows of each part of the step and the divisor of its loss.
+    pub parts: Option<Vec<(Range<usize>, f64)>>,
+    /// Factor of the scores.
+    pub scale: Option<f64>,
+    /// Tokens ahead that a query sees.
+    pub ahead: usize,
+    /// (row, label) pairs that the loss counts, rows being those of the whole batch.
+    pub targets: Option<Vec<(usize, usize)>>,
+    /// Changes tensors on their way.
+    pub tap: Option<Tap<'a, f64>>,
+    /// Rounds them.
+    pub rounding: Option<Rounding>,
+    /// Loss scale of a rounded step, in place of the trainer's.
+    pub loss_scale: Option<f64>,
+}
+
+/// A copy of the model whose weights are rounded as autocast does; embedding and norms are not cast.
+fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>> {
+    let mut cast = model.clone();
+    for layer in &mut cast.layers {
+        for p in Projection::ALL {
+            let projection = layer.projection_mut(p);
+            precision.round_array(projection.base.dense_mut("autocast")?);
+            projection.update(&mut |_, values| {
+                precision.round_array(values);
+                Ok(())
+            })?;
+        }
+    }
+    if cast.lm_head.is_none() {
+        cast.lm_head = Some(cast.embedding.clone());
+    }
+    if let Some(head) = &mut cast.lm_head {
+        precision.round_array(head);
+    }
+    Ok(cast)
+}
+
+/// Rows of a batch.
+fn rows_of(batch: &Batch, rows: &Range<usize>) -> Result<Batch> {
+    let cut = s![rows.clone(), ..];
+    let mut part = Batch::new(batch.input_ids.slice(cut).to_owned(), batch.labels.slice(cut).to_owned())?;
+    if let Some(mask) = &batch.attention_mask {
+        part = part.with_attention_mask(mask.slice(cut).to_owned())?;
+    }
+    if let Some(positions) = &batch.position_ids {
+        part = part.with_position_ids(positions.slice(cut).to_owned())?;
+    }
+    Ok(part)
+}
+
+impl Case {
+    /// The step's parts with the divisor of each one's loss, by the declared reduction.
+    pub fn parts(&self) -> Vec<(Range<usize>, f64)> {
+        let micro = self.micro_batches();
+        let counted = |rows: &Range<usize>| {
+            let labels = self.batch.labels.slice(s![rows.clone(), 1..]);
+            labels.iter().filter(|&&l| l != crate::blocks::cross_entropy::IGNORED_LABEL).count() as f64
+        };
+        let total: f64 = micro.iter().map(&counted).sum();
+        let divisor = |rows: &Range<usize>| match self.loss.reduction {
+            Reduction::Mean => total,
+            Reduction::Sum => 1.0,
+            Reduction::MicroMean => counted(rows) * micro.len() as f64,
+        };
+        micro.iter().map(|rows| (rows.clone(), divisor(rows))).filter(|(_, d)| *d > 0.0).collect()
+    }
+
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; [`Error::InvalidParam`] if no position counts.
+    pub fn run(&self, variant: &Variant<'_>) -> Result<Evidence> {
+        let forward = variant.forward.unwrap_or(&self.model);
+        let backward = variant.backward.unwrap_or(forward);
+        let autocast = variant.rounding.filter(|r| r.autocast).map(|r| r.products);
+        let cast = autocast.map(|p| cast_products(forward, p)).transpose()?;
+        let cast_backward = match autocast {
+            Some(p) if !std::ptr::eq(forward, backward) => Some(cast_products(backward, p)?),
+            _ => None,
+        };
+        let tied_cast = cast.is_some() && forward.lm_head.is_none();
+        let backward = cast_backward.as_ref().or(cast.as_ref()).unwrap_or(backward);
+        let forward = cast.as_ref().unwrap_or(forward);
+
+        let batch = variant.batch.unwrap_or(&self.batch);
+        let (rows, length) = batch.input_ids.dim();
+        let parts = variant.parts.clone().unwrap_or_else(|| self.parts());
+        // Loss scaling decides what a half format loses.
+        let scale = if variant.rounding.is_some() { variant.loss_scale.unwrap_or(self.loss.scale) } else { 1.0 };
+        let all_targets = match &variant.targets {
+            Some(targets) => targets.clone(),
+            None => prediction_targets(batch.labels.view(), forward.config.vocab_size)?,
+        };
+        if all_targets.is_empty() || parts.is_empty() {
+            return Err(Error::invalid("labels", "all ignored", "at least one position must count"));
+        }
+        let mut gradients = backward.zero_gradients();
+        if tied_cast {
+            // The head was made separate so that the embedding stays uncast; its gradient belongs to the embedding.
+            gradients.lm_head = gradients.embedding.as_ref().map(|e| Array2::zeros(e.dim()));
+        }
+        let mut evidence = Evidence::default();
+        let want_logits = self.trainer.logits.is_some();
+        if want_logits {
+            evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
+        }
+        for &layer in self.trainer.hidden.keys().filter(|l| **l < forward.layers.len()) {
+            evidence.hidden.insert(layer, Array2::zeros((rows * length, forward.config.hidden_size)));
+        }
+        for (range, divisor) in &parts {
+            let first = range.start * length;
+            let record = RefCell::new(&mut evidence);
+            let tap = |place: Place, tensor: &mut Array2<f64>| {
+                if let Some(tap) = variant.tap {
+                    tap(place, tensor);
+                }
+                if let Some(rounding) = &variant.rounding {
+                    rounding.at(place).round_array(tensor);
+                }
+                if place.gradient {
+                    return;
+                }
+                let mut evidence = record.borrow_mut();
+                match (place.point, place.layer) {
+                    (Point::Output, Some(layer)) => {
+                        if let Some(all) = evidence.hidden.get_mut(&layer) {
+                            all.slice_mut(s![first..first + tensor.nrows(), ..]).assign(tensor);
+                        }
+                    }
+                    (Point::FinalNorm, None) => {
+                        if let Some(all) = &mut evidence.logits
+                            && let Ok(mut logits) =
+                                linear_forward(tensor.view(), forward.head().view(), &mut Cost::default())
+                        {
+                            if let Some(rounding) = &variant.rounding {
+                                rounding
+                                    .at(Place { layer: None, point: Point::Logits, gradient: false })
+                                    .round_array(&mut logits);
+                            }
+                            all.slice_mut(s![first..first + tensor.nrows(), ..]).assign(&logits);
+                        }
+                    }
+                    _ => {}
+                }
+            };
+            let inside = first..range.end * length;
+            let targets: Vec<(usize, usize)> = all_targets
+                .iter()
+                .filter(|(row, _)| inside.contains(row))
+                .map(|&(row, label)| (row - first, label))
+                .collect();
+            let instruments =
+                Instruments { scale: variant.scale, ahead: variant.ahead, targets: Some(&targets), tap: Some(&tap) };
+            let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: false };
+            let part = rows_of(batch, range)?;
+            let mut cost = Cost::default();
+            let pass = forward.forward_with(&part, &options, &instruments, &mut gradients, &mut cost)?;
+            let output = backward.backward_with(&part, pass, &instruments, &mut gradients, &mut cost)?;
+            evidence.loss += output.loss / scale;
+        }
+        if tied_cast && let (Some(head), Some(embedding)) = (gradients.lm_head.take(), &mut gradients.embedding) {
+            *embedding += &head;
+        }
+        evidence.gradients = gradients
+            .named()
+            .into_iter()
+            .map(|(name, g)| {
+                let mut g = g.to_owned();
+                if let Some(rounding) = &variant.rounding {
+                    let stored = self.trainer.gradients.get(&name).map_or(rounding.stream, |o| o.precision);
+                    // Under autocast a weight's gradient comes out of a product; a gain's does not.
+                    let product = rounding.autocast && !name.ends_with("norm.weight");
+                    if product { rounding.products.coarser(stored) } else { stored }.round_array(&mut g);
+                    g.mapv_inplace(|x| x / scale);
+                }
+                (name, g)
+            })
+            .collect();
+        Ok(evidence)
+    }
+
+    /// Rows of logits and hidden states that mean something: not padding.
+    pub fn real_rows(&self) -> Vec<usize> {
+        match &self.batch.attention_mask {
+            Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
+            None => (0..self.batch.tokens()).collect(),
+        }
+    }
+}
+
+/// Some rows of an array.
+pub(super) fn select_rows(array: &Array2<f64>, rows: &[usize]) -> Array2<f64> {
+    if rows.len() == array.nrows() { array.clone() } else { array.select(Axis(0), rows) }
+}

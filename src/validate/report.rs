@@ -1,0 +1,108 @@
+//! A validation from beginning to end, and its result.
+
+use super::diagnosis::{self, Diagnosis};
+use super::dump::Case;
+use super::ladder::{Rung, climb};
+use super::measure::Measure;
+use super::reference::Variant;
+use crate::error::Result;
+use serde::Serialize;
+
+/// The result of a validation.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// What was validated.
+    pub name: String,
+    /// Whether every rung that could be checked passed.
+    pub passed: bool,
+    /// Format of the trainer's products, and of its weights.
+    pub precision: (String, String),
+    /// Loss of the reference.
+    pub reference_loss: f64,
+    /// The rungs in order.
+    pub rungs: Vec<Rung>,
+    /// Faults that explain the failure, the best explanation first.
+    pub diagnoses: Vec<Diagnosis>,
+    /// Steps of the reference that were run.
+    pub reference_steps: usize,
+}
+
+impl Report {
+    /// The first rung that failed.
+    pub fn first_failure(&self) -> Option<&Rung> {
+        self.rungs.iter().find(|r| r.failed())
+    }
+
+    /// Where the first gap is, for failures that no known fault explains.
+    pub fn lead(&self) -> Option<String> {
+        let of = |name: &str| self.rungs.iter().find(|r| r.name == name);
+        if let Some(hidden) = of(super::ladder::RUNGS[3]).filter(|r| r.failed()) {
+            let first = hidden.tensors.iter().find(|m| !m.passes())?;
+            return Some(format!(
+                "the forward is right up to the input of the layer whose result is the {}",
+                first.name
+            ));
+        }
+        let gradients = of(super::ladder::RUNGS[4]).filter(|r| r.failed())?;
+        let bad: Vec<&Measure> = gradients.tensors.iter().filter(|m| !m.passes()).collect();
+        let layer = |m: &Measure| super::names::place_of(&m.name).0;
+        let highest = bad.iter().filter_map(|m| layer(m)).max()?;
+        let mut modules: Vec<String> =
+            bad.iter().filter(|m| layer(m) == Some(highest)).map(|m| super::names::place_of(&m.name).1).collect();
+        modules.dedup();
+        let above = gradients.tensors.iter().any(|m| layer(m).is_some_and(|l| l > highest));
+        let right = if above { "gradients above it are right, so backward is right down to there; " } else { "" };
+        Some(format!(
+            "{right}the highest layer with a wrong gradient is {highest}, in {}; {} of {} tensors are wrong in all",
+            modules.join(", "),
+            bad.len(),
+            gradients.tensors.len()
+        ))
+    }
+
+    /// The measured gradients.
+    pub fn gradients(&self) -> &[Measure] {
+        self.rungs.iter().find(|r| r.name == super::ladder::RUNGS[4]).map_or(&[], |r| &r.tensors)
+    }
+}
+
+/// What a long validation tells while it runs.
+pub trait Watch {
+    /// A part begins.
+    fn begins(&self, what: &str);
+}
+
+/// Says nothing.
+pub struct Silent;
+
+impl Watch for Silent {
+    fn begins(&self, _what: &str) {}
+}
+
+/// Validates a case.
+///
+/// # Errors
+/// As [`Case::run`].
+pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
+    watch.begins("exact reference");
+    let exact = case.run(&Variant::default())?;
+    watch.begins("reference with the trainer's rounding");
+    let rounded = case.run(&Variant { rounding: Some(case.rounding), ..Variant::default() })?;
+    let rungs = climb(case, &exact, &rounded);
+    let passed = !rungs.iter().any(Rung::failed);
+    let (mut diagnoses, mut steps) = (Vec::new(), 2);
+    if !passed {
+        (diagnoses, steps) = diagnosis::diagnose(case, &exact, &rounded, &rungs, watch)?;
+        steps += 2;
+    }
+    let format = |p: super::Precision| p.name().to_string();
+    Ok(Report {
+        name: case.name.clone(),
+        passed,
+        precision: (format(case.rounding.products), format(case.rounding.stream)),
+        reference_loss: exact.loss,
+        rungs,
+        diagnoses,
+        reference_steps: steps,
+    })
+}
