@@ -25,6 +25,7 @@ pub const EXPERIMENT: Experiment = Experiment {
     title: "The numerical rank of P and dS over norm and length",
     claim: "CL-LoRA: below the norm threshold the matrices of the gradient are numerically of low rank (k = L^o(1)); above it they are not.",
     refuted_by: "rank fractions that do not fall with L below c = 1",
+    doubt: "The rank is that of P and dS alone at L <= 2048 and head widths up to 8; what a method that never sees P can reach may lie well above it.",
     grid,
     measure,
     parallel: true,

@@ -1,0 +1,200 @@
+//! Figures, findings and checks of the table.
+
+use super::{DRIFT_SWITCHES, FUSED, SERVED, SWITCHES};
+use peft_limits::report::{Axis, BarChart, BarSeries, Figure, LineChart, NamedFigure, Panel, Series, Summary, Table};
+use peft_limits::{Error, Result};
+
+fn part(table: &Table, name: &str) -> Table {
+    table.filter_eq("part", name)
+}
+
+fn numbers(table: &Table, column: &str) -> Result<Vec<f64>> {
+    let mut values: Vec<f64> = table.distinct(column)?.iter().filter_map(|c| c.as_f64()).collect();
+    values.sort_by(f64::total_cmp);
+    Ok(values)
+}
+
+/// Median and the range over seeds of a column at one x.
+fn spread(table: &Table, method: &str, x: (&str, f64), column: &str) -> Result<(f64, f64, f64)> {
+    let chosen = table.filter(|r| r.text("method") == method && (r.f64(x.0) - x.1).abs() < 1e-9);
+    let mut v = chosen.floats(column)?;
+    v.sort_by(f64::total_cmp);
+    let at = |i: usize| v.get(i).copied().unwrap_or(f64::NAN);
+    Ok((at(v.len() / 2), at(0), at(v.len().saturating_sub(1))))
+}
+
+fn lines(table: &Table, methods: &[&str], x: &str, column: &str) -> Result<Vec<Series>> {
+    let places = numbers(table, x)?;
+    methods
+        .iter()
+        .map(|method| {
+            let points = places
+                .iter()
+                .map(|&at| {
+                    let (median, low, high) = spread(table, method, (x, at), column)?;
+                    Ok((at, median, low, high))
+                })
+                .collect::<Result<Vec<_>>>()?;
+            Ok(Series::new(*method, points))
+        })
+        .collect()
+}
+
+/// Mean share of the gain kept over seeds and both tasks, with the 95% interval over seeds.
+fn kept(table: &Table, method: &str, fused: &str) -> Result<(f64, f64, f64)> {
+    let chosen = part(table, "fusion").filter_eq("method", method).filter_eq("fused by", fused);
+    let mut by_seed = Vec::new();
+    for (_, rows) in chosen.group_by(&["seed"])? {
+        let shares = rows.floats("share of the gain kept")?;
+        by_seed.push(shares.iter().sum::<f64>() / shares.len() as f64);
+    }
+    let mean = by_seed.iter().sum::<f64>() / by_seed.len() as f64;
+    let (low, high) = Summary::of(&by_seed).t_interval(0.95).unwrap_or((f64::NAN, f64::NAN));
+    Ok((mean, low, high))
+}
+
+pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
+    let (switch, mixed) = (part(table, "switch"), part(table, "mixed"));
+    let chart = |title: &str, x: &str, y: &str, series: Vec<Series>| LineChart {
+        title: title.into(),
+        x: Axis::log2(x),
+        y: Axis::log10(y),
+        series,
+        ..Default::default()
+    };
+    let width = "model width";
+    let switching = [
+        ("Switching: time", "time (ms)", "time (ms)", &SWITCHES[..]),
+        ("Switching: memory overwritten", "overwritten (bytes)", "bytes", &SWITCHES[..2]),
+    ];
+    let mut panels: Vec<Panel> = Vec::new();
+    for (title, column, label, methods) in switching {
+        panels.push(chart(title, width, label, lines(&switch, methods, "width", column)?).into());
+    }
+    let title = "Serving one batch of 32 sequences";
+    panels
+        .push(chart(title, "different adapters", "time (ms)", lines(&mixed, &SERVED, "adapters", "time (ms)")?).into());
+    let mut series = Vec::new();
+    for method in FUSED {
+        let bars = ["sum", "mean"].map(|fused| kept(table, method, fused)).into_iter().collect::<Result<Vec<_>>>()?;
+        series.push(BarSeries::new(method, bars));
+    }
+    let groups = vec!["sum (1, 1)".to_string(), "mean (0.5, 0.5)".to_string()];
+    let fusion = BarChart {
+        title: "Fused adapters".into(),
+        group_label: "fused by".into(),
+        groups,
+        y: Axis::linear("share of own gain in loss kept"),
+        series,
+        values: true,
+        ..Default::default()
+    };
+    let mut figure = Figure::new("Adapters after training: S2FT slices against LoRA of the same size", panels)
+        .columns(3)
+        .caption(
+            "Adapters of o and down: S2FT on 1/16 of the heads and channels, LoRA of the nearest rank. Old values are kept for the way back, \
+             except where LoRA is subtracted. One by one: switch, run that adapter's sequences, switch again. Medians over 5 seeds with their range.",
+        );
+    figure.share_y = false;
+    let bars = Figure::new("Two tasks' adapters in one: S2FT against LoRA of the same size", [fusion]).caption(
+        "Adapters of down, trained apart on two list tasks from one pretrained model, then summed or averaged; 1 keeps all of the own adapter's gain, \
+         0 is the base. Mean over both tasks and 5 seeds with 95% intervals.",
+    );
+    Ok(vec![NamedFigure::new("adapter_serving", figure), NamedFigure::new("adapter_fusion", bars)])
+}
+
+pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
+    let (switch, mixed, fusion) = (part(table, "switch"), part(table, "mixed"), part(table, "fusion"));
+    let mut lines = Vec::new();
+    let widths = numbers(&switch, "width")?;
+    let last = widths[widths.len() - 1];
+    let at = |method: &str, column: &str| Ok::<f64, Error>(spread(&switch, method, ("width", last), column)?.0);
+    let time = [0, 1, 2].map(|i| at(SWITCHES[i], "time (ms)")).into_iter().collect::<Result<Vec<_>>>()?;
+    lines.push(format!(
+        "Width {last}: a switch takes {:.2} ms with slices, {:.2} ms with LoRA and kept weights ({:.0}x), {:.2} ms with LoRA subtracted ({:.0}x).",
+        time[0], time[1], time[1] / time[0], time[2], time[2] / time[0]
+    ));
+    lines.push(format!(
+        "Memory overwritten by a switch: {:.2} MiB against {:.2} MiB; kept beside the model: the same amounts (nothing when LoRA is subtracted).",
+        at(SWITCHES[0], "overwritten (bytes)")? / 1048576.0,
+        at(SWITCHES[1], "overwritten (bytes)")? / 1048576.0,
+    ));
+    lines.push(format!(
+        "After {DRIFT_SWITCHES} switches the base comes back bit for bit where old values are kept; where LoRA is subtracted it has drifted by {:.1e} (relative, f32).",
+        at(SWITCHES[2], "drift after switches")?
+    ));
+    let counts = numbers(&mixed, "adapters")?;
+    let most = counts[counts.len() - 1];
+    let serve = |method: &str, column: &str| Ok::<f64, Error>(spread(&mixed, method, ("adapters", most), column)?.0);
+    lines.push(format!(
+        "{most} adapters in one batch: {:.2} ms (S2FT) and {:.2} ms (LoRA) mixed, {:.2} and {:.2} ms one by one, {:.2} ms for the base alone; \
+         multiply-adds beyond the base {:.1}% and {:.1}%.",
+        serve(SERVED[1], "time (ms)")?,
+        serve(SERVED[2], "time (ms)")?,
+        serve(SERVED[3], "time (ms)")?,
+        serve(SERVED[4], "time (ms)")?,
+        serve(SERVED[0], "time (ms)")?,
+        100.0 * (serve(SERVED[1], "multiply-adds")? / serve(SERVED[0], "multiply-adds")? - 1.0),
+        100.0 * (serve(SERVED[2], "multiply-adds")? / serve(SERVED[0], "multiply-adds")? - 1.0),
+    ));
+    let mean = |method: &str, column: &str| -> Result<f64> {
+        let values = fusion.filter_eq("method", method).floats(column)?;
+        Ok(values.iter().sum::<f64>() / values.len() as f64)
+    };
+    for method in FUSED {
+        let (sum, average) = (kept(table, method, "sum")?, kept(table, method, "mean")?);
+        lines.push(format!(
+            "{method} ({:.0} numbers, overlap {:.2}): loss {:.2} before, {:.2} with the own adapter; fused, the share of that gain kept is {:.2} [{:.2}, {:.2}] \
+             for the sum and {:.2} [{:.2}, {:.2}] for the mean.",
+            mean(method, "numbers")?,
+            mean(method, "overlap")?,
+            mean(method, "loss, base (nats)")?,
+            mean(method, "loss, own adapter (nats)")?,
+            sum.0, sum.1, sum.2, average.0, average.1, average.2
+        ));
+    }
+    let better = |fused: &str| -> Result<&'static str> {
+        let (s, l) = (kept(table, FUSED[0], fused)?, kept(table, FUSED[2], fused)?);
+        Ok(match () {
+            () if s.1 > l.2 => "more than LoRA (intervals apart)",
+            () if s.2 < l.1 => "less than LoRA (intervals apart): the claim is refuted here",
+            () => "neither more nor less than LoRA within the intervals: the claim does not show at this size",
+        })
+    };
+    lines.push(format!(
+        "Fused S2FT adapters on independent channels keep {} for the sum; {} for the mean.",
+        better("sum")?,
+        better("mean")?
+    ));
+    Ok(lines)
+}
+
+pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
+    let (switch, mixed) = (part(table, "switch"), part(table, "mixed"));
+    let restored = |method: &str| -> Result<bool> {
+        Ok(switch
+            .filter_eq("method", method)
+            .floats("drift after switches")?
+            .iter()
+            .all(|d| d.abs() < f64::MIN_POSITIVE))
+    };
+    let widths = numbers(&switch, "width")?;
+    let last = ("width", widths[widths.len() - 1]);
+    let time = |method: &str| Ok::<f64, Error>(spread(&switch, method, last, "time (ms)")?.0);
+    let gaps: Vec<f64> = mixed.rows().map(|r| r.f64("gap of logits, mixed against one by one")).collect();
+    Ok(vec![
+        (
+            "kept slices and kept weights restore every bit of the base".into(),
+            restored(SWITCHES[0])? && restored(SWITCHES[1])?,
+        ),
+        (
+            "at the largest width slices switch faster than LoRA, kept or subtracted".into(),
+            time(SWITCHES[0])? < time(SWITCHES[1])?.min(time(SWITCHES[2])?),
+        ),
+        // 256 tokens through two layers in f32; rounding of sums of 688 products.
+        (
+            "a mixed batch gives the logits of one adapter at a time (1e-5)".into(),
+            gaps.iter().filter(|g| g.is_finite()).all(|g| *g < 1e-5),
+        ),
+    ])
+}

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Tests of peft_limits_dump.py with real trainers: every dump must pass `peft-limits validate`.
+
+    PEFT_LIMITS=target/release/peft-limits python python/test_dump.py
+
+Needs torch, transformers, peft and safetensors; a GPU is used where there is one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+import peft
+import torch
+import torch.distributed
+import transformers
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from peft_limits_dump import dump_step, trainable_snapshot  # noqa: E402
+
+BINARY = os.environ.get("PEFT_LIMITS", "target/release/peft-limits")
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def model(dtype=torch.float32, device="cpu", adapter=True, rename_to=None, **settings):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    out = transformers.LlamaForCausalLM(config).to(dtype)
+    for p in out.parameters():
+        if p.dim() == 2:
+            p.data.normal_(0, 0.2)
+    if adapter:
+        out = peft.get_peft_model(out, peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM",
+                                                           "target_modules": "all-linear", "init_lora_weights": False} | settings)))
+    return out.to(device)
+
+
+def batch(rows=4, length=19, device="cpu"):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 61, (rows, length), generator=g)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def adamw(m):
+    return torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+
+
+class DumpTest(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.folder = os.path.join(self.temporary.name, "dump")
+
+    def verdict(self, code=0):
+        done = subprocess.run([BINARY, "validate", self.folder, "--json"], capture_output=True, text=True)
+        self.assertEqual(done.returncode, code, done.stdout[-3000:] + done.stderr)
+        return json.loads(done.stdout)
+
+    def checked(self, report):
+        return {r["name"] for r in report["rungs"] if r["tensors"]}
+
+    def step(self, m, given, **options):
+        optimizer = adamw(m)
+        with dump_step(m, self.folder, **options):
+            m(**given).loss.backward()
+            optimizer.step()
+
+    def test_transformers_and_peft_in_three_lines(self):
+        for device in DEVICES:
+            m = model(device=device)
+            self.step(m, batch(device=device))
+            report = self.verdict()
+            self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report))
+            self.setUp()
+
+    def test_autocast_and_a_gradient_scaler(self):
+        for device in DEVICES:
+            m, optimizer = model(device=device), None
+            optimizer = adamw(m)
+            scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+            dtype = torch.float16
+            with dump_step(m, self.folder, scaler=scaler):
+                with torch.autocast(device, dtype=dtype):
+                    loss = m(**batch(device=device)).loss
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            with open(os.path.join(self.folder, "manifest.json")) as file:
+                manifest = json.load(file)
+            self.assertEqual((manifest["loss"]["scale"], manifest["compute"]["autocast"]), (1024.0, "float16"))
+            self.verdict()
+            self.setUp()
+
+    def test_accumulation_over_micro_batches_of_different_lengths(self):
+        m = model(torch.bfloat16)
+        optimizer = adamw(m)
+        parts = [batch(2, 9), batch(3, 17)]
+        counted = sum(int((p["labels"][:, 1:] != -100).sum()) for p in parts)
+        with dump_step(m, self.folder) as step:
+            total = 0.0
+            for part in parts:
+                loss = m(**part, num_items_in_batch=counted).loss
+                loss.backward()
+                total += float(loss.detach())
+            step.set_loss(total)
+            optimizer.step()
+        self.verdict()
+
+    def test_activation_checkpointing_and_clipping(self):
+        m = model()
+        m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = adamw(m)
+        with dump_step(m, self.folder):
+            m(**batch()).loss.backward()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01)
+            optimizer.step()
+        self.assertIn("update", self.checked(self.verdict()))
+
+    def test_another_model_with_other_names(self):
+        m = model(adapter=False)
+        inner = torch.nn.Module()
+        inner.trunk, inner.head = m.model, m.lm_head
+        inner.forward = lambda ids: inner.head(inner.trunk(input_ids=ids).last_hidden_state)
+        given = batch()
+        rename = lambda name: name.replace("trunk.", "model.").replace("head.", "lm_head.", 1)
+        with dump_step(inner, self.folder, labels=given["labels"], rename=rename, config=m.config.to_dict()) as step:
+            logits = inner(given["input_ids"])
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten())
+            step.set_loss(loss)
+            loss.backward()
+        self.assertIn("gradients", self.checked(self.verdict()))
+
+    def test_wrappers_of_one_process(self):
+        store = os.path.join(self.temporary.name, "store")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        self.addCleanup(torch.distributed.destroy_process_group)
+        from torch.distributed.fsdp import fully_shard
+        m = torch.nn.parallel.DistributedDataParallel(model())
+        self.step(m, batch())
+        self.verdict()
+        self.folder += "-sharded"
+        m = model()
+        for layer in m.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(m)
+        self.step(m, batch())
+        self.verdict()
+
+    def test_a_fault_is_named(self):
+        m = model()
+        previous = trainable_snapshot(m)
+        with dump_step(m, self.folder, previous=previous):
+            (m(**batch()).loss * 4).backward()
+        report = self.verdict(code=1)
+        self.assertEqual([d["fault"] for d in report["diagnoses"]], ["loss-scale"])
+
+    def test_refusals_leave_nothing(self):
+        m = model()
+        with self.assertRaisesRegex(ValueError, "not called"):
+            with dump_step(m, self.folder):
+                pass
+        with self.assertRaisesRegex(RuntimeError, "boom"):
+            with dump_step(m, self.folder):
+                m(**batch())
+                raise RuntimeError("boom")
+        with self.assertRaisesRegex(ValueError, "labels"):
+            with dump_step(m, self.folder):
+                m(input_ids=batch()["input_ids"])
+        self.assertEqual(os.listdir(self.temporary.name), [])
+        self.step(m, batch())
+        with self.assertRaises(FileExistsError):
+            dump_step(m, self.folder)
+        # Nothing of the recorder stays behind.
+        self.assertFalse(m._forward_hooks or m._forward_pre_hooks)
+
+
+if __name__ == "__main__":
+    unittest.main()
