@@ -7,7 +7,7 @@
 //!
 //! Refuted if PaCA's longest sequence were not longer than LoRA's at the same rank.
 //!
-//! `cargo run --release --bin sequence_limit [-- --profile full]`; about 20 seconds, in full an estimated 10 minutes. Timed: run it alone.
+//! `cargo run --release --bin sequence_limit [-- --profile full]`; about 20 seconds, in full five minutes. Timed: run it alone.
 
 use peft_limits::Result;
 use peft_limits::harness::timed_step::TimedStep;
