@@ -8,7 +8,8 @@
 //!
 //! Refuted if down or o were not the best component, or if some strategy were separated from random in most components.
 //!
-//! `cargo run --release --bin s2ft_selection [-- --profile full]`; about a minute, of which a third pretrains; in full an estimated quarter of an hour.
+//! `cargo run --release --bin s2ft_selection [-- --profile full]`; about a minute, of which a third pretrains; in full 25 minutes on a machine that
+//! built something else half the time.
 
 use peft_limits::Result;
 use peft_limits::harness::study::{Study, accuracies, on_own_threads, train};
