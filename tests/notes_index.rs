@@ -314,8 +314,9 @@ fn numbers_quoted_from_a_figure_stand_in_its_findings() {
         for text in pieces(&read(&path)) {
             let sources: String =
                 cited(&text).iter().map(|name| page(&format!("figures/{name}/findings.md"))).collect();
-            // Numbers as the findings print them, with or without a word of context; not names of files or of parameters.
-            let number = |s: &str| s.contains(|c: char| c.is_ascii_digit()) && !s.contains(".rs") && !s.contains(':');
+            // Numbers as the findings print them, with or without a word of context; not names of files, parameters or figures.
+            let name = |s: &str| s.contains(".rs") || s.contains(':') || cited(&text).contains(&s);
+            let number = |s: &str| s.contains(|c: char| c.is_ascii_digit()) && !name(s);
             for quoted in code_spans(&text).filter(|s| !sources.is_empty() && number(s)) {
                 count += 1;
                 if !sources.contains(quoted) {
