@@ -16,7 +16,9 @@ use peft_limits::attention::factorization::monomials::count;
 use peft_limits::attention::synthetic::SyntheticHead;
 use peft_limits::attention::{AttentionProblem, Gradients, file};
 use peft_limits::cost::Cost;
-use peft_limits::harness::{Experiment, Point, Profile, heads_folder, interrupted, repeated_seconds, seed_stream};
+use peft_limits::harness::{
+    Experiment, Point, Profile, head_files, heads_folder, interrupted, repeated_seconds, seed_stream,
+};
 use peft_limits::limits::oracle::OracleTrials;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::{natural_request, reference, trial};
@@ -61,19 +63,6 @@ const FAMILIES: [&str; 10] = [
     "support-basis",
     "truncated-svd",
 ];
-
-fn head_files() -> Vec<(String, std::path::PathBuf)> {
-    let mut files: Vec<_> = std::fs::read_dir(heads_folder())
-        .map(|entries| {
-            entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect()
-        })
-        .unwrap_or_default();
-    files.sort();
-    files
-        .into_iter()
-        .map(|p: std::path::PathBuf| (p.file_stem().unwrap_or_default().to_string_lossy().into_owned(), p))
-        .collect()
-}
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let tokens = profile.pick(TOKENS, 2 * TOKENS);

@@ -17,7 +17,7 @@ use peft_limits::attention::problem::{Adapter, Hidden, Source};
 use peft_limits::attention::synthetic::{Entries, SyntheticHead};
 use peft_limits::attention::{AttentionProblem, Mask, Objective, Qkv, Request, SoftmaxKind, file};
 use peft_limits::cost::Cost;
-use peft_limits::harness::{Experiment, Point, Profile, heads_folder, interrupted, seed_stream};
+use peft_limits::harness::{Experiment, Point, Profile, head_files, heads_folder, interrupted, seed_stream};
 use peft_limits::limits::rank::frobenius_ranks;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::trial;
@@ -62,18 +62,7 @@ const LADDER: [&str; 10] = [
 ];
 
 fn names() -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(heads_folder())
-        .map(|entries| {
-            let stem = |p: std::path::PathBuf| {
-                let head = p.extension().is_some_and(|e| e == "safetensors");
-                head.then(|| p.file_stem().unwrap_or_default().to_string_lossy().into_owned())
-            };
-            entries.flatten().filter_map(|e| stem(e.path())).collect()
-        })
-        .unwrap_or_default();
-    names.sort();
-    names.insert(0, SYNTHETIC.into());
-    names
+    std::iter::once(SYNTHETIC.into()).chain(head_files().into_iter().map(|(name, _)| name)).collect()
 }
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {

@@ -15,7 +15,7 @@ use peft_limits::attention::factorization::build;
 use peft_limits::attention::factorization::monomials::count;
 use peft_limits::attention::{AttentionProblem, Gradients, file};
 use peft_limits::cost::Cost;
-use peft_limits::harness::{Experiment, Point, Profile, heads_folder};
+use peft_limits::harness::{Experiment, Point, Profile, head_files, heads_folder};
 use peft_limits::limits::oracle::OracleTrials;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::{natural_request, reference, trial};
@@ -25,7 +25,6 @@ use peft_limits::report::{
     Axis, BarChart, BarSeries, Cell, Figure, LineChart, NamedFigure, Reference, Row, Series, Table,
 };
 use peft_limits::{Error, Result};
-use std::path::PathBuf;
 use std::time::Instant;
 
 /// The experiment.
@@ -47,27 +46,13 @@ pub const EXPERIMENT: Experiment = Experiment {
 const TARGETS: [f64; 3] = [0.1, 0.01, 0.001];
 const FAMILIES: [&str; 4] = ["taylor", "chebyshev", "fitted", "truncated-svd"];
 
-fn files() -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(heads_folder())
-        .map(|entries| {
-            entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect()
-        })
-        .unwrap_or_default();
-    files.sort();
-    files
-}
-
-fn name_of(path: &std::path::Path) -> String {
-    path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
-}
-
 fn grid(_: Profile, _: u64) -> Vec<Point> {
-    let points: Vec<Point> = files()
-        .iter()
-        .map(|path| {
+    let points: Vec<Point> = head_files()
+        .into_iter()
+        .map(|(name, path)| {
             // The content is part of what affects the result.
             let sum = std::fs::read(path).map(|bytes| sha256_hex(&bytes)[..16].to_string()).unwrap_or_default();
-            Point::new(name_of(path)).with("head", name_of(path)).with("sha256", sum)
+            Point::new(name.clone()).with("head", name).with("sha256", sum)
         })
         .collect();
     if points.is_empty() {
@@ -132,7 +117,7 @@ fn sweep(family: &str, problem: &AttentionProblem<f64>, exact: &Gradients<f64>) 
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("head")?;
-    let path = files().into_iter().find(|p| name_of(p) == name && !name.is_empty()).ok_or_else(|| {
+    let (_, path) = head_files().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
         let folder = heads_folder();
         Error::io(
             &folder,

@@ -44,6 +44,15 @@ pub fn heads_folder() -> PathBuf {
     HEADS.get().cloned().unwrap_or_else(|| PathBuf::from("tests/data/heads"))
 }
 
+/// The head files of [`heads_folder`], with their names (the file's without its ending), in order; none if it cannot be read.
+pub fn head_files() -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(heads_folder()).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> =
+        entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+    files.sort();
+    files.into_iter().map(|p| (p.file_stem().unwrap_or_default().to_string_lossy().into_owned(), p)).collect()
+}
+
 impl Flags {
     /// Sets what holds for the whole process: the thread pool and the folder of head files.
     pub(super) fn use_for_process(&self) -> Result<()> {

@@ -40,7 +40,7 @@ mod tests;
 
 pub use crate::streams::seed_stream;
 pub use experiment::{Checks, Experiment, Point, Profile};
-pub use flags::{Flags, heads_folder};
+pub use flags::{Flags, head_files, heads_folder};
 pub use interrupt::interrupted;
 #[cfg(feature = "gpu")]
 pub use on_device::{best_device, main_on_device};
