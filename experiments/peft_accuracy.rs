@@ -5,21 +5,22 @@
 //! rank 4 (full fine-tuning trains everything), with five seeds; accuracy in-domain, on longer lists, and on what it knew
 //! before. Seeds share training rows between methods, so methods are compared by paired differences; a pair counts as
 //! separated if its interval excludes zero at 95% after Bonferroni's correction over all pairs of methods.
-//! In full, each method's learning rate is the best of three by the in-domain loss of tuning seeds that are not reported.
+//! In full, each method's learning rate is the best by the in-domain loss of tuning seeds that are not reported, of rates a
+//! factor of two apart; the sweep goes on until a smaller and a larger rate are both worse.
 //!
 //! Refuted if PaCA or S2FT were separated below LoRA in-domain.
 //!
-//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full 97 minutes of
-//! processor time, about 50 minutes on two cores.
+//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full some two hours of
+//! processor time, half of it on two cores.
 
-use peft_limits::Result;
-use peft_limits::harness::study::{BUDGET_RANK, Study, accuracies, on_own_threads, train};
+use peft_limits::harness::study::{BUDGET_RANK, RateSweep, Study, accuracies, on_own_threads, sweep_rates, train};
 use peft_limits::harness::{Experiment, Point, Profile};
 use peft_limits::model::Model;
 use peft_limits::report::{
     Axis, BarChart, BarSeries, Cell, Figure, NamedFigure, Row, ScatterChart, ScatterGroup, Summary, Table,
 };
 use peft_limits::train::method::MethodName;
+use peft_limits::{Error, Result};
 use std::sync::{Mutex, PoisonError};
 
 /// The experiment.
@@ -39,8 +40,6 @@ pub const EXPERIMENT: Experiment = Experiment {
 
 const SEEDS: u64 = 5;
 const TUNING_SEEDS: u64 = 2;
-/// Learning rates tried in full, as multiples of the study's own.
-const FACTORS: [f64; 3] = [0.4, 1.0, 2.0];
 const METRICS: [(&str, &str); 3] =
     [("in-domain", "in-domain tokens"), ("shifted", "shifted tokens"), ("retained", "retained tokens")];
 
@@ -69,14 +68,13 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let tuned = if point.bool("tuned")? { Some(tuning(&study, &base, name)?) } else { None };
     let lr = tuned.as_ref().map_or(study.learning_rate(name), |t| t.best);
     let mut row = fine_tuned(&study, &base, name, lr, point.u64("seed")?)?.with("lr", lr);
-    for (factor, loss) in FACTORS.iter().zip(tuned.iter().flat_map(|t| t.losses)) {
-        row.set(tuning_column(*factor), loss);
+    if let Some(tuned) = tuned {
+        row.set("lr bracketed", tuned.bracketed);
+        for (lr, loss) in tuned.tried {
+            row.set(format!("tuning loss at {} of the study's lr (nats)", lr / study.learning_rate(name)), loss);
+        }
     }
     Ok(vec![row])
-}
-
-fn tuning_column(factor: f64) -> String {
-    format!("tuning loss at {factor} of the study's lr (nats)")
 }
 
 /// Accuracies of one run, and its trained numbers.
@@ -89,33 +87,31 @@ fn fine_tuned(study: &Study, base: &Model<f32>, name: MethodName, lr: f64, seed:
     })
 }
 
-/// Mean in-domain loss at each of [`FACTORS`], and the learning rate with the least.
-#[derive(Clone, Copy)]
-struct Tuning {
-    losses: [f64; 3],
-    best: f64,
-}
-
-/// The sweep of a method, made once in a process.
-fn tuning(study: &Study, base: &Model<f32>, name: MethodName) -> Result<Tuning> {
-    static DONE: [Mutex<Option<Tuning>>; MethodName::ALL.len()] = [const { Mutex::new(None) }; MethodName::ALL.len()];
+/// The sweep of a method by mean in-domain loss over the tuning seeds, made once in a process.
+fn tuning(study: &Study, base: &Model<f32>, name: MethodName) -> Result<RateSweep> {
+    static DONE: [Mutex<Option<RateSweep>>; MethodName::ALL.len()] =
+        [const { Mutex::new(None) }; MethodName::ALL.len()];
     let at = MethodName::ALL.iter().position(|&n| n == name).unwrap_or(0);
     // Held meanwhile: another point of the same method waits for the result.
     let mut done = DONE[at].lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(tuning) = *done {
-        return Ok(tuning);
+    if let Some(sweep) = done.as_ref() {
+        return Ok(sweep.clone());
     }
-    let mut losses = [0.0; 3];
-    for (loss, factor) in losses.iter_mut().zip(FACTORS) {
+    let sweep = sweep_rates(study.learning_rate(name), |lr| {
+        let mut mean = 0.0;
         for seed in 500..500 + TUNING_SEEDS {
-            let row = fine_tuned(study, base, name, study.learning_rate(name) * factor, seed)?;
-            *loss += row.get("in-domain loss (nats)").and_then(Cell::as_f64).unwrap_or(f64::NAN) / TUNING_SEEDS as f64;
+            let loss = match fine_tuned(study, base, name, lr, seed) {
+                Ok(row) => row.get("in-domain loss (nats)").and_then(Cell::as_f64).unwrap_or(f64::NAN),
+                // A rate at which training breaks down is a bad rate.
+                Err(Error::NonFinite { .. }) => f64::INFINITY,
+                Err(error) => return Err(error),
+            };
+            mean += loss / TUNING_SEEDS as f64;
         }
-    }
-    let best = (0..3).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap_or(1);
-    let tuning = Tuning { losses, best: study.learning_rate(name) * FACTORS[best] };
-    *done = Some(tuning);
-    Ok(tuning)
+        Ok(mean)
+    })?;
+    *done = Some(sweep.clone());
+    Ok(sweep)
 }
 
 fn methods() -> impl Iterator<Item = &'static str> {
@@ -181,17 +177,13 @@ fn difference(table: &Table, a: &str, b: &str, column: &str) -> Result<(f64, f64
     Ok((summary.mean, low, high))
 }
 
-/// Methods for which the largest learning rate tried was the best, so that the sweep does not bracket it; none without a sweep.
-fn at_the_edge(table: &Table) -> Result<Vec<&'static str>> {
+/// Methods whose best learning rate is the smallest or the largest one tried; none without a sweep.
+fn not_bracketed(table: &Table) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     for method in methods() {
         let of = table.filter_eq("method", method);
-        if of.column("tuned")?.iter().any(|cell| cell.to_field() != "true") {
-            continue;
-        }
-        let losses = FACTORS.map(|factor| of.floats(&tuning_column(factor)).map(|losses| losses[0]));
-        let [least, middle, largest] = losses;
-        if largest? < middle?.min(least?) {
+        let tuned = of.column("tuned")?.iter().all(|cell| cell.to_field() == "true");
+        if tuned && of.column("lr bracketed")?.iter().any(|cell| cell.to_field() != "true") {
             found.push(method);
         }
     }
@@ -225,8 +217,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     }
     for method in ["paca", "s2ft"] {
         let (mean, low, high) = difference(table, method, "lora", METRICS[0].1)?;
-        let verdict = match (high < 0.0, at_the_edge(table)?.contains(&method)) {
-            (true, true) => "refuted for the learning rates tried, of which the largest served it best",
+        let verdict = match (high < 0.0, not_bracketed(table)?.contains(&method)) {
+            (true, true) => "refuted for the learning rates tried, which do not bracket the best",
             (true, false) => "refuted at this scale",
             (false, _) => "not refuted",
         };
@@ -238,15 +230,14 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     if table.column("tuned")?.iter().any(|cell| cell.to_field() == "true") {
         let rates = methods().map(|m| Ok(format!("{m} {}", table.filter_eq("method", m).texts("lr")?[0])));
         let rates = rates.collect::<Result<Vec<_>>>()?.join(", ");
-        let edge = at_the_edge(table)?;
-        let edge = if edge.is_empty() {
-            String::new()
+        let open = not_bracketed(table)?;
+        let bracket = if open.is_empty() {
+            "a smaller and a larger one are both worse for every method".to_string()
         } else {
-            format!(" The largest one tried was the best for {}: a larger one may be better still.", edge.join(", "))
+            format!("not bracketed for {}: another rate may be better still", open.join(", "))
         };
         lines.push(format!(
-            "Learning rates, the best of {} on {TUNING_SEEDS} seeds that are not reported: {rates}.{edge}",
-            FACTORS.len()
+            "Learning rates, the best on {TUNING_SEEDS} seeds that are not reported: {rates}; {bracket}."
         ));
     }
     lines.push(format!("Trained numbers: {}.", trained.collect::<Result<Vec<_>>>()?.join(", ")));
