@@ -9,6 +9,7 @@ use peft_limits::attention::factorization::{Scores, build};
 use peft_limits::attention::synthetic::SyntheticHead;
 use peft_limits::attention::{AttentionProblem, Mask, Request};
 use peft_limits::linalg::Real;
+use peft_limits::linalg::gemm::multiply;
 use std::time::Instant;
 
 /// First quartile, median, third quartile of seconds over repeats, after one warm-up.
@@ -32,7 +33,7 @@ fn gemm_rate<T: Real>() -> f64 {
     let a = Array2::<T>::from_elem((N, N), T::of(0.5));
     let mut c: Vec<Array2<T>> = vec![Array2::zeros((N, N)); threads];
     let [_, median, _] = time(15, || {
-        c.par_iter_mut().for_each(|c| ndarray::linalg::general_mat_mul(T::one(), &a, &a, T::zero(), c));
+        c.par_iter_mut().for_each(|c| multiply(T::one(), &a.view(), &a.view(), T::zero(), &mut c.view_mut()));
     });
     (N * N * N * threads) as f64 / median
 }

@@ -56,7 +56,7 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let mut points = Vec::new();
     for method in METHODS.map(MethodName::name) {
         for seed in seed..seed + SEEDS {
-            for (kind, steps) in [(DESCENT, profile.pick(64u64, 512)), (ADAMW, study.steps)] {
+            for (kind, steps) in [(DESCENT, profile.pick(64u64, 256)), (ADAMW, study.steps)] {
                 let point = Study { steps, ..study.clone() }.point(format!("{kind}, {method}, seed {seed}"));
                 points.push(point.with("kind", kind).with("method", method).with("seed", seed));
             }

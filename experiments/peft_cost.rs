@@ -87,8 +87,7 @@ fn mebibytes(bytes: usize) -> f64 {
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("model")?;
     let (batch, length) = (point.usize("batch")?, point.usize("length")?);
-    let mut shape =
-        StepShape { batch, length, bytes: 4, state: 2, checkpointing: false, threads: rayon::current_num_threads() };
+    let mut shape = StepShape { batch, length, bytes: 4, state: 2, checkpointing: false };
     let predicted_row = |label: &str, config: &ModelConfig, method: &MethodParams, shape: &StepShape| {
         let memory = predict(config, method, shape)?;
         let mut row = Row::new().with("method", label).with("trained", memory.trained);

@@ -68,17 +68,16 @@ fn method(name: MethodName) -> MethodParams {
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("model")?;
     let seed = point.u64("seed")?;
-    let threads = rayon::current_num_threads();
     if point.text("kind")? == "throughput" {
         let (batch, length) = (point.usize("batch")?, point.usize("length")?);
-        let shape = StepShape { batch, length, bytes: 4, state: 2, checkpointing: false, threads };
+        let shape = StepShape { batch, length, bytes: 4, state: 2, checkpointing: false };
         return throughput(&preset(name)?, &shape, point.usize("repeats")?, seed);
     }
     let limit = (point.f64("limit (MiB)")? * MIB) as usize;
     let real = name != LLAMA;
     let config = if real { preset(name)? } else { llama_2_7b() };
     let checkpointing = point.bool("checkpointing")?;
-    let shape = StepShape { batch: 1, length: 1, bytes: if real { 4 } else { 2 }, state: 2, checkpointing, threads };
+    let shape = StepShape { batch: 1, length: 1, bytes: if real { 4 } else { 2 }, state: 2, checkpointing };
     let mut rows = Vec::new();
     for name in MethodName::ALL {
         let found = longest(&config, &method(name), &shape, limit)?;

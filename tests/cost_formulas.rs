@@ -11,7 +11,7 @@ use peft_limits::train::memory::{Memory, StepShape, predict};
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::preset::{llama_2_7b, preset};
 
-const SHAPE: StepShape = StepShape { batch: 8, length: 512, bytes: 2, state: 2, checkpointing: false, threads: 2 };
+const SHAPE: StepShape = StepShape { batch: 8, length: 512, bytes: 2, state: 2, checkpointing: false };
 
 /// Numbers saved for backward by a model of which something is trained in every layer, embedding and gains frozen.
 /// `inputs`: every projection's input is kept whole. `slices`: numbers a row that the method keeps of its own, all layers

@@ -30,7 +30,7 @@ const FACTOR: usize = 64;
 /// Allocated bytes whatever the file: messages, parsers' tables, the small models that adapters go onto.
 const CONSTANT: usize = 1 << 20;
 
-/// One measurement at a time.
+/// One test at a time: what one prepares would be counted in another's measurement.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -158,7 +158,6 @@ fn mutate(mut bytes: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
 
 /// Runs a reader on mutations of a valid file and on random bytes; returns how many files it accepted.
 fn attack(name: &str, valid: &[u8], mut read: impl FnMut(&[u8]) -> peft_limits::Result<()>) -> usize {
-    let _alone = alone();
     // A library's panic that a reader turns into an error is no failure; resolving a backtrace would be measured.
     std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
     read(valid).unwrap_or_else(|e| panic!("{name}: the valid file is refused: {e}"));
@@ -216,6 +215,7 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn tensor_files_and_attention_heads() {
+    let _alone = alone();
     let valid = std::fs::read("tests/data/attention_small.safetensors").unwrap();
     attack("tensor file", &valid, |bytes| {
         let file = TensorFile::from_bytes("a.safetensors", bytes.to_vec())?;
@@ -233,6 +233,7 @@ fn tensor_files_and_attention_heads() {
 
 #[test]
 fn configurations() {
+    let _alone = alone();
     let valid = config().to_json("float32");
     attack("config.json", valid.as_bytes(), |bytes| {
         let config = ModelConfig::from_json(Path::new("config.json"), &text(bytes))?;
@@ -267,6 +268,7 @@ fn attack_file(name: &str, folder: &Path, file: &str, mut read: impl FnMut(&Path
 
 #[test]
 fn checkpoint_folders() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
     model::<f32>(3).write(root).unwrap();
@@ -284,6 +286,7 @@ fn checkpoint_folders() {
 
 #[test]
 fn adapter_folders() {
+    let _alone = alone();
     let base = model::<f32>(3);
     for (name, mut adapted) in every_method::<f32>().into_iter().filter(|(n, _)| ["dora", "paca", "s2ft"].contains(n)) {
         leave_the_start(&mut adapted);
@@ -305,6 +308,7 @@ fn adapter_folders() {
 
 #[test]
 fn kept_slices() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let (root, adapter) = (folder.path().join("model"), folder.path().join("adapter"));
     model::<f32>(3).write(&root).unwrap();
@@ -318,6 +322,7 @@ fn kept_slices() {
 #[cfg(feature = "hf-tokenizer")]
 #[test]
 fn tokenizers() {
+    let _alone = alone();
     let json = r###"{"version": "1.0", "truncation": {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0},
         "padding": null, "added_tokens": [{"id": 5, "content": "<s>", "single_word": false, "lstrip": false,
         "rstrip": false, "normalized": false, "special": true}], "normalizer": {"type": "NFC"},
@@ -341,6 +346,7 @@ fn tokenizers() {
 
 #[test]
 fn training_checkpoints() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("base");
     let sizes = ModelConfig {

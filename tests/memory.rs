@@ -43,7 +43,7 @@ fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
     for step in 0..6 {
         COUNTED.reset_peak_usage();
         model.loss_and_gradients(&batch, &options, &mut gradients, &mut Cost::default()).unwrap();
-        // Buffers settle in two steps; whether all threads pack at the peak is chance, so the largest of four counts.
+        // Buffers settle in two steps.
         peak = if step < 2 { 0 } else { peak.max(COUNTED.peak_usage()) };
         optimizer.begin_step();
         model
@@ -61,7 +61,6 @@ fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn the_prediction_is_within_one_percent_for_every_method() {
-    // On one thread nothing is left to chance, so there the bound is one percent and nothing more.
     for threads in [1, 2] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(every_method);
@@ -69,7 +68,7 @@ fn the_prediction_is_within_one_percent_for_every_method() {
 
     // S2FT's share of all layers together: which layers get how many is chance, their total is not.
     let method = MethodParams::named(MethodName::S2ft);
-    let shape = StepShape { batch: 2, length: 32, bytes: 4, state: 2, checkpointing: false, threads: 1 };
+    let shape = StepShape { batch: 2, length: 32, bytes: 4, state: 2, checkpointing: false };
     let (_, ledger) = measured(&method, &shape);
     let memory = predict(&config(), &method, &shape).unwrap();
     assert_eq!(
@@ -84,14 +83,7 @@ fn every_method() {
     for name in MethodName::ALL {
         for checkpointing in [false, true] {
             let method = MethodParams { each_layer: name == MethodName::S2ft, ..MethodParams::named(name) };
-            let shape = StepShape {
-                batch: 6,
-                length: 256,
-                bytes: 4,
-                state: 2,
-                checkpointing,
-                threads: rayon::current_num_threads(),
-            };
+            let shape = StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing };
             let (got, ledger) = measured(&method, &shape);
             let memory = predict(&config(), &method, &shape).unwrap();
             let gap = memory.total() as f64 / got as f64 - 1.0;
@@ -118,12 +110,12 @@ fn every_method() {
             );
             assert_eq!(memory.trained, ledger.trained);
             assert_eq!(memory.activation_bytes(), ledger.activation_bytes(), "{}", name.name());
-            // Whether all threads pack blocks of a product at the very peak is chance, and on a busy machine rare: the
-            // count may lack the blocks (64 + inner) x width of all threads but one.
-            let chance = (shape.threads - 1) * 4 * 128 * (64 + 344);
+            // Elsewhere than on x86-64 each thread's packed blocks, (64 + inner) x width, come and go with a product.
+            let packed =
+                if cfg!(target_arch = "x86_64") { 0 } else { rayon::current_num_threads() * 4 * 128 * (64 + 344) };
             let within = |total: usize| {
                 let gap = total as f64 - got as f64;
-                gap > -0.01 * got as f64 && gap < 0.01 * got as f64 + chance as f64
+                gap > -0.01 * got as f64 - packed as f64 && gap < 0.01 * got as f64
             };
             if !within(memory.total()) || !within(ledger.total()) {
                 failures.push((name.name(), checkpointing, gap));
@@ -133,9 +125,11 @@ fn every_method() {
     assert!(failures.is_empty(), "{failures:?}");
 }
 
-/// Starts the thread pool, whose memory is not a step's.
+/// Starts the thread pool and multiplies on each thread: its memory and the matrix library's are not a step's.
 fn rayon_warm() {
-    let a = ndarray::Array2::<f32>::ones((512, 512));
-    let c = peft_limits::linalg::gemm::parallel_product(a.view(), a.view(), &mut Cost::default());
-    assert!(c.iter().all(|x| (x - 512.0).abs() < 1e-3));
+    rayon::broadcast(|_| {
+        let a = ndarray::Array2::<f32>::ones((512, 512));
+        let c = peft_limits::linalg::gemm::product(a.view(), a.view(), &mut Cost::default());
+        assert!(c.iter().all(|x| (x - 512.0).abs() < 1e-3));
+    });
 }

@@ -7,9 +7,9 @@
 use super::InputSink;
 use crate::cost::Cost;
 use crate::linalg::Real;
-use crate::linalg::gemm::rows_per_task;
+use crate::linalg::gemm::{multiply, rows_per_task};
 use crate::linalg::tile::{Padded, add_transposed_times_tile, tile_times};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 /// s B A beside a weight W: y = x W^T + s (x A^T) B^T.
@@ -49,7 +49,7 @@ impl<T: Real> LowRank<'_, T> {
         let costs = tasks.into_par_iter().map(|((mut y, x), mut z)| {
             let mut cost = Cost::default();
             cost.product(x.nrows(), width, out);
-            general_mat_mul(T::one(), &x, &self.weight.t(), beta, &mut y);
+            multiply(T::one(), &x, &self.weight.t(), beta, &mut y);
             tile_times(x, &down, 0..width, false, z.view_mut(), &mut cost);
             tile_times(z.view(), &up, 0..rank, true, y, &mut cost);
             cost
@@ -103,7 +103,7 @@ impl<T: Real> LowRank<'_, T> {
             let groups: Vec<_> = groups.collect();
             if let (Some(mut dx), Some(beta)) = (dx, beta) {
                 cost.product(dy.nrows(), out, width);
-                general_mat_mul(T::one(), &dy, &self.weight, beta, &mut dx);
+                multiply(T::one(), &dy, &self.weight, beta, &mut dx);
                 tile_times(dz.view(), &down, 0..rank, true, dx, &mut cost);
             }
             (groups, cost)

@@ -2,7 +2,7 @@
 
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::gemm::parallel_product;
+use crate::linalg::gemm::{multiply, parallel_product};
 use crate::linalg::{Real, norms};
 use ndarray::{ArcArray2, Array2, ArrayView2};
 
@@ -295,7 +295,7 @@ impl<T: Real> AttentionProblem<T> {
                         let xb = parallel_product(x.view(), a.lora_b.view(), cost);
                         cost.hold(xb.len());
                         cost.product(xb.nrows(), xb.ncols(), out.ncols());
-                        ndarray::linalg::general_mat_mul(scaling, &xb, &a.lora_a, T::one(), &mut out);
+                        multiply(scaling, &xb.view(), &a.lora_a.view(), T::one(), &mut out.view_mut());
                         xb
                     });
                     (out, low_rank)

@@ -4,8 +4,8 @@ use super::require_shape;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
+use crate::linalg::gemm::multiply;
 use crate::linalg::{Real, Scratch};
-use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
@@ -189,7 +189,7 @@ pub fn causal_attention_forward<T: Real>(
             let key_end = (key_start + KEY_TILE).min(last);
             let mut tile = tile_view(scores, rows, key_end - key_start);
             let keys = k.slice(s![key_start..key_end, ..]);
-            general_mat_mul(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
+            multiply(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
             visible.hide(&mut tile, &shape, batch, start, key_start);
             online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
             let mut acc = tile_view(sums, rows, head_dim);
@@ -197,7 +197,7 @@ pub fn causal_attention_forward<T: Real>(
             if key_start > 0 {
                 scale_rows(acc.view_mut(), &factor[..rows]);
             }
-            general_mat_mul(T::one(), &tile, &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
+            multiply(T::one(), &tile.view(), &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
         }
         let acc = tile_view(sums, rows, head_dim);
         for i in 0..rows {
@@ -296,14 +296,14 @@ pub fn causal_attention_backward<T: Real>(
                     let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
                     let mut p = tile_view(scores, rows, width);
                     let mut ds = tile_view(products, rows, width);
-                    general_mat_mul(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
+                    multiply(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
                     visible.hide(&mut p, &shape, batch, start, key_start);
-                    general_mat_mul(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
+                    multiply(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
-                    general_mat_mul(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
-                    general_mat_mul(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
+                    multiply(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
+                    multiply(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
                     let keep = if key_start == 0 { T::zero() } else { T::one() };
-                    general_mat_mul(T::of(scale), &ds, &k.slice(range), keep, &mut dq);
+                    multiply(T::of(scale), &ds.view(), &k.slice(range), keep, &mut dq);
                 }
             }
         }

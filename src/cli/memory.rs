@@ -108,7 +108,6 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         bytes: args.bytes,
         state: args.state,
         checkpointing: args.checkpointing,
-        threads: rayon::current_num_threads(),
     };
     let methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
     if !args.json {

@@ -99,14 +99,7 @@ mod tests {
     fn a_step_is_timed_counted_and_read() {
         let config = preset("pico").unwrap();
         let method = MethodParams::named(MethodName::Paca);
-        let shape = StepShape {
-            batch: 2,
-            length: 64,
-            bytes: 4,
-            state: 2,
-            checkpointing: false,
-            threads: rayon::current_num_threads(),
-        };
+        let shape = StepShape { batch: 2, length: 64, bytes: 4, state: 2, checkpointing: false };
         let mut step = TimedStep::new(&config, &method, &shape, 3).unwrap();
         for _ in 0..3 {
             let seconds = step.run().unwrap();

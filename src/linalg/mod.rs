@@ -10,6 +10,7 @@ pub mod pivoted_cholesky;
 pub mod real;
 pub mod reduce;
 pub mod scratch;
+mod small_product;
 pub mod tile;
 pub mod workers;
 

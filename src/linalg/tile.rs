@@ -10,8 +10,9 @@
 //! Sums run in an order that depends on the shapes alone, not on the instruction set or the number of threads.
 
 use super::Real;
+use super::gemm::multiply;
 use crate::cost::Cost;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, linalg::general_mat_mul, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::{Arch, Simd, WithSimd};
 
 /// Widest small side that the kernels here take.
@@ -31,7 +32,7 @@ pub fn add_transposed_times_tile<T: Real>(
     assert!(left.nrows() == tile.nrows() && out.dim() == (columns, width), "shapes of a tile product");
     cost.product(columns, left.nrows(), width);
     if columns > SKINNY {
-        return general_mat_mul(T::one(), &left.t(), &tile, T::one(), &mut out);
+        return multiply(T::one(), &left.t(), &tile, T::one(), &mut out);
     }
     if tile.is_empty() {
         return;
@@ -213,7 +214,7 @@ pub fn tile_times<T: Real>(
     cost.product(rows, width, columns);
     if width.min(columns) > SKINNY {
         let beta = if accumulate { T::one() } else { T::zero() };
-        return general_mat_mul(T::one(), &tile, &right.entries.slice(s![range, ..columns]), beta, &mut out);
+        return multiply(T::one(), &tile, &right.entries.slice(s![range, ..columns]), beta, &mut out);
     }
     let Some(out) = out.as_slice_mut() else { panic!("tile products write contiguous tiles") };
     if width == 0 && !accumulate {

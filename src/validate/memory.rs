@@ -32,7 +32,6 @@ pub fn needed(paths: &DumpPaths, manifest: Option<&Manifest>) -> Result<usize> {
         bytes: size_of::<f64>(),
         state: 0,
         checkpointing: false,
-        threads: rayon::current_num_threads(),
     };
     let step = predict(&config, &method, &shape)?;
     Ok(step.total() + step.weights)

@@ -1,7 +1,7 @@
 //! Memory of a training step, read off the live objects.
 
 use super::replay::loss_chunk;
-use super::{Memory, StepShape, packing};
+use super::{Memory, StepShape};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
@@ -50,15 +50,9 @@ pub fn measure<T: Real>(
         *memory.activations.entry(rest.unwrap_or(&name).to_string()).or_default() += bytes;
     }
     let (rows, length) = batch.input_ids.dim();
-    let shape = StepShape {
-        batch: rows,
-        length,
-        bytes: size_of::<T>(),
-        state: 0,
-        checkpointing: options.checkpointing,
-        threads: rayon::current_num_threads(),
-    };
+    let shape =
+        StepShape { batch: rows, length, bytes: size_of::<T>(), state: 0, checkpointing: options.checkpointing };
     let moment = (batch.tokens() * model.config.hidden_size + loss_chunk(&model.config, &shape)) * shape.bytes;
-    memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment + packing(&model.config, &shape);
+    memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;
     Ok(memory)
 }

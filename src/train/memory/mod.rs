@@ -38,8 +38,6 @@ pub struct StepShape {
     pub state: usize,
     /// Keep only each layer's input.
     pub checkpointing: bool,
-    /// Threads, each of which packs blocks of a matrix product.
-    pub threads: usize,
 }
 
 /// How a projection is adapted, in numbers.
@@ -97,7 +95,7 @@ impl Memory {
 /// use peft_limits::train::memory::{StepShape, predict};
 /// use peft_limits::train::method::{MethodName, MethodParams};
 /// use peft_limits::train::preset::preset;
-/// let shape = StepShape { batch: 8, length: 256, bytes: 4, state: 2, checkpointing: false, threads: 2 };
+/// let shape = StepShape { batch: 8, length: 256, bytes: 4, state: 2, checkpointing: false };
 /// let of = |name| predict(&preset("micro")?, &MethodParams::named(name), &shape).map(|m| m.total());
 /// assert!(of(MethodName::Paca)? < of(MethodName::Lora)?);
 /// assert!(of(MethodName::Lora)? < of(MethodName::Full)?);
@@ -134,7 +132,7 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
         adapters: sum(&|a| a.beside) * single,
         gradients: trained * single,
         optimizer: shape.state * trained * single,
-        workspace: held.saturating_sub(saved) + packing(config, shape),
+        workspace: held.saturating_sub(saved),
         activations,
         trained,
     })
@@ -180,13 +178,6 @@ pub fn longest(config: &ModelConfig, method: &MethodParams, shape: &StepShape, l
 
 fn elements((out, input): (usize, usize)) -> usize {
     out * input
-}
-
-/// Bytes that matrix products pack at a time: per thread, blocks of at most 64 x 256 and 256 x 1024 (the kernel's
-/// fixed sizes) of the widest product, hidden by intermediate.
-fn packing(config: &ModelConfig, shape: &StepShape) -> usize {
-    let depth = config.hidden_size.min(256);
-    shape.threads * shape.bytes * depth * (64 + config.intermediate_size.min(1024))
 }
 
 /// What the method puts on each projection of each layer.
