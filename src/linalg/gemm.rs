@@ -17,10 +17,13 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 pub fn multiply<T: Real>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     assert!(b.nrows() == k && c.dim() == (m, n), "shapes of a product");
+    let apart = terms_apart(a);
+    // Of one call of faer's.
+    let least_terms = if apart { k.min(128) } else { k };
     if k == 0 || !faer_runs() {
         general_mat_mul(alpha, a, b, beta, c);
-    } else if m * k * n <= SMALL {
-        small_product(alpha, a, b, beta, c);
+    } else if m * n * least_terms <= SMALL {
+        small_product(alpha, a, b, beta, c, &|| sum_ranges(k, apart));
     } else if m > 1 && n > 1 {
         T::multiply_by_faer(alpha, a, b, beta, c);
     } else {
@@ -60,18 +63,49 @@ pub(super) fn by_faer<T>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T
 where
     T: ndarray::LinalgScalar + PartialEq + faer::traits::ComplexField + faer::traits::Conjugate<Canonical = T>,
 {
-    use faer::{Accum, MatMut, Par, linalg::matmul::matmul};
+    use faer::{Accum, MatMut, Par, linalg::matmul::matmul, reborrow::ReborrowMut};
     let (zero, one) = (<T as num_traits::Zero>::zero(), <T as num_traits::One>::one());
     if beta != zero && beta != one {
         c.mapv_inplace(|x| beta * x);
     }
-    let accumulate = if beta == zero { Accum::Replace } else { Accum::Add };
+    let mut accumulate = if beta == zero { Accum::Replace } else { Accum::Add };
     let ((rows, columns), strides) = (c.dim(), [c.strides()[0], c.strides()[1]]);
     // Sound: pointer, shape and strides are those of a mutable view, whose entries are valid, distinct and borrowed for
     // longer than this call.
     #[allow(unsafe_code)]
-    let target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
-    matmul(target, accumulate, faer_view(a), faer_view(b), alpha, Par::Seq);
+    let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
+    let (apart, a, b) = (terms_apart(a), faer_view(a), faer_view(b));
+    if !apart {
+        return matmul(target, accumulate, a, b, alpha, Par::Seq);
+    }
+    for range in sum_ranges(a.ncols(), apart) {
+        let (a, b) = (a.subcols(range.start, range.len()), b.subrows(range.start, range.len()));
+        matmul(target.rb_mut(), accumulate, a, b, alpha, Par::Seq);
+        accumulate = Accum::Add;
+    }
+}
+
+/// Whether the terms of a row of `a` lie apart in memory, as in a gradient dY^T X.
+///
+/// faer's kernel then walks down many rows of memory again and again; with 128 terms at a time it is 15% to 20% faster.
+fn terms_apart<T>(a: &ArrayView2<T>) -> bool {
+    a.strides()[1] != 1
+}
+
+/// Terms that are summed before they are added to c: 512 and the rest, as faer's kernel does by itself, or, when they lie
+/// apart, 128 and at the end up to 255.
+fn sum_ranges(terms: usize, apart: bool) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let left = terms - start;
+        let take = match (apart, left) {
+            (false, _) => left.min(512),
+            (true, 256..) => 128,
+            (true, _) => left,
+        };
+        start += take;
+        (take > 0).then(|| start - take..start)
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
