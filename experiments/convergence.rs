@@ -10,7 +10,8 @@
 //!
 //! Refuted if PaCA's slope in 1 were separated above full fine-tuning's by more than 0.25, or if the bound failed.
 //!
-//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full an estimated 25 minutes.
+//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full 38 minutes beside other work on two
+//! cores.
 
 use peft_limits::cost::Cost;
 use peft_limits::harness::study::{Study, on_own_threads, train};

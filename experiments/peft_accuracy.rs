@@ -40,6 +40,8 @@ pub const EXPERIMENT: Experiment = Experiment {
 
 const SEEDS: u64 = 5;
 const TUNING_SEEDS: u64 = 2;
+/// Start of the columns with the losses of the sweep; a factor follows.
+const TUNING: &str = "tuning loss at ";
 const METRICS: [(&str, &str); 3] =
     [("in-domain", "in-domain tokens"), ("shifted", "shifted tokens"), ("retained", "retained tokens")];
 
@@ -69,9 +71,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let lr = tuned.as_ref().map_or(study.learning_rate(name), |t| t.best);
     let mut row = fine_tuned(&study, &base, name, lr, point.u64("seed")?)?.with("lr", lr);
     if let Some(tuned) = tuned {
-        row.set("lr bracketed", tuned.bracketed);
         for (lr, loss) in tuned.tried {
-            row.set(format!("tuning loss at {} of the study's lr (nats)", lr / study.learning_rate(name)), loss);
+            row.set(format!("{TUNING}{} of the study's lr (nats)", lr / study.learning_rate(name)), loss);
         }
     }
     Ok(vec![row])
@@ -182,8 +183,15 @@ fn not_bracketed(table: &Table) -> Result<Vec<&'static str>> {
     let mut found = Vec::new();
     for method in methods() {
         let of = table.filter_eq("method", method);
-        let tuned = of.column("tuned")?.iter().all(|cell| cell.to_field() == "true");
-        if tuned && of.column("lr bracketed")?.iter().any(|cell| cell.to_field() != "true") {
+        let mut tried = Vec::new();
+        for column in of.columns() {
+            let factor = column.strip_prefix(TUNING).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+            let loss = of.column(column)?.first().and_then(|cell| cell.as_f64());
+            tried.extend(factor.zip(loss));
+        }
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let best = (0..tried.len()).min_by(|&a, &b| tried[a].1.total_cmp(&tried[b].1));
+        if best.is_some_and(|best| best == 0 || best + 1 == tried.len()) {
             found.push(method);
         }
     }

@@ -57,31 +57,52 @@ fn faer_runs() -> bool {
     false
 }
 
-/// The body of `Real::multiply_by_faer`; at least two rows and columns of c and more than [`SMALL`] multiply-adds.
+/// A scalar that faer multiplies; [`Real`] requires it.
+pub trait Multiply: Sized {
+    /// c = alpha a b + beta c by faer's kernel, for at least two rows and columns of c and more than a few thousand
+    /// multiply-adds: part of [`multiply`].
+    fn multiply_by_faer(
+        alpha: Self,
+        a: &ArrayView2<Self>,
+        b: &ArrayView2<Self>,
+        beta: Self,
+        c: &mut ArrayViewMut2<Self>,
+    );
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl<T: ndarray::LinalgScalar> Multiply for T {
+    fn multiply_by_faer(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
+        general_mat_mul(alpha, a, b, beta, c);
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-pub(super) fn by_faer<T>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>)
+impl<T> Multiply for T
 where
     T: ndarray::LinalgScalar + PartialEq + faer::traits::ComplexField + faer::traits::Conjugate<Canonical = T>,
 {
-    use faer::{Accum, MatMut, Par, linalg::matmul::matmul, reborrow::ReborrowMut};
-    let (zero, one) = (<T as num_traits::Zero>::zero(), <T as num_traits::One>::one());
-    if beta != zero && beta != one {
-        c.mapv_inplace(|x| beta * x);
-    }
-    let mut accumulate = if beta == zero { Accum::Replace } else { Accum::Add };
-    let ((rows, columns), strides) = (c.dim(), [c.strides()[0], c.strides()[1]]);
-    // Sound: pointer, shape and strides are those of a mutable view, whose entries are valid, distinct and borrowed for
-    // longer than this call.
-    #[allow(unsafe_code)]
-    let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
-    let (apart, a, b) = (terms_apart(a), faer_view(a), faer_view(b));
-    if !apart {
-        return matmul(target, accumulate, a, b, alpha, Par::Seq);
-    }
-    for range in sum_ranges(a.ncols(), apart) {
-        let (a, b) = (a.subcols(range.start, range.len()), b.subrows(range.start, range.len()));
-        matmul(target.rb_mut(), accumulate, a, b, alpha, Par::Seq);
-        accumulate = Accum::Add;
+    fn multiply_by_faer(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
+        use faer::{Accum, MatMut, Par, linalg::matmul::matmul, reborrow::ReborrowMut};
+        let (zero, one) = (<T as num_traits::Zero>::zero(), <T as num_traits::One>::one());
+        if beta != zero && beta != one {
+            c.mapv_inplace(|x| beta * x);
+        }
+        let mut accumulate = if beta == zero { Accum::Replace } else { Accum::Add };
+        let ((rows, columns), strides) = (c.dim(), [c.strides()[0], c.strides()[1]]);
+        // Sound: pointer, shape and strides are those of a mutable view, whose entries are valid, distinct and borrowed for
+        // longer than this call.
+        #[allow(unsafe_code)]
+        let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
+        let (apart, a, b) = (terms_apart(a), faer_view(a), faer_view(b));
+        if !apart {
+            return matmul(target, accumulate, a, b, alpha, Par::Seq);
+        }
+        for range in sum_ranges(a.ncols(), apart) {
+            let (a, b) = (a.subcols(range.start, range.len()), b.subrows(range.start, range.len()));
+            matmul(target.rb_mut(), accumulate, a, b, alpha, Par::Seq);
+            accumulate = Accum::Add;
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The scalar types of the crate: `f32` and `f64`.
 
-use ndarray::{ArrayView2, ArrayViewMut2, NdFloat};
+use ndarray::NdFloat;
 use num_traits::FromPrimitive;
 use std::iter::Sum;
 
@@ -11,7 +11,7 @@ use std::iter::Sum;
 /// fn exact_eighth<T: Real>() -> bool { (T::of(0.125)).widen().to_bits() == 0.125f64.to_bits() }
 /// assert!(exact_eighth::<f32>() && exact_eighth::<f64>());
 /// ```
-pub trait Real: NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes {
+pub trait Real: NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes + super::gemm::Multiply {
     /// Name used in files, tables and command lines.
     const NAME: &'static str;
 
@@ -31,15 +31,6 @@ pub trait Real: NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes {
     /// [`Real::exp_lane`] for arguments that are at most a rounding error above 0, where it needs fewer instructions
     /// (the scores of a softmax less their maximum or log-sum-exp).
     fn exp_nonpositive_lane(self) -> Self;
-
-    /// c = alpha a b + beta c by faer's kernel: part of [`super::gemm::multiply`].
-    fn multiply_by_faer(
-        alpha: Self,
-        a: &ArrayView2<Self>,
-        b: &ArrayView2<Self>,
-        beta: Self,
-        c: &mut ArrayViewMut2<Self>,
-    );
 }
 
 /// Coefficients 1/n! of the Taylor series of exp, used on |r| <= ln 2 / 2.
@@ -80,19 +71,6 @@ impl Real for f32 {
     fn exp_nonpositive_lane(self) -> Self {
         let y = exp_inside_f32(if LOWEST_F32 > self { LOWEST_F32 } else { self });
         if self < LOWEST_F32 { 0.0 } else { y }
-    }
-
-    fn multiply_by_faer(
-        alpha: Self,
-        a: &ArrayView2<Self>,
-        b: &ArrayView2<Self>,
-        beta: Self,
-        c: &mut ArrayViewMut2<Self>,
-    ) {
-        #[cfg(target_arch = "x86_64")]
-        super::gemm::by_faer(alpha, a, b, beta, c);
-        #[cfg(not(target_arch = "x86_64"))]
-        ndarray::linalg::general_mat_mul(alpha, a, b, beta, c);
     }
 }
 
@@ -147,19 +125,6 @@ impl Real for f64 {
     fn exp_nonpositive_lane(self) -> Self {
         let y = exp_inside_f64(if LOWEST_F64 > self { LOWEST_F64 } else { self });
         if self < LOWEST_F64 { 0.0 } else { y }
-    }
-
-    fn multiply_by_faer(
-        alpha: Self,
-        a: &ArrayView2<Self>,
-        b: &ArrayView2<Self>,
-        beta: Self,
-        c: &mut ArrayViewMut2<Self>,
-    ) {
-        #[cfg(target_arch = "x86_64")]
-        super::gemm::by_faer(alpha, a, b, beta, c);
-        #[cfg(not(target_arch = "x86_64"))]
-        ndarray::linalg::general_mat_mul(alpha, a, b, beta, c);
     }
 }
 

@@ -41,8 +41,8 @@ impl Tile {
     /// The default for a number of queries: 512 x 256, fewer rows when that would leave under eight tiles.
     ///
     /// The two score tiles (S and G V^T) then take 1 MiB in f32, half of the second-level cache of one core
-    /// of the development machine. Tall tiles pay: every product packs a tile of keys, and the taller the
-    /// tile the more rows share it (measured at L = 4096, d = 64: 512 x 256 is 15% faster than 128 x 256).
+    /// of the development machine. Tall tiles pay: the taller the tile, the more rows share a tile of keys
+    /// (measured at L = 4096, d = 64: 512 x 256 is 15% faster than 128 x 256).
     pub fn for_queries(queries: usize) -> Self {
         Tile { queries: queries.div_ceil(8).next_multiple_of(64).clamp(64, 512), keys: 256 }
     }
