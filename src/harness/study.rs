@@ -268,6 +268,16 @@ pub struct RateSweep {
     pub bracketed: bool,
 }
 
+impl RateSweep {
+    /// Of rates and losses in any order; without any, the best is NaN.
+    pub fn of(mut tried: Vec<(f64, f64)>) -> Self {
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let best = (0..tried.len()).min_by(|&a, &b| tried[a].1.total_cmp(&tried[b].1)).unwrap_or(0);
+        let bracketed = best > 0 && best + 1 < tried.len();
+        Self { best: tried.get(best).map_or(f64::NAN, |t| t.0), tried, bracketed }
+    }
+}
+
 /// Tries half, once and twice `start`, then further factors of two on the better side until both neighbours of the best are
 /// worse, at most [`SWEEP_DOUBLINGS`] from `start`.
 ///
@@ -276,23 +286,23 @@ pub struct RateSweep {
 /// # Errors
 /// Those of `loss_at`.
 pub fn sweep_rates(start: f64, mut loss_at: impl FnMut(f64) -> Result<f64>) -> Result<RateSweep> {
-    let mut tried = Vec::new();
     let (mut low, mut high) = (-1, 1);
-    for power in low..=high {
-        tried.push(attempt(start, power, &mut loss_at)?);
-    }
+    let mut sweep =
+        RateSweep::of((low..=high).map(|power| attempt(start, power, &mut loss_at)).collect::<Result<_>>()?);
     loop {
-        let best = (0..tried.len()).min_by(|&a, &b| tried[a].1.total_cmp(&tried[b].1)).unwrap_or(0);
-        if best == 0 && low > -SWEEP_DOUBLINGS {
+        let power = if sweep.bracketed {
+            return Ok(sweep);
+        } else if sweep.best < start && low > -SWEEP_DOUBLINGS {
             low -= 1;
-            tried.insert(0, attempt(start, low, &mut loss_at)?);
-        } else if best + 1 == tried.len() && high < SWEEP_DOUBLINGS {
+            low
+        } else if sweep.best > start && high < SWEEP_DOUBLINGS {
             high += 1;
-            tried.push(attempt(start, high, &mut loss_at)?);
+            high
         } else {
-            let bracketed = best > 0 && best + 1 < tried.len();
-            return Ok(RateSweep { best: tried[best].0, tried, bracketed });
-        }
+            return Ok(sweep);
+        };
+        sweep.tried.push(attempt(start, power, &mut loss_at)?);
+        sweep = RateSweep::of(sweep.tried);
     }
 }
 
