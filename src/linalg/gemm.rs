@@ -96,7 +96,14 @@ where
         let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
         let (apart, a, b) = (terms_apart(a), faer_view(a), faer_view(b));
         if !apart {
-            return matmul(target, accumulate, a, b, alpha, Par::Seq);
+            // Of the columns of c faer holds a panel at a time, but walks through all panels for every four rows.
+            let panel = if strides[1] == 1 && rows >= MANY_ROWS { PANEL } else { columns };
+            for start in (0..columns).step_by(panel) {
+                let width = panel.min(columns - start);
+                let target = target.rb_mut().subcols_mut(start, width);
+                matmul(target, accumulate, a, b.subcols(start, width), alpha, Par::Seq);
+            }
+            return;
         }
         for range in sum_ranges(a.ncols(), apart) {
             let (a, b) = (a.subcols(range.start, range.len()), b.subrows(range.start, range.len()));
@@ -105,6 +112,13 @@ where
         }
     }
 }
+
+/// Columns of c that faer's AVX-512 kernel for f32 holds at a time; a multiple of those of its other kernels.
+#[cfg(target_arch = "x86_64")]
+const PANEL: usize = 96;
+/// Rows from which a call per panel is worth its start.
+#[cfg(target_arch = "x86_64")]
+const MANY_ROWS: usize = 128;
 
 /// Whether the terms of a row of `a` lie apart in memory, as in a gradient dY^T X.
 ///
