@@ -2,7 +2,7 @@
 
 use super::Real;
 use crate::error::{Error, Result};
-use ndarray::{ArrayView, ArrayView2, Dimension, NdIndex};
+use ndarray::{ArrayView, ArrayView1, ArrayView2, Dimension, NdIndex};
 
 /// Largest magnitude of the entries (0 for an empty array).
 pub fn max_abs<T: Real, D: Dimension>(a: &ArrayView<T, D>) -> f64 {
@@ -34,9 +34,14 @@ pub fn relative_frobenius<T: Real, U: Real, D: Dimension>(got: &ArrayView<T, D>,
     if reference > 0.0 { gap / reference } else { gap }
 }
 
-/// Largest Euclidean norm of a row.
+/// Largest Euclidean norm of a row, as safe from overflow and underflow as [`frobenius`].
 pub fn max_row_norm<T: Real>(a: ArrayView2<T>) -> f64 {
-    a.rows().into_iter().map(|row| frobenius(&row)).fold(0.0, f64::max)
+    if !(1e-140..1e140).contains(&max_abs(&a)) {
+        return a.rows().into_iter().map(|row| frobenius(&row)).fold(0.0, f64::max);
+    }
+    // The squares that count are normal numbers; a row too small for that is not the largest.
+    let square = |row: ArrayView1<T>| row.iter().map(|x| x.widen() * x.widen()).sum::<f64>();
+    a.rows().into_iter().map(square).fold(0.0, f64::max).sqrt()
 }
 
 /// Refuses NaN and infinity, naming the tensor and the first bad position.
@@ -81,6 +86,7 @@ mod tests {
         for scale in [1e-300, 1e-20, 1.0, 1e20, 1e300] {
             let a = array![[scale * 2.0, scale], [scale * 2.0, 0.0]];
             assert!((frobenius(&a.view()) / scale - 3.0).abs() < 1e-14);
+            assert!((max_row_norm(a.view()) / scale - 5f64.sqrt()).abs() < 1e-14);
         }
     }
 }

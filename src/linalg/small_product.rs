@@ -10,9 +10,6 @@ use std::ops::Range;
 
 /// Most multiply-adds of a product that is computed here: those for which faer leaves its own kernel.
 pub(super) const SMALL: usize = 16 * 16 * 16;
-/// Columns whose sums are kept in registers.
-const COLUMNS: usize = 16;
-
 /// c = alpha a b + beta c; with beta = 0, c is not read. The sums of the `ranges` of terms are added to c one after the other.
 pub(super) fn small_product<T: Real, R: Iterator<Item = Range<usize>>>(
     alpha: T,
@@ -22,7 +19,13 @@ pub(super) fn small_product<T: Real, R: Iterator<Item = Range<usize>>>(
     c: &mut ArrayViewMut2<T>,
     ranges: &impl Fn() -> R,
 ) {
-    vectorized(Product { alpha, a, b, beta, c, ranges });
+    // The longer side of c along registers, c^T = b^T a^T, where a lies in memory for it or the other fills none.
+    if c.ncols() < c.nrows() && (a.strides()[0] == 1 || c.ncols() < 4) {
+        let (a, b, mut c) = (a.t(), b.t(), c.view_mut().reversed_axes());
+        vectorized(Product { alpha, a: &b, b: &a, beta, c: &mut c, ranges });
+    } else {
+        vectorized(Product { alpha, a, b, beta, c, ranges });
+    }
 }
 
 struct Product<'a, 'b, 'c, T, F> {
@@ -38,32 +41,58 @@ impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Kernel for Product
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
+        let columns = self.c.ncols();
+        let mut first = 0;
+        // Sums of whole registers where columns are left for them; how many are summed together changes no bit.
+        while first < columns {
+            first += match columns - first {
+                16.. => self.columns::<16>(first),
+                8.. => self.columns::<8>(first),
+                4.. => self.columns::<4>(first),
+                _ => self.columns::<1>(first),
+            };
+        }
+    }
+}
+
+impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Product<'_, '_, '_, T, F> {
+    /// W columns of c, from `first` on; returns W.
+    #[inline(always)]
+    fn columns<const W: usize>(&mut self, first: usize) -> usize {
         let Self { alpha, a, b, beta, c, ranges } = self;
-        let (m, n) = c.dim();
-        for first in (0..n).step_by(COLUMNS) {
-            let columns = COLUMNS.min(n - first);
-            for i in 0..m {
-                for range in ranges() {
-                    let first_range = range.start == 0;
-                    let mut sums = [T::zero(); COLUMNS];
-                    for l in range {
-                        let x = a[[i, l]];
-                        for j in 0..columns {
-                            sums[j] = x.mul_add(b[[l, first + j]], sums[j]);
+        let (alpha, beta) = (*alpha, *beta);
+        for (i, mut out) in c.rows_mut().into_iter().enumerate() {
+            let a = a.row(i);
+            for range in ranges() {
+                let first_range = range.start == 0;
+                let mut sums = [T::zero(); W];
+                for l in range {
+                    let (x, row) = (a[l], b.row(l));
+                    // A whole row in memory is read by registers.
+                    match row.to_slice().and_then(|row| row[first..].first_chunk::<W>()) {
+                        Some(row) => {
+                            for (sum, &y) in sums.iter_mut().zip(row) {
+                                *sum = x.mul_add(y, *sum);
+                            }
+                        }
+                        None => {
+                            for (j, sum) in sums.iter_mut().enumerate() {
+                                *sum = x.mul_add(row[first + j], *sum);
+                            }
                         }
                     }
-                    for j in 0..columns {
-                        let entry = &mut c[[i, first + j]];
-                        // Two roundings, as in faer's kernel.
-                        *entry = match (first_range, beta == T::zero()) {
-                            (true, true) => alpha * sums[j],
-                            (true, false) => alpha * sums[j] + beta * *entry,
-                            (false, _) => alpha * sums[j] + *entry,
-                        };
-                    }
+                }
+                for (entry, sum) in out.iter_mut().skip(first).zip(sums) {
+                    // Two roundings, as in faer's kernel.
+                    *entry = match (first_range, beta == T::zero()) {
+                        (true, true) => alpha * sum,
+                        (true, false) => alpha * sum + beta * *entry,
+                        (false, _) => alpha * sum + *entry,
+                    };
                 }
             }
         }
+        W
     }
 }
