@@ -139,6 +139,23 @@ impl Study {
         if self.preset == "pico" { lr } else { lr / 2.0 }
     }
 
+    /// Learning rate of a method that a smaller and a larger one bracket, for [`Study::full`]; else [`Self::learning_rate`].
+    ///
+    /// Column `lr` of the full run of `peft_accuracy`, which sweeps rates by factors of two on seeds that it does not report.
+    pub fn swept_rate(&self, name: MethodName) -> f64 {
+        if *self != Self::full() {
+            return self.learning_rate(name);
+        }
+        match name {
+            MethodName::Full => 2e-3,
+            MethodName::Moslora => 5e-3,
+            MethodName::Lora | MethodName::Qlora => 1e-2,
+            MethodName::Dora => 2e-2,
+            MethodName::Paca | MethodName::Qpaca => 4e-2,
+            MethodName::S2ft => 8e-2,
+        }
+    }
+
     /// A method at the study's budget: the trained numbers of LoRA with rank 4.
     ///
     /// # Errors
