@@ -71,15 +71,33 @@ fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f6
         assert!((out.loss - want).abs() <= tolerance * want, "step {step}: {} against {want}", out.loss);
         update_model(&mut adamw, &mut model, &gradients, 1e-2, 1.0, |_| ()).unwrap();
     }
-    // Adam divides each entry by its own size, so where a gradient is as small as its rounding error the update
-    // is of that error's sign: in f32 single entries move by up to 2 lr (observed: 2.1e-4 of a tensor's norm).
-    let tolerance = if T::NAME == "f32" { 1e-3 } else { tolerance };
     for (ours, values) in &model.trainable_values() {
-        let theirs = format!("after.{}", peft_name(ours, adapters));
-        let (_, want) = file.tensor::<f64>(&theirs, "test").unwrap();
-        let want = Array2::from_shape_vec(values.dim(), want).unwrap();
+        let name = peft_name(ours, adapters);
+        let read = |theirs: &str| {
+            let (_, values_there) = file.tensor::<f64>(theirs, "test").unwrap();
+            Array2::from_shape_vec(values.dim(), values_there).unwrap()
+        };
+        let (theirs, mut want) = (format!("after.{name}"), read(&format!("after.{name}")));
+        if T::NAME == "f32" {
+            leave_out_undetermined(&mut want, values, &read(&format!("grad.{name}")));
+        }
         assert_close(&theirs, &values.view(), &want.view(), tolerance);
     }
+}
+
+/// Adam divides a gradient by its own size, so an entry whose gradient is as small as the rounding errors of f32 moves by those
+/// errors: no implementation in f32 can agree there. Such entries, few, are held to the farthest that three steps of 0.01 reach.
+fn leave_out_undetermined<T: Real>(want: &mut Array2<f64>, values: &Array2<T>, gradient: &Array2<f64>) {
+    let threshold = 1e-3 * gradient.pow2().mean().unwrap().sqrt();
+    let mut left_out = 0;
+    ndarray::Zip::from(want).and(values).and(gradient).for_each(|want, value, gradient| {
+        if *gradient != 0.0 && gradient.abs() < threshold {
+            assert!((value.widen() - *want).abs() < 2.0 * 3.0 * 1.01e-2, "{value} against {want}");
+            *want = value.widen();
+            left_out += 1;
+        }
+    });
+    assert!(left_out <= gradient.len() / 100, "{left_out} of {} entries", gradient.len());
 }
 
 fn full<T: Real>(name: &str) -> Model<T> {
