@@ -374,6 +374,19 @@ mod tests {
     }
 
     #[test]
+    fn swept_rates_are_those_of_the_committed_figure() {
+        let table = concat!(env!("CARGO_MANIFEST_DIR"), "/figures/peft_accuracy/table.csv");
+        // The packaged crate has no figures.
+        let Ok(table) = crate::report::Table::read_csv(std::path::Path::new(table)) else { return };
+        for method in MethodName::ALL {
+            let rates = table.filter_eq("method", method.name()).floats("lr").unwrap();
+            assert_eq!(rates.len(), 5, "{method:?}");
+            let swept = Study::full().swept_rate(method);
+            assert!(rates.iter().all(|lr| lr.to_bits() == swept.to_bits()), "{method:?}: {rates:?} against {swept}");
+        }
+    }
+
+    #[test]
     fn a_sweep_of_rates_ends_between_two_worse_ones() {
         // Least at 8: up from 1, past 8, to 16.
         let up = sweep_rates(1.0, |lr| Ok((lr.log2() - 3.0).powi(2))).unwrap();

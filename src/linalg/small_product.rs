@@ -10,6 +10,7 @@ use std::ops::Range;
 
 /// Most multiply-adds of a product that is computed here: those for which faer leaves its own kernel.
 pub(super) const SMALL: usize = 16 * 16 * 16;
+
 /// c = alpha a b + beta c; with beta = 0, c is not read. The sums of the `ranges` of terms are added to c one after the other.
 pub(super) fn small_product<T: Real, R: Iterator<Item = Range<usize>>>(
     alpha: T,
