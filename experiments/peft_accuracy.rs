@@ -10,7 +10,7 @@
 //!
 //! Refuted if PaCA or S2FT were separated below LoRA in-domain.
 //!
-//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full 70 minutes of
+//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full about 70 minutes of
 //! processor time.
 
 use peft_limits::harness::study::{BUDGET_RANK, RateSweep, Study, accuracies, on_own_threads, sweep_rates, train};

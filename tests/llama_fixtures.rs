@@ -86,7 +86,7 @@ fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f6
 }
 
 /// Adam divides a gradient by its own size, so an entry whose gradient is as small as the rounding errors of f32 moves by those
-/// errors: no implementation in f32 can agree there. Such entries, few, are held to the farthest that three steps of 0.01 reach.
+/// errors: no two computations in f32 need agree there. Such entries, few, are held to the farthest that three steps of 0.01 reach.
 fn leave_out_undetermined<T: Real>(want: &mut Array2<f64>, values: &Array2<T>, gradient: &Array2<f64>) {
     let threshold = 1e-3 * gradient.pow2().mean().unwrap().sqrt();
     let mut left_out = 0;
