@@ -1,12 +1,12 @@
 //! Matrix products: the one place that calls a GEMM kernel, single-threaded and counted.
-//!
-//! On x86-64 with AVX2 or AVX-512 the kernel is faer's, which takes the operands where they lie when it can and packs them
-//! when it must; elsewhere it is ndarray's. `cargo bench --bench products` compares the two.
 
 use super::Real;
+use super::product_kernels::{Summation, kernels_run};
 use super::small_product::{SMALL, small_product};
 use crate::cost::Cost;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+
+pub use super::product_kernels::Multiply;
 
 /// c = alpha a b + beta c on the calling thread; with beta = 0, c is not read.
 ///
@@ -17,140 +17,37 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 pub fn multiply<T: Real>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     assert!(b.nrows() == k && c.dim() == (m, n), "shapes of a product");
-    let apart = terms_apart(a);
-    // Of one call of faer's.
-    let least_terms = if apart { k.min(128) } else { k };
-    if k == 0 || !faer_runs() {
+    if k == 0 || !kernels_run() {
         general_mat_mul(alpha, a, b, beta, c);
-    } else if m * n * least_terms <= SMALL {
-        small_product(alpha, a, b, beta, c, &|| sum_ranges(k, apart));
+        return;
+    }
+    let summation = Summation::of(alpha, a);
+    if m * n * summation.least_terms() <= SMALL {
+        small_product(alpha, a, b, beta, c, &|| summation.ranges());
     } else if m > 1 && n > 1 {
-        T::multiply_by_faer(alpha, a, b, beta, c);
+        T::multiply_by_kernel(alpha, a, b, beta, c, summation);
     } else {
-        multiply_widened(alpha, a, b, beta, c);
+        multiply_widened(alpha, a, b, beta, c, summation);
     }
 }
 
-/// A single row or column of c, computed twice: faer sums a matrix-vector product in an order that depends on where the
-/// numbers lie in memory.
-fn multiply_widened<T: Real>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
+/// A single row or column of c, computed twice: the kernels sum a matrix-vector product in an order that depends on where
+/// the numbers lie in memory.
+fn multiply_widened<T: Real>(
+    alpha: T,
+    a: &ArrayView2<T>,
+    b: &ArrayView2<T>,
+    beta: T,
+    c: &mut ArrayViewMut2<T>,
+    summation: Summation,
+) {
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     let (rows, columns) = (m.max(2), n.max(2));
     let repeated = (a.broadcast((rows, k)), b.broadcast((k, columns)), c.broadcast((rows, columns)));
     let (Some(a), Some(b), Some(start)) = repeated else { panic!("a single row or column is repeated") };
     let mut wide = if beta == T::zero() { Array2::zeros((rows, columns)) } else { start.to_owned() };
-    T::multiply_by_faer(alpha, &a, &b, beta, &mut wide.view_mut());
+    T::multiply_by_kernel(alpha, &a, &b, beta, &mut wide.view_mut(), summation);
     c.assign(&wide.slice(ndarray::s![..m, ..n]));
-}
-
-/// Whether faer has a kernel of its own for this processor.
-///
-/// Where it has none faer calls another library, which cuts the sum in places that depend on all three extents, so that
-/// parts of a product would not have the bits of the whole.
-fn faer_runs() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::is_x86_feature_detected;
-        is_x86_feature_detected!("avx512f") || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// A scalar that faer multiplies; [`Real`] requires it.
-pub trait Multiply: Sized {
-    /// c = alpha a b + beta c by faer's kernel, for at least two rows and columns of c and more than a few thousand
-    /// multiply-adds: part of [`multiply`].
-    fn multiply_by_faer(
-        alpha: Self,
-        a: &ArrayView2<Self>,
-        b: &ArrayView2<Self>,
-        beta: Self,
-        c: &mut ArrayViewMut2<Self>,
-    );
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl<T: ndarray::LinalgScalar> Multiply for T {
-    fn multiply_by_faer(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
-        general_mat_mul(alpha, a, b, beta, c);
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl<T> Multiply for T
-where
-    T: ndarray::LinalgScalar + PartialEq + faer::traits::ComplexField + faer::traits::Conjugate<Canonical = T>,
-{
-    fn multiply_by_faer(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
-        use faer::{Accum, MatMut, Par, linalg::matmul::matmul, reborrow::ReborrowMut};
-        let (zero, one) = (<T as num_traits::Zero>::zero(), <T as num_traits::One>::one());
-        if beta != zero && beta != one {
-            c.mapv_inplace(|x| beta * x);
-        }
-        let mut accumulate = if beta == zero { Accum::Replace } else { Accum::Add };
-        let ((rows, columns), strides) = (c.dim(), [c.strides()[0], c.strides()[1]]);
-        // Sound: pointer, shape and strides are those of a mutable view, whose entries are valid, distinct and borrowed for
-        // longer than this call.
-        #[allow(unsafe_code)]
-        let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, strides[0], strides[1]) };
-        let (apart, a, b) = (terms_apart(a), faer_view(a), faer_view(b));
-        if !apart {
-            // Of the columns of c faer holds a panel at a time, but walks through all panels for every four rows.
-            let panel = if strides[1] == 1 && rows >= MANY_ROWS { PANEL } else { columns };
-            for start in (0..columns).step_by(panel) {
-                let width = panel.min(columns - start);
-                let target = target.rb_mut().subcols_mut(start, width);
-                matmul(target, accumulate, a, b.subcols(start, width), alpha, Par::Seq);
-            }
-            return;
-        }
-        for range in sum_ranges(a.ncols(), apart) {
-            let (a, b) = (a.subcols(range.start, range.len()), b.subrows(range.start, range.len()));
-            matmul(target.rb_mut(), accumulate, a, b, alpha, Par::Seq);
-            accumulate = Accum::Add;
-        }
-    }
-}
-
-/// Columns of c that faer's AVX-512 kernel for f32 holds at a time; a multiple of those of its other kernels.
-#[cfg(target_arch = "x86_64")]
-const PANEL: usize = 96;
-/// Rows from which a call per panel is worth its start.
-#[cfg(target_arch = "x86_64")]
-const MANY_ROWS: usize = 128;
-
-/// Whether the terms of a row of `a` lie apart in memory, as in a gradient dY^T X.
-///
-/// faer's kernel then walks down many rows of memory again and again, and is faster with 128 terms at a time than with 512.
-fn terms_apart<T>(a: &ArrayView2<T>) -> bool {
-    a.strides()[1] != 1
-}
-
-/// Terms that are summed before they are added to c: 512 and the rest, as faer's kernel does by itself, or, when they lie
-/// apart, 128 and at the end up to 255.
-fn sum_ranges(terms: usize, apart: bool) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let mut start = 0;
-    std::iter::from_fn(move || {
-        let left = terms - start;
-        let take = match (apart, left) {
-            (false, _) => left.min(512),
-            (true, 256..) => 128,
-            (true, _) => left,
-        };
-        start += take;
-        (take > 0).then(|| start - take..start)
-    })
-}
-
-#[cfg(target_arch = "x86_64")]
-fn faer_view<'a, T>(a: &'a ArrayView2<'_, T>) -> faer::MatRef<'a, T> {
-    let strides = a.strides();
-    // Sound: pointer, shape and strides are those of a view, whose entries are valid and borrowed for 'a.
-    #[allow(unsafe_code)]
-    unsafe {
-        faer::MatRef::from_raw_parts(a.as_ptr(), a.nrows(), a.ncols(), strides[0], strides[1])
-    }
 }
 
 /// c = a b + beta c, with the multiply-adds added to `cost`.
@@ -288,6 +185,9 @@ mod tests {
         let value = |i: usize, j: usize| T::of(((i * 131 + j * 37) as f64 * 0.7131).sin());
         for (m, k, n, transposed) in [
             (49, 1100, 33, false),
+            (70, 257, 130, false),
+            (130, 700, 70, true),
+            (300, 128, 12, true),
             (97, 513, 5, true),
             (5, 7, 130, false),
             (1, 300, 4, true),
@@ -298,9 +198,10 @@ mod tests {
             let a = if transposed { stored.t() } else { stored.view() };
             let b = Array2::from_shape_fn((k, n), |(i, j)| value(j, i + 3));
             let start = Array2::from_shape_fn((m, n), |(i, j)| value(i + 1, j));
-            for beta in [0.0, 1.0, 0.3].map(T::of) {
+            for (alpha, beta) in [(0.7, 0.0), (0.7, 1.0), (0.7, 0.3), (1.0, 0.0), (1.0, 1.0), (1.0, 0.3)] {
+                let [alpha, beta] = [alpha, beta].map(T::of);
                 let mut whole = start.clone();
-                multiply(T::of(0.7), &a, &b.view(), beta, &mut whole.view_mut());
+                multiply(alpha, &a, &b.view(), beta, &mut whole.view_mut());
                 for size in [1, 2, 7, 48] {
                     let mut pieces = Array2::zeros((m + 1, n + 3));
                     let mut pieces = pieces.slice_mut(ndarray::s![1.., 2..n + 2]);
@@ -311,13 +212,13 @@ mod tests {
                     {
                         let columns = c.axis_chunks_iter_mut(ndarray::Axis(1), size);
                         for (mut c, b) in columns.zip(b.axis_chunks_iter(ndarray::Axis(1), size)) {
-                            multiply(T::of(0.7), &a, &b, beta, &mut c);
+                            multiply(alpha, &a, &b, beta, &mut c);
                         }
                     }
                     let same = pieces.iter().zip(&whole).all(|(x, y)| x.widen().to_bits() == y.widen().to_bits());
                     assert!(same, "{} {m} x {k} x {n} in pieces of {size}", T::NAME);
                 }
-                let want = (0..k).map(|l| 0.7 * (a[[m - 1, l]] * b[[l, n - 1]]).widen()).sum::<f64>()
+                let want = (0..k).map(|l| (alpha * a[[m - 1, l]] * b[[l, n - 1]]).widen()).sum::<f64>()
                     + (beta * start[[m - 1, n - 1]]).widen();
                 assert!((whole[[m - 1, n - 1]].widen() - want).abs() < 1e-4, "{want}");
             }

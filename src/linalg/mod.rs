@@ -7,6 +7,7 @@ pub mod khatri_rao;
 pub mod lanes;
 pub mod norms;
 pub mod pivoted_cholesky;
+mod product_kernels;
 pub mod real;
 pub mod reduce;
 pub mod scratch;
