@@ -3,7 +3,7 @@
 mod naive;
 
 use naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, all_within, find, normal, results, within};
-use ndarray::{Array2, Axis, array, s};
+use ndarray::{Array2, ArrayView1, Axis, array, s};
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::problem::{AttentionProblem, Source};
 use peft_limits::attention::{Gradients, Mask, Objective, Qkv, Request, SoftmaxKind};
@@ -158,11 +158,15 @@ proptest! {
     #[test]
     fn rows_of_the_score_gradient(head in heads()) {
         let problem = head.problem();
-        let all = dense::matrices(&problem, &flat(&problem));
+        let qkv = flat(&problem);
+        let all = dense::matrices(&problem, &qkv);
         for i in 0..all.dS.nrows() {
             let delta = all.G.row(i).dot(&all.O.row(i));
             let visible = all.P.row(i).sum();
-            let magnitude: f64 = all.dS.row(i).iter().map(|x| x.abs()).sum::<f64>() + delta.abs();
+            // G V^T and delta are sums that may cancel: their errors go with the terms' magnitudes.
+            let terms = |row: ArrayView1<f64>| all.G.row(i).iter().zip(row).map(|(g, x)| (g * x).abs()).sum::<f64>();
+            let scores: f64 = all.P.row(i).iter().zip(qkv.value.rows()).map(|(p, value)| p * terms(value)).sum();
+            let magnitude = scores + terms(all.O.row(i));
             let want = delta * (1.0 - visible);
             prop_assert!((all.dS.row(i).sum() - want).abs() <= 50.0 * f64::EPSILON * magnitude);
             match head.softmax {
