@@ -124,11 +124,13 @@ fn every_method() {
     assert!(failures.is_empty(), "{failures:?}");
 }
 
-/// Starts the thread pool and multiplies on each thread: its memory and the matrix library's are not a step's.
+/// Starts the thread pool and multiplies on each thread by either kernel: its memory and the matrix libraries' are not a step's.
 fn rayon_warm() {
     rayon::broadcast(|_| {
         let a = ndarray::Array2::<f32>::ones((512, 512));
-        let c = peft_limits::linalg::gemm::product(a.view(), a.view(), &mut Cost::default());
-        assert!(c.iter().all(|x| (x - 512.0).abs() < 1e-3));
+        for b in [a.view(), a.t()] {
+            let c = peft_limits::linalg::gemm::product(a.view(), b, &mut Cost::default());
+            assert!(c.iter().all(|x| (x - 512.0).abs() < 1e-3));
+        }
     });
 }

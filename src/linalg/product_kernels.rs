@@ -1,7 +1,7 @@
 //! The libraries' kernels behind [`super::gemm::multiply`], and how the sum over terms is cut for them.
 //!
 //! On x86-64 with AVX2 or AVX-512 a product goes to faer, which takes the operands where they lie when it can and packs them
-//! when it must, or, if its sum is long, to the gemm crate, which packs both for the caches; elsewhere to ndarray.
+//! when it must, or, where it lies well for that, to the gemm crate, which packs b for the caches; elsewhere to ndarray.
 //! `cargo bench --bench products` compares them with ndarray's. Both kernels add the terms of a range one after the other with
 //! one rounding each, so that where a product goes changes no bit of it.
 
@@ -25,29 +25,21 @@ pub(super) fn kernels_run() -> bool {
 
 /// How the terms of a product are summed: the ranges that are added to c one after the other.
 ///
-/// It follows from the terms and alpha, never from the rows and columns: so parts of a product have the bits of the whole.
+/// It follows from the terms, never from the rows and columns: so parts of a product have the bits of the whole.
 #[derive(Debug, Clone, Copy)]
 pub struct Summation {
     terms: usize,
     pieces: usize,
-    /// Whether the sum is long enough for both operands to be packed.
-    packed: bool,
 }
 
 impl Summation {
-    /// Of alpha a b with at least one term.
-    pub(super) fn of<T: Real>(alpha: T, a: &ArrayView2<T>) -> Self {
+    /// Of a b with at least one term.
+    pub(super) fn of<T: Real>(a: &ArrayView2<T>) -> Self {
         let terms = a.ncols();
-        // With another alpha the gemm crate rounds once where faer rounds twice.
-        let packed = terms >= MANY_TERMS && alpha == T::one() && packing_pays();
-        // Terms of a row of a that lie apart, as in a gradient dY^T X: faer walks down many rows of memory again and again.
-        let apart = a.strides()[1] != 1;
-        let most = match (packed, apart) {
-            (true, _) => 384,
-            (false, true) => 192,
-            (false, false) => 512,
-        };
-        Self { terms, pieces: terms.div_ceil(most), packed }
+        // faer sums 512 terms at a time by itself. Where terms lie apart in memory, as in a gradient dY^T X, it walks down many
+        // rows again and again, and is faster with fewer.
+        let most = if a.strides()[1] == 1 { 512 } else { 192 };
+        Self { terms, pieces: terms.div_ceil(most) }
     }
 
     /// Nearly equal ranges of terms.
@@ -59,17 +51,6 @@ impl Summation {
     pub(super) fn least_terms(self) -> usize {
         self.terms / self.pieces
     }
-}
-
-/// Terms from which the gemm crate is faster in a training step.
-const MANY_TERMS: usize = 128;
-
-/// Whether the gemm crate's kernels have been found faster on such a processor: with AVX-512.
-fn packing_pays() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::arch::is_x86_feature_detected!("avx512f");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
 }
 
 /// A scalar that the kernels multiply; [`Real`] requires it.
@@ -122,13 +103,12 @@ where
             c.mapv_inplace(|x| beta * x);
         }
         let mut add = beta != zero;
-        // The gemm crate sums smaller results in another order.
-        let packed = summation.packed && c.len() > 16 * 16;
+        let packed = alpha == one && packing_pays(a, b, c);
         for range in summation.ranges() {
             let a = a.slice(ndarray::s![.., range.clone()]);
             let b = b.slice(ndarray::s![range, ..]);
             if packed {
-                add_packed(&a, &b, add, c);
+                add_by_gemm(&a, &b, add, c);
             } else {
                 add_by_faer(alpha, &a, &b, add, c);
             }
@@ -137,9 +117,24 @@ where
     }
 }
 
-/// c = a b, or c + a b, by the gemm crate, which packs both operands.
+/// Whether the gemm crate is faster, sums in faer's order and takes next to no memory from the heap: with AVX-512 and enough
+/// terms, on arrays whose rows lie in one piece, with whole registers of columns. Smaller results it sums in another order, of
+/// wider ones it packs a too, and with alpha it rounds once where faer rounds twice.
 #[cfg(target_arch = "x86_64")]
-fn add_packed<T: ndarray::LinalgScalar>(a: &ArrayView2<T>, b: &ArrayView2<T>, add: bool, c: &mut ArrayViewMut2<T>) {
+fn packing_pays<T>(a: &ArrayView2<T>, b: &ArrayView2<T>, c: &ArrayViewMut2<T>) -> bool {
+    const MANY_TERMS: usize = 128;
+    const MOST_COLUMNS: usize = 4096;
+    let (terms, columns) = b.dim();
+    let rows_lie = a.strides()[1] == 1 && b.strides()[1] == 1 && c.strides()[1] == 1;
+    let register = 64 / size_of::<T>();
+    let sizes_fit =
+        terms >= MANY_TERMS && columns.is_multiple_of(register) && columns <= MOST_COLUMNS && c.len() > 16 * 16;
+    rows_lie && sizes_fit && std::arch::is_x86_feature_detected!("avx512f")
+}
+
+/// c = a b, or c + a b, by the gemm crate.
+#[cfg(target_arch = "x86_64")]
+fn add_by_gemm<T: ndarray::LinalgScalar>(a: &ArrayView2<T>, b: &ArrayView2<T>, add: bool, c: &mut ArrayViewMut2<T>) {
     let one = T::one();
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     assert!(b.nrows() == k && c.dim() == (m, n), "shapes of a product");
