@@ -31,7 +31,7 @@ pub const EXPERIMENT: Experiment = Experiment {
     title: "Forgetting and shifted accuracy; the two-layer linear model",
     claim: "Sparse slices forget less and generalize better than LoRA and full fine-tuning (S2FT).",
     refuted_by: "S2FT retaining no more than LoRA at equal in-domain accuracy; LoRA keeping the old task in the linear model",
-    doubt: "Forgetting is compared at one level of accuracy on one task, at two learning rates for each method, and the linear model's instances are drawn to fit the theory's assumptions.",
+    doubt: "Forgetting is compared at one level of accuracy on one task and one pretrained model, which the seeds do not vary, at two learning rates for each method; the linear model's instances are drawn to fit the theory's assumptions.",
     grid,
     measure,
     parallel: true,
