@@ -12,7 +12,7 @@
 //! Refuted if, at equal in-domain accuracy, S2FT retained no more than LoRA; or if in the linear model LoRA at the rank
 //! of the shift did not lose the old task entirely while S2FT at its budget loses only a part.
 //!
-//! `cargo run --release --bin generalization [-- --profile full]`; under a minute, of which half pretrains; in full 40 minutes.
+//! `cargo run --release --bin generalization [-- --profile full]`; under a minute, of which half pretrains; in full 40 minutes to an hour.
 
 use ndarray::Array2;
 use peft_limits::Result;
