@@ -6,7 +6,7 @@ use super::small_product::{SMALL, small_product};
 use crate::cost::Cost;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 
-pub use super::product_kernels::Multiply;
+pub use super::product_kernels::{Multiply, Product};
 
 /// c = alpha a b + beta c on the calling thread; with beta = 0, c is not read.
 ///
@@ -22,31 +22,26 @@ pub fn multiply<T: Real>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T
         return;
     }
     let summation = Summation::of(a);
+    let product = Product { alpha, a: a.view(), b: b.view(), beta, c: c.view_mut() };
     if m * n * summation.least_terms() <= SMALL {
-        small_product(alpha, a, b, beta, c, &|| summation.ranges());
+        small_product(product, &|| summation.ranges());
     } else if m > 1 && n > 1 {
-        T::multiply_by_kernel(alpha, a, b, beta, c, summation);
+        T::multiply_by_kernel(product, summation);
     } else {
-        multiply_widened(alpha, a, b, beta, c, summation);
+        multiply_widened(product, summation);
     }
 }
 
 /// A single row or column of c, computed twice: the kernels sum a matrix-vector product in an order that depends on where
 /// the numbers lie in memory.
-fn multiply_widened<T: Real>(
-    alpha: T,
-    a: &ArrayView2<T>,
-    b: &ArrayView2<T>,
-    beta: T,
-    c: &mut ArrayViewMut2<T>,
-    summation: Summation,
-) {
+fn multiply_widened<T: Real>(product: Product<'_, T>, summation: Summation) {
+    let Product { alpha, a, b, beta, mut c } = product;
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     let (rows, columns) = (m.max(2), n.max(2));
     let repeated = (a.broadcast((rows, k)), b.broadcast((k, columns)), c.broadcast((rows, columns)));
     let (Some(a), Some(b), Some(start)) = repeated else { panic!("a single row or column is repeated") };
     let mut wide = if beta == T::zero() { Array2::zeros((rows, columns)) } else { start.to_owned() };
-    T::multiply_by_kernel(alpha, &a, &b, beta, &mut wide.view_mut(), summation);
+    T::multiply_by_kernel(Product { alpha, a, b, beta, c: wide.view_mut() }, summation);
     c.assign(&wide.slice(ndarray::s![..m, ..n]));
 }
 
@@ -187,6 +182,10 @@ mod tests {
             (49, 1100, 33, false),
             (70, 257, 144, false),
             (130, 700, 70, true),
+            (130, 700, 272, true),
+            (49, 64, 32, true),
+            (150, 150, 112, false),
+            (400, 140, 80, false),
             (300, 128, 12, true),
             (97, 513, 5, true),
             (5, 7, 130, false),
@@ -197,8 +196,20 @@ mod tests {
             let stored = Array2::from_shape_fn(if transposed { (k, m) } else { (m, k) }, |(i, j)| value(i, j));
             let a = if transposed { stored.t() } else { stored.view() };
             let b = Array2::from_shape_fn((k, n), |(i, j)| value(j, i + 3));
+            // The same numbers with rows or columns in one piece.
+            let across = b.t().as_standard_layout().into_owned().reversed_axes();
             let start = Array2::from_shape_fn((m, n), |(i, j)| value(i + 1, j));
-            for (alpha, beta) in [(0.7, 0.0), (0.7, 1.0), (0.7, 0.3), (1.0, 0.0), (1.0, 1.0), (1.0, 0.3)] {
+            for (b, alpha, beta) in [
+                (&b, 0.7, 0.0),
+                (&b, 0.7, 1.0),
+                (&b, 0.7, 0.3),
+                (&b, 1.0, 0.0),
+                (&b, 1.0, 1.0),
+                (&b, 1.0, 0.3),
+                (&across, 0.7, 1.0),
+                (&across, 1.0, 0.0),
+                (&across, 1.0, 1.0),
+            ] {
                 let [alpha, beta] = [alpha, beta].map(T::of);
                 let mut whole = start.clone();
                 multiply(alpha, &a, &b.view(), beta, &mut whole.view_mut());

@@ -6,7 +6,7 @@
 //! one rounding each, so that where a product goes changes no bit of it.
 
 use super::Real;
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 use std::ops::Range;
 
 /// Whether this processor has kernels whose bits are known.
@@ -53,31 +53,35 @@ impl Summation {
     }
 }
 
+/// c = alpha a b + beta c; with beta = 0, c is not read.
+///
+/// Shapes: a `m x k`, b `k x n`, c `m x n`.
+#[derive(Debug)]
+pub struct Product<'a, T> {
+    /// Factor of the product.
+    pub alpha: T,
+    /// Left operand.
+    pub a: ArrayView2<'a, T>,
+    /// Right operand.
+    pub b: ArrayView2<'a, T>,
+    /// Factor of what c held.
+    pub beta: T,
+    /// The result.
+    pub c: ArrayViewMut2<'a, T>,
+}
+
 /// A scalar that the kernels multiply; [`Real`] requires it.
 pub trait Multiply: Sized {
-    /// c = alpha a b + beta c for at least two rows and columns of c, at least one term and more than a few thousand
-    /// multiply-adds a range: part of [`multiply`](super::gemm::multiply).
-    fn multiply_by_kernel(
-        alpha: Self,
-        a: &ArrayView2<Self>,
-        b: &ArrayView2<Self>,
-        beta: Self,
-        c: &mut ArrayViewMut2<Self>,
-        summation: Summation,
-    );
+    /// The product, for at least two rows and columns of c, at least one term and more than a few thousand multiply-adds a
+    /// range: part of [`multiply`](super::gemm::multiply).
+    fn multiply_by_kernel(product: Product<'_, Self>, summation: Summation);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 impl<T: ndarray::LinalgScalar> Multiply for T {
-    fn multiply_by_kernel(
-        alpha: T,
-        a: &ArrayView2<T>,
-        b: &ArrayView2<T>,
-        beta: T,
-        c: &mut ArrayViewMut2<T>,
-        _: Summation,
-    ) {
-        ndarray::linalg::general_mat_mul(alpha, a, b, beta, c);
+    fn multiply_by_kernel(product: Product<'_, T>, _: Summation) {
+        let Product { alpha, a, b, beta, mut c } = product;
+        ndarray::linalg::general_mat_mul(alpha, &a, &b, beta, &mut c);
     }
 }
 
@@ -90,46 +94,47 @@ where
         + faer::traits::ComplexField
         + faer::traits::Conjugate<Canonical = T>,
 {
-    fn multiply_by_kernel(
-        alpha: T,
-        a: &ArrayView2<T>,
-        b: &ArrayView2<T>,
-        beta: T,
-        c: &mut ArrayViewMut2<T>,
-        summation: Summation,
-    ) {
+    fn multiply_by_kernel(product: Product<'_, T>, summation: Summation) {
         let (zero, one) = (<T as num_traits::Zero>::zero(), <T as num_traits::One>::one());
+        let Product { alpha, a, b, beta, mut c } = product;
         if beta != zero && beta != one {
             c.mapv_inplace(|x| beta * x);
         }
         let mut add = beta != zero;
-        let packed = alpha == one && packing_pays(a, b, c);
+        let packed_columns = (alpha == one).then(|| packed_columns(&a, &b, &c)).flatten();
         for range in summation.ranges() {
             let a = a.slice(ndarray::s![.., range.clone()]);
             let b = b.slice(ndarray::s![range, ..]);
-            if packed {
-                add_by_gemm(&a, &b, add, c);
+            if let Some(most) = packed_columns {
+                let panels = b.axis_chunks_iter(Axis(1), most).zip(c.axis_chunks_iter_mut(Axis(1), most));
+                panels.for_each(|(b, mut c)| add_by_gemm(&a, &b, add, &mut c));
             } else {
-                add_by_faer(alpha, &a, &b, add, c);
+                add_by_faer(alpha, &a, &b, add, &mut c);
             }
             add = true;
         }
     }
 }
 
-/// Whether the gemm crate is faster, sums in faer's order and takes next to no memory from the heap: with AVX-512 and enough
-/// terms, on arrays whose rows lie in one piece, with whole registers of columns. Smaller results it sums in another order, of
-/// wider ones it packs a too, and with alpha it rounds once where faer rounds twice.
+/// Columns of c in one call of the gemm crate, where it is faster, sums in faer's order and takes next to no memory from the
+/// heap: with AVX-512 and enough terms, on arrays whose rows lie in one piece, with whole registers of columns. Smaller results
+/// it sums in another order, and with alpha it rounds once where faer rounds twice.
 #[cfg(target_arch = "x86_64")]
-fn packing_pays<T>(a: &ArrayView2<T>, b: &ArrayView2<T>, c: &ArrayViewMut2<T>) -> bool {
-    const MANY_TERMS: usize = 128;
-    const MOST_COLUMNS: usize = 4096;
+fn packed_columns<T>(a: &ArrayView2<T>, b: &ArrayView2<T>, c: &ArrayViewMut2<T>) -> Option<usize> {
     let (terms, columns) = b.dim();
-    let rows_lie = a.strides()[1] == 1 && b.strides()[1] == 1 && c.strides()[1] == 1;
     let register = 64 / size_of::<T>();
-    let sizes_fit =
-        terms >= MANY_TERMS && columns.is_multiple_of(register) && columns <= MOST_COLUMNS && c.len() > 16 * 16;
-    rows_lie && sizes_fit && std::arch::is_x86_feature_detected!("avx512f")
+    let [a_row, a_column] = strides(a);
+    // With more columns a call would pack a as well, into a block of the heap; the crate's bounds are 128 blocks of its kernel
+    // (four registers wide) where the terms of a row of a lie together, and 2 where they lie apart, as in dY^T X.
+    let (least_terms, most_columns) = match (a_row, a_column) {
+        (_, 1) => (128, 64 * 4 * register),
+        (1, _) => (64, 2 * 4 * register),
+        _ => return None,
+    };
+    let last = (columns - 1) % most_columns + 1;
+    let sizes_fit = terms >= least_terms && columns.is_multiple_of(register) && c.nrows() * last > 16 * 16;
+    let rows_lie = b.strides()[1] == 1 && c.strides()[1] == 1;
+    (rows_lie && sizes_fit && std::arch::is_x86_feature_detected!("avx512f")).then_some(most_columns)
 }
 
 /// c = a b, or c + a b, by the gemm crate.
@@ -183,11 +188,18 @@ where
     #[allow(unsafe_code)]
     let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, row, column) };
     // Of the columns of c faer holds a panel at a time, but walks through all panels for every four rows.
-    let panel = if a.strides()[1] == 1 && column == 1 && rows >= MANY_ROWS { PANEL } else { columns };
+    let by_panels = a.strides()[1] == 1 && column == 1 && rows >= MANY_ROWS;
     let (a, b) = (faer_view(a), faer_view(b));
-    for start in (0..columns).step_by(panel) {
-        let width = panel.min(columns - start);
+    let mut start = 0;
+    while start < columns {
+        let width = match columns - start {
+            left if !by_panels || left <= PANEL => left,
+            // A few columns alone leave the kernel waiting for its own sums.
+            left if left < PANEL + PANEL / 2 => left.div_ceil(2).next_multiple_of(PANEL / 6),
+            _ => PANEL,
+        };
         matmul(target.rb_mut().subcols_mut(start, width), accumulate, a, b.subcols(start, width), alpha, Par::Seq);
+        start += width;
     }
 }
 

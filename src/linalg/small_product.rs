@@ -5,45 +5,38 @@
 
 use super::Real;
 use super::elementwise::{Kernel, vectorized};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use super::product_kernels::Product;
 use std::ops::Range;
 
 /// Most multiply-adds of a product that is computed here: those for which faer leaves its own kernel.
 pub(super) const SMALL: usize = 16 * 16 * 16;
 
-/// c = alpha a b + beta c; with beta = 0, c is not read. The sums of the `ranges` of terms are added to c one after the other.
+/// The product; the sums of the `ranges` of terms are added to c one after the other.
 pub(super) fn small_product<T: Real, R: Iterator<Item = Range<usize>>>(
-    alpha: T,
-    a: &ArrayView2<T>,
-    b: &ArrayView2<T>,
-    beta: T,
-    c: &mut ArrayViewMut2<T>,
+    product: Product<'_, T>,
     ranges: &impl Fn() -> R,
 ) {
+    let Product { alpha, a, b, beta, c } = product;
     // The longer side of c along registers, c^T = b^T a^T, where a lies in memory for it or the other fills none.
-    if c.ncols() < c.nrows() && (a.strides()[0] == 1 || c.ncols() < 4) {
-        let (a, b, mut c) = (a.t(), b.t(), c.view_mut().reversed_axes());
-        vectorized(Product { alpha, a: &b, b: &a, beta, c: &mut c, ranges });
+    let product = if c.ncols() < c.nrows() && (a.strides()[0] == 1 || c.ncols() < 4) {
+        Product { alpha, a: b.reversed_axes(), b: a.reversed_axes(), beta, c: c.reversed_axes() }
     } else {
-        vectorized(Product { alpha, a, b, beta, c, ranges });
-    }
+        Product { alpha, a, b, beta, c }
+    };
+    vectorized(Small { product, ranges });
 }
 
-struct Product<'a, 'b, 'c, T, F> {
-    alpha: T,
-    a: &'a ArrayView2<'b, T>,
-    b: &'a ArrayView2<'b, T>,
-    beta: T,
-    c: &'a mut ArrayViewMut2<'c, T>,
-    ranges: &'a F,
+struct Small<'a, 'f, T, F> {
+    product: Product<'a, T>,
+    ranges: &'f F,
 }
 
-impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Kernel for Product<'_, '_, '_, T, F> {
+impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Kernel for Small<'_, '_, T, F> {
     type Output = ();
 
     #[inline(always)]
     fn run(mut self) {
-        let columns = self.c.ncols();
+        let columns = self.product.c.ncols();
         let mut first = 0;
         // Sums of whole registers where columns are left for them; how many are summed together changes no bit.
         while first < columns {
@@ -57,11 +50,11 @@ impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Kernel for Product
     }
 }
 
-impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Product<'_, '_, '_, T, F> {
+impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Small<'_, '_, T, F> {
     /// W columns of c, from `first` on; returns W.
     #[inline(always)]
     fn columns<const W: usize>(&mut self, first: usize) -> usize {
-        let Self { alpha, a, b, beta, c, ranges } = self;
+        let Self { product: Product { alpha, a, b, beta, c }, ranges } = self;
         let (alpha, beta) = (*alpha, *beta);
         for (i, mut out) in c.rows_mut().into_iter().enumerate() {
             let a = a.row(i);
