@@ -5,6 +5,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
 use crate::linalg::gemm::multiply;
+use crate::linalg::row_dots::row_dots;
 use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
@@ -124,9 +125,10 @@ fn mask_future<T: Real>(scores: &mut ArrayViewMut2<T>, query_start: usize, key_s
     if key_start + width <= query_start + 1 {
         return;
     }
-    for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
+    let Some(entries) = scores.as_slice_mut() else { unreachable!("a tile of scores lies in one piece") };
+    for (i, row) in entries.chunks_exact_mut(width).enumerate() {
         let visible = (query_start + i + 1).saturating_sub(key_start).min(width);
-        row.slice_mut(s![visible..]).fill(T::neg_infinity());
+        row[visible..].fill(T::neg_infinity());
     }
 }
 
@@ -233,7 +235,7 @@ pub struct AttentionCache<'a, T> {
 /// Gradients (dQ, dK, dV) for the upstream gradient G = dO.
 ///
 /// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i:
-/// dS = P o (G V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T G; keys and values add up over the
+/// dS = scale P o (G V^T - delta), dQ = dS K, dK = dS^T Q, dV = P^T G; keys and values add up over the
 /// query heads of their group. Parallel over (sequence, key/value head), each writing its own slices.
 ///
 /// # Errors
@@ -254,6 +256,7 @@ pub fn causal_attention_backward<T: Real>(
     require_shape(op, "output", &cache.output, cache.query.dim())?;
     require_shape(op, "log_sum_exp", &cache.log_sum_exp, (shape.batch * shape.heads, shape.length))?;
     let (length, head_dim, group) = (shape.length, shape.head_dim, shape.heads / shape.kv_heads);
+    let scale = T::of(scale);
     cost.multiply_adds += 5 * shape.tile_products(visible.ahead);
     cost.exponentials += shape.tile_products(visible.ahead) / (head_dim as u64).max(1);
     cost.hold(2 * QUERY_TILE * KEY_TILE);
@@ -271,8 +274,6 @@ pub fn causal_attention_backward<T: Real>(
     let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
     tasks.into_par_iter().for_each_init(tiles, |(scores, products), (index, dqs, mut dk, mut dv)| {
         let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
-        dk.fill(T::zero());
-        dv.fill(T::zero());
         let k = shape.head(&cache.key, batch, kv_head);
         let v = shape.head(&cache.value, batch, kv_head);
         for (member, mut dq) in dqs.into_iter().enumerate() {
@@ -280,15 +281,19 @@ pub fn causal_attention_backward<T: Real>(
             let (q, g) = (shape.head(&cache.query, batch, head), shape.head(&upstream, batch, head));
             let o = shape.head(&cache.output, batch, head);
             let lse = cache.log_sum_exp.row(batch * shape.heads + head);
-            for start in (0..length).step_by(QUERY_TILE) {
+            // From the last queries, which see every key: theirs are the first sums of dK and dV.
+            for start in (0..length).step_by(QUERY_TILE).rev() {
                 let end = (start + QUERY_TILE).min(length);
                 let rows = end - start;
+                let first = if member == 0 && end == length { T::zero() } else { T::one() };
                 let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
                 let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
                 for i in 0..rows {
                     shift[i] = lse[start + i];
-                    delta[i] = g.row(i).dot(&o.row(start + i));
                 }
+                row_dots(&g, &o.slice(s![start..end, ..]), &mut delta[..rows]);
+                // dS comes out scaled.
+                delta.iter_mut().for_each(|d| *d *= scale);
                 let mut dq = dq.slice_mut(s![start..end, ..]);
                 let last = visible.key_end(end, length);
                 for key_start in (0..last).step_by(KEY_TILE) {
@@ -296,14 +301,14 @@ pub fn causal_attention_backward<T: Real>(
                     let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
                     let mut p = tile_view(scores, rows, width);
                     let mut ds = tile_view(products, rows, width);
-                    multiply(T::of(scale), &q, &k.slice(range).t(), T::zero(), &mut p);
+                    multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
                     visible.hide(&mut p, &shape, batch, start, key_start);
-                    multiply(T::one(), &g, &v.slice(range).t(), T::zero(), &mut ds);
+                    multiply(scale, &g, &v.slice(range).t(), T::zero(), &mut ds);
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
-                    multiply(T::one(), &p.t(), &g, T::one(), &mut dv.slice_mut(range));
-                    multiply(T::of(scale), &ds.t(), &q, T::one(), &mut dk.slice_mut(range));
+                    multiply(T::one(), &p.t(), &g, first, &mut dv.slice_mut(range));
+                    multiply(T::one(), &ds.t(), &q, first, &mut dk.slice_mut(range));
                     let keep = if key_start == 0 { T::zero() } else { T::one() };
-                    multiply(T::of(scale), &ds.view(), &k.slice(range), keep, &mut dq);
+                    multiply(T::one(), &ds.view(), &k.slice(range), keep, &mut dq);
                 }
             }
         }

@@ -8,7 +8,7 @@
 use super::totals::{require_one_head, sum_over_ranks};
 use super::{Ranks, Scalar};
 use crate::attention::contraction::{Contraction, Products, side_by_side, upstream_gradient};
-use crate::attention::exact::streaming::{Pass, Sides, Tile, backward, forward, key_rows, row_dots};
+use crate::attention::exact::streaming::{Pass, Sides, Tile, backward, deltas, forward, key_rows};
 use crate::attention::problem::{Mask, Qkv, SoftmaxKind};
 use crate::attention::shards::together;
 use crate::attention::{AttentionProblem, Gradients, Request};
@@ -37,7 +37,7 @@ pub fn gradients<T: Scalar>(ranks: &Ranks, problem: &AttentionProblem<T>, reques
     let (output, value_right, log_sum_exp) = ring.forward(key, value, &contraction.value_right, &mut cost);
     let upstream = upstream_gradient(problem, &output);
     let value_left = contraction.value_left(problem, upstream.view(), &mut cost);
-    let delta = row_dots(upstream.view(), output.view());
+    let delta = deltas(upstream.view(), output.view());
     let here = QuerySide {
         upstream: upstream.view(),
         log_sum_exp: &log_sum_exp,

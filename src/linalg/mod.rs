@@ -10,6 +10,7 @@ pub mod pivoted_cholesky;
 mod product_kernels;
 pub mod real;
 pub mod reduce;
+pub mod row_dots;
 pub mod scratch;
 mod small_product;
 pub mod tile;

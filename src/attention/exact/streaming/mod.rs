@@ -19,6 +19,7 @@ use crate::attention::problem::{AttentionProblem, Qkv};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
+use crate::linalg::row_dots::row_dots;
 use crate::linalg::tile::Padded;
 use ndarray::{Array1, ArrayView2, s};
 
@@ -79,7 +80,7 @@ pub fn gradients_with_tile<T: Real>(
     let forward = forward(&pass, contraction.value_right.view(), &mut cost);
     let upstream = upstream_gradient(problem, &forward.output);
     let value_left = contraction.value_left(problem, upstream.view(), &mut cost);
-    let delta: Array1<T> = row_dots(upstream.view(), forward.output.view());
+    let delta = deltas(upstream.view(), forward.output.view());
     let sides = Sides {
         upstream: upstream.view(),
         log_sum_exp: forward.log_sum_exp.view(),
@@ -114,6 +115,8 @@ pub fn predicted_multiply_adds(
 }
 
 /// delta_i = G_i . O_i.
-pub(crate) fn row_dots<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>) -> Array1<T> {
-    a.rows().into_iter().zip(b.rows()).map(|(a, b)| a.dot(&b)).collect()
+pub(crate) fn deltas<T: Real>(upstream: ArrayView2<T>, output: ArrayView2<T>) -> Array1<T> {
+    let mut deltas = vec![T::zero(); upstream.nrows()];
+    row_dots(&upstream, &output, &mut deltas);
+    deltas.into()
 }
