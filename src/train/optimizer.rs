@@ -11,6 +11,7 @@
 //! the common trainers, so that three steps agree to roundoff with a recorded run.
 
 use crate::error::{Error, Result};
+use crate::linalg::elementwise::{Kernel, vectorized};
 use crate::linalg::{Real, on_workers};
 use crate::model::{Gradients, Model, Trainable};
 use rayon::prelude::*;
@@ -186,21 +187,19 @@ impl<T: Real> Optimizer<T> {
         match p.kind {
             OptimizerKind::AdamW => {
                 let t = self.steps.max(1) as f64;
-                let keep = T::of(1.0 - lr * p.weight_decay);
-                let (w1, b2, w2) = (T::of(1.0 - p.beta1), T::of(p.beta2), T::of(1.0 - p.beta2));
-                let step = T::of(lr / (1.0 - p.beta1.powf(t)));
-                let root = T::of((1.0 - p.beta2.powf(t)).sqrt());
-                let eps = T::of(p.eps);
+                let factors = AdamFactors {
+                    keep: T::of(1.0 - lr * p.weight_decay),
+                    gradient_scale: scale,
+                    first: T::of(1.0 - p.beta1),
+                    second: [T::of(p.beta2), T::of(1.0 - p.beta2)],
+                    step: T::of(lr / (1.0 - p.beta1.powf(t))),
+                    root: T::of((1.0 - p.beta2.powf(t)).sqrt()),
+                    eps: T::of(p.eps),
+                };
                 let moments = moments.first.par_chunks_mut(PART).zip(moments.second.par_chunks_mut(PART));
                 let parts = parameter.par_chunks_mut(PART).zip(gradient.par_chunks(PART)).zip(moments);
                 parts.for_each(|((parameter, gradient), (first, second))| {
-                    let moments = first.iter_mut().zip(second);
-                    for ((x, &g), (m, v)) in parameter.iter_mut().zip(gradient).zip(moments) {
-                        let g = g * scale;
-                        *m += w1 * (g - *m);
-                        *v = b2 * *v + w2 * g * g;
-                        *x = keep * *x - step * *m / (v.sqrt() / root + eps);
-                    }
+                    vectorized(AdamW { parameter, gradient, first, second, factors });
                 });
             }
             OptimizerKind::Sgd => {
@@ -266,6 +265,48 @@ impl<T: Real> Optimizer<T> {
         self.steps = steps;
         self.state = restored;
         Ok(())
+    }
+}
+
+/// What an update by AdamW multiplies by; the same for every entry of a step.
+#[derive(Clone, Copy)]
+struct AdamFactors<T> {
+    /// 1 - lr weight_decay.
+    keep: T,
+    gradient_scale: T,
+    /// 1 - beta1.
+    first: T,
+    /// beta2 and 1 - beta2.
+    second: [T; 2],
+    /// lr / (1 - beta1^t).
+    step: T,
+    /// sqrt(1 - beta2^t).
+    root: T,
+    eps: T,
+}
+
+/// AdamW on a part of a tensor. Plain loops over captured factors are not vectorized: they took three times as long.
+struct AdamW<'a, T> {
+    parameter: &'a mut [T],
+    gradient: &'a [T],
+    first: &'a mut [T],
+    second: &'a mut [T],
+    factors: AdamFactors<T>,
+}
+
+impl<T: Real> Kernel for AdamW<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let AdamFactors { keep, gradient_scale, first, second: [b2, w2], step, root, eps } = self.factors;
+        let moments = self.first.iter_mut().zip(self.second);
+        for ((x, &g), (m, v)) in self.parameter.iter_mut().zip(self.gradient).zip(moments) {
+            let g = g * gradient_scale;
+            *m += first * (g - *m);
+            *v = b2 * *v + w2 * g * g;
+            *x = keep * *x - step * *m / (v.sqrt() / root + eps);
+        }
     }
 }
 
