@@ -90,8 +90,13 @@ pub(crate) fn row_exp_sum<T: Real>(row: &mut [T], shift: T) -> T {
         *x = e;
         *lane += e;
     }
-    // Halving keeps the sum of the lanes in vector registers.
-    let mut width = LANES / 2;
+    lane_total(lanes)
+}
+
+/// Sum of a power of two of lanes; halving keeps it in vector registers.
+#[inline(always)]
+pub(crate) fn lane_total<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];

@@ -1,7 +1,7 @@
 //! Scalar products of the rows of two matrices.
 
 use super::Real;
-use super::elementwise::{Kernel, vectorized};
+use super::elementwise::{Kernel, lane_total, vectorized};
 use ndarray::ArrayView2;
 
 /// `out[i]` = a_i . b_i, in independent lanes: the bits depend on the rows alone, where they lie in one piece each.
@@ -41,7 +41,7 @@ impl<T: Real> Kernel for RowDots<'_, '_, T> {
     }
 }
 
-/// Partial sums of a row; halved until one is left.
+/// Partial sums of a row.
 const LANES: usize = 16;
 
 #[inline(always)]
@@ -57,14 +57,7 @@ fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     for (lane, (&x, &y)) in lanes.iter_mut().zip(rest) {
         *lane += x * y;
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
+    lane_total(lanes)
 }
 
 #[cfg(test)]
