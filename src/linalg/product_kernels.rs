@@ -188,18 +188,11 @@ where
     #[allow(unsafe_code)]
     let mut target = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), rows, columns, row, column) };
     // Of the columns of c faer holds a panel at a time, but walks through all panels for every four rows.
-    let by_panels = a.strides()[1] == 1 && column == 1 && rows >= MANY_ROWS;
+    let panel = if a.strides()[1] == 1 && column == 1 && rows >= MANY_ROWS { PANEL } else { columns };
     let (a, b) = (faer_view(a), faer_view(b));
-    let mut start = 0;
-    while start < columns {
-        let width = match columns - start {
-            left if !by_panels || left <= PANEL => left,
-            // A few columns alone leave the kernel waiting for its own sums.
-            left if left < PANEL + PANEL / 2 => left.div_ceil(2).next_multiple_of(PANEL / 6),
-            _ => PANEL,
-        };
+    for start in (0..columns).step_by(panel) {
+        let width = panel.min(columns - start);
         matmul(target.rb_mut().subcols_mut(start, width), accumulate, a, b.subcols(start, width), alpha, Par::Seq);
-        start += width;
     }
 }
 
