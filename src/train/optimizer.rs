@@ -285,7 +285,8 @@ struct AdamFactors<T> {
     eps: T,
 }
 
-/// AdamW on a part of a tensor. Plain loops over captured factors are not vectorized: they took three times as long.
+/// AdamW on a part of a tensor. As a loop in a closure over captured factors it took five times as long
+/// (`cargo bench --bench step_parts`: 18 ms a step for 3.6).
 struct AdamW<'a, T> {
     parameter: &'a mut [T],
     gradient: &'a [T],
