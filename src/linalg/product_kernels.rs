@@ -70,6 +70,19 @@ pub struct Product<'a, T> {
     pub c: ArrayViewMut2<'a, T>,
 }
 
+impl<T: Copy> Product<'_, T> {
+    /// The first `at` rows of c, or columns, and the rest.
+    pub(super) fn split(self, by_rows: bool, at: usize) -> (Self, Self) {
+        let Self { alpha, a, b, beta, c } = self;
+        let ((a, a_rest), (b, b_rest), (c, c_rest)) = if by_rows {
+            (a.split_at(Axis(0), at), (b, b), c.split_at(Axis(0), at))
+        } else {
+            ((a, a), b.split_at(Axis(1), at), c.split_at(Axis(1), at))
+        };
+        (Self { alpha, a, b, beta, c }, Self { alpha, a: a_rest, b: b_rest, beta, c: c_rest })
+    }
+}
+
 /// A scalar that the kernels multiply; [`Real`] requires it.
 pub trait Multiply: Sized {
     /// The product, for at least two rows and columns of c, at least one term and more than a few thousand multiply-adds a
