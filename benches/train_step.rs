@@ -1,10 +1,12 @@
 //! Time of one training step (forward, backward, AdamW) per adaptation method, with operations and saved bytes.
 //!
 //! `cargo bench --bench train_step [-- --batch 8 --length 256 --width 256 --layers 6 --inner 688 --vocab 256
-//! --rank 8 --heads 8 --repeats 15 --checkpointing --only lora,full]`
+//! --rank 8 --heads 8 --repeats 15 --checkpointing --only lora,full --on-request]`
 //!
 //! Methods are interleaved, so a change of the machine's speed meets all of them; the table shows the median and
-//! quartiles of the repeats and ratios of medians to LoRA's.
+//! quartiles of the repeats and ratios of medians to LoRA's. With `--on-request` a step is done for each line of the
+//! standard input that names a method, and answered by its seconds: so another trainer takes turns with this one, step
+//! by step (`benches/peers/torch_train_step.py --with-rust`). The table follows at the end of the input.
 
 use ndarray::Array2;
 use peft_limits::adapters::lora::LoraSpec;
@@ -19,15 +21,45 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::time::Instant;
 
+/// Steps of a method before the first that counts.
+const WARM_UP: usize = 2;
+
 struct Contender {
     name: &'static str,
     model: Model<f32>,
     gradients: Gradients<f32>,
     optimizer: Optimizer<f32>,
     seconds: Vec<f64>,
+    /// Steps that are still to be done before one counts.
+    warm_up: usize,
     flops: u64,
     saved_bytes: usize,
     loss: f64,
+}
+
+impl Contender {
+    /// One step; returns its seconds, which count after the warm-up.
+    fn step(&mut self, data: &Batch, options: &StepOptions) -> f64 {
+        let mut cost = Cost::default();
+        let first = self.flops == 0;
+        let start = Instant::now();
+        let gradients = &mut self.gradients;
+        gradients.fill_zero();
+        let pass = self.model.forward(data, options, gradients, &mut cost).expect("forward");
+        if first {
+            self.saved_bytes = pass.saved_bytes_by_name().iter().map(|(_, bytes)| bytes).sum();
+        }
+        self.loss = self.model.backward(data, pass, gradients, &mut cost).expect("backward").loss;
+        update_model(&mut self.optimizer, &mut self.model, gradients, 1e-4, 1.0, |_| ())
+            .expect("gradients fit the model");
+        let seconds = start.elapsed().as_secs_f64();
+        self.flops = cost.flops();
+        match self.warm_up {
+            0 => self.seconds.push(seconds),
+            _ => self.warm_up -= 1,
+        }
+        seconds
+    }
 }
 
 fn quantile(sorted: &[f64], q: f64) -> f64 {
@@ -98,6 +130,7 @@ fn main() {
             model,
             optimizer: OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }.check().expect("in range"),
             seconds: vec![],
+            warm_up: WARM_UP,
             flops: 0,
             saved_bytes: 0,
             loss: 0.0,
@@ -115,26 +148,21 @@ fn main() {
     model.attach_s2ft(&S2ftSpec::default(), None, &mut rng).expect("the ratios fit");
     enter("s2ft", model);
 
-    for step in 0..repeats + 2 {
-        for c in &mut contenders {
-            let mut cost = Cost::default();
-            let start = Instant::now();
-            let gradients = &mut c.gradients;
-            gradients.fill_zero();
-            let pass = c.model.forward(&data, &options, gradients, &mut cost).expect("forward");
-            if step == 0 {
-                c.saved_bytes = pass.saved_bytes_by_name().iter().map(|(_, bytes)| bytes).sum();
+    if arguments.iter().any(|a| a == "--on-request") {
+        for line in std::io::stdin().lines() {
+            let name = line.expect("a line of text");
+            let asked = contenders.iter_mut().find(|c| c.name == name);
+            println!("{}", asked.expect("the name of a method").step(&data, &options));
+        }
+    } else {
+        for _ in 0..WARM_UP + repeats {
+            for c in &mut contenders {
+                c.step(&data, &options);
             }
-            c.loss = c.model.backward(&data, pass, gradients, &mut cost).expect("backward").loss;
-            update_model(&mut c.optimizer, &mut c.model, gradients, 1e-4, 1.0, |_| ())
-                .expect("gradients fit the model");
-            // Two rounds of warm-up.
-            if step >= 2 {
-                c.seconds.push(start.elapsed().as_secs_f64());
-            }
-            c.flops = cost.flops();
         }
     }
+    // A method that was not asked for has no row.
+    contenders.retain(|c| !c.seconds.is_empty());
     let rate = gemm_rate(batch * length, width, config.intermediate_size);
     println!(
         "batch {batch}, length {length}, width {width}, inner {}, layers {}, vocabulary {}, rank {rank}, f32, {} threads; GEMM of this run {rate:.0} GFLOP/s",

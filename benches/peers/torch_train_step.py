@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Times PyTorch, Transformers and PEFT on the training step of `cargo bench --bench train_step`.
 
-    python benches/peers/torch_train_step.py --threads 2 [--with-rust] [--repeats 15] [--rounds 5]
+    python benches/peers/torch_train_step.py --threads 2 [--with-rust] [--repeats 15]
 
 The same LLaMA-style model (batch, length, width, layers, FFN, vocabulary, rank), f32, random ids; a step is forward,
 backward and AdamW. Methods: full, LoRA, DoRA on the seven projections, interleaved so that a change of the machine's
 speed meets all of them. Each row: median and quartiles of the repeats after two warm-up rounds, and the ratio to
-LoRA's median. --with-rust runs the Rust bench with the same sizes afterwards and prints its medians and the ratio
-(time here over time there) beside. With --rounds both take turns: medians and ratios are those of each round, and the
-table has the middle round's with the least and greatest ratio, so that a busy neighbour of one round shows as such.
+LoRA's median. With --with-rust the Rust bench takes turns with PyTorch, step by step, and its times stand beside, with
+the ratio of the two steps of a turn (time here over time there): the ratio in the middle and its quartiles. A change of
+the machine's speed is slower than a turn, so the ratio says more than the two medians.
 Nothing else should run at the same time.
 
 Before anything is timed, the loss of the untrained model must be near log(vocabulary), and a step must change what is
@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP = 2
+PAUSE = 0.05  # seconds
 SIZES = {"batch": 8, "length": 256, "width": 256, "heads": 8, "inner": 688, "layers": 6, "vocab": 256, "rank": 8}
 
 
@@ -86,36 +87,44 @@ class Contender:
             sys.exit("a step changed nothing")
 
 
-def rust_medians(args):
-    """Milliseconds by method that the Rust bench prints."""
-    flags = [part for name in SIZES for part in (f"--{name}", str(getattr(args, name)))]
-    command = ["cargo", "bench", "--bench", "train_step", "--", *flags, "--repeats", str(args.repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    rows = re.findall(r"^\| ([a-z0-9 ]+?) \| (\d+) \| ([0-9.]+) \| ([0-9.]+ to [0-9.]+) \|", done.stdout, re.M)
-    return {name: (int(trained), float(median), spread) for name, trained, median, spread in rows}
+class RustBench:
+    """`cargo bench --bench train_step -- --on-request`, which does a step when asked."""
+
+    def __init__(self, args, methods):
+        flags = [part for name in SIZES for part in (f"--{name}", str(getattr(args, name)))]
+        command = ["cargo", "bench", "--bench", "train_step", "--", *flags, "--only", ",".join(methods), "--on-request"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+    def step(self, method):
+        self.process.stdin.write(f"{method}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("the Rust bench has stopped; its own message stands above")
+        return float(line)
+
+    def trained(self):
+        """Trained numbers by method, from the table at the end."""
+        table, _ = self.process.communicate()
+        return {name: int(count) for name, count in re.findall(r"^\| ([a-z0-9]+) \| (\d+) \|", table, re.M)}
 
 
-def summary(rounds):
-    """Middle of the rounds' medians, with the quartiles of that round."""
-    rounds = sorted(rounds)
-    return rounds[(len(rounds) - 1) // 2]
+def spread(values):
+    """Quartiles and middle."""
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch and of the Rust bench; 0: all")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each round")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of PyTorch and the Rust bench; odd")
-    parser.add_argument("--with-rust", action="store_true", help="run the Rust bench too")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each method")
+    parser.add_argument("--with-rust", action="store_true", help="take turns with the Rust bench")
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     if args.repeats < 2:
         parser.error("--repeats must be at least 2")
-    if args.rounds < 1 or args.rounds % 2 == 0:
-        parser.error("--rounds must be odd")
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ["RAYON_NUM_THREADS"] = str(args.threads)
@@ -125,50 +134,41 @@ def main():
     contenders = {method: Contender(args, method) for method in methods}
     for contender in contenders.values():
         contender.check(ids, args.vocab)
-    here, there, ratios, trained = {}, {}, {}, {}
-    for _ in range(args.rounds):
-        for contender in contenders.values():
-            contender.seconds.clear()
-        for repeat in range(WARM_UP + args.repeats):
-            for contender in contenders.values():
-                start = time.perf_counter()
-                contender.step(ids)
-                if repeat >= WARM_UP:
-                    contender.seconds.append(time.perf_counter() - start)
-        medians = {}
-        for method, c in contenders.items():
-            low, middle, high = statistics.quantiles(c.seconds, n=4, method="inclusive")
-            medians[method] = 1e3 * middle
-            here.setdefault(method, []).append((1e3 * middle, f"{1e3 * low:.1f} to {1e3 * high:.1f}"))
-        for name, (count, median, spread) in (rust_medians(args) if args.with_rust else {}).items():
-            trained[name] = count
-            there.setdefault(name, []).append((median, spread))
-            if name in medians:
-                ratios.setdefault(name, []).append(medians[name] / median)
+    rust = RustBench(args, methods) if args.with_rust else None
+    there = {method: [] for method in methods}
+    for repeat in range(WARM_UP + args.repeats):
+        for method, contender in contenders.items():
+            # After a pause, in which the threads of the one before have stopped waiting for more work.
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            contender.step(ids)
+            seconds = time.perf_counter() - start
+            if rust:
+                time.sleep(PAUSE)
+                theirs = rust.step(method)
+            if repeat >= WARM_UP:
+                contender.seconds.append(seconds)
+                if rust:
+                    there[method].append(theirs)
+    trained = rust.trained() if rust else {}
 
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
-    rounds = f", {args.rounds} rounds" if args.rounds > 1 else ""
-    print(f"torch {torch.__version__}, f32, {torch.get_num_threads()} threads; {sizes}; {args.repeats} repeats{rounds}")
+    print(f"torch {torch.__version__}, f32, {torch.get_num_threads()} threads; {sizes}; {args.repeats} repeats")
     print("| method | trainable | PyTorch ms (median) | quartiles | ms / LoRA | peft-limits ms | quartiles | PyTorch / peft-limits |")
     print("|---|---|---|---|---|---|---|---|")
-    lora = summary(here["lora"])[0]
-    for method in methods:
-        count = sum(p.numel() for p in contenders[method].trained)
-        middle, spread = summary(here[method])
-        ours = "| | | |"
-        if method in there:
-            if trained[method] != count:
-                sys.exit(f"{method}: {count} trained numbers here, {trained[method]} there")
-            median, their_spread = summary(there[method])
-            ratio = f"{statistics.median(ratios[method]):.2f}"
-            if args.rounds > 1:
-                ratio += f" ({min(ratios[method]):.2f} to {max(ratios[method]):.2f})"
-            ours = f"| {median:.1f} | {their_spread} | {ratio} |"
-        print(f"| {method} | {count} | {middle:.1f} | {spread} | {middle / lora:.3f} {ours}")
-    for name in there:
-        if name not in methods:
-            median, spread = summary(there[name])
-            print(f"| {name} | {trained[name]} | | | | {median:.1f} | {spread} | |")
+    lora = spread(contenders["lora"].seconds)[1]
+    for method, contender in contenders.items():
+        count = sum(p.numel() for p in contender.trained)
+        low, middle, high = spread(contender.seconds)
+        ours = "| | |"
+        if rust:
+            if trained.get(method) != count:
+                sys.exit(f"{method}: {count} trained numbers here, {trained.get(method)} there")
+            first, second, third = spread(there[method])
+            ratio = spread([here / theirs for here, theirs in zip(contender.seconds, there[method])])
+            ours = f"{1e3 * second:.1f} | {1e3 * first:.1f} to {1e3 * third:.1f} "
+            ours += f"| {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"
+        print(f"| {method} | {count} | {1e3 * middle:.1f} | {1e3 * low:.1f} to {1e3 * high:.1f} | {middle / lora:.3f} | {ours} |")
 
 
 if __name__ == "__main__":
