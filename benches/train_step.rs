@@ -163,6 +163,9 @@ fn main() {
     }
     // A method that was not asked for has no row.
     contenders.retain(|c| !c.seconds.is_empty());
+    if contenders.is_empty() {
+        return;
+    }
     let rate = gemm_rate(batch * length, width, config.intermediate_size);
     println!(
         "batch {batch}, length {length}, width {width}, inner {}, layers {}, vocabulary {}, rank {rank}, f32, {} threads; GEMM of this run {rate:.0} GFLOP/s",

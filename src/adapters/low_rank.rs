@@ -7,7 +7,7 @@
 use super::InputSink;
 use crate::cost::Cost;
 use crate::linalg::Real;
-use crate::linalg::gemm::{multiply, rows_per_task};
+use crate::linalg::gemm::multiply;
 use crate::linalg::tile::{Padded, add_transposed_times_tile, tile_times};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
@@ -26,6 +26,11 @@ pub(super) struct LowRank<'a, T> {
 
 /// Rows whose part of a weight's gradient is summed at a time; fixed, so that the sum does not depend on the threads.
 const GROUP: usize = 256;
+
+/// Rows of one task, of `rows` on rayon's threads: several tasks a thread even out other load, but each packs W again.
+fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16).max(128)
+}
 
 impl<T: Real> LowRank<'_, T> {
     /// y = beta y + x W^T + s z B^T; returns z = x A^T.

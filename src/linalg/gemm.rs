@@ -141,13 +141,6 @@ fn multiply_in_shares<T: Real>(product: Product<'_, T>, by_rows: bool, threads: 
     rayon::join(|| multiply_in_shares(first, by_rows, shares[0]), || multiply_in_shares(second, by_rows, shares[1]));
 }
 
-/// Rows of one task of a product with `rows` rows on rayon's threads.
-///
-/// Several tasks per thread even out other load; each packs the shared operand again, so not too many.
-pub fn rows_per_task(rows: usize) -> usize {
-    rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16).max(TASK_TILE)
-}
-
 /// Products below this many multiply-adds run on the calling thread.
 const SERIAL_MULTIPLY_ADDS: usize = 1 << 17;
 /// Least extent of one task of [`parallel_product_into`].

@@ -35,7 +35,7 @@ fn stay_awake<'a>(scope: &Scope<'a>, over: &'a AtomicBool) {
     }
 }
 
-/// True once dropped, also by a panic, after which the scope would wait forever.
+/// Sets what it holds when dropped, also by a panic of the task: the scope would otherwise wait forever.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
