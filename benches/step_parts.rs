@@ -195,6 +195,7 @@ fn optimizer(name: &'static str, weights: usize) -> Part {
 }
 
 fn main() {
+    peft_limits::linalg::workers::keep_awake();
     let mut parts =
         projection(["q, k, v, o: forward", "q, k, v, o: input", "q, k, v, o: weight"], 4 * LAYERS, WIDTH, WIDTH);
     parts.extend(projection(["gate, up: forward", "gate, up: input", "gate, up: weight"], 2 * LAYERS, WIDTH, INNER));

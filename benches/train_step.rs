@@ -49,7 +49,7 @@ impl Contender {
         if first {
             self.saved_bytes = pass.saved_bytes_by_name().iter().map(|(_, bytes)| bytes).sum();
         }
-        self.loss = self.model.backward(data, pass, gradients, &mut cost).expect("backward").loss;
+        self.loss = self.model.backward(pass, gradients, &mut cost).expect("backward").loss;
         update_model(&mut self.optimizer, &mut self.model, gradients, 1e-4, 1.0, |_| ())
             .expect("gradients fit the model");
         let seconds = start.elapsed().as_secs_f64();
@@ -82,6 +82,7 @@ fn gemm_rate(rows: usize, width: usize, inner: usize) -> f64 {
 }
 
 fn main() {
+    peft_limits::linalg::workers::keep_awake();
     let arguments: Vec<String> = std::env::args().collect();
     let flag = |name: &str, default: usize| -> usize {
         let at = arguments.iter().position(|a| a == name);

@@ -75,6 +75,7 @@ pub mod harness;
 pub mod limits;
 pub mod linalg;
 pub mod model;
+pub mod ops;
 #[cfg(feature = "experiments")]
 pub mod report;
 pub mod streams;

@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    peft_limits::linalg::workers::keep_awake();
     peft_limits::cli::main()
 }

@@ -334,8 +334,14 @@ fn bad_settings_are_refused_by_name() {
     let spec = PacaSpec { alpha: Some(0.0), ..PacaSpec::default() };
     assert!(text(attach(MethodSpec::Paca(spec))).contains("scaling"));
     let weight = &base.layers[0].projection(Projection::Key).base;
-    assert!(text(Paca::from_index(vec![3, 24], 1.0, weight).map(drop)).contains("index[1] = 24: must be below 24"));
-    assert!(text(Paca::from_index(vec![3, 7, 3], 1.0, weight).map(drop)).contains("index[2] = 3: appears twice"));
+    assert!(
+        text(Paca::from_index(vec![3, 24], 1.0, &mut weight.clone()).map(drop))
+            .contains("index[1] = 24: must be below 24")
+    );
+    assert!(
+        text(Paca::from_index(vec![3, 7, 3], 1.0, &mut weight.clone()).map(drop))
+            .contains("index[2] = 3: appears twice")
+    );
     assert!(text("w_proj".parse::<Projection>().map(drop)).contains("target module = w_proj: must be one of q_proj"));
     let plan = AdapterPlan::default().and(1..4, &[Projection::Up], MethodSpec::Full);
     assert!(text(base.clone().attach(&plan, &mut rng(1))).contains("the model has 3 layers"));

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use ndarray::{Array2, ArrayViewMut2, CowArray, Ix2};
+use ndarray::{Array2, ArrayViewMut2, Axis, CowArray, Ix2};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -19,6 +19,14 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
     fn bytes(&self) -> usize;
 }
 
+/// Columns that stand in place of those of a packed weight, which cannot hold them.
+#[derive(Debug, Clone)]
+pub struct OwnColumns<T> {
+    index: Vec<usize>,
+    /// `out x r`.
+    values: Array2<T>,
+}
+
 /// Weight of a projection, `out x in`.
 #[derive(Debug, Clone)]
 pub enum BaseWeight<T> {
@@ -26,6 +34,8 @@ pub enum BaseWeight<T> {
     Dense(Array2<T>),
     /// Stored packed, decoded for each product; never trainable.
     Packed(Arc<dyn PackedWeight<T>>),
+    /// Packed, with some columns of its own (QPaCA).
+    PackedWith(Arc<dyn PackedWeight<T>>, OwnColumns<T>),
 }
 
 impl<T: Real> BaseWeight<T> {
@@ -33,27 +43,56 @@ impl<T: Real> BaseWeight<T> {
     pub fn shape(&self) -> (usize, usize) {
         match self {
             BaseWeight::Dense(weight) => weight.dim(),
-            BaseWeight::Packed(packed) => packed.shape(),
+            BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => packed.shape(),
         }
+    }
+
+    /// Whether it is stored packed.
+    pub fn is_packed(&self) -> bool {
+        !matches!(self, BaseWeight::Dense(_))
     }
 
     /// The matrix itself: borrowed when dense, decoded into a fresh array when packed.
     pub fn dense(&self) -> CowArray<'_, T, Ix2> {
+        let decode = |packed: &dyn PackedWeight<T>| {
+            let mut dense = Array2::zeros(packed.shape());
+            packed.decode_into(&mut dense.view_mut());
+            dense
+        };
         match self {
             BaseWeight::Dense(weight) => CowArray::from(weight.view()),
-            BaseWeight::Packed(packed) => {
-                let mut dense = Array2::zeros(packed.shape());
-                packed.decode_into(&mut dense.view_mut());
+            BaseWeight::Packed(packed) => CowArray::from(decode(packed.as_ref())),
+            BaseWeight::PackedWith(packed, own) => {
+                let mut dense = decode(packed.as_ref());
+                write_columns(&mut dense, &own.index, &own.values);
                 CowArray::from(dense)
             }
         }
     }
 
-    /// Bytes held at rest.
+    /// Selected columns, `out x r`.
+    pub fn columns(&self, index: &[usize]) -> Array2<T> {
+        match self {
+            BaseWeight::PackedWith(_, own) if own.index == index => own.values.clone(),
+            _ => self.dense().select(Axis(1), index),
+        }
+    }
+
+    /// Overwrites selected columns. A packed weight keeps them beside itself.
+    pub fn put_columns(&mut self, index: &[usize], values: Array2<T>) {
+        match self {
+            BaseWeight::Dense(weight) => write_columns(weight, index, &values),
+            BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => {
+                *self = BaseWeight::PackedWith(packed.clone(), OwnColumns { index: index.to_vec(), values });
+            }
+        }
+    }
+
+    /// Bytes held at rest, without columns beside a packed weight.
     pub fn bytes(&self) -> usize {
         match self {
             BaseWeight::Dense(weight) => weight.len() * size_of::<T>(),
-            BaseWeight::Packed(packed) => packed.bytes(),
+            BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => packed.bytes(),
         }
     }
 
@@ -64,9 +103,13 @@ impl<T: Real> BaseWeight<T> {
     pub fn dense_mut(&mut self, method: &'static str) -> Result<&mut Array2<T>> {
         match self {
             BaseWeight::Dense(weight) => Ok(weight),
-            BaseWeight::Packed(_) => {
-                Err(Error::invalid("method", method, "writes into the base weight, which is packed (quantized)"))
-            }
+            _ => Err(Error::invalid("method", method, "writes into the base weight, which is packed (quantized)")),
         }
+    }
+}
+
+fn write_columns<T: Real>(dense: &mut Array2<T>, index: &[usize], values: &Array2<T>) {
+    for (k, &i) in index.iter().enumerate() {
+        dense.column_mut(i).assign(&values.column(k));
     }
 }

@@ -3,27 +3,25 @@
 //! The normalised weight is formed once per product (out in r multiply-adds, small beside N out in), so the
 //! method saves nothing but its input. Backward forms dW'' = dy^T x once and reads every gradient off it.
 
-use super::InputSink;
-use super::lora::{LoraSpec, kaiming_uniform};
-use crate::blocks::linear::linear_backward_weight;
+use super::lora::{LoraSpec, kaiming_uniform, read_factors};
+use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
+use super::{Adaptation, BaseWeight, Change, InputNeed};
 use crate::blocks::require_shape;
-use crate::cost::Cost;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::linalg::Real;
-use crate::linalg::elementwise::vectorized_closure;
-use crate::linalg::gemm::parallel_product_into;
-use ndarray::{Array2, ArrayView2, Zip};
+use crate::ops::{BesideWeight, Cpu, InputGradient, Ops};
+use ndarray::{Array1, Array2, ArrayView2, Axis};
 use rand::Rng;
 
-/// Factors and row magnitudes.
+/// Factors and row magnitudes, on some engine.
 #[derive(Debug, Clone)]
-pub struct Dora<T> {
+pub struct DoraOn<E: Ops> {
     /// A, `r x in`.
-    pub a: Array2<T>,
+    pub a: E::Matrix,
     /// B, `out x r`.
-    pub b: Array2<T>,
+    pub b: E::Matrix,
     /// m, `1 x out`.
-    pub magnitude: Array2<T>,
+    pub magnitude: E::Matrix,
     /// Settings.
     pub spec: LoraSpec,
     /// s.
@@ -32,35 +30,119 @@ pub struct Dora<T> {
     pub true_derivative: bool,
 }
 
-/// W'' with the parts that backward needs again.
-pub struct MergedDora<T> {
+/// Factors and magnitudes on the processor.
+pub type Dora<T> = DoraOn<Cpu<T>>;
+
+impl<E: Ops> DoraOn<E> {
+    /// W' and the norms of its rows, `1 x out`.
+    fn merged(&self, e: &mut E, weight: &E::Weight) -> Result<(E::Matrix, E::Matrix)> {
+        let merged = e.merged(&BesideWeight { weight, a: &self.a, b: &self.b, scaling: self.scaling });
+        let norms = e.row_norms(&merged)?;
+        Ok((merged, norms))
+    }
+
     /// W''.
-    pub weight: Array2<T>,
-    /// ||W'_j||.
-    pub norms: Vec<T>,
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidParam`] if a row of W' has norm zero, where the direction is undefined.
+    pub fn merged_weight(&self, e: &mut E, weight: &E::Weight) -> Result<E::Matrix> {
+        let (merged, norms) = self.merged(e, weight)?;
+        let factor = e.divided(&self.magnitude, &norms);
+        Ok(e.scale_rows(merged, &factor, false))
+    }
+}
+
+impl<E: Ops> Adaptation<E> for DoraOn<E> {
+    fn name(&self) -> &'static str {
+        "dora"
+    }
+
+    fn trained_names(&self) -> &'static [&'static str] {
+        &["lora_A", "lora_B", "lora_magnitude_vector"]
+    }
+
+    fn trained_shapes(&self, _: (usize, usize)) -> Vec<(usize, usize)> {
+        [&self.a, &self.b, &self.magnitude].map(E::shape).to_vec()
+    }
+
+    fn input_need(&self) -> InputNeed {
+        InputNeed::Whole
+    }
+
+    fn forward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        _: bool,
+    ) -> Result<(E::Matrix, Option<E::Matrix>)> {
+        let merged = self.merged_weight(e, weight)?;
+        Ok((e.product_with(x, &merged, add_to), None))
+    }
+
+    /// With D_j = W'_j / ||W'_j||, P = dy^T x and c_j = P_j . D_j: dm_j += c_j,
+    /// dW'_j = m_j / ||W'_j|| P_j (constant norm) or m_j / ||W'_j|| (P_j - c_j D_j) (true derivative),
+    /// dB += s dW' A^T, dA += s B^T dW', dx = dy W''.
+    fn backward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        dy: &E::Matrix,
+        x: Option<&E::Matrix>,
+        _: Option<E::Matrix>,
+        sinks: &mut [E::Sink],
+        dx: InputGradient<E::Matrix>,
+    ) -> Result<Option<E::Matrix>> {
+        let x = super::whole(x)?;
+        let (merged, norms) = self.merged(e, weight)?;
+        let direction = e.scale_rows(merged, &norms, true);
+        let mut outer = e.outer(dy, x);
+        let along = e.row_dots(&outer, &direction);
+        e.accumulate(&mut sinks[2], 1.0, &along);
+        if self.true_derivative {
+            outer = e.subtract_rows(outer, &along, &direction);
+        }
+        let factor = e.divided(&self.magnitude, &norms);
+        let dmerged = e.scale_rows(outer, &factor, false);
+        let da = e.small_product((&self.b, true), (&dmerged, false));
+        let db = e.small_product((&dmerged, false), (&self.a, true));
+        drop(dmerged);
+        e.accumulate(&mut sinks[0], self.scaling, &da);
+        e.accumulate(&mut sinks[1], self.scaling, &db);
+        let Some(add_to) = dx.wanted() else { return Ok(None) };
+        let acting = e.scale_rows(direction, &self.magnitude, false);
+        Ok(Some(e.product_with_backward(dy, &acting, add_to)))
+    }
+
+    fn values(&self, _: &mut E, _: &E::Weight) -> Vec<E::Matrix> {
+        [&self.a, &self.b, &self.magnitude].map(Clone::clone).to_vec()
+    }
+
+    fn update(&mut self, _: &mut E, _: &mut E::Weight, change: Change<'_, E>) -> Result<()> {
+        change("lora_A", &mut self.a)?;
+        change("lora_B", &mut self.b)?;
+        change("lora_magnitude_vector", &mut self.magnitude)
+    }
 }
 
 impl<T: Real> Dora<T> {
     /// A Kaiming-uniform, B zero, m the row norms of W: the output starts unchanged.
     ///
     /// # Errors
-    /// As [`LoraSpec::scaling`]; [`Error::InvalidParam`] for a row of norm zero.
+    /// As [`LoraSpec::scaling`]; [`crate::Error::InvalidParam`] for a row of norm zero.
     pub fn init(spec: LoraSpec, true_derivative: bool, base: ArrayView2<T>, rng: &mut impl Rng) -> Result<Self> {
         let scaling = spec.scaling(base.dim())?;
         let (out, width) = base.dim();
+        let magnitude = Cpu::default().row_norms(&base.to_owned())?;
         let a = kaiming_uniform(spec.rank, width, rng);
-        let b = Array2::zeros((out, spec.rank));
-        let magnitude = Array2::ones((1, out));
-        let mut dora = Self { a, b, magnitude, spec, scaling, true_derivative };
-        let norms = dora.merged_weight(base, &mut Cost::default())?.norms;
-        dora.magnitude.iter_mut().zip(norms).for_each(|(m, n)| *m = n);
-        Ok(dora)
+        Ok(Self { a, b: Array2::zeros((out, spec.rank)), magnitude, spec, scaling, true_derivative })
     }
 
     /// From given A, B and magnitude (`1 x out`), for instance of a file.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
+    /// [`crate::Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
     pub fn from_factors(
         spec: LoraSpec,
         true_derivative: bool,
@@ -74,89 +156,21 @@ impl<T: Real> Dora<T> {
         require_shape("dora", "lora_magnitude_vector", &magnitude.view(), (1, shape.0))?;
         Ok(Self { a, b, magnitude, spec, scaling, true_derivative })
     }
+}
 
-    /// W'' and the norms of W'.
-    ///
-    /// # Errors
-    /// [`Error::InvalidParam`] if a row of W' has norm zero, where the direction is undefined.
-    pub fn merged_weight(&self, base: ArrayView2<T>, cost: &mut Cost) -> Result<MergedDora<T>> {
-        let mut weight = base.to_owned();
-        parallel_product_into(
-            T::of(self.scaling),
-            self.b.view(),
-            self.a.view(),
-            T::one(),
-            &mut weight.view_mut(),
-            cost,
-        );
-        cost.elementwise += 3 * weight.len() as u64;
-        let mut norms = vec![T::zero(); weight.nrows()];
-        vectorized_closure(
-            #[inline(always)]
-            || {
-                for ((mut row, norm), &m) in weight.rows_mut().into_iter().zip(&mut norms).zip(&self.magnitude) {
-                    *norm = row.dot(&row).sqrt();
-                    let g = m / *norm;
-                    row.mapv_inplace(|w| w * g);
-                }
-            },
-        );
-        match norms.iter().position(|n| !(*n > T::zero())) {
-            Some(row) => Err(Error::invalid(format!("norm of row {row}"), norms[row], "DoRA needs nonzero rows")),
-            None => Ok(MergedDora { weight, norms }),
-        }
+impl<T: Real> Stored<T> for Dora<T> {
+    fn save(&self, _: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) {
+        to.matrix("lora_A.weight", self.a.view());
+        to.matrix("lora_B.weight", self.b.view());
+        to.vector("lora_magnitude_vector", &self.magnitude.iter().copied().collect::<Vec<_>>());
     }
 
-    /// With P = dy^T x, g_j = m_j / ||W'_j|| and c_j = P_j . W''_j:
-    /// dm_j += c_j / m_j, dW'_j = g_j P_j (constant norm) or g_j P_j - c_j / ||W'_j||^2 W'_j (true derivative),
-    /// dB += s dW' A^T, dA += s B^T dW', dx = dy W''. Sinks: dA, dB, dm.
-    ///
-    /// # Errors
-    /// [`Error::ShapeMismatch`]; as [`Dora::merged_weight`].
-    pub fn backward(
-        &self,
-        dy: ArrayView2<T>,
-        x: ArrayView2<T>,
-        base: ArrayView2<T>,
-        sinks: &mut [Array2<T>],
-        dx: Option<InputSink<'_, '_, T>>,
-        cost: &mut Cost,
-    ) -> Result<()> {
-        let merged = self.merged_weight(base, cost)?;
-        if let Some(InputSink { dx, beta }) = dx {
-            require_shape("dora", "dx", &dx.view(), (dy.nrows(), base.ncols()))?;
-            parallel_product_into(T::one(), dy, merged.weight.view(), beta, dx, cost);
-        }
-        let mut product = Array2::zeros(base.dim());
-        cost.hold(2 * product.len());
-        linear_backward_weight(T::one(), dy, x, &mut product.view_mut(), cost)?;
-        cost.elementwise += 5 * product.len() as u64;
-        let true_derivative = self.true_derivative;
-        for (j, mut p) in product.rows_mut().into_iter().enumerate() {
-            let (w, norm, m) = (merged.weight.row(j), merged.norms[j], self.magnitude[[0, j]]);
-            // P_j . W'_j / ||W'_j||, without dividing by a magnitude that may be zero.
-            let direction = if m.is_zero() { self.direction(base, j) } else { w.mapv(|x| x / m) };
-            let along = p.dot(&direction);
-            sinks[2][[0, j]] += along;
-            let g = m / norm;
-            if true_derivative {
-                Zip::from(&mut p).and(&direction).for_each(|p, &d| *p = g * (*p - along * d));
-            } else {
-                p.mapv_inplace(|p| g * p);
-            }
-        }
-        let scaling = T::of(self.scaling);
-        parallel_product_into(scaling, self.b.t(), product.view(), T::one(), &mut sinks[0].view_mut(), cost);
-        parallel_product_into(scaling, product.view(), self.a.t(), T::one(), &mut sinks[1].view_mut(), cost);
-        cost.release(2 * product.len());
-        Ok(())
-    }
-
-    /// W'_j / ||W'_j|| computed from the factors.
-    fn direction(&self, base: ArrayView2<T>, row: usize) -> ndarray::Array1<T> {
-        let mut w = base.row(row).to_owned();
-        w.scaled_add(T::of(self.scaling), &self.b.row(row).dot(&self.a));
-        let norm = w.dot(&w).sqrt();
-        w.mapv(|x| x / norm)
+    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+        let shape = base.shape();
+        let (a, b) = read_factors(&settings.spec, shape, from)?;
+        let (plain, with_weight) = ("lora_magnitude_vector", "lora_magnitude_vector.weight");
+        let name = if !from.contains(plain) && from.contains(with_weight) { with_weight } else { plain };
+        let magnitude = Array1::from(from.vector(name, shape.0)?).insert_axis(Axis(0));
+        Self::from_factors(settings.spec, settings.true_derivative, shape, [a, b, magnitude])
     }
 }

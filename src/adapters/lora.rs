@@ -1,11 +1,12 @@
 //! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized (\[LoRA\]).
 
-use super::InputSink;
-use super::low_rank::LowRank;
+use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
+use super::{Adaptation, BaseWeight, Change, InputNeed};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::gemm::parallel_product_into;
+use crate::ops::{BesideWeight, Cpu, InputGradient, Ops};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rand::{Rng, RngExt};
 
@@ -56,17 +57,88 @@ pub(crate) fn kaiming_uniform<T: Real>(rows: usize, columns: usize, rng: &mut im
     Array2::from_shape_simple_fn((rows, columns), || T::of((2.0 * rng.random::<f64>() - 1.0) * bound))
 }
 
-/// The factors of a low-rank update.
+/// The factors of a low-rank update, on some engine.
 #[derive(Debug, Clone)]
-pub struct Lora<T> {
+pub struct LoraOn<E: Ops> {
     /// A, `r x in`.
-    pub a: Array2<T>,
+    pub a: E::Matrix,
     /// B, `out x r`.
-    pub b: Array2<T>,
+    pub b: E::Matrix,
     /// Settings.
     pub spec: LoraSpec,
     /// s.
     pub scaling: f64,
+}
+
+/// The factors on the processor.
+pub type Lora<T> = LoraOn<Cpu<T>>;
+
+impl<E: Ops> LoraOn<E> {
+    /// The update beside the weight under it.
+    fn beside<'a>(&'a self, weight: &'a E::Weight) -> BesideWeight<'a, E> {
+        BesideWeight { weight, a: &self.a, b: &self.b, scaling: self.scaling }
+    }
+}
+
+impl<E: Ops> Adaptation<E> for LoraOn<E> {
+    fn name(&self) -> &'static str {
+        "lora"
+    }
+
+    fn trained_names(&self) -> &'static [&'static str] {
+        &["lora_A", "lora_B"]
+    }
+
+    fn trained_shapes(&self, _: (usize, usize)) -> Vec<(usize, usize)> {
+        vec![E::shape(&self.a), E::shape(&self.b)]
+    }
+
+    fn input_need(&self) -> InputNeed {
+        InputNeed::Whole
+    }
+
+    fn saved_name(&self) -> &'static str {
+        "projected"
+    }
+
+    fn forward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        save: bool,
+    ) -> Result<(E::Matrix, Option<E::Matrix>)> {
+        let (y, z) = e.low_rank(&self.beside(weight), x, add_to);
+        Ok((y, save.then_some(z)))
+    }
+
+    /// With z = xA^T and dz = s dy B: dB += s dy^T z, dA += dz^T x, dx = dy W + dz A.
+    fn backward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        dy: &E::Matrix,
+        x: Option<&E::Matrix>,
+        saved: Option<E::Matrix>,
+        sinks: &mut [E::Sink],
+        dx: InputGradient<E::Matrix>,
+    ) -> Result<Option<E::Matrix>> {
+        let (x, z) = (super::whole(x)?, super::kept(saved, "xA^T")?);
+        let (outer, da, dx) = e.low_rank_backward(&self.beside(weight), dy, x, &z, dx);
+        e.accumulate(&mut sinks[0], 1.0, &da);
+        e.accumulate(&mut sinks[1], self.scaling, &outer);
+        Ok(dx)
+    }
+
+    fn values(&self, _: &mut E, _: &E::Weight) -> Vec<E::Matrix> {
+        vec![self.a.clone(), self.b.clone()]
+    }
+
+    fn update(&mut self, _: &mut E, _: &mut E::Weight, change: Change<'_, E>) -> Result<()> {
+        change("lora_A", &mut self.a)?;
+        change("lora_B", &mut self.b)
+    }
 }
 
 impl<T: Real> Lora<T> {
@@ -98,29 +170,31 @@ impl<T: Real> Lora<T> {
         parallel_product_into(T::of(self.scaling), projected.view(), self.b.t(), T::one(), y, cost);
     }
 
-    /// The update beside the weight under it.
-    pub(super) fn beside<'a>(&'a self, weight: ArrayView2<'a, T>) -> LowRank<'a, T> {
-        LowRank { weight, a: self.a.view(), b: self.b.view(), scaling: T::of(self.scaling) }
-    }
-
-    /// With z = xA^T and dz = s dy B: dB += s dy^T z, dA += dz^T x, dx = beta dx + dy W + dz A. Sinks: dA, dB.
-    pub(super) fn backward(
-        &self,
-        weight: ArrayView2<T>,
-        dy: ArrayView2<T>,
-        x: ArrayView2<T>,
-        projected: ArrayView2<T>,
-        sinks: &mut [Array2<T>],
-        dx: Option<InputSink<'_, '_, T>>,
-        cost: &mut Cost,
-    ) {
-        let (product, da) = self.beside(weight).backward(dy, x, projected, dx, cost);
-        sinks[0] += &da;
-        sinks[1].scaled_add(T::of(self.scaling), &product);
-    }
-
     /// weight += s B A.
     pub fn add_delta(&self, weight: &mut ArrayViewMut2<T>, cost: &mut Cost) {
         parallel_product_into(T::of(self.scaling), self.b.view(), self.a.view(), T::one(), weight, cost);
     }
+}
+
+impl<T: Real> Stored<T> for Lora<T> {
+    fn save(&self, _: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) {
+        to.matrix("lora_A.weight", self.a.view());
+        to.matrix("lora_B.weight", self.b.view());
+    }
+
+    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+        let (a, b) = read_factors(&settings.spec, base.shape(), from)?;
+        Self::from_factors(settings.spec, base.shape(), a, b)
+    }
+}
+
+/// A and B of an adapter file.
+pub(super) fn read_factors<T: Real>(
+    spec: &LoraSpec,
+    shape: (usize, usize),
+    from: &mut dyn ReadTensors<T>,
+) -> Result<(Array2<T>, Array2<T>)> {
+    spec.scaling(shape)?;
+    let a = from.matrix("lora_A.weight", (spec.rank, shape.1))?;
+    Ok((a, from.matrix("lora_B.weight", (shape.0, spec.rank))?))
 }

@@ -13,7 +13,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 /// s B A beside a weight W: y = x W^T + s (x A^T) B^T.
-pub(super) struct LowRank<'a, T> {
+pub(crate) struct LowRank<'a, T> {
     /// W, `out x in`.
     pub weight: ArrayView2<'a, T>,
     /// A, `r x in`.
@@ -32,7 +32,12 @@ fn rows_per_task(rows: usize) -> usize {
     rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16).max(128)
 }
 
-impl<T: Real> LowRank<'_, T> {
+impl<'a, T: Real> LowRank<'a, T> {
+    /// s B A beside W.
+    pub fn of(weight: ArrayView2<'a, T>, a: &'a Array2<T>, b: &'a Array2<T>, scaling: f64) -> Self {
+        Self { weight, a: a.view(), b: b.view(), scaling: T::of(scaling) }
+    }
+
     /// y = beta y + x W^T + s z B^T; returns z = x A^T.
     ///
     /// Shapes: x `N x in`, y `N x out`, z `N x r`.

@@ -1,14 +1,15 @@
 //! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA (\[MosLoRA\]).
 
-use super::InputSink;
-use super::lora::{LoraSpec, kaiming_uniform};
-use super::low_rank::LowRank;
+use super::lora::{LoraSpec, kaiming_uniform, read_factors};
+use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
+use super::{Adaptation, BaseWeight, Change, InputNeed};
 use crate::blocks::require_shape;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use crate::linalg::gemm::{parallel_product_into, product};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use crate::linalg::gemm::parallel_product_into;
+use crate::ops::{BesideWeight, Cpu, InputGradient, Ops};
+use ndarray::{Array2, ArrayViewMut2};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 
@@ -51,19 +52,92 @@ fn orthogonal(rank: usize, rng: &mut impl Rng) -> Array2<f64> {
     m
 }
 
-/// Factors and mixer.
+/// Factors and mixer, on some engine.
 #[derive(Debug, Clone)]
-pub struct Moslora<T> {
+pub struct MosloraOn<E: Ops> {
     /// A, `r x in`.
-    pub a: Array2<T>,
+    pub a: E::Matrix,
     /// B, `out x r`.
-    pub b: Array2<T>,
+    pub b: E::Matrix,
     /// M, `r x r`; the update is s B M A.
-    pub mixer: Array2<T>,
+    pub mixer: E::Matrix,
     /// Settings.
     pub spec: LoraSpec,
     /// s.
     pub scaling: f64,
+}
+
+/// Factors and mixer on the processor.
+pub type Moslora<T> = MosloraOn<Cpu<T>>;
+
+impl<E: Ops> Adaptation<E> for MosloraOn<E> {
+    fn name(&self) -> &'static str {
+        "moslora"
+    }
+
+    fn trained_names(&self) -> &'static [&'static str] {
+        &["lora_A", "lora_B", "lora_mixer"]
+    }
+
+    fn trained_shapes(&self, _: (usize, usize)) -> Vec<(usize, usize)> {
+        [&self.a, &self.b, &self.mixer].map(E::shape).to_vec()
+    }
+
+    fn input_need(&self) -> InputNeed {
+        InputNeed::Whole
+    }
+
+    fn saved_name(&self) -> &'static str {
+        "projected"
+    }
+
+    /// LoRA's forward with B M in place of B.
+    fn forward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        save: bool,
+    ) -> Result<(E::Matrix, Option<E::Matrix>)> {
+        let mixed = e.small_product((&self.b, false), (&self.mixer, false));
+        let beside = BesideWeight { weight, a: &self.a, b: &mixed, scaling: self.scaling };
+        let (y, z) = e.low_rank(&beside, x, add_to);
+        Ok((y, save.then_some(z)))
+    }
+
+    /// With z = xA^T, dz = s dy B M and P = dy^T z: dB += s P M^T, dM += s B^T P, dA += dz^T x, dx = dy W + dz A.
+    fn backward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        dy: &E::Matrix,
+        x: Option<&E::Matrix>,
+        saved: Option<E::Matrix>,
+        sinks: &mut [E::Sink],
+        dx: InputGradient<E::Matrix>,
+    ) -> Result<Option<E::Matrix>> {
+        let (x, z) = (super::whole(x)?, super::kept(saved, "xA^T")?);
+        let mixed = e.small_product((&self.b, false), (&self.mixer, false));
+        let beside = BesideWeight { weight, a: &self.a, b: &mixed, scaling: self.scaling };
+        let (outer, da, dx) = e.low_rank_backward(&beside, dy, x, &z, dx);
+        e.accumulate(&mut sinks[0], 1.0, &da);
+        let db = e.small_product((&outer, false), (&self.mixer, true));
+        e.accumulate(&mut sinks[1], self.scaling, &db);
+        let dmixer = e.small_product((&self.b, true), (&outer, false));
+        e.accumulate(&mut sinks[2], self.scaling, &dmixer);
+        Ok(dx)
+    }
+
+    fn values(&self, _: &mut E, _: &E::Weight) -> Vec<E::Matrix> {
+        [&self.a, &self.b, &self.mixer].map(Clone::clone).to_vec()
+    }
+
+    fn update(&mut self, _: &mut E, _: &mut E::Weight, change: Change<'_, E>) -> Result<()> {
+        change("lora_A", &mut self.a)?;
+        change("lora_B", &mut self.b)?;
+        change("lora_mixer", &mut self.mixer)
+    }
 }
 
 impl<T: Real> Moslora<T> {
@@ -90,41 +164,26 @@ impl<T: Real> Moslora<T> {
         Ok(Self { a, b, mixer, spec, scaling })
     }
 
-    /// B M, `out x r`: the update is that of LoRA with it in place of B.
-    pub(super) fn mixed_up(&self, cost: &mut Cost) -> Array2<T> {
-        product(self.b.view(), self.mixer.view(), cost)
-    }
-
-    /// The update beside the weight under it; `mixed` is [`Moslora::mixed_up`].
-    pub(super) fn beside<'a>(&'a self, weight: ArrayView2<'a, T>, mixed: &'a Array2<T>) -> LowRank<'a, T> {
-        LowRank { weight, a: self.a.view(), b: mixed.view(), scaling: T::of(self.scaling) }
-    }
-
-    /// With z = xA^T, dz = s dy B M and P = dy^T z: dB += s P M^T, dM += s B^T P, dA += dz^T x,
-    /// dx = beta dx + dy W + dz A. Sinks: dA, dB, dM.
-    pub(super) fn backward(
-        &self,
-        weight: ArrayView2<T>,
-        dy: ArrayView2<T>,
-        x: ArrayView2<T>,
-        projected: ArrayView2<T>,
-        sinks: &mut [Array2<T>],
-        dx: Option<InputSink<'_, '_, T>>,
-        cost: &mut Cost,
-    ) {
-        let scaling = T::of(self.scaling);
-        let mixed = self.mixed_up(cost);
-        let (outer, da) = self.beside(weight, &mixed).backward(dy, x, projected, dx, cost);
-        sinks[0] += &da;
-        sinks[1].scaled_add(scaling, &product(outer.view(), self.mixer.t(), cost));
-        sinks[2].scaled_add(scaling, &product(self.b.t(), outer.view(), cost));
-    }
-
     /// weight += s B M A.
     pub fn add_delta(&self, weight: &mut ArrayViewMut2<T>, cost: &mut Cost) {
         let mut mixed = Array2::zeros(self.a.dim());
         parallel_product_into(T::one(), self.mixer.view(), self.a.view(), T::zero(), &mut mixed.view_mut(), cost);
         parallel_product_into(T::of(self.scaling), self.b.view(), mixed.view(), T::one(), weight, cost);
+    }
+}
+
+impl<T: Real> Stored<T> for Moslora<T> {
+    fn save(&self, _: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) {
+        to.matrix("lora_A.weight", self.a.view());
+        to.matrix("lora_B.weight", self.b.view());
+        to.matrix("lora_mixer.weight", self.mixer.view());
+    }
+
+    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+        let (spec, shape) = (settings.spec, base.shape());
+        let (a, b) = read_factors(&spec, shape, from)?;
+        let mixer = from.matrix("lora_mixer.weight", (spec.rank, spec.rank))?;
+        Self::from_factors(spec, shape, [a, b, mixer])
     }
 }
 

@@ -4,10 +4,11 @@
 //! the slice. Input side (columns of o, down): dW[:, s..e] = dy^T x[:, s..e] keeps only the slice of the input.
 //! Which rows and columns form the slice is the business of the layer's co-permutation (`model::s2ft`).
 
-use crate::blocks::linear::linear_backward_weight;
-use crate::cost::Cost;
+use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
+use super::{Adaptation, BaseWeight, Change, InputNeed};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::ops::{Cpu, InputGradient, Ops};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -20,17 +21,112 @@ pub enum Side {
     Input,
 }
 
-/// A trained slice of a projection.
+impl Side {
+    /// Shape of the slice of a weight of shape (out, in).
+    pub fn shape(self, (out, width): (usize, usize), range: &Range<usize>) -> (usize, usize) {
+        match self {
+            Side::Output => (range.len(), width),
+            Side::Input => (out, range.len()),
+        }
+    }
+
+    /// The slice of a weight.
+    pub fn of<'a, T>(self, weight: &'a ArrayView2<T>, range: Range<usize>) -> ArrayView2<'a, T> {
+        match self {
+            Side::Output => weight.slice(s![range, ..]),
+            Side::Input => weight.slice(s![.., range]),
+        }
+    }
+
+    /// The slice of a weight, to be written.
+    pub fn of_mut<T>(self, weight: &mut Array2<T>, range: Range<usize>) -> ArrayViewMut2<'_, T> {
+        match self {
+            Side::Output => weight.slice_mut(s![range, ..]),
+            Side::Input => weight.slice_mut(s![.., range]),
+        }
+    }
+}
+
+/// A trained slice of a projection, on some engine.
 #[derive(Debug, Clone)]
-pub struct S2ftSlice<T> {
+pub struct S2ftSliceOn<E: Ops> {
     /// Rows or columns.
     pub side: Side,
     /// The contiguous range of them.
     pub range: Range<usize>,
-    /// The slice's other values: the original ones while the trained ones are active.
-    pub original: Array2<T>,
+    /// The slice's other values: the original ones while the trained ones are active. A device does not hold them.
+    pub original: Option<E::Matrix>,
     /// Whether the trained values are in effect.
     pub active: bool,
+}
+
+/// A trained slice on the processor.
+pub type S2ftSlice<T> = S2ftSliceOn<Cpu<T>>;
+
+impl<E: Ops> Adaptation<E> for S2ftSliceOn<E> {
+    fn name(&self) -> &'static str {
+        "s2ft"
+    }
+
+    fn trained_names(&self) -> &'static [&'static str] {
+        &["s2ft_slice"]
+    }
+
+    fn trained_shapes(&self, weight: (usize, usize)) -> Vec<(usize, usize)> {
+        vec![self.side.shape(weight, &self.range)]
+    }
+
+    fn input_need(&self) -> InputNeed {
+        match self.side {
+            Side::Output => InputNeed::Whole,
+            Side::Input => InputNeed::Columns,
+        }
+    }
+
+    fn saved_name(&self) -> &'static str {
+        "columns"
+    }
+
+    fn forward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        save: bool,
+    ) -> Result<(E::Matrix, Option<E::Matrix>)> {
+        let y = e.product(x, weight, add_to);
+        let save = save && self.side == Side::Input;
+        Ok((y, save.then(|| e.select_range(x, self.range.clone()))))
+    }
+
+    fn backward(
+        &self,
+        e: &mut E,
+        weight: &E::Weight,
+        dy: &E::Matrix,
+        x: Option<&E::Matrix>,
+        saved: Option<E::Matrix>,
+        sinks: &mut [E::Sink],
+        dx: InputGradient<E::Matrix>,
+    ) -> Result<Option<E::Matrix>> {
+        let dx = dx.wanted().map(|add_to| e.product_backward(dy, weight, add_to));
+        match self.side {
+            Side::Output => e.add_outer(1.0, dy, Some(self.range.clone()), super::whole(x)?, &mut sinks[0])?,
+            Side::Input => e.add_outer(1.0, dy, None, &super::kept(saved, "slice of the input")?, &mut sinks[0])?,
+        }
+        Ok(dx)
+    }
+
+    fn values(&self, e: &mut E, weight: &E::Weight) -> Vec<E::Matrix> {
+        vec![e.slice(weight, self.side, self.range.clone())]
+    }
+
+    fn update(&mut self, e: &mut E, weight: &mut E::Weight, change: Change<'_, E>) -> Result<()> {
+        let mut values = e.slice(weight, self.side, self.range.clone());
+        change("s2ft_slice", &mut values)?;
+        e.put_slice(weight, self.side, self.range.clone(), values)
+    }
 }
 
 impl<T: Real> S2ftSlice<T> {
@@ -44,79 +140,57 @@ impl<T: Real> S2ftSlice<T> {
             let requirement = format!("must be a non-empty range within 0..{extent}");
             return Err(Error::invalid("slice", format!("{range:?}"), requirement));
         }
-        let mut slice = Self { side, range, original: Array2::zeros((0, 0)), active: true };
-        slice.original = slice.of(&weight).to_owned();
-        Ok(slice)
-    }
-
-    /// Shape of the slice of a weight of shape (out, in).
-    pub fn shape(&self, (out, width): (usize, usize)) -> (usize, usize) {
-        match self.side {
-            Side::Output => (self.range.len(), width),
-            Side::Input => (out, self.range.len()),
-        }
+        let original = side.of(&weight, range.clone()).to_owned();
+        Ok(Self { side, range, original: Some(original), active: true })
     }
 
     /// The slice of a weight.
     pub fn of<'a>(&self, weight: &'a ArrayView2<T>) -> ArrayView2<'a, T> {
-        match self.side {
-            Side::Output => weight.slice(s![self.range.clone(), ..]),
-            Side::Input => weight.slice(s![.., self.range.clone()]),
-        }
+        self.side.of(weight, self.range.clone())
     }
 
     /// The slice of a weight, to be written.
     pub fn of_mut<'a>(&self, weight: &'a mut Array2<T>) -> ArrayViewMut2<'a, T> {
-        match self.side {
-            Side::Output => weight.slice_mut(s![self.range.clone(), ..]),
-            Side::Input => weight.slice_mut(s![.., self.range.clone()]),
-        }
-    }
-
-    /// x[:, s..e] on the input side; nothing on the output side, which needs all of x.
-    pub fn select(&self, x: ArrayView2<T>) -> Option<Array2<T>> {
-        match self.side {
-            Side::Output => None,
-            Side::Input => Some(x.slice(s![.., self.range.clone()]).to_owned()),
-        }
-    }
-
-    /// Adds the gradient of the slice to `sink`.
-    ///
-    /// # Errors
-    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if the saved input is absent.
-    pub fn backward(
-        &self,
-        dy: ArrayView2<T>,
-        x: Option<ArrayView2<T>>,
-        columns: Option<&Array2<T>>,
-        sink: &mut Array2<T>,
-        cost: &mut Cost,
-    ) -> Result<()> {
-        let absent = || Error::invalid("input of an S2FT slice", "absent", "forward must save it");
-        match self.side {
-            Side::Output => {
-                let dy = dy.slice(s![.., self.range.clone()]);
-                linear_backward_weight(T::one(), dy, x.ok_or_else(absent)?, &mut sink.view_mut(), cost)
-            }
-            Side::Input => {
-                let x = columns.ok_or_else(absent)?.view();
-                linear_backward_weight(T::one(), dy, x, &mut sink.view_mut(), cost)
-            }
-        }
+        self.side.of_mut(weight, self.range.clone())
     }
 
     /// Swaps the trained and the original values so that the trained ones are in effect or not.
-    ///
-    /// # Errors
-    /// None today; the signature matches the other methods.
-    pub fn activate(&mut self, weight: &mut Array2<T>, trained: bool) -> Result<()> {
-        if self.active != trained {
-            let current = self.of(&weight.view()).to_owned();
-            self.of_mut(weight).assign(&self.original);
-            self.original = current;
+    pub fn activate(&mut self, weight: &mut Array2<T>, trained: bool) {
+        if self.active != trained
+            && let Some(other) = self.original.take()
+        {
+            self.original = Some(self.of(&weight.view()).to_owned());
+            self.of_mut(weight).assign(&other);
             self.active = trained;
         }
-        Ok(())
+    }
+
+    /// The trained slice, whether it is in effect or not.
+    pub fn trained_slice(&self, weight: ArrayView2<T>) -> Array2<T> {
+        match &self.original {
+            Some(trained) if !self.active => trained.clone(),
+            _ => self.of(&weight).to_owned(),
+        }
+    }
+}
+
+impl<T: Real> Stored<T> for S2ftSlice<T> {
+    fn save(&self, base: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) {
+        to.doubles("s2ft_range", &[self.range.start as f64, self.range.end as f64]);
+        to.matrix("s2ft_slice", self.trained_slice(base.dense().view()).view());
+    }
+
+    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+        let range = from.indices("s2ft_range")?;
+        let [start, end] = range[..] else {
+            return Err(from.malformed("s2ft_range", "start and end", format!("{} entries", range.len())));
+        };
+        let shape = base.shape();
+        let weight = base.dense_mut("s2ft")?;
+        let slice = Self::new(settings.side, start..end, weight.view())
+            .map_err(|e| from.malformed("s2ft_range", "a range of the weight", e.to_string()))?;
+        let values = from.matrix("s2ft_slice", slice.side.shape(shape, &slice.range))?;
+        slice.of_mut(weight).assign(&values);
+        Ok(slice)
     }
 }

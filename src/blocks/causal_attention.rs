@@ -1,6 +1,6 @@
 //! Grouped-query causal softmax attention by tiles: scores exist one tile at a time.
 
-use super::require_shape;
+use super::{numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
@@ -167,7 +167,7 @@ pub fn causal_attention_forward<T: Real>(
     let mut log_sum_exp = scratch.array((shape.batch * shape.heads, length));
     let group = shape.heads / shape.kv_heads;
     let mut tasks = Vec::new();
-    let lse_rows = log_sum_exp.as_slice_mut().unwrap_or(&mut []).chunks_mut(length.max(1));
+    let lse_rows = numbers_mut(&mut log_sum_exp).chunks_mut(length.max(1));
     for (index, (head, lse)) in split_heads(&mut output, length, head_dim).into_iter().zip(lse_rows).enumerate() {
         let mut rest = head;
         for (tile, lse) in lse.chunks_mut(QUERY_TILE).enumerate() {

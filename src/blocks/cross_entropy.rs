@@ -1,6 +1,6 @@
 //! Next-token cross-entropy through the output projection, in chunks of positions.
 
-use super::require_shape;
+use super::{numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -103,9 +103,7 @@ pub fn cross_entropy_observed<T: Real>(
         cost.elementwise += 4 * logits.len() as u64;
         parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
         observe(false, &mut logits);
-        let losses: Vec<f64> = logits
-            .as_slice_mut()
-            .unwrap_or(&mut [])
+        let losses: Vec<f64> = numbers_mut(&mut logits)
             .par_chunks_exact_mut(vocabulary.max(1))
             .zip(chunk)
             .map(|(z, &(_, label))| loss_row(z, label, scale))

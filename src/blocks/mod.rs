@@ -17,7 +17,7 @@ pub mod rope;
 pub mod swiglu;
 
 use crate::error::{Error, Result};
-use ndarray::ArrayView2;
+use ndarray::{ArrayBase, ArrayView2, Data, DataMut, Ix2};
 
 /// Rows of one task of an element-wise block.
 pub(crate) const ROWS_PER_TASK: usize = 64;
@@ -30,4 +30,20 @@ pub(crate) fn require_shape<T>(
     expected: (usize, usize),
 ) -> Result<()> {
     if array.dim() == expected { Ok(()) } else { Err(Error::shape(op, arg, expected, array.dim())) }
+}
+
+/// The numbers of a matrix that was just laid out row by row.
+pub(crate) fn numbers<T, S: Data<Elem = T>>(x: &ArrayBase<S, Ix2>) -> &[T] {
+    match x.as_slice() {
+        Some(numbers) => numbers,
+        None => unreachable!("laid out row by row"),
+    }
+}
+
+/// As [`numbers`], to be changed.
+pub(crate) fn numbers_mut<T, S: DataMut<Elem = T>>(x: &mut ArrayBase<S, Ix2>) -> &mut [T] {
+    match x.as_slice_mut() {
+        Some(numbers) => numbers,
+        None => unreachable!("laid out row by row"),
+    }
 }

@@ -1,6 +1,6 @@
 //! Root-mean-square normalisation y = gain o x / rms(x), row by row.
 
-use super::{ROWS_PER_TASK, require_shape};
+use super::{ROWS_PER_TASK, numbers, numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::{LANES, vectorized_closure};
@@ -71,12 +71,11 @@ pub fn rms_norm_forward<T: Real>(
     }
     cost.elementwise += 4 * (rows * width) as u64;
     let x = x.as_standard_layout();
-    let input = x.as_slice().unwrap_or(&[]);
+    let input = numbers(&x);
     let mut y = scratch.array((rows, width));
     let mut inverse_rms = vec![T::zero(); rows];
     let task = ROWS_PER_TASK * width.max(1);
-    y.as_slice_mut()
-        .unwrap_or(&mut [])
+    numbers_mut(&mut y)
         .par_chunks_mut(task)
         .zip(input.par_chunks(task))
         .zip(inverse_rms.par_chunks_mut(ROWS_PER_TASK))
@@ -122,7 +121,7 @@ pub fn rms_norm_backward<T: Real>(
         return Err(Error::shape(op, "inverse_rms", (rows, 1), (inverse_rms.len(), 1)));
     }
     let (dy, x) = (dy.as_standard_layout(), x.as_standard_layout());
-    let (dy, x) = (dy.as_slice().unwrap_or(&[]), x.as_slice().unwrap_or(&[]));
+    let (dy, x) = (numbers(&dy), numbers(&x));
     let task = ROWS_PER_TASK * width.max(1);
     if let Some(dgain) = dgain {
         check_gain(op, dgain, width)?;

@@ -1,6 +1,6 @@
 //! Rotary position embedding in the Hugging Face half-split layout.
 
-use super::ROWS_PER_TASK;
+use super::{ROWS_PER_TASK, numbers};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -99,7 +99,7 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
     let Some(x) = x.as_slice_mut() else {
         return Err(Error::invalid("x", "strided", "rope rotates a contiguous array in place"));
     };
-    let (cos, sin) = (table.cos.as_slice().unwrap_or(&[]), table.sin.as_slice().unwrap_or(&[]));
+    let (cos, sin) = (numbers(&table.cos), numbers(&table.sin));
     x.par_chunks_mut(ROWS_PER_TASK * width).enumerate().for_each(|(task, rows)| {
         vectorized_closure(
             #[inline(always)]

@@ -1,6 +1,6 @@
 //! The gated unit a = silu(gate) o up with silu(g) = g / (1 + e^(-g)).
 
-use super::{ROWS_PER_TASK, require_shape};
+use super::{ROWS_PER_TASK, numbers, numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::elementwise::vectorized_closure;
@@ -40,11 +40,10 @@ pub fn swiglu_forward<T: Real>(
     let (gate, up) = (gate.as_standard_layout(), up.as_standard_layout());
     let mut a = scratch.array(gate.dim());
     let task = ROWS_PER_TASK * gate.ncols().max(1);
-    a.as_slice_mut()
-        .unwrap_or(&mut [])
+    numbers_mut(&mut a)
         .par_chunks_mut(task)
-        .zip(gate.as_slice().unwrap_or(&[]).par_chunks(task))
-        .zip(up.as_slice().unwrap_or(&[]).par_chunks(task))
+        .zip(numbers(&gate).par_chunks(task))
+        .zip(numbers(&up).par_chunks(task))
         .for_each(|((a, gate), up)| {
             vectorized_closure(
                 #[inline(always)]
@@ -79,7 +78,7 @@ pub fn swiglu_backward<T: Real>(
     let (Some(gate), Some(up)) = (gate.as_slice_mut(), up.as_slice_mut()) else {
         return Err(Error::invalid("gate", "strided", "swiglu_backward works in place on contiguous arrays"));
     };
-    gate.par_chunks_mut(task).zip(up.par_chunks_mut(task)).zip(da.as_slice().unwrap_or(&[]).par_chunks(task)).for_each(
+    gate.par_chunks_mut(task).zip(up.par_chunks_mut(task)).zip(numbers(&da).par_chunks(task)).for_each(
         |((gate, up), da)| {
             vectorized_closure(
                 #[inline(always)]

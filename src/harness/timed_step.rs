@@ -72,7 +72,7 @@ impl TimedStep {
         self.gradients.fill_zero();
         let pass = self.model.forward(&self.batch, &self.options, &mut self.gradients, &mut self.cost)?;
         let forward = start.elapsed().as_secs_f64();
-        self.model.backward(&self.batch, pass, &mut self.gradients, &mut self.cost)?;
+        self.model.backward(pass, &mut self.gradients, &mut self.cost)?;
         let backward = start.elapsed().as_secs_f64();
         update_model(&mut self.optimizer, &mut self.model, &self.gradients, 1e-4, 1.0, |_| ())?;
         let all = start.elapsed().as_secs_f64();

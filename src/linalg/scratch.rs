@@ -19,17 +19,23 @@ use rayon::prelude::*;
 /// let b = scratch.zeros((4, 3)); // the same memory
 /// assert_eq!((scratch.bytes(), b.sum().to_bits()), (0, 0));
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Scratch<T> {
     /// (step in which it was last used, buffer).
     free: Vec<(u64, Vec<T>)>,
     step: u64,
 }
 
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self { free: Vec::new(), step: 0 }
+    }
+}
+
 impl<T> Clone for Scratch<T> {
     /// A clone starts empty: buffers are worth nothing.
     fn clone(&self) -> Self {
-        Self { free: Vec::new(), step: 0 }
+        Self::default()
     }
 }
 

@@ -3,13 +3,19 @@
 use rayon::{Scope, Yield};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-/// Runs `task` on one of rayon's threads and waits for it. On a rayon thread already, `task` is simply called. The result is
-/// the same.
+/// Whether threads without work stay awake; see [`keep_awake`].
+static KEEP_AWAKE: AtomicBool = AtomicBool::new(false);
+
+/// From now on threads that wait for work during a step stay awake, as those of OpenMP's runtimes do for a while: waking one
+/// takes 50 to 75 µs, and at the end of each of a step's some 600 loops some thread waits.
 ///
-/// Two things make a training step of some 600 parallel loops faster so. A loop begun on any other thread puts that thread to
-/// sleep and wakes it afterwards (1,180 context switches a step before, 370 after; a LoRA step of 4.5 million parameters on two
-/// threads took 276 ms and then 246 ms). And as long as `task` runs, threads that wait for work do not go to sleep, as those
-/// of OpenMP's runtimes do not for a while: waking one takes 50 to 75 µs, and at the end of each loop some thread waits.
+/// It burns what other work on the machine could use, so it is for a program that owns rayon's threads, never for a library.
+pub fn keep_awake() {
+    KEEP_AWAKE.store(true, Relaxed);
+}
+
+/// Runs `task` on one of rayon's threads and waits for it. On a rayon thread already, `task` is simply called. The result is
+/// the same. A loop begun on any other thread would put that thread to sleep and wake it afterwards.
 pub fn on_workers<R: Send>(task: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return task();
@@ -17,8 +23,10 @@ pub fn on_workers<R: Send>(task: impl FnOnce() -> R + Send) -> R {
     let over = AtomicBool::new(false);
     rayon::scope(|scope| {
         let _over = SetOnDrop(&over);
-        for _ in 1..rayon::current_num_threads() {
-            scope.spawn(|scope| stay_awake(scope, &over));
+        if KEEP_AWAKE.load(Relaxed) {
+            for _ in 1..rayon::current_num_threads() {
+                scope.spawn(|scope| stay_awake(scope, &over));
+            }
         }
         task()
     })
@@ -46,7 +54,7 @@ impl Drop for SetOnDrop<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::on_workers;
+    use super::{keep_awake, on_workers};
     use rayon::prelude::*;
 
     #[test]
@@ -65,6 +73,7 @@ mod tests {
 
     #[test]
     fn tasks_of_several_threads_with_loops_of_their_own_all_end() {
+        keep_awake();
         let total = |n: u64| on_workers(|| (0..200).map(|i| (0..n + i).into_par_iter().sum::<u64>()).sum::<u64>());
         let want = |n: u64| (0..200).map(|i| (n + i) * (n + i - 1) / 2).sum::<u64>();
         std::thread::scope(|threads| {

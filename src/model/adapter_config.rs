@@ -2,25 +2,11 @@
 
 use super::parameters::Projection;
 use crate::adapters::lora::LoraSpec;
+pub use crate::adapters::stored::AdapterKind;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-
-/// What kind of adapter a folder holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AdapterKind {
-    /// `peft_type` LORA.
-    Lora,
-    /// `peft_type` LORA with `use_dora`.
-    Dora,
-    /// Ours: LORA's tensors and `lora_mixer`.
-    Moslora,
-    /// Ours: selected columns.
-    Paca,
-    /// Ours: slices of co-permuted weights.
-    S2ft,
-}
 
 /// A parsed `adapter_config.json`.
 #[derive(Debug, Clone)]
@@ -102,19 +88,9 @@ impl AdapterConfig {
             wrong(format!("key {key}"), expected, found)
         };
         let flag = |name: &str| map.get(name).and_then(Value::as_bool).unwrap_or(false);
-        let kind = match map.get("peft_type").and_then(Value::as_str) {
-            Some("LORA") if flag("use_dora") => AdapterKind::Dora,
-            Some("LORA") => AdapterKind::Lora,
-            Some("MOSLORA") => AdapterKind::Moslora,
-            Some("PACA") => AdapterKind::Paca,
-            Some("S2FT") => AdapterKind::S2ft,
-            _ => {
-                return Err(key(
-                    "peft_type",
-                    "LORA, MOSLORA, PACA or S2FT (SLICE is an update: see `peft-limits adapter`)",
-                ));
-            }
-        };
+        let kind = map.get("peft_type").and_then(Value::as_str).and_then(|t| AdapterKind::of(t, flag("use_dora")));
+        let known = "LORA, MOSLORA, PACA or S2FT (SLICE is an update: see `peft-limits adapter`)";
+        let kind = kind.ok_or_else(|| key("peft_type", known))?;
         for name in UNSUPPORTED {
             let plain = match map.get(name) {
                 None | Some(Value::Null | Value::Bool(false)) => true,
@@ -129,7 +105,7 @@ impl AdapterConfig {
             return Err(key("bias", "\"none\""));
         }
         let mut spec = LoraSpec { rank_stabilized: flag("use_rslora"), ..LoraSpec::default() };
-        if !matches!(kind, AdapterKind::Paca | AdapterKind::S2ft) {
+        if kind.has_factors() {
             spec.rank = match map.get("r").and_then(Value::as_u64) {
                 Some(rank) if rank > 0 => rank as usize,
                 _ => return Err(key("r", "a positive integer")),
@@ -241,18 +217,13 @@ pub(super) fn compose(
         }
     }
     let mut value = json!({
-        "peft_type": match kind {
-            AdapterKind::Lora | AdapterKind::Dora => "LORA",
-            AdapterKind::Moslora => "MOSLORA",
-            AdapterKind::Paca => "PACA",
-            AdapterKind::S2ft => "S2FT",
-        },
+        "peft_type": kind.peft_type(),
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
         "bias": "none",
         "inference_mode": true,
     });
-    if let (Some(map), AdapterKind::Lora | AdapterKind::Dora | AdapterKind::Moslora) = (value.as_object_mut(), kind) {
+    if let (Some(map), true) = (value.as_object_mut(), kind.has_factors()) {
         map.insert("r".into(), json!(main.rank));
         map.insert("lora_alpha".into(), json!(main.alpha));
         map.insert("lora_dropout".into(), json!(0.0));

@@ -15,17 +15,15 @@
 pub use super::adapter_config::AdapterKind;
 use super::adapter_config::{AdapterConfig, compose};
 use super::parameters::{Model, Projection};
-use super::s2ft::LayerOrder;
+use super::s2ft::{LayerOrder, side_of};
 use crate::adapters::Method;
-use crate::adapters::dora::Dora;
-use crate::adapters::lora::{Lora, LoraSpec};
-use crate::adapters::moslora::Moslora;
-use crate::adapters::paca::Paca;
+use crate::adapters::lora::LoraSpec;
+use crate::adapters::stored::{ReadTensors, Settings, WriteTensors};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::{TensorFile, TensorWriter};
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -66,6 +64,10 @@ impl<'a> Reader<'a> {
         }
     }
 
+    fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
+        self.file.malformed(format!("tensor {name}"), expected, found)
+    }
+
     pub(super) fn matrix<T: Real>(&mut self, name: String, expected: (usize, usize)) -> Result<Array2<T>> {
         let array = self.file.matrix::<T>(&name, format!("{CONFIG} asks for it").as_str())?;
         if array.dim() != expected {
@@ -76,18 +78,84 @@ impl<'a> Reader<'a> {
         Ok(array)
     }
 
-    fn vector<T: Real>(&mut self, name: String) -> Result<Vec<T>> {
-        let values = self.file.vector::<T>(&name, format!("{CONFIG} asks for it").as_str())?;
-        self.taken.insert(name);
+    fn vector<T: Real>(&mut self, name: &str) -> Result<Vec<T>> {
+        let values = self.file.vector::<T>(name, format!("{CONFIG} asks for it").as_str())?;
+        self.taken.insert(name.to_string());
         Ok(values.to_vec())
     }
 
     pub(super) fn indices(&mut self, name: String) -> Result<Vec<usize>> {
-        let values = self.vector::<f64>(name.clone())?;
+        let values = self.vector::<f64>(&name)?;
         match values.iter().find(|v| v.fract().abs() > 0.0 || **v < 0.0) {
             Some(bad) => Err(self.file.malformed(format!("tensor {name}"), "non-negative integers", bad.to_string())),
             None => Ok(values.into_iter().map(|v| v as usize).collect()),
         }
+    }
+}
+
+/// The tensors of one projection.
+struct Projected<'a, 'b> {
+    reader: &'a mut Reader<'b>,
+    prefix: String,
+}
+
+impl Projected<'_, '_> {
+    fn name(&self, tensor: &str) -> String {
+        format!("{}.{tensor}", self.prefix)
+    }
+
+    fn of_length<T: Real>(&mut self, tensor: &str, length: usize) -> Result<Vec<T>> {
+        let values = self.reader.vector(&self.name(tensor))?;
+        if values.len() == length {
+            return Ok(values);
+        }
+        Err(self.reader.wrong(&self.name(tensor), &format!("{length} entries"), values.len().to_string()))
+    }
+}
+
+impl<T: Real> ReadTensors<T> for Projected<'_, '_> {
+    fn matrix(&mut self, tensor: &str, shape: (usize, usize)) -> Result<Array2<T>> {
+        self.reader.matrix(self.name(tensor), shape)
+    }
+
+    fn vector(&mut self, tensor: &str, length: usize) -> Result<Vec<T>> {
+        self.of_length(tensor, length)
+    }
+
+    fn doubles(&mut self, tensor: &str, length: usize) -> Result<Vec<f64>> {
+        self.of_length(tensor, length)
+    }
+
+    fn indices(&mut self, tensor: &str) -> Result<Vec<usize>> {
+        self.reader.indices(self.name(tensor))
+    }
+
+    fn contains(&self, tensor: &str) -> bool {
+        self.reader.file.contains(&self.name(tensor))
+    }
+
+    fn malformed(&self, tensor: &str, expected: &str, found: String) -> Error {
+        self.reader.wrong(&self.name(tensor), expected, found)
+    }
+}
+
+/// Where the tensors of one projection go.
+struct Written<'a> {
+    writer: &'a mut TensorWriter,
+    prefix: &'a str,
+}
+
+impl<T: Real> WriteTensors<T> for Written<'_> {
+    fn matrix(&mut self, tensor: &str, values: ArrayView2<T>) {
+        self.writer.matrix(&format!("{}.{tensor}", self.prefix), values);
+    }
+
+    fn vector(&mut self, tensor: &str, values: &[T]) {
+        self.writer.tensor(&format!("{}.{tensor}", self.prefix), &[values.len()], values.iter().copied());
+    }
+
+    fn doubles(&mut self, tensor: &str, values: &[f64]) {
+        self.writer.tensor(&format!("{}.{tensor}", self.prefix), &[values.len()], values.iter().copied());
     }
 }
 
@@ -145,73 +213,10 @@ impl<T: Real> Model<T> {
         p: Projection,
         spec: LoraSpec,
     ) -> Result<()> {
-        let prefix = format!("{}.{}", layer_prefix(l), p.path());
+        let mut from = Projected { reader, prefix: format!("{}.{}", layer_prefix(l), p.path()) };
+        let settings = Settings { spec, true_derivative: config.true_derivative, side: side_of(p) };
         let projection = self.layers[l].projection_mut(p);
-        let shape = projection.shape();
-        let (out, width) = shape;
-        let factors = |reader: &mut Reader<'_>| -> Result<(Array2<T>, Array2<T>)> {
-            spec.scaling(shape)?;
-            Ok((
-                reader.matrix(format!("{prefix}.lora_A.weight"), (spec.rank, width))?,
-                reader.matrix(format!("{prefix}.lora_B.weight"), (out, spec.rank))?,
-            ))
-        };
-        let method = match config.kind {
-            AdapterKind::Lora => {
-                let (a, b) = factors(reader)?;
-                Method::Lora(Lora::from_factors(spec, shape, a, b)?)
-            }
-            AdapterKind::Dora => {
-                let (a, b) = factors(reader)?;
-                let mut name = format!("{prefix}.lora_magnitude_vector");
-                if !reader.file.contains(&name) && reader.file.contains(&format!("{name}.weight")) {
-                    name += ".weight";
-                }
-                let magnitude = Array2::from_shape_vec((1, out), reader.vector(name.clone())?).map_err(|_| {
-                    reader.file.malformed(format!("tensor {name}"), format!("{out} entries"), "another number")
-                })?;
-                Method::Dora(Dora::from_factors(spec, config.true_derivative, shape, [a, b, magnitude])?)
-            }
-            AdapterKind::Moslora => {
-                let (a, b) = factors(reader)?;
-                let mixer = reader.matrix(format!("{prefix}.lora_mixer.weight"), (spec.rank, spec.rank))?;
-                Method::Moslora(Moslora::from_factors(spec, shape, [a, b, mixer])?)
-            }
-            AdapterKind::Paca => {
-                let index = reader.indices(format!("{prefix}.paca_index"))?;
-                let columns = reader.matrix(format!("{prefix}.paca_columns"), (out, index.len()))?;
-                let name = format!("{prefix}.paca_scaling");
-                let scaling = reader.vector::<f64>(name.clone())?;
-                let [scaling] = scaling[..] else {
-                    let found = format!("{} entries", scaling.len());
-                    return Err(reader.file.malformed(format!("tensor {name}"), "one number", found));
-                };
-                let mut paca = Paca::from_index(index, scaling, &projection.base).map_err(|e| {
-                    reader.file.malformed(
-                        format!("adapter of {prefix}"),
-                        "distinct columns of the weight",
-                        e.to_string(),
-                    )
-                })?;
-                paca.put(columns, &mut projection.base);
-                Method::Paca(paca)
-            }
-            AdapterKind::S2ft => {
-                let range = reader.indices(format!("{prefix}.s2ft_range"))?;
-                let [start, end] = range[..] else {
-                    let found = format!("{} entries", range.len());
-                    return Err(reader.file.malformed(format!("tensor {prefix}.s2ft_range"), "start and end", found));
-                };
-                let weight = projection.base.dense_mut("s2ft")?;
-                let slice = super::s2ft::new_slice(p, start..end, weight.view()).map_err(|e| {
-                    reader.file.malformed(format!("tensor {prefix}.s2ft_range"), "a range of the weight", e.to_string())
-                })?;
-                let values = reader.matrix(format!("{prefix}.s2ft_slice"), slice.shape(shape))?;
-                slice.of_mut(weight).assign(&values);
-                Method::S2ft(slice)
-            }
-        };
-        projection.method = method;
+        projection.method = Method::load(config.kind, &settings, &mut projection.base, &mut from)?;
         Ok(())
     }
 
@@ -243,44 +248,16 @@ impl<T: Real> Model<T> {
             for p in Projection::ALL {
                 let projection = layer.projection(p);
                 let prefix = format!("{}.{}", layer_prefix(l), p.path());
-                let shape = projection.shape();
-                let (found, spec) = match &projection.method {
-                    Method::Frozen => continue,
-                    Method::Full => {
-                        return Err(Error::invalid(prefix, "full", "is a whole weight; write a checkpoint instead"));
-                    }
-                    Method::Lora(m) => {
-                        write_factors(&mut writer, &prefix, &m.a, &m.b);
-                        (AdapterKind::Lora, m.spec)
-                    }
-                    Method::Dora(m) => {
-                        write_factors(&mut writer, &prefix, &m.a, &m.b);
-                        let name = format!("{prefix}.lora_magnitude_vector");
-                        writer.tensor(&name, &[m.magnitude.len()], m.magnitude.iter().copied());
-                        true_derivative |= m.true_derivative;
-                        (AdapterKind::Dora, m.spec)
-                    }
-                    Method::Moslora(m) => {
-                        write_factors(&mut writer, &prefix, &m.a, &m.b);
-                        writer.matrix(&format!("{prefix}.lora_mixer.weight"), m.mixer.view());
-                        (AdapterKind::Moslora, m.spec)
-                    }
-                    Method::Paca(m) => {
-                        let columns = if m.active { m.columns(&projection.base) } else { m.inactive.clone() };
-                        write_indices(&mut writer, &format!("{prefix}.paca_index"), &m.index);
-                        writer.matrix(&format!("{prefix}.paca_columns"), columns.view());
-                        writer.tensor(&format!("{prefix}.paca_scaling"), &[1], [m.scaling]);
-                        (AdapterKind::Paca, LoraSpec::default())
-                    }
-                    Method::S2ft(m) => {
-                        let dense = projection.base.dense();
-                        let values = if m.active { m.of(&dense.view()).to_owned() } else { m.original.clone() };
-                        write_indices(&mut writer, &format!("{prefix}.s2ft_range"), &[m.range.start, m.range.end]);
-                        debug_assert_eq!(values.dim(), m.shape(shape));
-                        writer.matrix(&format!("{prefix}.s2ft_slice"), values.view());
-                        (AdapterKind::S2ft, LoraSpec::default())
-                    }
-                };
+                let mut to = Written { writer: &mut writer, prefix: &prefix };
+                let written = projection.method.save(&projection.base, &mut to);
+                let written = written.map_err(|_| {
+                    let requirement = "is a whole weight; write a checkpoint instead";
+                    Error::invalid(&prefix, projection.method.name(), requirement)
+                })?;
+                let Some((found, spec)) = written else { continue };
+                if let Method::Dora(dora) = &projection.method {
+                    true_derivative |= dora.true_derivative;
+                }
                 if *kind.get_or_insert(found) != found {
                     let requirement = format!("one adapter folder holds one method; others are {kind:?}");
                     return Err(Error::invalid(prefix, projection.method.name(), requirement));

@@ -120,7 +120,7 @@ pub(super) fn attach_one<T: Real>(
             Method::Dora(Dora::init(spec, true_derivative, projection.base.dense().view(), rng)?)
         }
         MethodSpec::Moslora { spec, mixer } => Method::Moslora(Moslora::init(spec, mixer, shape, rng)?),
-        MethodSpec::Paca(spec) => Method::Paca(Paca::init(spec, &projection.base, scores, rng)?),
+        MethodSpec::Paca(spec) => Method::Paca(Paca::init(spec, &mut projection.base, scores, rng)?),
     };
     Ok(())
 }

@@ -74,7 +74,7 @@ impl<T: Real> Model<T> {
                 add(&[Projection::Gate, Projection::Up], &cache.normed_middle);
                 add(&[Projection::Down], &cache.gated);
             }
-            probe.backward(batch, pass, &mut gradients, cost)?;
+            probe.backward(pass, &mut gradients, cost)?;
         }
         let root = |values: &[f64]| values.iter().map(|x| T::of(x.sqrt())).collect::<Vec<T>>();
         let layers = gradients

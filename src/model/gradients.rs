@@ -1,70 +1,75 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
-use super::parameters::{Model, Projection};
+use super::parameters::{ModelOn, Projection};
 use crate::linalg::scratch::fill_zero;
 use crate::linalg::{Real, Scratch, on_workers};
+use crate::ops::{Cpu, Ops};
 use ndarray::{Array2, ArrayView2};
 
 /// Sinks of one layer.
 #[derive(Debug, Clone)]
-pub struct LayerGradients<T> {
+pub struct LayerGradientsOn<E: Ops> {
     /// Gain of the norm before attention, `1 x D`.
-    pub input_norm: Option<Array2<T>>,
+    pub input_norm: Option<E::Sink>,
     /// Gain of the norm before the feed-forward part, `1 x D`.
-    pub post_attention_norm: Option<Array2<T>>,
+    pub post_attention_norm: Option<E::Sink>,
     /// Trainable tensors of each projection in the order of [`Projection::ALL`].
-    pub projections: [Vec<Array2<T>>; 7],
+    pub projections: [Vec<E::Sink>; 7],
     names: [&'static [&'static str]; 7],
 }
 
-/// Sinks of a model, and the working memory of its steps. They accumulate until [`Gradients::fill_zero`]; keep one
-/// value over the steps of a training, so that each step reuses the buffers of the last.
+/// Sinks of a model on some engine. They accumulate until they are zeroed or dropped.
 #[derive(Debug, Clone)]
-pub struct Gradients<T> {
+pub struct GradientsOn<E: Ops> {
     /// Embedding table (with the output projection's part when tied).
-    pub embedding: Option<Array2<T>>,
+    pub embedding: Option<E::Sink>,
     /// One entry per layer.
-    pub layers: Vec<LayerGradients<T>>,
+    pub layers: Vec<LayerGradientsOn<E>>,
     /// Gain of the last norm, `1 x D`.
-    pub final_norm: Option<Array2<T>>,
+    pub final_norm: Option<E::Sink>,
     /// Output projection when not tied.
-    pub lm_head: Option<Array2<T>>,
-    /// Working memory of a step, kept for the next one.
-    pub(super) scratch: Scratch<T>,
+    pub lm_head: Option<E::Sink>,
+    /// The engine with its working memory, kept for the next step.
+    pub(crate) engine: E,
 }
 
-impl<T: Real> Gradients<T> {
-    pub(super) fn zeros(model: &Model<T>) -> Self {
+/// Sinks of one layer on the processor.
+pub type LayerGradients<T> = LayerGradientsOn<Cpu<T>>;
+
+/// Sinks of a model on the processor, and the working memory of its steps. They accumulate until
+/// [`Gradients::fill_zero`]; keep one value over the steps of a training, so that each step reuses the buffers of the last.
+pub type Gradients<T> = GradientsOn<Cpu<T>>;
+
+impl<E: Ops> GradientsOn<E> {
+    /// Zeroed sinks for what a model trains.
+    pub(crate) fn zeros(model: &ModelOn<E>, engine: E) -> Self {
         let width = model.config.hidden_size;
         let parts = model.trainable;
-        let gain = || parts.norms.then(|| Array2::zeros((1, width)));
+        let gain = || parts.norms.then(|| engine.sink((1, width)));
         let layers = model
             .layers
             .iter()
-            .map(|layer| LayerGradients {
+            .map(|layer| LayerGradientsOn {
                 input_norm: gain(),
                 post_attention_norm: gain(),
-                projections: Projection::ALL
-                    .map(|p| layer.projection(p).trainable_shapes().into_iter().map(Array2::zeros).collect()),
+                projections: Projection::ALL.map(|p| {
+                    layer.projection(p).trainable_shapes().into_iter().map(|shape| engine.sink(shape)).collect()
+                }),
                 names: Projection::ALL.map(|p| layer.projection(p).method.trainable_names()),
             })
             .collect();
-        Self {
-            embedding: parts.embedding.then(|| Array2::zeros(model.embedding.dim())),
-            layers,
-            final_norm: gain(),
-            lm_head: model.lm_head.as_ref().filter(|_| parts.lm_head).map(|head| Array2::zeros(head.dim())),
-            scratch: Scratch::default(),
-        }
+        let final_norm = gain();
+        let table = |wanted: bool, table: Option<&E::Matrix>| {
+            table.filter(|_| wanted).map(|table| engine.sink(E::shape(table)))
+        };
+        let (embedding, lm_head) =
+            (table(parts.embedding, Some(&model.embedding)), table(parts.lm_head, model.lm_head.as_ref()));
+        Self { embedding, layers, final_norm, lm_head, engine }
     }
 
-    /// Every buffer with its tensor's name, in the order of [`Model::update`].
-    pub fn named(&self) -> Vec<(String, ArrayView2<'_, T>)> {
-        self.tensors().into_iter().map(|(name, array)| (name, array.view())).collect()
-    }
-
-    pub(super) fn tensors(&self) -> Vec<(String, &Array2<T>)> {
-        let mut all: Vec<(String, &Array2<T>)> = Vec::new();
+    /// Every sink with its tensor's name, in the order of [`ModelOn::for_each_trainable_on`].
+    pub(crate) fn sinks(&self) -> Vec<(String, &E::Sink)> {
+        let mut all: Vec<(String, &E::Sink)> = Vec::new();
         all.extend(self.embedding.as_ref().map(|g| ("model.embed_tokens.weight".into(), g)));
         for (l, layer) in self.layers.iter().enumerate() {
             let prefix = format!("model.layers.{l}");
@@ -82,8 +87,8 @@ impl<T: Real> Gradients<T> {
         all
     }
 
-    /// Calls `change` on every buffer, in the same order.
-    pub fn for_each_mut(&mut self, mut change: impl FnMut(&mut Array2<T>)) {
+    /// Calls `change` on every sink, in the same order.
+    pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
         self.embedding.iter_mut().for_each(&mut change);
         for layer in &mut self.layers {
             layer.input_norm.iter_mut().for_each(&mut change);
@@ -92,6 +97,18 @@ impl<T: Real> Gradients<T> {
         }
         self.final_norm.iter_mut().for_each(&mut change);
         self.lm_head.iter_mut().for_each(&mut change);
+    }
+}
+
+impl<T: Real> Gradients<T> {
+    /// Every buffer with its tensor's name, in the order of [`super::Model::update`].
+    pub fn named(&self) -> Vec<(String, ArrayView2<'_, T>)> {
+        self.sinks().into_iter().map(|(name, array)| (name, array.view())).collect()
+    }
+
+    /// Calls `change` on every buffer, in the same order.
+    pub fn for_each_mut(&mut self, change: impl FnMut(&mut Array2<T>)) {
+        self.for_each_sink(change);
     }
 
     /// Zeroes every buffer.
@@ -111,22 +128,22 @@ impl<T: Real> Gradients<T> {
 
     /// Bytes of working memory held for the next step; [`Gradients::release_scratch`] frees them.
     pub fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes()
+        self.engine.scratch.bytes()
     }
 
     /// Frees the working memory, for instance before an evaluation.
     pub fn release_scratch(&mut self) {
-        self.scratch = Scratch::default();
+        self.engine.scratch = Scratch::default();
     }
 
     /// Euclidean norm over all buffers, summed in double precision.
     pub fn norm(&self) -> f64 {
         let square = |g: &Array2<T>| g.iter().map(|x| x.widen() * x.widen()).sum::<f64>();
-        self.tensors().iter().map(|(_, g)| square(g)).sum::<f64>().sqrt()
+        self.sinks().iter().map(|(_, g)| square(g)).sum::<f64>().sqrt()
     }
 
     /// (name, bytes) of every buffer, for a memory ledger.
     pub fn bytes_by_name(&self) -> Vec<(String, usize)> {
-        self.tensors().into_iter().map(|(name, g)| (name, g.len() * size_of::<T>())).collect()
+        self.sinks().into_iter().map(|(name, g)| (name, g.len() * size_of::<T>())).collect()
     }
 }

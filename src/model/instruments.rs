@@ -1,7 +1,9 @@
 //! Looking into a step, and changing it, at named points: how validation records hidden states, imitates the rounding
 //! of a trainer's precision, and computes what a known fault would give.
 
-use ndarray::Array2;
+use super::parameters::Projection;
+use crate::error::Result;
+use crate::ops::{Cpu, Ops};
 use std::fmt;
 
 /// A tensor between two blocks.
@@ -55,11 +57,17 @@ pub struct Place {
 /// A function that sees each tensor of a step when it has just been computed, and may change it.
 ///
 /// It is called on the thread that runs the step. State it keeps is its own business (a `RefCell`).
-pub type Tap<'a, T> = &'a dyn Fn(Place, &mut Array2<T>);
+pub type TapOn<'a, E> = &'a dyn Fn(Place, &mut <E as Ops>::Matrix);
+
+/// A tap on the processor.
+pub type Tap<'a, T> = TapOn<'a, Cpu<T>>;
+
+/// `(engine, (layer, projection), x, y)`: adds to the output y, `N x out`, of a projection with input x, `N x in`.
+pub type AddToOutput<'a, E> =
+    &'a dyn Fn(&mut E, (usize, Projection), &<E as Ops>::Matrix, &mut <E as Ops>::Matrix) -> Result<()>;
 
 /// Deviations of a step from the ordinary one; the default deviates in nothing.
-#[derive(Clone, Copy)]
-pub struct Instruments<'a, T> {
+pub struct InstrumentsOn<'a, E: Ops> {
     /// Factor of the scores in place of 1 / sqrt(head_dim).
     pub scale: Option<f64>,
     /// Tokens after its own that a query sees.
@@ -67,24 +75,37 @@ pub struct Instruments<'a, T> {
     /// (row, label) pairs of the loss in place of those that the labels give.
     pub targets: Option<&'a [(usize, usize)]>,
     /// Sees every tensor.
-    pub tap: Option<Tap<'a, T>>,
+    pub tap: Option<TapOn<'a, E>>,
+    /// Added to every projection's output, in forwards that save nothing.
+    pub extra: Option<AddToOutput<'a, E>>,
 }
 
-impl<T> Default for Instruments<'_, T> {
+/// Instruments on the processor.
+pub type Instruments<'a, T> = InstrumentsOn<'a, Cpu<T>>;
+
+impl<E: Ops> Default for InstrumentsOn<'_, E> {
     fn default() -> Self {
-        Self { scale: None, ahead: 0, targets: None, tap: None }
+        Self { scale: None, ahead: 0, targets: None, tap: None, extra: None }
     }
 }
 
-impl<T> Instruments<'_, T> {
-    pub(super) fn tap(&self, layer: Option<usize>, point: Point, gradient: bool, tensor: &mut Array2<T>) {
+impl<E: Ops> Clone for InstrumentsOn<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E: Ops> Copy for InstrumentsOn<'_, E> {}
+
+impl<E: Ops> InstrumentsOn<'_, E> {
+    pub(super) fn tap(&self, layer: Option<usize>, point: Point, gradient: bool, tensor: &mut E::Matrix) {
         if let Some(tap) = self.tap {
             tap(Place { layer, point, gradient }, tensor);
         }
     }
 }
 
-impl<T> fmt::Debug for Instruments<'_, T> {
+impl<E: Ops> fmt::Debug for InstrumentsOn<'_, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Instruments").field("scale", &self.scale).field("ahead", &self.ahead).finish_non_exhaustive()
     }

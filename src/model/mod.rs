@@ -47,21 +47,20 @@ mod config;
 mod gradients;
 mod instruments;
 mod layer;
-mod llama;
 mod parameters;
 pub mod s2ft;
+mod step;
 pub mod update;
 
 pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
 pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
-pub use gradients::{Gradients, LayerGradients};
-pub use instruments::{Instruments, Place, Point, Tap};
+pub use gradients::{Gradients, GradientsOn, LayerGradients, LayerGradientsOn};
+pub use instruments::{AddToOutput, Instruments, InstrumentsOn, Place, Point, Tap, TapOn};
+pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
+pub use parameters::{Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
+pub(crate) use step::attention_shape;
+pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]
-pub(crate) use layer::LayerNeeds;
-pub use layer::{Layer, LayerCache};
-pub use llama::Pass;
-#[cfg(feature = "gpu")]
-pub(crate) use llama::{divisor, rope_table};
-pub use parameters::{Model, Projection, ReadValues, Trainable, TrainableParts};
+pub(crate) use step::{divisor, rope_table};

@@ -2,14 +2,14 @@
 
 use super::config::ModelConfig;
 use super::gradients::Gradients;
-use super::layer::Layer;
-use crate::adapters::{AdaptedLinear, Method};
+use super::layer::{Layer, LayerOn};
+use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::ops::{Cpu, Ops};
 use ndarray::{Array1, Array2};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
-use std::collections::BTreeMap;
 
 /// The seven projections of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,27 +87,25 @@ pub struct TrainableParts {
 /// Gives a trained tensor's values by its name and shape.
 pub type ReadValues<'a, T> = dyn FnMut(&str, (usize, usize)) -> Result<Array2<T>> + 'a;
 
-/// Name of a projection's trained columns.
-fn paca_columns(layer: usize, p: Projection) -> String {
-    format!("model.layers.{layer}.{}.paca_columns", p.path())
-}
-
-/// A decoder with its adapters.
+/// A decoder with its adapters, on some engine.
 #[derive(Debug, Clone)]
-pub struct Model<T> {
+pub struct ModelOn<E: Ops> {
     /// Sizes.
     pub config: ModelConfig,
     /// Embedding table, `V x D`.
-    pub embedding: Array2<T>,
+    pub embedding: E::Matrix,
     /// Layers.
-    pub layers: Vec<Layer<T>>,
+    pub layers: Vec<LayerOn<E>>,
     /// Gain of the last norm.
-    pub final_norm: Array1<T>,
+    pub final_norm: E::Vector,
     /// Output projection, `V x D`; `None` when tied to the embedding.
-    pub lm_head: Option<Array2<T>>,
+    pub lm_head: Option<E::Matrix>,
     /// What is trained outside the projections.
     pub trainable: TrainableParts,
 }
+
+/// A decoder with its adapters on the processor.
+pub type Model<T> = ModelOn<Cpu<T>>;
 
 /// A trainable tensor with its gradient, as an optimizer sees it.
 pub struct Trainable<'a, T> {
@@ -117,6 +115,198 @@ pub struct Trainable<'a, T> {
     pub values: &'a mut Array2<T>,
     /// The gradient.
     pub gradient: &'a Array2<T>,
+}
+
+/// What holds trained tensors.
+enum Trained<'a, E: Ops> {
+    Matrix(&'a mut E::Matrix),
+    Gain(&'a mut E::Vector),
+    Projection(&'a mut LinearOn<E>),
+}
+
+/// Sees what holds trained tensors, by name.
+type See<'a, E> = &'a mut dyn FnMut(&mut E, &str, Trained<'_, E>) -> Result<()>;
+
+impl<E: Ops> ModelOn<E> {
+    /// Full fine-tuning: every tensor is trained.
+    pub fn train_fully(&mut self) {
+        self.trainable = TrainableParts { embedding: true, norms: true, lm_head: true };
+        for layer in &mut self.layers {
+            for p in Projection::ALL {
+                layer.projection_mut(p).method = MethodOn::Full;
+            }
+        }
+    }
+
+    /// Ends full fine-tuning: the weights stay as they are and nothing but adapters is trained from now on.
+    pub fn freeze(&mut self) {
+        self.trainable = TrainableParts::default();
+        for layer in &mut self.layers {
+            for p in Projection::ALL {
+                let method = &mut layer.projection_mut(p).method;
+                if matches!(method, MethodOn::Full) {
+                    *method = MethodOn::Frozen;
+                }
+            }
+        }
+    }
+
+    /// The output projection.
+    pub fn head(&self) -> &E::Matrix {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Number of trained numbers.
+    pub fn trainable_elements(&self) -> usize {
+        let parts = self.trainable;
+        let elements = |x: &E::Matrix| {
+            let (rows, columns) = E::shape(x);
+            rows * columns
+        };
+        let gains = if parts.norms { (2 * self.layers.len() + 1) * self.config.hidden_size } else { 0 };
+        let table = if parts.embedding { elements(&self.embedding) } else { 0 };
+        let head = if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
+        let adapters: usize = self
+            .layers
+            .iter()
+            .flat_map(|layer| Projection::ALL.map(|p| layer.projection(p).trainable_shapes()))
+            .flatten()
+            .map(|(rows, columns)| rows * columns)
+            .sum();
+        gains + table + head + adapters
+    }
+
+    /// Calls `change` on every trainable tensor by name and puts the result in effect.
+    ///
+    /// Order: embedding; per layer the first gain, projections in the order of [`Projection::ALL`], the second
+    /// gain; last gain; output projection.
+    ///
+    /// # Errors
+    /// What `change` returns.
+    pub fn for_each_trainable_on(
+        &mut self,
+        e: &mut E,
+        change: &mut dyn FnMut(&str, &mut E::Matrix) -> Result<()>,
+    ) -> Result<()> {
+        self.visit(e, &mut |e, name, tensor| match tensor {
+            Trained::Matrix(values) => change(name, values),
+            Trained::Gain(gain) => {
+                let mut row = e.row(gain);
+                let outcome = change(name, &mut row);
+                e.put_row(gain, row);
+                outcome
+            }
+            Trained::Projection(projection) => {
+                projection.update_on(e, &mut |tensor, values| change(&format!("{name}.{tensor}"), values))
+            }
+        })
+    }
+
+    /// Everything that holds trained tensors, in the order of [`ModelOn::for_each_trainable_on`].
+    fn visit(&mut self, e: &mut E, see: See<'_, E>) -> Result<()> {
+        let parts = self.trainable;
+        if parts.embedding {
+            see(e, "model.embed_tokens.weight", Trained::Matrix(&mut self.embedding))?;
+        }
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let prefix = format!("model.layers.{l}");
+            if parts.norms {
+                see(e, &format!("{prefix}.input_layernorm.weight"), Trained::Gain(&mut layer.input_norm))?;
+            }
+            for p in Projection::ALL.into_iter() {
+                let name = format!("{prefix}.{}", p.path());
+                see(e, &name, Trained::Projection(layer.projection_mut(p)))?;
+            }
+            if parts.norms {
+                let name = format!("{prefix}.post_attention_layernorm.weight");
+                see(e, &name, Trained::Gain(&mut layer.post_attention_norm))?;
+            }
+        }
+        if parts.norms {
+            see(e, "model.norm.weight", Trained::Gain(&mut self.final_norm))?;
+        }
+        if let (Some(head), true) = (&mut self.lm_head, parts.lm_head) {
+            see(e, "lm_head.weight", Trained::Matrix(head))?;
+        }
+        Ok(())
+    }
+
+    /// Copies of the trained tensors by name, made by `values` where they belong to a projection.
+    fn trained_copies(
+        &self,
+        e: &mut E,
+        values: impl Fn(&LinearOn<E>, &mut E) -> Vec<E::Matrix>,
+    ) -> Vec<(String, E::Matrix)> {
+        let parts = self.trainable;
+        let mut all = Vec::new();
+        if parts.embedding {
+            all.push(("model.embed_tokens.weight".into(), self.embedding.clone()));
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{l}");
+            if parts.norms {
+                all.push((format!("{prefix}.input_layernorm.weight"), e.row(&layer.input_norm)));
+            }
+            for p in Projection::ALL {
+                let projection = layer.projection(p);
+                let names = projection.method.trainable_names().iter();
+                let named = names.zip(values(projection, e));
+                all.extend(named.map(|(name, values)| (format!("{prefix}.{}.{name}", p.path()), values)));
+            }
+            if parts.norms {
+                let name = format!("{prefix}.post_attention_layernorm.weight");
+                all.push((name, e.row(&layer.post_attention_norm)));
+            }
+        }
+        if parts.norms {
+            all.push(("model.norm.weight".into(), e.row(&self.final_norm)));
+        }
+        if parts.lm_head {
+            all.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".into(), head.clone())));
+        }
+        all
+    }
+
+    /// Copies of the trained values as they act. PaCA's are taken from the weight itself: its stored tensor is the
+    /// weight over a scaling, and a division followed by a product need not return the same bits.
+    pub fn acting_values_on(&self, e: &mut E) -> Vec<(String, E::Matrix)> {
+        self.trained_copies(e, |projection, e| projection.acting_values(e))
+    }
+
+    /// Puts values as [`ModelOn::acting_values_on`] gives them; `read` gets each tensor's name and shape.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    pub fn put_acting_values_on(
+        &mut self,
+        e: &mut E,
+        read: &mut dyn FnMut(&str, (usize, usize)) -> Result<E::Matrix>,
+    ) -> Result<()> {
+        self.visit(e, &mut |e, name, tensor| {
+            match tensor {
+                Trained::Matrix(values) => *values = read(name, E::shape(values))?,
+                Trained::Gain(gain) => {
+                    let shape = E::shape(&e.row(gain));
+                    e.put_row(gain, read(name, shape)?);
+                }
+                Trained::Projection(projection) => {
+                    let names = projection.method.trainable_names().iter();
+                    let named = names.zip(projection.trainable_shapes());
+                    let values = named.map(|(tensor, shape)| read(&format!("{name}.{tensor}"), shape));
+                    let values = values.collect::<Result<Vec<_>>>()?;
+                    projection.put_acting(e, values)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
+    pub(crate) fn trained_below(&self, index: usize) -> bool {
+        self.trainable.embedding
+            || (index > 0 && self.trainable.norms)
+            || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
+    }
 }
 
 impl<T: Real> Model<T> {
@@ -156,104 +346,17 @@ impl<T: Real> Model<T> {
         Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
     }
 
-    /// Full fine-tuning: every tensor is trained.
-    pub fn train_fully(&mut self) {
-        self.trainable = TrainableParts { embedding: true, norms: true, lm_head: true };
-        for layer in &mut self.layers {
-            for p in Projection::ALL {
-                layer.projection_mut(p).method = Method::Full;
-            }
-        }
-    }
-
-    /// Ends full fine-tuning: the weights stay as they are and nothing but adapters is trained from now on.
-    pub fn freeze(&mut self) {
-        self.trainable = TrainableParts::default();
-        for layer in &mut self.layers {
-            for p in Projection::ALL {
-                let method = &mut layer.projection_mut(p).method;
-                if matches!(method, Method::Full) {
-                    *method = Method::Frozen;
-                }
-            }
-        }
-    }
-
-    /// The output projection.
-    pub fn head(&self) -> &Array2<T> {
-        self.lm_head.as_ref().unwrap_or(&self.embedding)
-    }
-
     /// Zeroed sinks for every trainable tensor.
     pub fn zero_gradients(&self) -> Gradients<T> {
-        Gradients::zeros(self)
-    }
-
-    /// Number of trained numbers.
-    pub fn trainable_elements(&self) -> usize {
-        let parts = self.trainable;
-        let gains = if parts.norms { (2 * self.layers.len() + 1) * self.config.hidden_size } else { 0 };
-        let table = if parts.embedding { self.embedding.len() } else { 0 };
-        let head = if parts.lm_head { self.lm_head.as_ref().map_or(0, Array2::len) } else { 0 };
-        let adapters: usize = self
-            .layers
-            .iter()
-            .flat_map(|layer| Projection::ALL.map(|p| layer.projection(p).trainable_shapes()))
-            .flatten()
-            .map(|(rows, columns)| rows * columns)
-            .sum();
-        gains + table + head + adapters
-    }
-
-    /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
-    pub(crate) fn trained_below(&self, index: usize) -> bool {
-        self.trainable.embedding
-            || (index > 0 && self.trainable.norms)
-            || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
+        Gradients::zeros(self, Cpu::default())
     }
 
     /// Calls `change` on every trainable tensor by name, as a contiguous array, and writes the result back.
     ///
-    /// Order: embedding; per layer the first gain, projections in the order of [`Projection::ALL`], the second
-    /// gain; last gain; output projection.
-    ///
     /// # Errors
-    /// What `change` returns.
+    /// As [`ModelOn::for_each_trainable_on`].
     pub fn for_each_trainable(&mut self, change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>) -> Result<()> {
-        let parts = self.trainable;
-        let gain = |name: &str, gain: &mut Array1<T>, change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>| {
-            let mut row = gain.view().insert_axis(ndarray::Axis(0)).to_owned();
-            let outcome = change(name, &mut row);
-            gain.assign(&row.row(0));
-            outcome
-        };
-        if parts.embedding {
-            change("model.embed_tokens.weight", &mut self.embedding)?;
-        }
-        for (l, layer) in self.layers.iter_mut().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            if parts.norms {
-                gain(&format!("{prefix}.input_layernorm.weight"), &mut layer.input_norm, change)?;
-            }
-            for p in Projection::ALL {
-                layer
-                    .projection_mut(p)
-                    .update(&mut |tensor, values| change(&format!("{prefix}.{}.{tensor}", p.path()), values))?;
-            }
-            if parts.norms {
-                let name = format!("{prefix}.post_attention_layernorm.weight");
-                gain(&name, &mut layer.post_attention_norm, change)?;
-            }
-        }
-        if parts.norms {
-            gain("model.norm.weight", &mut self.final_norm, change)?;
-        }
-        if parts.lm_head
-            && let Some(head) = &mut self.lm_head
-        {
-            change("lm_head.weight", head)?;
-        }
-        Ok(())
+        self.for_each_trainable_on(&mut Cpu::default(), change)
     }
 
     /// As [`Model::for_each_trainable`], each tensor with its gradient: the interface of an optimizer.
@@ -265,7 +368,7 @@ impl<T: Real> Model<T> {
         gradients: &Gradients<T>,
         change: &mut dyn FnMut(Trainable<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let tensors = gradients.tensors();
+        let tensors = gradients.sinks();
         let mut sinks = tensors.iter();
         let wrong = |name: &str| Error::invalid("gradients", name, "were made for other trainable tensors");
         self.for_each_trainable(&mut |name, values| match sinks.next() {
@@ -284,83 +387,20 @@ impl<T: Real> Model<T> {
     ///
     /// Values are gathered without being written back, so the model is not touched.
     pub fn trainable_values(&self) -> Vec<(String, Array2<T>)> {
-        let parts = self.trainable;
-        let gain = |name: String, gain: &Array1<T>| (name, gain.view().insert_axis(ndarray::Axis(0)).to_owned());
-        let mut all = Vec::new();
-        if parts.embedding {
-            all.push(("model.embed_tokens.weight".into(), self.embedding.clone()));
-        }
-        for (l, layer) in self.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            if parts.norms {
-                all.push(gain(format!("{prefix}.input_layernorm.weight"), &layer.input_norm));
-            }
-            for p in Projection::ALL {
-                let projection = layer.projection(p);
-                let names = projection.method.trainable_names().iter();
-                let named = names.zip(projection.trainable_values());
-                all.extend(named.map(|(name, values)| (format!("{prefix}.{}.{name}", p.path()), values)));
-            }
-            if parts.norms {
-                all.push(gain(format!("{prefix}.post_attention_layernorm.weight"), &layer.post_attention_norm));
-            }
-        }
-        if parts.norms {
-            all.push(gain("model.norm.weight".into(), &self.final_norm));
-        }
-        if parts.lm_head {
-            all.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".into(), head.clone())));
-        }
-        all
+        self.trained_copies(&mut Cpu::default(), |projection, e| projection.values(e))
     }
 
-    /// Copies of the trained values as they act. PaCA's are taken from the weight itself: its stored tensor is the
-    /// weight over a scaling, and a division followed by a product need not return the same bits.
+    /// As [`ModelOn::acting_values_on`].
     pub fn acting_values(&self) -> Vec<(String, Array2<T>)> {
-        let mut all = self.trainable_values();
-        let mut columns = BTreeMap::new();
-        for (l, layer) in self.layers.iter().enumerate() {
-            for p in Projection::ALL {
-                let projection = layer.projection(p);
-                if let Method::Paca(paca) = &projection.method {
-                    columns.insert(paca_columns(l, p), paca.columns(&projection.base));
-                }
-            }
-        }
-        for (name, values) in &mut all {
-            if let Some(columns) = columns.remove(name) {
-                *values = columns;
-            }
-        }
-        all
+        self.acting_values_on(&mut Cpu::default())
     }
 
-    /// Puts values as [`Model::acting_values`] gives them; `read` gets each tensor's name and shape.
+    /// As [`ModelOn::put_acting_values_on`].
     ///
     /// # Errors
     /// What `read` returns.
     pub fn put_acting_values(&mut self, read: &mut ReadValues<'_, T>) -> Result<()> {
-        let mut columns = BTreeMap::new();
-        self.for_each_trainable(&mut |name, values| {
-            let found = read(name, values.dim())?;
-            if name.ends_with(".paca_columns") {
-                columns.insert(name.to_string(), found);
-            } else {
-                *values = found;
-            }
-            Ok(())
-        })?;
-        for (l, layer) in self.layers.iter_mut().enumerate() {
-            for p in Projection::ALL {
-                let projection = layer.projection_mut(p);
-                if let (Method::Paca(paca), Some(values)) =
-                    (&mut projection.method, columns.remove(&paca_columns(l, p)))
-                {
-                    paca.put(values, &mut projection.base);
-                }
-            }
-        }
-        Ok(())
+        self.put_acting_values_on(&mut Cpu::default(), read)
     }
 
     /// Bytes held at rest: (weights, adapter tensors beside them).
@@ -372,6 +412,6 @@ impl<T: Real> Model<T> {
             + 2 * self.layers.len() * self.config.hidden_size;
         let projections = || self.layers.iter().flat_map(|l| Projection::ALL.map(|p| l.projection(p)));
         let weights: usize = projections().map(|p| p.base.bytes()).sum();
-        (outside * single + weights, projections().map(AdaptedLinear::adapter_bytes).sum())
+        (outside * single + weights, projections().map(LinearOn::held).sum::<usize>() * single)
     }
 }

@@ -20,7 +20,7 @@ use crate::adapters::selection::{ColumnRule, Score, rank};
 use crate::adapters::{BaseWeight, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, Axis};
 use rand::Rng;
 use std::ops::Range;
 
@@ -118,12 +118,8 @@ fn unit_width(p: Projection, config: &ModelConfig) -> usize {
     }
 }
 
-/// A slice of a projection by rows or columns, the side following from the projection.
-pub(super) fn new_slice<T: Real>(p: Projection, range: Range<usize>, weight: ArrayView2<T>) -> Result<S2ftSlice<T>> {
-    S2ftSlice::new(side_of(p), range, weight)
-}
-
-fn side_of(p: Projection) -> Side {
+/// Which side of a projection a slice cuts.
+pub(super) fn side_of(p: Projection) -> Side {
     if matches!(p, Projection::Output | Projection::Down) { Side::Input } else { Side::Output }
 }
 
@@ -202,7 +198,7 @@ impl<T: Real> Layer<T> {
         let BaseWeight::Dense(weight) = &projection.base else {
             return Err(Error::invalid("method", "s2ft", "trains the base weight, which is packed"));
         };
-        let slice = new_slice(p, units.start * width..units.end * width, weight.view())?;
+        let slice = S2ftSlice::new(side_of(p), units.start * width..units.end * width, weight.view())?;
         projection.method = Method::S2ft(slice);
         Ok(())
     }

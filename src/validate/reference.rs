@@ -229,13 +229,18 @@ impl Case {
                 .filter(|(row, _)| inside.contains(row))
                 .map(|&(row, label)| (row - first, label))
                 .collect();
-            let instruments =
-                Instruments { scale: variant.scale, ahead: variant.ahead, targets: Some(&targets), tap: Some(&tap) };
+            let instruments = Instruments {
+                scale: variant.scale,
+                ahead: variant.ahead,
+                targets: Some(&targets),
+                tap: Some(&tap),
+                ..Instruments::default()
+            };
             let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: false };
             let part = rows_of(batch, range)?;
             let mut cost = Cost::default();
             let pass = forward.forward_with(&part, &options, &instruments, &mut gradients, &mut cost)?;
-            let output = backward.backward_with(&part, pass, &instruments, &mut gradients, &mut cost)?;
+            let output = backward.backward_with(pass, &instruments, &mut gradients, &mut cost)?;
             evidence.loss += output.loss / scale;
         }
         if tied_cast && let (Some(head), Some(embedding)) = (gradients.lm_head.take(), &mut gradients.embedding) {

@@ -20,7 +20,7 @@ pub use slice::{SlicePlace, SliceUpdate};
 
 /// W' - W of one projection.
 #[derive(Debug, Clone)]
-pub enum WeightUpdate<T> {
+pub enum WeightUpdate<T: Real> {
     /// Some rows or columns.
     Slice(SliceUpdate<T>),
     /// s B A.

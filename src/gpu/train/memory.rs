@@ -95,7 +95,6 @@ fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
             numbers += match &projection.method {
                 Method::Frozen | Method::Full => 0,
                 Method::Paca(paca) => paca.index.len(),
-                Method::S2ft(slice) if slice.side == crate::adapters::s2ft::Side::Input => slice.range.len(),
                 Method::S2ft(_) => 0,
                 _ => shapes(),
             };

@@ -77,9 +77,13 @@ impl<B: Engine> DeviceOptimizer<B> {
     ) -> Result<()> {
         self.steps += 1;
         let mut sinks = gradients.into_named().into_iter();
-        model.update(&mut |name, values| match sinks.next() {
+        let mut engine = model.engine();
+        model.model.for_each_trainable_on(&mut engine, &mut |name, values| match sinks.next() {
             Some((found, gradient)) if found == name && gradient.dims() == values.dims() => {
-                self.change(name, values, gradient, lr, scale)
+                // Moved out meanwhile, so that its buffer can be reused.
+                let empty = Tensor::empty([0, 0], &values.device());
+                *values = self.change(name, std::mem::replace(values, empty), gradient, lr, scale)?;
+                Ok(())
             }
             _ => Err(Error::invalid("gradients", name, "were made for other trainable tensors")),
         })

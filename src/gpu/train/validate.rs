@@ -2,7 +2,7 @@
 
 use super::blocks::Matrix;
 use super::blocks::linear::linear_forward;
-use super::layer::DeviceTap;
+use super::model::DeviceTap;
 use super::{DeviceModel, DeviceOptimizer};
 use crate::error::Result;
 use crate::gpu::{Engine, Opened, Work};

@@ -9,6 +9,7 @@ use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::ops::Cpu;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -45,7 +46,7 @@ impl<T: Real> Model<T> {
         let mut order: Vec<usize> = (0..sequences).collect();
         order.sort_by_key(|&i| of_sequence[i]);
         let groups = groups(&order, of_sequence, length);
-        let add = |place: (usize, Projection), x: ArrayView2<T>, y: &mut ArrayViewMut2<T>, cost: &mut Cost| {
+        let add = |e: &mut Cpu<T>, place: (usize, Projection), x: &Array2<T>, y: &mut Array2<T>| {
             // Each group has its own rows of y, so groups run at the same time.
             let (mut rest, mut at, mut parts) = (y.view_mut(), 0, Vec::with_capacity(groups.len()));
             for (update, rows) in &groups {
@@ -62,11 +63,11 @@ impl<T: Real> Model<T> {
                 cost
             };
             let costs: Vec<Cost> = parts.into_par_iter().map(serve).collect();
-            costs.iter().for_each(|part| cost.add_operations(part));
+            costs.iter().for_each(|part| e.cost.add_operations(part));
             Ok(())
         };
         let batch = Batch::new(ids.select(Axis(0), &order), Array2::zeros(ids.dim()))?;
-        let hidden = self.hidden(&batch, &Instruments::default(), Some(&add), cost)?;
+        let hidden = self.hidden(&batch, &Instruments { extra: Some(&add), ..Instruments::default() }, cost)?;
         let mut in_order = Array2::zeros(hidden.dim());
         for (now, &original) in order.iter().enumerate() {
             let from = hidden.slice(s![now * length..(now + 1) * length, ..]);

@@ -20,7 +20,7 @@ use super::parameters::{Model, Projection};
 use super::s2ft::original_places;
 use crate::adapters::lora::Lora;
 use crate::adapters::update::{SliceUpdate, WeightUpdate, fuse};
-use crate::adapters::{AdaptedLinear, BaseWeight, Method};
+use crate::adapters::{AdaptedLinear, Method};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -33,7 +33,7 @@ pub use switch::Switchable;
 
 /// Updates by layer and projection; a projection that is absent is unchanged.
 #[derive(Debug, Clone)]
-pub struct ModelUpdate<T> {
+pub struct ModelUpdate<T: Real> {
     /// (layer, projection), update.
     pub entries: BTreeMap<(usize, Projection), WeightUpdate<T>>,
 }
@@ -77,19 +77,19 @@ impl<T: Real> ModelUpdate<T> {
                         let trained = projection.effective_weight()?;
                         SliceUpdate::between(projection.base.dense().view(), trained.view())?.map(WeightUpdate::Slice)
                     }
-                    Method::Paca(_) if matches!(projection.base, BaseWeight::Packed(_)) => {
+                    Method::Paca(_) if projection.base.is_packed() => {
                         return Err(refuse("differs from a quantized weight, not from the checkpoint's"));
                     }
                     Method::Paca(paca) => {
-                        let here = paca.columns(&projection.base);
-                        let delta = difference(here, &paca.inactive, paca.active);
+                        let here = projection.base.columns(&paca.index);
+                        let delta = difference(here, paca.inactive.as_ref(), paca.active);
                         let index = paca.index.clone();
                         let side = crate::adapters::s2ft::Side::Input;
                         Some(WeightUpdate::Slice(SliceUpdate::new(projection.shape(), side, index, delta)?))
                     }
                     Method::S2ft(slice) => {
                         let here = slice.of(&projection.base.dense().view()).to_owned();
-                        let delta = difference(here, &slice.original, slice.active);
+                        let delta = difference(here, slice.original.as_ref(), slice.active);
                         let places = original_places(layer.order.as_ref(), p, &model.config);
                         let index = match places {
                             Some(places) => places[slice.range.clone()].to_vec(),
@@ -229,8 +229,12 @@ impl<T: Real> ModelUpdate<T> {
 }
 
 /// trained - original, whichever of the two is in effect.
-fn difference<T: Real>(here: Array2<T>, other: &Array2<T>, trained_here: bool) -> Array2<T> {
-    if trained_here { here - other } else { other - &here }
+fn difference<T: Real>(here: Array2<T>, other: Option<&Array2<T>>, trained_here: bool) -> Array2<T> {
+    match other {
+        Some(other) if trained_here => here - other,
+        Some(other) => other - &here,
+        None => here,
+    }
 }
 
 /// Refuses a model that carries adapters or packed weights.
@@ -242,7 +246,7 @@ fn require_plain<T: Real>(model: &Model<T>) -> Result<()> {
             if projection.is_trainable() || projection.is_merged() || layer.order.is_some() {
                 return Err(Error::invalid(name, projection.method.name(), "must be frozen and unadapted here"));
             }
-            if matches!(projection.base, BaseWeight::Packed(_)) {
+            if projection.base.is_packed() {
                 return Err(Error::invalid(name, "packed", "must be dense here"));
             }
         }

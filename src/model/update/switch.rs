@@ -36,7 +36,7 @@ use ndarray::Array2;
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct Switchable<T> {
+pub struct Switchable<T: Real> {
     model: Model<T>,
     kept: Vec<Kept<T>>,
 }

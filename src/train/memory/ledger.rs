@@ -1,11 +1,11 @@
 //! Memory of a training step, read off the live objects.
 
-use super::replay::loss_chunk;
-use super::{Memory, StepShape};
+use super::{Memory, over_layers};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
 use crate::model::{Batch, Gradients, Model, StepOptions};
+use crate::ops::loss_chunk;
 use crate::train::optimizer::Optimizer;
 
 /// Saved tensors that do not come from the buffers a step reuses.
@@ -30,7 +30,7 @@ pub fn measure<T: Real>(
     let mut cost = Cost::default();
     let pass = model.forward(batch, options, gradients, &mut cost)?;
     let named = pass.saved_bytes_by_name();
-    model.backward(batch, pass, gradients, &mut cost)?;
+    model.backward(pass, gradients, &mut cost)?;
     let (weights, adapters) = model.weight_bytes();
     let mut memory = Memory {
         weights,
@@ -40,19 +40,12 @@ pub fn measure<T: Real>(
         trained: model.trainable_elements(),
         ..Memory::default()
     };
-    let mut reused = 0;
-    for (name, bytes) in named {
-        if !OUTSIDE.iter().any(|outside| name.ends_with(outside)) {
-            reused += bytes;
-        }
-        // `model.layers.3.mlp.gate` of every layer goes under one name.
-        let rest = name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')).map(|(_, rest)| rest);
-        *memory.activations.entry(rest.unwrap_or(&name).to_string()).or_default() += bytes;
-    }
-    let (rows, length) = batch.input_ids.dim();
-    let shape =
-        StepShape { batch: rows, length, bytes: size_of::<T>(), state: 0, checkpointing: options.checkpointing };
-    let moment = (batch.tokens() * model.config.hidden_size + loss_chunk(&model.config, &shape)) * shape.bytes;
+    let inside = |name: &str| !OUTSIDE.iter().any(|outside| name.ends_with(outside));
+    let reused: usize = named.iter().filter(|(name, _)| inside(name)).map(|(_, bytes)| bytes).sum();
+    memory.activations = over_layers(named);
+    let (tokens, width) = (batch.tokens(), model.config.hidden_size);
+    let chunk = loss_chunk(tokens, width, model.config.vocab_size, size_of::<T>());
+    let moment = (tokens * width + chunk) * size_of::<T>();
     memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;
     Ok(memory)
 }

@@ -9,20 +9,26 @@
 //! workspace    buffers in use besides: gradients of activations, one layer's temporaries, one chunk of logits
 //! ```
 //!
-//! s is the size of a number. The activations follow the rule by which the model itself saves;
-//! the workspace comes from replaying the order in which a step takes and returns buffers (a step reuses the
-//! buffers of the last, so they are held together). `tests/memory.rs` compares the total with a counting
-//! allocator, within 1% for every method.
+//! s is the size of a number. Activations and workspace come from the step itself, run on sizes
+//! ([`crate::ops::Sizes`]): a step reuses the buffers of the last, so they are held together. A test compares the total
+//! with a counting allocator, within 1% for every method.
 
 pub mod ledger;
-mod replay;
 
+use crate::adapters::dora::DoraOn;
+use crate::adapters::lora::{LoraOn, LoraSpec};
+use crate::adapters::moslora::MosloraOn;
 use crate::adapters::nf4::Nf4Matrix;
+use crate::adapters::paca::PacaOn;
+use crate::adapters::s2ft::{S2ftSliceOn, Side};
+use crate::adapters::{LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::model::s2ft::{S2ftSpec, Scope};
-use crate::model::{ModelConfig, Projection};
+use crate::model::{
+    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, Projection, TrainableParts, attention_shape,
+};
+use crate::ops::{Buffer, SizedWeight, Sizes};
 use crate::train::method::{MethodName, MethodParams};
-use replay::Replay;
 use std::collections::BTreeMap;
 
 /// What is asked about.
@@ -38,18 +44,6 @@ pub struct StepShape {
     pub state: usize,
     /// Keep only each layer's input.
     pub checkpointing: bool,
-}
-
-/// How a projection is adapted, in numbers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Adapted {
-    trained: usize,
-    beside: usize,
-    whole_input: bool,
-    /// Numbers per row that the method saves of or beside the input.
-    saved_columns: usize,
-    /// Numbers that a product needs for its duration (a decoded or normalised weight).
-    temporary: usize,
 }
 
 /// Bytes by category.
@@ -102,37 +96,38 @@ impl Memory {
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
 pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -> Result<Memory> {
-    config.check()?;
-    method.check()?;
     for (name, value) in [("batch", shape.batch), ("length", shape.length), ("bytes", shape.bytes)] {
         if value == 0 {
             return Err(Error::invalid(name, value, "must be at least 1"));
         }
     }
-    let everything = method.name == MethodName::Full && method.targets.is_none();
-    let adapted = adapted(config, method)?;
-    let single = shape.bytes;
-    let layers = config.num_hidden_layers;
-    let sum = |f: &dyn Fn(&Adapted) -> usize| adapted.iter().flatten().map(f).sum::<usize>();
-    let outside = config.parameters()
-        - layers * Projection::ALL.iter().map(|&p| elements(config.projection_shape(p))).sum::<usize>();
-    let base: usize = Projection::ALL
-        .iter()
-        .map(|&p| {
-            let (out, input) = config.projection_shape(p);
-            if method.name.quantized() { Nf4Matrix::bytes_for(out, input) } else { out * input * single }
-        })
-        .sum();
-    let trained = sum(&|a| a.trained) + if everything { outside } else { 0 };
-    let replay = Replay::new(config, &adapted, everything, shape);
-    let (activations, held) = replay.run();
-    let saved: usize = activations.values().sum();
+    let model = sized(config, method)?;
+    let engine = Sizes::default();
+    let mut gradients = GradientsOn::zeros(&model, engine.clone());
+    let instruments = InstrumentsOn::default();
+    let mut saved = Vec::new();
+    // Buffers settle in two steps.
+    for _ in 0..3 {
+        let inputs = engine.inputs(attention_shape(config, (shape.batch, shape.length)), shape.bytes);
+        let pass = model.forward_on(inputs, shape.checkpointing, &instruments, &mut gradients)?;
+        saved = pass.saved_by_name();
+        model.backward_on(pass, &instruments, &mut gradients)?;
+    }
+    let activations = over_layers(saved.into_iter().map(|(name, numbers)| (name, numbers * shape.bytes)));
+    let projections = || model.layers.iter().flat_map(|layer| Projection::ALL.map(|p| layer.projection(p)));
+    let base = |projection: &LinearOn<Sizes>| {
+        let (out, input) = projection.shape();
+        if projection.base.packed { Nf4Matrix::bytes_for(out, input) } else { out * input * shape.bytes }
+    };
+    let elements: usize = projections().map(|p| p.shape().0 * p.shape().1).sum();
+    let outside = config.parameters() - elements;
+    let trained = model.trainable_elements();
     Ok(Memory {
-        weights: outside * single + layers * base,
-        adapters: sum(&|a| a.beside) * single,
-        gradients: trained * single,
-        optimizer: shape.state * trained * single,
-        workspace: held.saturating_sub(saved),
+        weights: outside * shape.bytes + projections().map(base).sum::<usize>(),
+        adapters: projections().map(LinearOn::held).sum::<usize>() * shape.bytes,
+        gradients: trained * shape.bytes,
+        optimizer: shape.state * trained * shape.bytes,
+        workspace: (engine.peak() * shape.bytes).saturating_sub(activations.values().sum()),
         activations,
         trained,
     })
@@ -143,11 +138,17 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
 /// # Errors
 /// As [`predict`].
 pub fn trained_numbers(config: &ModelConfig, method: &MethodParams) -> Result<usize> {
-    method.check()?;
-    if method.name == MethodName::Full && method.targets.is_none() {
-        return Ok(config.parameters());
+    Ok(sized(config, method)?.trainable_elements())
+}
+
+/// `model.layers.3.mlp.gate` of every layer under one name.
+pub(crate) fn over_layers(named: impl IntoIterator<Item = (String, usize)>) -> BTreeMap<String, usize> {
+    let mut all = BTreeMap::new();
+    for (name, size) in named {
+        let rest = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')).map(|(_, rest)| rest);
+        *all.entry(rest.unwrap_or(&name).to_string()).or_default() += size;
     }
-    Ok(adapted(config, method)?.iter().flatten().map(|a| a.trained).sum())
+    all
 }
 
 /// The longest sequence for which the prediction stays within `limit` bytes; `None` if not even one token fits.
@@ -176,15 +177,6 @@ pub fn longest(config: &ModelConfig, method: &MethodParams, shape: &StepShape, l
     Ok(Some(low))
 }
 
-fn elements((out, input): (usize, usize)) -> usize {
-    out * input
-}
-
-/// What the method puts on each projection of each layer.
-fn adapted(config: &ModelConfig, method: &MethodParams) -> Result<Vec<[Adapted; 7]>> {
-    (0..config.num_hidden_layers).map(|layer| adapted_layer(config, method, layer)).collect()
-}
-
 /// Units of a layer under S2FT: the same in every layer, or an even share of those of all layers.
 fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usize, layer: usize) -> usize {
     let take = |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
@@ -197,56 +189,83 @@ fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usiz
     }
 }
 
-fn adapted_layer(config: &ModelConfig, method: &MethodParams, layer: usize) -> Result<[Adapted; 7]> {
-    let targets = method.projections()?;
-    let r = method.rank;
-    let s2ft = method.s2ft()?;
-    let mut all = [Adapted::default(); 7];
-    for p in Projection::ALL {
-        let (out, input) = config.projection_shape(p);
-        let packed = if method.name.quantized() { out * input } else { 0 };
-        let mut a = Adapted { temporary: packed, ..Adapted::default() };
-        if targets.contains(&p) {
-            let low_rank =
-                matches!(method.name, MethodName::Lora | MethodName::Qlora | MethodName::Dora | MethodName::Moslora);
-            let most = if low_rank { out.min(input) } else { input };
-            if !matches!(method.name, MethodName::Full | MethodName::S2ft) && (r == 0 || r > most) {
-                return Err(Error::invalid("method.rank", r, format!("must be in 1..={most} for {}", p.module())));
-            }
-            let factors = r * (out + input);
-            match method.name {
-                MethodName::Full => (a.trained, a.whole_input) = (out * input, true),
-                MethodName::Lora | MethodName::Qlora => {
-                    (a.trained, a.beside, a.whole_input, a.saved_columns) = (factors, factors, true, r);
-                }
-                MethodName::Dora => {
-                    (a.trained, a.beside, a.whole_input) = (factors + out, factors + out, true);
-                    a.temporary = 2 * out * input;
-                }
-                MethodName::Moslora => {
-                    let n = factors + r * r;
-                    (a.trained, a.beside, a.whole_input, a.saved_columns) = (n, n, true, r);
-                }
-                MethodName::Paca | MethodName::Qpaca => {
-                    // The original columns are kept; over a packed base the trained ones stand beside it too.
-                    let copies = if method.name == MethodName::Qpaca { 2 } else { 1 };
-                    (a.trained, a.beside, a.saved_columns) = (r * out, copies * r * out, r);
-                }
-                MethodName::S2ft => {
-                    let ratio = s2ft.ratios[p as usize];
-                    if ratio > 0.0 {
-                        let (units, unit, rows) = units_of(config, p);
-                        let n = units_in_layer(config, &s2ft, ratio, units, layer) * unit;
-                        let size = if rows { n * input } else { n * out };
-                        (a.trained, a.beside, a.whole_input) = (size, size, rows && n > 0);
-                        a.saved_columns = if rows { 0 } else { n };
-                    }
-                }
+/// The model of sizes that a method makes of a configuration.
+fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> {
+    config.check()?;
+    method.check()?;
+    let gain = || Buffer::at_rest((1, config.hidden_size));
+    let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
+    let layers = (0..config.num_hidden_layers).map(|layer| {
+        let projections = Projection::ALL.map(|p| sized_projection(config, method, layer, p));
+        let mut sized = Vec::with_capacity(projections.len());
+        for projection in projections {
+            sized.push(projection?);
+        }
+        let Ok(projections) = <[LinearOn<Sizes>; 7]>::try_from(sized) else { unreachable!("one for each projection") };
+        Ok(LayerOn::new(projections, gain(), gain()))
+    });
+    let mut model = ModelOn {
+        config: config.clone(),
+        embedding: table(),
+        layers: layers.collect::<Result<_>>()?,
+        final_norm: gain(),
+        lm_head: (!config.tie_word_embeddings).then(table),
+        trainable: TrainableParts::default(),
+    };
+    if method.name == MethodName::Full && method.targets.is_none() {
+        model.train_fully();
+    }
+    Ok(model)
+}
+
+fn sized_projection(
+    config: &ModelConfig,
+    method: &MethodParams,
+    layer: usize,
+    p: Projection,
+) -> Result<LinearOn<Sizes>> {
+    let shape = config.projection_shape(p);
+    let base = SizedWeight { dense: Buffer::at_rest(shape), packed: method.name.quantized() };
+    let factors = |spec: LoraSpec| -> Result<(Buffer, Buffer, f64)> {
+        let scaling = spec.scaling(shape)?;
+        Ok((Buffer::at_rest((spec.rank, shape.1)), Buffer::at_rest((shape.0, spec.rank)), scaling))
+    };
+    let wanted = method.projections()?.contains(&p);
+    let adapted = match method.spec()?.filter(|_| wanted) {
+        Some(MethodSpec::Frozen) => MethodOn::Frozen,
+        Some(MethodSpec::Full) => MethodOn::Full,
+        Some(MethodSpec::Lora(spec)) => {
+            let (a, b, scaling) = factors(spec)?;
+            MethodOn::Lora(LoraOn { a, b, spec, scaling })
+        }
+        Some(MethodSpec::Dora { spec, true_derivative }) => {
+            let (a, b, scaling) = factors(spec)?;
+            let magnitude = Buffer::at_rest((1, shape.0));
+            MethodOn::Dora(DoraOn { a, b, magnitude, spec, scaling, true_derivative })
+        }
+        Some(MethodSpec::Moslora { spec, .. }) => {
+            let (a, b, scaling) = factors(spec)?;
+            let mixer = Buffer::at_rest((spec.rank, spec.rank));
+            MethodOn::Moslora(MosloraOn { a, b, mixer, spec, scaling })
+        }
+        Some(MethodSpec::Paca(spec)) => {
+            let scaling = spec.scaling(shape)?;
+            MethodOn::Paca(PacaOn { index: spec.rank, scaling, inactive: None, active: true })
+        }
+        None if method.name == MethodName::S2ft => {
+            let spec = method.s2ft()?;
+            let ratio = spec.ratios[p as usize];
+            let (units, unit, rows) = units_of(config, p);
+            let taken = if ratio > 0.0 { units_in_layer(config, &spec, ratio, units, layer) * unit } else { 0 };
+            let side = if rows { Side::Output } else { Side::Input };
+            match taken {
+                0 => MethodOn::Frozen,
+                n => MethodOn::S2ft(S2ftSliceOn { side, range: 0..n, original: None, active: true }),
             }
         }
-        all[p as usize] = a;
-    }
-    Ok(all)
+        None => MethodOn::Frozen,
+    };
+    Ok(LinearOn::new(base, adapted))
 }
 
 /// (units, rows or columns per unit, whether they are rows) of a projection under S2FT.

@@ -47,6 +47,8 @@ impl<B: Engine> Targets<B> {
 /// The losses log sum_v exp z_iv - z_iy of the counted rows in nats, `n x 1`, with z = hidden W^T, and the gradient
 /// of (their sum / divisor) in the hidden rows if `wanted`; that of W goes to the sink.
 ///
+/// Each chunk of logits (false) and of their gradient (true) is shown to `observe`, which may change it.
+///
 /// Shapes: hidden `N x D`, weight `V x D`. dz = (softmax(z) - onehot(y)) / divisor exists for one chunk at a time.
 pub fn cross_entropy<B: Engine>(
     hidden: &Matrix<B>,
@@ -55,12 +57,14 @@ pub fn cross_entropy<B: Engine>(
     divisor: f64,
     mut dweight: Option<&mut Sink<B>>,
     wanted: bool,
+    observe: &dyn Fn(bool, &mut Matrix<B>),
 ) -> (Matrix<B>, Option<Matrix<B>>) {
     let mut losses = Vec::with_capacity(targets.chunks.len());
     let mut gradients = Vec::new();
     for (rows, labels) in &targets.chunks {
         let rows = hidden.clone().select(0, rows.clone());
-        let logits = linear_forward(&rows, weight);
+        let mut logits = linear_forward(&rows, weight);
+        observe(false, &mut logits);
         let largest = logits.clone().max_dim(1);
         let target = logits.clone().gather(1, labels.clone()) - largest.clone();
         let exponentials = (logits - largest).exp();
@@ -71,8 +75,9 @@ pub fn cross_entropy<B: Engine>(
         }
         let scale = 1.0 / divisor;
         let minus = Tensor::full(labels.dims(), -scale, &labels.device());
-        let dlogits =
+        let mut dlogits =
             (exponentials * sum.recip().mul_scalar(scale)).scatter(1, labels.clone(), minus, IndexingUpdateOp::Add);
+        observe(true, &mut dlogits);
         if let Some(sink) = &mut dweight {
             accumulate(sink, linear_backward_weight(&dlogits, &rows));
         }

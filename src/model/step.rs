@@ -1,0 +1,385 @@
+//! The whole decoder: embedding, layers, last norm, loss; forward and backward.
+
+use super::batch::{Batch, StepOptions, StepOutput};
+use super::config::ModelConfig;
+use super::gradients::{Gradients, GradientsOn};
+use super::instruments::{Instruments, InstrumentsOn, Point};
+use super::layer::{Context, LayerCacheOn, LayerNeeds, NormInput, layer_backward, layer_forward};
+use super::parameters::{Model, ModelOn};
+use crate::blocks::causal_attention::AttentionShape;
+use crate::blocks::cross_entropy::{cross_entropy, prediction_targets};
+use crate::blocks::linear::linear_forward;
+use crate::blocks::rope::RopeTable;
+use crate::cost::Cost;
+use crate::error::{Error, Result};
+use crate::linalg::{Real, on_workers};
+use crate::ops::{Cpu, CpuInputs, Ops};
+use ndarray::{Array2, ArrayView2};
+
+/// What is kept of one layer between forward and backward.
+#[derive(Debug)]
+enum Kept<E: Ops> {
+    Nothing,
+    /// Activation checkpointing: the layer's input, from which its forward runs again.
+    Input(E::Matrix),
+    Cache(Box<LayerCacheOn<E>>),
+}
+
+/// A forward pass waiting for its backward, on some engine.
+#[derive(Debug)]
+pub struct PassOn<E: Ops> {
+    /// Loss of the batch.
+    pub(crate) loss: E::Loss,
+    /// The batch.
+    pub(crate) inputs: E::Inputs,
+    layers: Vec<Kept<E>>,
+    /// Input of the last norm.
+    last: Option<NormInput<E>>,
+    /// Gradient of the last norm's output, formed together with the loss.
+    dnormed: Option<E::Matrix>,
+}
+
+/// A forward pass on the processor.
+pub type Pass<T> = PassOn<Cpu<T>>;
+
+impl<E: Ops> PassOn<E> {
+    /// What layer `index` keeps, if anything (nothing under activation checkpointing).
+    pub fn layer_cache(&self, index: usize) -> Option<&LayerCacheOn<E>> {
+        match self.layers.get(index) {
+            Some(Kept::Cache(cache)) => Some(cache),
+            _ => None,
+        }
+    }
+
+    /// (name, numbers) of every tensor kept for backward, for a memory ledger.
+    pub fn saved_by_name(&self) -> Vec<(String, usize)> {
+        let size = |x: &E::Matrix| {
+            let (rows, columns) = E::shape(x);
+            rows * columns
+        };
+        let mut all = vec![("rope".to_string(), E::angle_elements(&self.inputs))];
+        for (l, kept) in self.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{l}");
+            match kept {
+                Kept::Nothing => {}
+                Kept::Input(x) => all.push((format!("{prefix}.checkpoint"), size(x))),
+                Kept::Cache(cache) => {
+                    all.extend(cache.saved_by_name().into_iter().map(|(name, n)| (format!("{prefix}.{name}"), n)));
+                }
+            }
+        }
+        if let Some((x, stats)) = &self.last {
+            all.push(("model.norm.input".into(), size(x)));
+            all.push(("model.norm.inverse_rms".into(), E::stats_length(stats)));
+        }
+        all.extend(self.dnormed.as_ref().map(|d| ("loss.dhidden".to_string(), size(d))));
+        all
+    }
+}
+
+impl<E: Ops> ModelOn<E> {
+    fn context<'a>(&'a self, inputs: &'a E::Inputs, instruments: &InstrumentsOn<'a, E>) -> Context<'a, E> {
+        Context { layer: 0, config: &self.config, inputs, instruments: *instruments }
+    }
+
+    /// Embedding and layers without saving anything, then the last norm: `N x D`.
+    pub(crate) fn hidden_on(
+        &self,
+        e: &mut E,
+        inputs: &E::Inputs,
+        instruments: &InstrumentsOn<'_, E>,
+    ) -> Result<E::Matrix> {
+        let mut context = self.context(inputs, instruments);
+        let mut x = e.embed(inputs, &self.embedding)?;
+        instruments.tap(None, Point::Embedded, false, &mut x);
+        for (l, layer) in self.layers.iter().enumerate() {
+            context.layer = l;
+            x = layer_forward(layer, x, &context, None, e)?.0;
+        }
+        let mut normed = e.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)?.0;
+        instruments.tap(None, Point::FinalNorm, false, &mut normed);
+        Ok(normed)
+    }
+
+    /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
+    /// so the output projection's sink is filled here.
+    ///
+    /// # Errors
+    /// The engine's; [`Error::InvalidParam`] for an id outside the vocabulary.
+    pub(crate) fn forward_on(
+        &self,
+        inputs: E::Inputs,
+        checkpointing: bool,
+        instruments: &InstrumentsOn<'_, E>,
+        gradients: &mut GradientsOn<E>,
+    ) -> Result<PassOn<E>> {
+        let GradientsOn { embedding, lm_head, engine: e, .. } = gradients;
+        let mut context = self.context(&inputs, instruments);
+        let mut x = e.embed(&inputs, &self.embedding)?;
+        e.next_step();
+        instruments.tap(None, Point::Embedded, false, &mut x);
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for (l, layer) in self.layers.iter().enumerate() {
+            let needs = LayerNeeds::of(self, l);
+            context.layer = l;
+            let kept = if !needs.any {
+                x = layer_forward(layer, x, &context, None, e)?.0;
+                Kept::Nothing
+            } else if checkpointing {
+                let input = e.copy(&x);
+                x = layer_forward(layer, x, &context, None, e)?.0;
+                Kept::Input(input)
+            } else {
+                let (out, cache) = layer_forward(layer, x, &context, Some(needs), e)?;
+                x = out;
+                cache.map_or(Kept::Nothing, |cache| Kept::Cache(Box::new(cache)))
+            };
+            layers.push(kept);
+        }
+        let (mut normed, stats) = e.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)?;
+        instruments.tap(None, Point::FinalNorm, false, &mut normed);
+        let wanted = self.trained_below(self.layers.len()) || self.trainable.norms;
+        let sink = if self.lm_head.is_some() { lm_head } else { embedding }.as_mut();
+        let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
+        let (loss, mut dnormed) = e.loss(&normed, self.head(), &inputs, sink, wanted, &observe)?;
+        if let Some(dnormed) = &mut dnormed {
+            instruments.tap(None, Point::FinalNorm, true, dnormed);
+        }
+        e.release(normed);
+        let last = wanted.then_some((x, stats));
+        Ok(PassOn { loss, inputs, layers, last, dnormed })
+    }
+
+    /// The backward half: consumes the pass, releasing each saved tensor after its last use.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
+    pub(crate) fn backward_on(
+        &self,
+        pass: PassOn<E>,
+        instruments: &InstrumentsOn<'_, E>,
+        gradients: &mut GradientsOn<E>,
+    ) -> Result<E::Loss> {
+        let PassOn { loss, inputs, layers, last, dnormed } = pass;
+        let (Some((x, stats)), Some(dnormed)) = (last, dnormed) else { return Ok(loss) };
+        let GradientsOn { embedding, layers: layer_sinks, final_norm, engine: e, .. } = gradients;
+        if layer_sinks.len() != self.layers.len() {
+            return Err(Error::invalid("gradients", layer_sinks.len(), "made for another number of layers"));
+        }
+        let mut context = self.context(&inputs, instruments);
+        let mut dx = e.zeros(E::shape(&x));
+        e.rms_norm_backward(dnormed, (x, stats), &self.final_norm, final_norm.as_mut(), Some(&mut dx))?;
+        let mut upstream = Some(dx);
+        for (l, kept) in layers.into_iter().enumerate().rev() {
+            let Some(mut dout) = upstream.take() else { break };
+            context.layer = l;
+            context.tap_gradient(Point::Output, &mut dout);
+            let (layer, needs) = (&self.layers[l], LayerNeeds::of(self, l));
+            let cache = match kept {
+                Kept::Nothing => break,
+                Kept::Cache(cache) => *cache,
+                Kept::Input(input) => {
+                    let (out, cache) = layer_forward(layer, input, &context, Some(needs), e)?;
+                    e.release(out);
+                    match cache {
+                        Some(cache) => cache,
+                        None => break,
+                    }
+                }
+            };
+            upstream = layer_backward(layer, cache, dout, &context, needs, &mut layer_sinks[l], e)?;
+        }
+        if let (Some(mut dx), Some(sink)) = (upstream, embedding) {
+            instruments.tap(None, Point::Embedded, true, &mut dx);
+            e.embed_backward(&inputs, &dx, (sink, E::shape(&self.embedding)))?;
+        }
+        Ok(loss)
+    }
+}
+
+/// Runs `act` on an engine that adds to `cost`.
+fn counted<T: Real, R>(e: &mut Cpu<T>, cost: &mut Cost, act: impl FnOnce(&mut Cpu<T>) -> R) -> R {
+    std::mem::swap(&mut e.cost, cost);
+    let result = act(e);
+    std::mem::swap(&mut e.cost, cost);
+    result
+}
+
+impl<T: Real> Pass<T> {
+    /// Loss and number of counted positions.
+    pub fn output(&self) -> StepOutput {
+        StepOutput { loss: self.loss, counted: self.inputs.targets.len() }
+    }
+
+    /// (name, bytes) of every tensor kept for backward, for a memory ledger.
+    pub fn saved_bytes_by_name(&self) -> Vec<(String, usize)> {
+        self.saved_by_name().into_iter().map(|(name, n)| (name, n * size_of::<T>())).collect()
+    }
+}
+
+impl<T: Real> Model<T> {
+    /// The batch as the processor's operations read it.
+    fn inputs(&self, batch: &Batch, targets: Vec<(usize, usize)>, divisor: f64) -> Result<CpuInputs<T>> {
+        Ok(CpuInputs {
+            ids: batch.input_ids.iter().copied().collect(),
+            mask: batch.attention_mask.clone(),
+            shape: attention_shape(&self.config, batch.input_ids.dim()),
+            angles: rope_table(&self.config, batch)?,
+            targets,
+            divisor,
+        })
+    }
+
+    /// Hidden rows after the last norm, `N x D`, saving nothing.
+    pub(super) fn hidden(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+        let inputs = self.inputs(batch, Vec::new(), 1.0)?;
+        counted(&mut Cpu::default(), cost, |e| self.hidden_on(e, &inputs, instruments))
+    }
+
+    /// Logits of every position of unpadded sequences, `(B T) x V`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an id outside the vocabulary.
+    pub fn logits(&self, ids: ArrayView2<u32>, cost: &mut Cost) -> Result<Array2<T>> {
+        let batch = Batch::new(ids.to_owned(), Array2::zeros(ids.dim()))?;
+        on_workers(|| self.batch_logits(&batch, &Instruments::default(), cost))
+    }
+
+    /// Logits of every position of a batch, `(B T) x V`; those of padding mean nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an id outside the vocabulary.
+    pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+        let mut logits = linear_forward(self.hidden(batch, instruments, cost)?.view(), self.head().view(), cost)?;
+        instruments.tap(None, Point::Logits, false, &mut logits);
+        Ok(logits)
+    }
+
+    /// Mean loss of a batch in nats, saving nothing.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn loss(&self, batch: &Batch, cost: &mut Cost) -> Result<f64> {
+        let targets = prediction_targets(batch.labels.view(), self.config.vocab_size)?;
+        let divisor = divisor(&StepOptions::default(), targets.len())?;
+        on_workers(|| {
+            let hidden = self.hidden(batch, &Instruments::default(), cost)?;
+            cross_entropy(hidden.view(), self.head().view(), &targets, divisor, None, cost)
+        })
+    }
+
+    /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
+    /// so the output projection's sink is filled here.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for an id or a label outside the vocabulary, or a batch in which no position
+    /// counts; [`Error::NonFinite`] if the loss is NaN or infinite.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        options: &StepOptions,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<Pass<T>> {
+        on_workers(|| self.forward_with(batch, options, &Instruments::default(), gradients, cost))
+    }
+
+    /// As [`Model::forward`], with instruments.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_with(
+        &self,
+        batch: &Batch,
+        options: &StepOptions,
+        instruments: &Instruments<'_, T>,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<Pass<T>> {
+        let targets = match instruments.targets {
+            Some(targets) => targets.to_vec(),
+            None => prediction_targets(batch.labels.view(), self.config.vocab_size)?,
+        };
+        let divisor = divisor(options, targets.len())?;
+        let inputs = self.inputs(batch, targets, divisor)?;
+        std::mem::swap(&mut gradients.engine.cost, cost);
+        let pass = self.forward_on(inputs, options.checkpointing, instruments, gradients);
+        std::mem::swap(&mut gradients.engine.cost, cost);
+        pass
+    }
+
+    /// The backward half: consumes the pass, releasing each saved tensor after its last use.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
+    pub fn backward(&self, pass: Pass<T>, gradients: &mut Gradients<T>, cost: &mut Cost) -> Result<StepOutput> {
+        on_workers(|| self.backward_with(pass, &Instruments::default(), gradients, cost))
+    }
+
+    /// As [`Model::backward`], with the instruments of the forward.
+    ///
+    /// # Errors
+    /// As [`Model::backward`].
+    pub fn backward_with(
+        &self,
+        pass: Pass<T>,
+        instruments: &Instruments<'_, T>,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<StepOutput> {
+        let output = pass.output();
+        std::mem::swap(&mut gradients.engine.cost, cost);
+        let done = self.backward_on(pass, instruments, gradients);
+        std::mem::swap(&mut gradients.engine.cost, cost);
+        done.map(|_| output)
+    }
+
+    /// Loss of a batch, its gradients added to the sinks.
+    ///
+    /// # Errors
+    /// As [`Model::forward`] and [`Model::backward`].
+    pub fn loss_and_gradients(
+        &self,
+        batch: &Batch,
+        options: &StepOptions,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<StepOutput> {
+        let pass = self.forward(batch, options, gradients, cost)?;
+        self.backward(pass, gradients, cost)
+    }
+}
+
+/// Sequences, tokens and heads of a batch.
+pub(crate) fn attention_shape(config: &ModelConfig, (batch, length): (usize, usize)) -> AttentionShape {
+    AttentionShape {
+        batch,
+        length,
+        heads: config.num_attention_heads,
+        kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+    }
+}
+
+/// Angles of a batch's positions.
+pub(crate) fn rope_table<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<RopeTable<T>> {
+    match &batch.position_ids {
+        Some(positions) => {
+            let positions: Vec<u32> = positions.iter().copied().collect();
+            RopeTable::at(&positions, config.head_dim, config.rope_theta)
+        }
+        None => RopeTable::new(batch.input_ids.ncols(), config.head_dim, config.rope_theta),
+    }
+}
+
+/// What the sum of losses is divided by.
+pub(crate) fn divisor(options: &StepOptions, counted: usize) -> Result<f64> {
+    let divisor = options.divisor.unwrap_or(counted as f64);
+    if counted == 0 && options.divisor.is_none() {
+        return Err(Error::invalid("labels", "all ignored", "at least one position must count"));
+    }
+    if !(divisor > 0.0) || !divisor.is_finite() {
+        return Err(Error::invalid("divisor", divisor, "must be positive and finite"));
+    }
+    Ok(divisor)
+}
