@@ -46,10 +46,10 @@
 //! | [`validate`] | dumps, the ladder of comparisons, known faults |
 //! | `gpu` | the same gradients and training steps on a GPU: with the feature `gpu` or `cuda` |
 //! | `distributed` | gradients with the tokens divided among MPI ranks: with the feature `mpi` |
-//! | `report`, `harness`, `cli` | tables and charts, experiment runs, commands: with the default feature `experiments` |
+//! | `report`, `cli` | tables and charts, commands: with the default feature `cli` |
 //!
 //! [`tensor_file`] reads and writes safetensors, [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
-//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens and experiments among processes.
+//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens among processes.
 //!
 //! # Limits
 //!
@@ -61,7 +61,7 @@ pub mod atomic_file;
 pub mod attention;
 pub mod blocks;
 pub mod check;
-#[cfg(feature = "experiments")]
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod cost;
 pub mod device;
@@ -70,12 +70,10 @@ pub mod distributed;
 pub mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;
-#[cfg(feature = "experiments")]
-pub mod harness;
 pub mod limits;
 pub mod linalg;
 pub mod model;
-#[cfg(feature = "experiments")]
+#[cfg(feature = "cli")]
 pub mod report;
 pub mod streams;
 pub mod tensor_file;

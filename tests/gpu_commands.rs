@@ -1,5 +1,5 @@
 //! `devices`, and `--device` of `gradient` and `probe`, on the first device that wgpu finds; a software one counts.
-#![cfg(all(feature = "gpu", feature = "experiments"))]
+#![cfg(all(feature = "gpu", feature = "cli"))]
 
 use peft_limits::check::compare::assert_close;
 use peft_limits::tensor_file::TensorFile;

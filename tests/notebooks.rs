@@ -1,7 +1,7 @@
 //! The notebooks are whole: format 4, no outputs in git, tables and columns that exist, and Rust cells that the tests run.
 //! `.ci/notebooks` executes them.
 
-#![cfg(feature = "experiments")] // which brings the reader of tables
+#![cfg(feature = "cli")] // which brings the reader of tables
 
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -67,9 +67,9 @@ fn tables_read(cells: &[String]) -> Vec<(String, Vec<String>)> {
 
 /// Every string literal of an experiment's source.
 fn words_of_source(experiment: &str) -> BTreeSet<String> {
-    let path = root().join("experiments").join(format!("{experiment}.rs"));
+    let path = root().join("experiments/src").join(format!("{experiment}.rs"));
     let source = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let harness = std::fs::read_to_string(root().join("src/harness/study.rs")).unwrap();
+    let harness = std::fs::read_to_string(root().join("experiments/src/harness/study.rs")).unwrap();
     source.lines().chain(harness.lines()).flat_map(|line| literals(line, None)).collect()
 }
 

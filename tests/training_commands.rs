@@ -1,6 +1,6 @@
 //! `peft-limits train` and `peft-limits memory` through the binary: outputs, resuming, exit codes, bad input, failing
 //! saves.
-#![cfg(feature = "experiments")]
+#![cfg(feature = "cli")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
