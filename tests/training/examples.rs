@@ -1,12 +1,12 @@
 //! The examples for users of the library run, and what they assert holds.
 
-#[path = "../examples/notebook_gradients.rs"]
+#[path = "../../examples/notebook_gradients.rs"]
 mod notebook_gradients;
-#[path = "../examples/own_factorization.rs"]
+#[path = "../../examples/own_factorization.rs"]
 mod own_factorization;
-#[path = "../examples/own_head.rs"]
+#[path = "../../examples/own_head.rs"]
 mod own_head;
-#[path = "../examples/own_method.rs"]
+#[path = "../../examples/own_method.rs"]
 mod own_method;
 
 #[test]

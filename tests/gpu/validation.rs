@@ -1,7 +1,5 @@
 //! The ladder on a device's own step: a clean step passes, planted faults are caught and named; and the memory account.
 //! One test after another, since the allocator of a device is shared.
-#![cfg(feature = "gpu")]
-
 use burn::backend::Wgpu;
 use peft_limits::blocks::rope::RopeTable;
 use peft_limits::device::DeviceChoice;

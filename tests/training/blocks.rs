@@ -1,8 +1,6 @@
 //! Blocks against naive loops, closed forms and finite differences.
 
-mod common;
-
-use common::rng;
+use crate::common::rng;
 use ndarray::{Array2, array, s};
 use peft_limits::Error;
 use peft_limits::blocks::causal_attention::{

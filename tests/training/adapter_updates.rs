@@ -1,8 +1,6 @@
 //! Updates apart from their model: extraction, fusion, switching, mixed batches, folders, checkpoints on disk.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ndarray::{Array2, s};
 use peft_limits::Error;
 use peft_limits::adapters::paca::PacaSpec;

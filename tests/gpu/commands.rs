@@ -1,6 +1,4 @@
 //! `devices`, and `--device` of `gradient` and `probe`, on the first device that wgpu finds; a software one counts.
-#![cfg(all(feature = "gpu", feature = "cli"))]
-
 use peft_limits::check::compare::assert_close;
 use peft_limits::tensor_file::TensorFile;
 use std::path::{Path, PathBuf};

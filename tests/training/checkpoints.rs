@@ -1,8 +1,6 @@
 //! Checkpoint and adapter folders: round trips, shards, half precisions, and every refusal.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ndarray::Array2;
 use peft_limits::Error;
 use peft_limits::check::compare::assert_close;

@@ -1,8 +1,6 @@
 //! Attention masks and position ids: padding on either side changes nothing for the tokens that are there.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ndarray::{Array2, s};
 use peft_limits::check::compare::assert_close;
 use peft_limits::cost::Cost;

@@ -1,8 +1,6 @@
 //! The closed forms of `paper-notes/cost-and-memory.md`, sections 2 and 3, to the multiply-add and to the byte.
 
-mod common;
-
-use common::{batch, model, rng, step};
+use crate::common::{self, batch, model, rng, step};
 use peft_limits::adapters::moslora::MixerInit;
 use peft_limits::adapters::paca::PacaSpec;
 use peft_limits::model::s2ft::{S2ftSpec, Scope};

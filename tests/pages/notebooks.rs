@@ -1,8 +1,6 @@
 //! The notebooks are whole: format 4, no outputs in git, tables and columns that exist, and Rust cells that the tests run.
 //! `.ci/notebooks` executes them.
 
-#![cfg(feature = "cli")] // which brings the reader of tables
-
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

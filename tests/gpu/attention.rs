@@ -1,6 +1,4 @@
 //! GPU attention gradients against the processor's f64, on the first device that wgpu finds; a software one counts.
-#![cfg(feature = "gpu")]
-
 use ndarray::Array2;
 use peft_limits::attention::chained::gradients as cpu_chained;
 use peft_limits::attention::exact::dense;

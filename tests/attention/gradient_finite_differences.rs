@@ -4,9 +4,7 @@
 //! before, must show order 2. Where the loss is a polynomial of degree at most 2 in the step, f''' is zero and the
 //! difference is exact up to roundoff; that is W_V, A_V or B_V moved alone.
 
-mod naive;
-
-use naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, find, normal, results};
+use crate::naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, find, normal, results};
 use ndarray::Array2;
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::{Mask, Objective, Request};

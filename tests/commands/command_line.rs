@@ -1,6 +1,4 @@
 //! The `peft-limits` binary itself: outputs, exit codes, and what it says about bad input.
-#![cfg(feature = "cli")]
-
 use peft_limits::check::compare::assert_close;
 use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use std::path::{Path, PathBuf};

@@ -1,8 +1,6 @@
 //! Properties that hold for every head: invariances, linearity, causality, closed forms, agreement of the paths.
 
-mod naive;
-
-use naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, all_within, find, normal, results, within};
+use crate::naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, all_within, find, normal, results, within};
 use ndarray::{Array2, ArrayView1, Axis, array, s};
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::problem::{AttentionProblem, Source};

@@ -1,7 +1,5 @@
 //! Training steps on a device against the CPU's float64, for every method; needs a Vulkan, Metal or DirectX 12 device
 //! (a software one will do).
-#![cfg(feature = "gpu")]
-
 use burn::backend::Wgpu;
 use ndarray::{Array2, s};
 use peft_limits::adapters::Method;
@@ -31,7 +29,7 @@ use std::sync::atomic::AtomicBool;
 const TOLERANCE: f64 = 1e-4;
 /// Agreement of weights after AdamW. It divides each entry by its own size, so where a gradient is as small as its
 /// rounding error the update has that error's sign: single entries move by up to 2 lr. The CPU's own f32 is held to
-/// the same 1e-3 in `tests/llama_fixtures.rs`.
+/// the same 1e-3 in `tests/training/llama_fixtures.rs`.
 const AFTER_ADAMW: f64 = 1e-3;
 
 fn device() -> Opened<Wgpu> {

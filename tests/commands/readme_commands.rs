@@ -1,9 +1,6 @@
 //! The commands of the README and of the notes work as they stand, and what is shown of their output is what comes out.
 
-#[path = "common/pages.rs"]
-mod pages;
-
-use pages::{files, page, root};
+use crate::pages::{files, page, root};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -76,7 +73,12 @@ fn every_named_target_exists() {
     let manifest = page("Cargo.toml") + &page("experiments/Cargo.toml");
     let exists = |flag: &str, name: &str| match flag {
         "--bin" | "--bench" => manifest.contains(&format!("name = \"{name}\"")),
-        "--test" => root().join(format!("tests/{name}.rs")).exists(),
+        "--test" => {
+            let single = root().join(format!("tests/{name}.rs")).exists();
+            single
+                || root().join("tests").join(name).join("main.rs").exists()
+                || manifest.contains(&format!("name = \"{name}\""))
+        }
         _ => root().join(format!("examples/{name}.rs")).exists(),
     };
     let mut count = 0;

@@ -1,7 +1,5 @@
 //! `peft-limits train` and `peft-limits memory` through the binary: outputs, resuming, exit codes, bad input, failing
 //! saves.
-#![cfg(feature = "cli")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -1,9 +1,6 @@
 //! The steps of CONTRIBUTING.md, where a test can see whether they were taken.
 
-#[path = "common/pages.rs"]
-mod pages;
-
-use pages::{code_spans, files, page, root, section};
+use crate::pages::{code_spans, files, page, root, section};
 use peft_limits::attention::factorization::spec::METHODS;
 use peft_limits::train::method::MethodName;
 use std::collections::BTreeSet;
@@ -46,7 +43,7 @@ fn a_forgotten_step_fails() {
 #[test]
 fn a_factorization() {
     let mut todo = Todo::default();
-    let tests = page("tests/chained.rs") + &page("tests/factorizations.rs");
+    let tests = page("tests/attention/chained.rs") + &page("tests/attention/factorizations.rs");
     let (bench, experiment) = (page("benches/attention.rs"), page("experiments/src/factorizations.rs"));
     let (index, costs) = (page("paper-notes/README.md"), page("paper-notes/cost-and-memory.md"));
     let derivations = page("paper-notes/factorizations-and-bounds.md") + &page("paper-notes/attention-gradients.md");

@@ -1,8 +1,6 @@
 //! What is frozen costs nothing: operations, saved tensors and buffers are counted exactly.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ndarray::Array2;
 use peft_limits::adapters::lora::LoraSpec;
 use peft_limits::adapters::paca::PacaSpec;

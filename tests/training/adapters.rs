@@ -1,8 +1,6 @@
 //! Every adaptation method: its gradients, its start, merging, files, and what it must not touch.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use ndarray::{Array2, Axis};
 use peft_limits::Error;
 use peft_limits::adapters::paca::{Paca, PacaSpec};
