@@ -40,16 +40,17 @@
 //! | [`attention`] | a head ([`attention::AttentionProblem`]), its exact gradients, factorizations of exp(S) ([`attention::factorization::SoftmaxFactorization`]), the chain |
 //! | [`limits`] | threshold, degree, rank, fitted exponents, certified bounds, hardness instances, the norm guard |
 //! | [`blocks`] | forward and backward of every block of the reference transformer, one file each |
+//! | [`ops`] | the operations of a training step, on arrays, on a GPU, or on sizes alone |
 //! | [`adapters`] | full, LoRA, DoRA, MosLoRA, PaCA, S2FT, NF4 bases; selection; updates after training |
 //! | [`model`] | configuration, parameters, wiring, Hugging Face checkpoints |
 //! | [`train`] | tasks, optimizer, trainer, the memory ledger |
 //! | [`validate`] | dumps, the ladder of comparisons, known faults |
 //! | `gpu` | the same gradients and training steps on a GPU: with the feature `gpu` or `cuda` |
 //! | `distributed` | gradients with the tokens divided among MPI ranks: with the feature `mpi` |
-//! | `report`, `harness`, `cli` | tables and charts, experiment runs, commands: with the default feature `experiments` |
+//! | `report`, `cli` | tables and charts, commands: with the default feature `cli` |
 //!
 //! [`tensor_file`] reads and writes safetensors, [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
-//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens and experiments among processes.
+//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens among processes.
 //!
 //! # Limits
 //!
@@ -61,7 +62,7 @@ pub mod atomic_file;
 pub mod attention;
 pub mod blocks;
 pub mod check;
-#[cfg(feature = "experiments")]
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod cost;
 pub mod device;
@@ -70,13 +71,11 @@ pub mod distributed;
 pub mod error;
 #[cfg(feature = "gpu")]
 pub mod gpu;
-#[cfg(feature = "experiments")]
-pub mod harness;
 pub mod limits;
 pub mod linalg;
 pub mod model;
 pub mod ops;
-#[cfg(feature = "experiments")]
+#[cfg(feature = "cli")]
 pub mod report;
 pub mod streams;
 pub mod tensor_file;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times PyTorch, Transformers and PEFT on the work of `experiments/gpu_peft_cost.rs`, on the same card.
+"""Times PyTorch, Transformers and PEFT on the work of `experiments/src/gpu_peft_cost.rs`, on the same card.
 
     python benches/peers/torch_gpu_train.py --device cuda [--batch 8] [--length 512] [--repeats 10]
 

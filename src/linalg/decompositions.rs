@@ -1,7 +1,7 @@
 //! Singular values, singular vectors and least squares, in double precision.
 //!
 //! nalgebra by default; the system's LAPACK with feature `lapack`. Both paths return the same
-//! quantities (signs of singular vectors are arbitrary), which `tests/decompositions.rs` checks.
+//! quantities (signs of singular vectors are arbitrary), which `tests/attention/decompositions.rs` checks.
 //! Single precision is widened first: these are measurements and small solves, not hot paths.
 
 use crate::error::{Error, Result};

@@ -19,4 +19,3 @@ pub mod stream;
 pub mod tasks;
 pub mod tokenizer;
 pub mod trainer;
-pub mod two_layer;

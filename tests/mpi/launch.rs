@@ -1,8 +1,17 @@
-//! Starting ranks.
+//! Starting ranks, and the main function of a program that starts itself as ranks.
+
+// `experiments/tests/mpi` uses a part of it.
+#![allow(dead_code)]
 
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
+
+/// What one rank does.
+pub type Role = (&'static str, fn() -> ExitCode);
+
+/// A test: panics when it fails.
+pub type Test = (&'static str, fn());
 
 /// The environment variable that tells a rank what to do.
 pub const ROLE: &str = "PEFT_LIMITS_MPI_ROLE";
@@ -56,4 +65,29 @@ pub fn succeeds(command: Command) -> String {
     let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
     out.into_owned()
+}
+
+/// The main function of such a program: a role that was asked for, or the tests.
+pub fn main(roles: &[Role], tests: &[Test]) -> ExitCode {
+    if let Ok(wanted) = std::env::var(ROLE) {
+        return match roles.iter().find(|(name, _)| *name == wanted) {
+            Some((_, role)) => role(),
+            None => panic!("no role {wanted}"),
+        };
+    }
+    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let chosen =
+        tests.iter().filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())));
+    let mut failed = 0;
+    for (name, test) in chosen {
+        let start = std::time::Instant::now();
+        let outcome = std::panic::catch_unwind(test);
+        let word = if outcome.is_ok() { "ok" } else { "FAILED" };
+        println!("test {name} ... {word} ({:.1} s)", start.elapsed().as_secs_f64());
+        failed += usize::from(outcome.is_err());
+    }
+    if failed > 0 {
+        println!("{failed} failed");
+    }
+    ExitCode::from(u8::from(failed > 0))
 }

@@ -1,0 +1,50 @@
+//! The experiments of `peft-limits`: one module per claim, each with one binary that runs it alone.
+//!
+//! [`ALL`] is what `reproduce` runs. [`harness`] is what the binaries share, [`two_layer`] the closed form behind
+//! `generalization`.
+
+pub mod harness;
+pub mod two_layer;
+
+pub mod adapter_serving;
+pub mod approximate_descent;
+pub mod bounds;
+pub mod convergence;
+pub mod crossover;
+pub mod factorizations;
+pub mod generalization;
+#[cfg(feature = "gpu")]
+pub mod gpu_crossover;
+#[cfg(feature = "gpu")]
+pub mod gpu_peft_cost;
+pub mod hardness;
+pub mod norm_control;
+pub mod peft_accuracy;
+pub mod peft_cost;
+pub mod phase_transition;
+pub mod rank_map;
+pub mod real_heads;
+pub mod s2ft_selection;
+pub mod sequence_limit;
+pub mod speed_accuracy;
+
+/// Every experiment that needs no device, in the order of the index page.
+pub const ALL: [harness::Experiment; 17] = [
+    phase_transition::EXPERIMENT,
+    crossover::EXPERIMENT,
+    speed_accuracy::EXPERIMENT,
+    rank_map::EXPERIMENT,
+    real_heads::EXPERIMENT,
+    factorizations::EXPERIMENT,
+    bounds::EXPERIMENT,
+    hardness::EXPERIMENT,
+    norm_control::EXPERIMENT,
+    approximate_descent::EXPERIMENT,
+    peft_cost::EXPERIMENT,
+    sequence_limit::EXPERIMENT,
+    peft_accuracy::EXPERIMENT,
+    s2ft_selection::EXPERIMENT,
+    generalization::EXPERIMENT,
+    convergence::EXPERIMENT,
+    adapter_serving::EXPERIMENT,
+];

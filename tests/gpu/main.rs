@@ -1,0 +1,9 @@
+//! Gradients, training steps, validation and commands on a GPU, against the processor.
+
+#![cfg(feature = "gpu")]
+
+mod attention;
+#[cfg(feature = "cli")]
+mod commands;
+mod training;
+mod validation;

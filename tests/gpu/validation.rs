@@ -1,0 +1,122 @@
+//! The ladder on a device's own step: a clean step passes, planted faults are caught and named; and the memory account.
+//! One test after another, since the allocator of a device is shared.
+use burn::backend::Wgpu;
+use peft_limits::blocks::rope::RopeTable;
+use peft_limits::device::DeviceChoice;
+use peft_limits::gpu::train::blocks::Matrix;
+use peft_limits::gpu::train::blocks::rope::{RotaryAngles, rope_forward};
+use peft_limits::gpu::train::{DeviceCase, StepMemory};
+use peft_limits::gpu::{Device, Opened};
+use peft_limits::model::{Batch, Model, Place, Point};
+use peft_limits::tensor_file::TensorFile;
+use peft_limits::train::method::{MethodName, MethodParams};
+use peft_limits::validate::dump::read_batch;
+use peft_limits::validate::{Report, Silent, validate};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+static DEVICE: Mutex<()> = Mutex::new(());
+
+fn open() -> (Device, MutexGuard<'static, ()>) {
+    let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    (Device::open(DeviceChoice::Gpu(0)).unwrap(), alone)
+}
+
+fn wgpu(device: &Device) -> &Opened<Wgpu> {
+    match device {
+        Device::Wgpu(on) => on,
+        #[allow(unreachable_patterns)] // without the feature cuda there is no other kind
+        _ => unreachable!("gpu:0 is opened by wgpu"),
+    }
+}
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn batch(name: &str) -> Batch {
+    read_batch(&TensorFile::open(folder(name).join("reference.safetensors")).unwrap()).unwrap()
+}
+
+fn case(name: &str) -> DeviceCase {
+    let mut model = Model::<f64>::read(&folder(name)).unwrap();
+    let kind = match name {
+        "llama_full" => {
+            model.train_fully();
+            None
+        }
+        _ => Some(model.read_adapter(&folder(name).join("adapter")).unwrap()),
+    };
+    DeviceCase { name: name.into(), model, kind, batch: batch(name) }
+}
+
+fn report(name: &str, device: &Device, tap: Option<&dyn Fn(Place, Matrix<Wgpu>) -> Matrix<Wgpu>>) -> Report {
+    let case = case(name).run_with(wgpu(device), tap).unwrap();
+    validate(&case, &Silent).unwrap()
+}
+
+#[test]
+fn a_clean_step_climbs_the_whole_ladder() {
+    let (device, _alone) = open();
+    for name in ["llama_full", "llama_lora", "llama_dora"] {
+        let report = report(name, &device, None);
+        let shares: Vec<String> = report.rungs.iter().map(|r| format!("{} {:.2}", r.name, r.share())).collect();
+        println!("{name}: {}", shares.join(", "));
+        assert!(report.passed, "{name}: {:?}", report.first_failure());
+    }
+}
+
+#[test]
+fn a_missing_rotary_backward_is_caught_and_named() {
+    let (device, _alone) = open();
+    let shape = case("llama_lora");
+    let length = shape.batch.input_ids.ncols();
+    let table = RopeTable::<f64>::new(length, shape.model.config.head_dim, shape.model.config.rope_theta).unwrap();
+    let angles = RotaryAngles::upload(&table, &wgpu(&device).device);
+    // Rotating forward again undoes the rotation back.
+    let fault = |place: Place, x: Matrix<Wgpu>| match (place.point, place.gradient) {
+        (Point::Query | Point::Key, true) => rope_forward(x, &angles),
+        _ => x,
+    };
+    let report = report("llama_lora", &device, Some(&fault));
+    assert!(!report.passed);
+    let named = report.diagnoses.first().map(|d| (d.fault.as_str(), d.complete));
+    assert_eq!(named, Some(("rotary-backward-missing", true)), "{:?}", report.diagnoses);
+}
+
+#[test]
+fn a_wrong_forward_is_caught_where_it_happens() {
+    let (device, _alone) = open();
+    let fault = |place: Place, x: Matrix<Wgpu>| match (place.point, place.layer, place.gradient) {
+        (Point::Gated, Some(1), false) => x.mul_scalar(1.01),
+        _ => x,
+    };
+    let report = report("llama_lora", &device, Some(&fault));
+    assert!(!report.passed);
+    assert!(report.first_failure().is_some());
+}
+
+/// Between forward and backward the allocator holds what was predicted, for every method: nothing else is kept alive,
+/// by a view of a larger buffer for instance. `in use` counts bytes without padding; 5% covers small index tensors.
+#[test]
+fn the_allocator_holds_what_is_predicted() {
+    let (device, _alone) = open();
+    let batch = batch("llama_full");
+    let methods =
+        [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Moslora, MethodName::Paca, MethodName::S2ft];
+    for name in methods {
+        let mut model = Model::<f64>::read(&folder("llama_full")).unwrap();
+        MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 5).unwrap();
+        // The first step compiles kernels, whose constants stay.
+        StepMemory::measure(&device, &model, &batch).unwrap();
+        let memory = StepMemory::measure(&device, &model, &batch).unwrap();
+        println!("{}: {memory:?}", name.name());
+        for (what, predicted, measured) in [
+            ("at rest", memory.at_rest, memory.measured_at_rest),
+            ("after forward", memory.after_forward, memory.measured_after_forward),
+        ] {
+            let ratio = measured as f64 / predicted as f64;
+            assert!((0.95..1.05).contains(&ratio), "{} {what}: {predicted} predicted, {measured}", name.name());
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Checkpoint and adapter folders: round trips, shards, half precisions, and every refusal.
+
+use crate::common::*;
+use ndarray::Array2;
+use peft_limits::Error;
+use peft_limits::check::compare::assert_close;
+use peft_limits::linalg::Real;
+use peft_limits::model::adapter_folder::AdapterKind;
+use peft_limits::model::{AdapterPlan, MethodSpec, Model, Projection};
+use peft_limits::tensor_file::{TensorFile, TensorWriter};
+use safetensors::tensor::{Dtype, TensorView};
+use std::path::Path;
+
+fn round_trip<T: Real>() {
+    let folder = tempfile::tempdir().unwrap();
+    let model: Model<T> = model(3);
+    model.write(folder.path()).unwrap();
+    let again: Model<T> = Model::read(folder.path()).unwrap();
+    assert_eq!(logits(&again), logits(&model), "bit for bit in the same precision");
+    assert_eq!(again.config, model.config);
+}
+
+#[test]
+fn a_checkpoint_comes_back_bit_for_bit() {
+    round_trip::<f64>();
+    round_trip::<f32>();
+}
+
+/// Rewrites a checkpoint folder through `edit`, which sees every tensor.
+fn rewrite(folder: &Path, mut edit: impl FnMut(&mut TensorWriter, &str, &[usize], Vec<f64>)) {
+    let path = folder.join("model.safetensors");
+    let file = TensorFile::open(&path).unwrap();
+    let mut writer = TensorWriter::new();
+    for name in file.names() {
+        let (shape, values) = file.tensor::<f64>(name, "test").unwrap();
+        edit(&mut writer, name, &shape, values);
+    }
+    writer.write(&path).unwrap();
+}
+
+#[test]
+fn shards_are_read_through_their_index() {
+    let folder = tempfile::tempdir().unwrap();
+    let model: Model<f64> = model(3);
+    model.write(folder.path()).unwrap();
+    let file = TensorFile::open(folder.path().join("model.safetensors")).unwrap();
+    let names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    let mut writers = [TensorWriter::new(), TensorWriter::new()];
+    let mut map = serde_json::Map::new();
+    for (i, name) in file.names().enumerate() {
+        let (shape, values) = file.tensor::<f64>(name, "test").unwrap();
+        writers[i % 2].tensor(name, &shape, values);
+        map.insert(name.into(), names[i % 2].into());
+    }
+    for (writer, name) in writers.iter().zip(names) {
+        writer.write(&folder.path().join(name)).unwrap();
+    }
+    std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+    let index = folder.path().join("model.safetensors.index.json");
+    let write_index = |map: &serde_json::Map<String, serde_json::Value>| {
+        std::fs::write(&index, serde_json::json!({"weight_map": map}).to_string()).unwrap();
+    };
+    write_index(&map);
+    assert_eq!(logits(&Model::<f64>::read(folder.path()).unwrap()), logits(&model));
+    // An index that points to the wrong shard.
+    let mut wrong = map.clone();
+    wrong.insert("model.norm.weight".into(), names[usize::from(map["model.norm.weight"] == names[0])].into());
+    write_index(&wrong);
+    match Model::<f64>::read(folder.path()) {
+        Err(Error::MissingTensor { name, reason, .. }) => {
+            assert!(name == "model.norm.weight" && reason.contains("index.json"), "{reason}");
+        }
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+    wrong.insert("model.norm.weight".into(), "../elsewhere.safetensors".into());
+    write_index(&wrong);
+    assert!(matches!(Model::<f64>::read(folder.path()), Err(Error::Format { .. })));
+}
+
+#[test]
+fn half_precisions_are_widened_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let model: Model<f32> = model(3);
+    model.write(folder.path()).unwrap();
+    let path = folder.path().join("model.safetensors");
+    let file = TensorFile::open(&path).unwrap();
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let mut stored = Vec::new();
+        for name in file.names() {
+            let (shape, values) = file.tensor::<f32>(name, "test").unwrap();
+            let bytes: Vec<u8> = values
+                .iter()
+                .flat_map(|&x| match dtype {
+                    Dtype::F16 => half::f16::from_f32(x).to_le_bytes(),
+                    _ => half::bf16::from_f32(x).to_le_bytes(),
+                })
+                .collect();
+            stored.push((name.to_string(), shape, bytes));
+        }
+        let views = stored.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        let read: Model<f32> = Model::read(folder.path()).unwrap();
+        for (got, want) in read.embedding.iter().zip(&model.embedding) {
+            let rounded = if dtype == Dtype::F16 {
+                half::f16::from_f32(*want).to_f32()
+            } else {
+                half::bf16::from_f32(*want).to_f32()
+            };
+            assert_eq!(got.to_bits(), rounded.to_bits());
+        }
+        assert_ne!(read.embedding, model.embedding);
+    }
+}
+
+#[test]
+fn broken_checkpoints_are_refused_with_file_and_tensor() {
+    let broken = |edit: &dyn Fn(&Path)| -> String {
+        let folder = tempfile::tempdir().unwrap();
+        model::<f64>(3).write(folder.path()).unwrap();
+        edit(folder.path());
+        let message = Model::<f64>::read(folder.path()).unwrap_err().to_string();
+        assert!(message.contains(&*folder.path().to_string_lossy()), "{message}");
+        message
+    };
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let message = broken(&|folder| {
+        rewrite(folder, |w, n, s, v| {
+            let shape = if n == name { vec![s[1], s[0]] } else { s.to_vec() };
+            w.tensor(n, &shape, v);
+        })
+    });
+    assert!(message.contains(name) && message.contains("(34, 24)") && message.contains("(24, 34)"), "{message}");
+    let message = broken(&|folder| {
+        rewrite(folder, |w, n, s, v| {
+            if n != name {
+                w.tensor(n, s, v);
+            }
+        })
+    });
+    assert!(message.contains(&format!("no tensor named {name}")), "{message}");
+    let message = broken(&|folder| {
+        rewrite(folder, |w, n, s, v| {
+            w.tensor(n, s, v.clone());
+            if n == name {
+                w.tensor("model.layers.3.mlp.up_proj.weight", s, v);
+            }
+        })
+    });
+    assert!(message.contains("model.layers.3.mlp.up_proj.weight") && message.contains("unknown name"), "{message}");
+    let message = broken(&|folder| {
+        rewrite(folder, |w, n, s, mut v| {
+            if n == name {
+                v[24] = f64::NAN;
+            }
+            w.tensor(n, s, v);
+        })
+    });
+    assert!(message.contains(name) && message.contains("NaN at [1, 0]"), "{message}");
+    let message = broken(&|folder| {
+        let text = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        std::fs::write(
+            folder.join("config.json"),
+            text.replace("\"num_attention_heads\": 6", "\"num_attention_heads\": 7"),
+        )
+        .unwrap();
+    });
+    assert!(message.contains("config.json") && message.contains("num_attention_heads"), "{message}");
+    let message = broken(&|folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap());
+    assert!(message.contains("model.safetensors"), "{message}");
+}
+
+/// Ranks and alphas by layer and projection survive the round trip through PEFT's patterns.
+#[test]
+fn patterns_of_rank_and_alpha_round_trip() {
+    let mut adapted: Model<f64> = model(3);
+    let spec = |rank, alpha| MethodSpec::Lora(peft_limits::adapters::lora::LoraSpec { alpha, ..lora(rank) });
+    let plan = AdapterPlan::everywhere(&[Projection::Query, Projection::Down], spec(4, 8.0))
+        .and(1..2, &[Projection::Down], spec(7, 3.0))
+        .and(2..3, &[Projection::Key], spec(2, 8.0));
+    adapted.attach(&plan, &mut rng(1)).unwrap();
+    leave_the_start(&mut adapted);
+    let folder = tempfile::tempdir().unwrap();
+    adapted.write_adapter(folder.path()).unwrap();
+    let mut again: Model<f64> = model(3);
+    assert_eq!(again.read_adapter(folder.path()).unwrap(), AdapterKind::Lora);
+    assert_eq!(logits(&again), logits(&adapted));
+    let twice = again.read_adapter(folder.path()).unwrap_err().to_string();
+    assert!(twice.contains("already adapted"), "{twice}");
+}
+
+#[test]
+fn broken_adapters_are_refused_with_file_and_key() {
+    let broken = |spec: MethodSpec, edit: &dyn Fn(&Path)| -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let mut adapted: Model<f64> = model(3);
+        adapted.attach(&AdapterPlan::everywhere(&[Projection::Query, Projection::Down], spec), &mut rng(1)).unwrap();
+        adapted.write_adapter(folder.path()).unwrap();
+        edit(folder.path());
+        model::<f64>(3).read_adapter(folder.path()).unwrap_err().to_string()
+    };
+    let replace = |from: &'static str, to: &'static str| {
+        move |folder: &Path| {
+            let path = folder.join("adapter_config.json");
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from), "{text}");
+            std::fs::write(&path, text.replace(from, to)).unwrap();
+        }
+    };
+    let spec = MethodSpec::Lora(lora(5));
+    let message = broken(spec, &replace("\"q_proj\"", "\"w_proj\""));
+    assert!(message.contains("adapter_config.json") && message.contains("w_proj"), "{message}");
+    let message = broken(spec, &replace("\"q_proj\"", "\"k_proj\""));
+    assert!(message.contains("no tensor named") && message.contains("k_proj.lora_A"), "{message}");
+    let message = broken(spec, &replace("\"q_proj\"", "\"down_proj\""));
+    assert!(message.contains("q_proj.lora_A.weight") && message.contains("leave over"), "{message}");
+    let message = broken(spec, &replace("\"r\": 5", "\"r\": 4"));
+    assert!(message.contains("shape (4, 24)") && message.contains("(5, 24)"), "{message}");
+    let message = broken(spec, &replace("\"LORA\"", "\"IA3\""));
+    assert!(message.contains("peft_type") && message.contains("IA3"), "{message}");
+    let message = broken(spec, &replace("\"bias\": \"none\"", "\"bias\": \"all\""));
+    assert!(message.contains("key bias"), "{message}");
+    let message = broken(spec, &replace("\"bias\"", "\"fan_in_fan_out\": true, \"bias\""));
+    assert!(message.contains("fan_in_fan_out") && message.contains("not implemented"), "{message}");
+
+    let paca = MethodSpec::Paca(peft_limits::adapters::paca::PacaSpec { rank: 3, ..Default::default() });
+    for (index, expected) in
+        [([1.0, 1.0, 2.0], "appears twice"), ([0.0, 1.0, 24.0], "below 24"), ([0.5, 1.0, 2.0], "integers")]
+    {
+        let message = broken(paca, &|folder| {
+            let path = folder.join("adapter_model.safetensors");
+            let file = TensorFile::open(&path).unwrap();
+            let mut writer = TensorWriter::new();
+            for name in file.names() {
+                let (shape, mut values) = file.tensor::<f64>(name, "test").unwrap();
+                if name.ends_with("layers.1.self_attn.q_proj.paca_index") {
+                    values = index.to_vec();
+                }
+                writer.tensor(name, &shape, values);
+            }
+            writer.write(&path).unwrap();
+        });
+        assert!(message.contains("layers.1.self_attn.q_proj") && message.contains(expected), "{message}");
+    }
+    let mut mixed: Model<f64> = model(3);
+    let plan = AdapterPlan::everywhere(&[Projection::Query], spec).and(0..1, &[Projection::Up], paca);
+    mixed.attach(&plan, &mut rng(1)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let message = mixed.write_adapter(folder.path()).unwrap_err().to_string();
+    assert!(message.contains("up_proj") && message.contains("one method"), "{message}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was written");
+    // It still trains and exports as a whole checkpoint.
+    mixed.write(folder.path()).unwrap();
+    let whole: Model<f64> = Model::read(folder.path()).unwrap();
+    assert_close("mixed", &logits(&whole).view(), &logits(&mixed).view(), 1e-13);
+    let _: Array2<f64> = whole.embedding;
+}
