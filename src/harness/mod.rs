@@ -47,7 +47,7 @@ pub use on_device::{best_device, main_on_device};
 pub use reproduce::reproduce;
 pub use timing::{Seconds, repeated_seconds};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::report::manifest::StopReason;
 use progress::Progress;
 use ranks::Crew;
@@ -98,7 +98,6 @@ fn exit_code(outcome: &Result<StopReason>) -> u8 {
     match outcome {
         Ok(StopReason::Completed) => 0,
         Ok(StopReason::CheckFailed | StopReason::PointsFailed) => 1,
-        Err(Error::Interrupted) => 130,
-        Err(_) => 2,
+        Err(error) => error.exit_code(),
     }
 }

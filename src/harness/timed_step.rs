@@ -3,10 +3,10 @@
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::{Batch, Gradients, Model, ModelConfig, StepOptions};
+use crate::streams::generator;
 use crate::train::memory::{Memory, StepShape, ledger};
 use crate::train::method::MethodParams;
 use crate::train::optimizer::{Optimizer, OptimizerParams, update_model};
-use crate::train::stream::generator;
 use ndarray::Array2;
 use rand::RngExt;
 use std::time::Instant;
