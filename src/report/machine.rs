@@ -2,8 +2,8 @@
 //!
 //! Nothing here names a user or an absolute path.
 
+use crate::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -100,17 +100,6 @@ fn checkout_root(from: &Path) -> Option<PathBuf> {
 fn command_output(program: &str, args: &[&str], folder: &Path) -> Option<String> {
     let output = Command::new(program).args(args).current_dir(folder).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
-}
-
-/// SHA-256 in lower-case hexadecimal.
-///
-/// ```
-/// // FIPS 180-2, appendix B.1.
-/// let sum = peft_limits::report::machine::sha256_hex(b"abc");
-/// assert!(sum.starts_with("ba7816bf8f01cfea"));
-/// ```
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The command line without machine paths: the program's file name, then the arguments, absolute

@@ -215,7 +215,7 @@ fn expect(arg: &str, got: (usize, usize), expected: (usize, usize)) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::stream::generator;
+    use crate::streams::generator;
     use rand::Rng;
     use rand_distr::{Distribution, StandardNormal};
 

@@ -36,8 +36,11 @@ pub struct TextParams {
     pub window: usize,
 }
 
+/// Bytes per row where nothing is said.
+pub const WINDOW: usize = 128;
+
 fn default_window() -> usize {
-    128
+    WINDOW
 }
 
 impl TextParams {
