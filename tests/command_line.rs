@@ -290,11 +290,16 @@ fn probe_plots_the_cost_over_prefixes() {
     let folder = tempfile::tempdir().unwrap();
     let head = data("heads/minilm_l0_h7.safetensors");
     let at = |name: &str| folder.path().join(name);
-    let probe = |more: &[&str]| [&["probe", text(&head), "--features", "taylor:degree=1", "--plot"], more].concat();
-    let table = succeeds(&probe(&[text(&at("cost.png"))]));
+    let arguments = ["probe", text(&head), "--features", "taylor:degree=1", "--plot"];
+    let probe = |file: &Path, more: &[&str]| peft_limits(&[&arguments[..], &[text(file)], more].concat());
+    let told = |outcome: Output| {
+        assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
+        String::from_utf8(outcome.stdout).unwrap()
+    };
+    let table = told(probe(&at("cost.png"), &[]));
     assert!(table.contains("cost exponent") && table.contains("truncated SVD"), "{table}");
     assert!(std::fs::read(at("cost.png")).unwrap().starts_with(b"\x89PNG") && !at("cost.svg").exists());
-    let json: serde_json::Value = serde_json::from_str(&succeeds(&probe(&[text(&at("cost.svg")), "--json"]))).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&told(probe(&at("cost.svg"), &["--json"]))).unwrap();
     assert!(std::fs::read_to_string(at("cost.svg")).unwrap().contains("<svg"));
     let fits = json["prefixes"].as_array().unwrap();
     assert_eq!(fits.len(), 6);
@@ -303,9 +308,9 @@ fn probe_plots_the_cost_over_prefixes() {
         assert!(points.len() == 5 && points[4]["tokens"] == 512, "{fit}");
         assert!(fit["interval"][0].as_f64().unwrap() <= slope && slope <= fit["interval"][1].as_f64().unwrap());
     }
-    refused(&probe(&[text(&at("cost.pdf"))]), &at("cost.pdf"), &["--plot", ".svg or .png"]);
-    let below = head.join("cost.png");
-    let outcome = peft_limits(&probe(&[text(&below)]));
+    let pdf = at("cost.pdf");
+    refused(&[&arguments[..], &[text(&pdf)]].concat(), &pdf, &["--plot", ".svg or .png"]);
+    let outcome = probe(&head.join("cost.png"), &[]);
     assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(2), 0), "refused before anything is printed");
 }
 

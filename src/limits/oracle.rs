@@ -52,9 +52,9 @@ impl<'a> OracleTrials<'a> {
     ///
     /// # Errors
     /// As [`OracleTrials::gradients`].
-    pub fn chain_flops(&self, rank: usize) -> Result<f64> {
+    pub fn chain_flops(&self, rank: usize) -> Result<u64> {
         let all = self.gradients(rank)?.gradients.cost.flops();
-        Ok(all.saturating_sub(self.decomposition.flops()) as f64)
+        Ok(all.saturating_sub(self.decomposition.flops()))
     }
 
     /// (relative gradient error, seconds with the decomposition) of one run; an infinite error where an approximate

@@ -6,10 +6,12 @@
 use super::exponent::{Exponent, fit_exponent};
 use super::oracle::OracleTrials;
 use super::trial::{natural_request, reference, trial};
+use crate::attention::contraction::{Contraction, Products};
 use crate::attention::exact::streaming;
 use crate::attention::factorization::{build, monomials};
 use crate::attention::problem::{Hidden, Source};
 use crate::attention::{AttentionProblem, Gradients, Objective, Qkv, Request};
+use crate::cost::Cost;
 use crate::error::{Error, Result};
 use ndarray::{Array2, s};
 
@@ -40,7 +42,8 @@ pub struct PrefixCost {
     pub eps: f64,
     /// The way.
     pub way: Way,
-    /// Counted operations; the exact gradient's where the target is not reached for less.
+    /// Counted operations apart from the products with inputs and weights, which every way shares and which grow
+    /// linearly; the exact gradient's where the target is not reached for less.
     pub flops: f64,
     /// The method that reached it; `None` for the exact gradient.
     pub method: Option<String>,
@@ -95,9 +98,10 @@ pub fn prefix_costs(problem: &AttentionProblem<f64>, targets: &[f64]) -> Result<
         let problem = prefix(problem, 0.5f64.powi(halvings))?;
         let tokens = problem.num_queries().max(problem.num_keys());
         let exact = reference(&problem, request)?;
-        let bound = streaming::gradients(&problem, request)?.cost.flops() as f64;
+        let shared = shared_flops(&problem, request)?;
+        let bound = (streaming::gradients(&problem, request)?.cost.flops() - shared.all()) as f64;
         let oracle = if tokens <= LONGEST_DECOMPOSED { Some(OracleTrials::new(&problem, request)?) } else { None };
-        let mut runnable = Candidates::new(&problem, &exact, request, bound);
+        let mut runnable = Candidates::new(&problem, &exact, request, shared.all(), bound);
         for &eps in targets {
             let mut push = |way, found: Option<(f64, String)>| {
                 let (flops, method) = found.filter(|f| f.0 < bound).map_or((bound, None), |(f, m)| (f, Some(m)));
@@ -106,11 +110,44 @@ pub fn prefix_costs(problem: &AttentionProblem<f64>, targets: &[f64]) -> Result<
             push(Way::Exact, None);
             push(Way::Runnable, runnable.cheapest(eps));
             if let Some(oracle) = &oracle {
-                push(Way::Oracle, smallest_rank(oracle, &exact, eps)?);
+                push(Way::Oracle, smallest_rank(oracle, &exact, shared.contraction, eps)?);
             }
         }
     }
     Ok(costs)
+}
+
+/// Operations of the products with inputs and weights.
+struct Shared {
+    projections: u64,
+    contraction: u64,
+}
+
+impl Shared {
+    fn all(&self) -> u64 {
+        self.projections + self.contraction
+    }
+}
+
+/// Counts what every way does before and after it meets the L x L matrices, on products of zeros.
+fn shared_flops(problem: &AttentionProblem<f64>, request: Request) -> Result<Shared> {
+    let (mut projections, mut cost) = (Cost::default(), Cost::default());
+    let projected = problem.project(&mut projections);
+    let contraction = Contraction::new(problem, &projected, request, &mut cost)?;
+    let zeros = |rows: usize, columns: usize| Array2::<f64>::zeros((rows, columns));
+    let (queries, keys) = (problem.num_queries(), problem.num_keys());
+    let upstream = zeros(queries, problem.value_dim());
+    contraction.value_left(problem, upstream.view(), &mut cost);
+    let m = contraction.score_left.ncols();
+    let products = Products {
+        output: upstream.clone(),
+        value_right: zeros(queries, contraction.value_right.ncols()),
+        score_right: zeros(queries, m),
+        score_left: zeros(keys, m),
+        value_left: zeros(keys, contraction.value_left_width(problem)),
+    };
+    let contracted = contraction.finish(problem, &projected, &upstream, products, cost).cost;
+    Ok(Shared { projections: projections.flops(), contraction: contracted.flops() })
 }
 
 /// The exponent of one way at one target, and how many of its points had to take the exact gradient.
@@ -131,12 +168,19 @@ struct Candidates<'a> {
     specs: std::vec::IntoIter<String>,
     /// (flops, error, spec) of those tried.
     tried: Vec<(f64, f64, String)>,
-    /// Cost of the exact gradient: a family is left once its next member costs more.
+    shared: u64,
+    /// Cost of the exact gradient; what costs more is no candidate.
     bound: f64,
 }
 
 impl<'a> Candidates<'a> {
-    fn new(problem: &'a AttentionProblem<f64>, exact: &'a Gradients<f64>, request: Request, bound: f64) -> Self {
+    fn new(
+        problem: &'a AttentionProblem<f64>,
+        exact: &'a Gradients<f64>,
+        request: Request,
+        shared: u64,
+        bound: f64,
+    ) -> Self {
         let (tokens, width) = (problem.num_keys(), problem.head_dim());
         // Beyond two columns a token no chain is cheaper than the exact gradient.
         let degrees = (1..=8).map(|g| (monomials::count(width, g), format!("fitted:degree={g}")));
@@ -145,7 +189,7 @@ impl<'a> Candidates<'a> {
         let mut specs: Vec<_> = degrees.chain(ranks).filter(|(k, _)| *k <= 2 * tokens as u128).collect();
         specs.sort();
         let specs: Vec<String> = specs.into_iter().map(|(_, spec)| spec).collect();
-        Self { problem, exact, request, specs: specs.into_iter(), tried: Vec::new(), bound }
+        Self { problem, exact, request, specs: specs.into_iter(), tried: Vec::new(), shared, bound }
     }
 
     /// The cheapest that reaches `eps`.
@@ -159,7 +203,7 @@ impl<'a> Candidates<'a> {
             // A method whose assumption fails on this head does not reach the target.
             let Ok(method) = build::<f64>(&spec) else { continue };
             if let Ok(t) = trial(self.problem, self.exact, method.as_ref(), self.request) {
-                let flops = t.cost.flops() as f64;
+                let flops = t.cost.flops().saturating_sub(self.shared) as f64;
                 if flops < self.bound {
                     self.tried.push((flops, t.gradient_error, spec));
                 }
@@ -169,7 +213,12 @@ impl<'a> Candidates<'a> {
 }
 
 /// (flops without the decomposition, name) of the smallest rank that reaches `eps`, by bisection.
-fn smallest_rank(oracle: &OracleTrials<'_>, exact: &Gradients<f64>, eps: f64) -> Result<Option<(f64, String)>> {
+fn smallest_rank(
+    oracle: &OracleTrials<'_>,
+    exact: &Gradients<f64>,
+    shared: u64,
+    eps: f64,
+) -> Result<Option<(f64, String)>> {
     let reaches = |rank: usize| -> Result<bool> { Ok(oracle.trial(rank, exact)?.0 <= eps) };
     let (mut low, mut high) = (0, oracle.full_rank());
     if high == 0 || !reaches(high)? {
@@ -183,7 +232,7 @@ fn smallest_rank(oracle: &OracleTrials<'_>, exact: &Gradients<f64>, eps: f64) ->
             low = middle;
         }
     }
-    Ok(Some((oracle.chain_flops(high)?, format!("truncated-svd:rank={high}"))))
+    Ok(Some(((oracle.chain_flops(high)? - shared) as f64, format!("truncated-svd:rank={high}"))))
 }
 
 #[cfg(test)]
