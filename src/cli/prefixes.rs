@@ -74,7 +74,7 @@ impl Growth {
     pub fn draw(&self, input: &Path, path: &Path) -> Result<()> {
         let panels = TARGETS.map(|eps| {
             let fits = self.fits.iter().filter(|f| f.0.to_bits() == eps.to_bits());
-            let slopes: Vec<String> =
+            let mut slopes: Vec<String> =
                 fits.clone().map(|f| format!("{:.2} ± {:.2}", f.3.slope, f.3.high - f.3.slope)).collect();
             let mut series: Vec<Series> = fits
                 .map(|(_, way, name, ..)| {
@@ -86,6 +86,7 @@ impl Growth {
                 (exact.line, exact.markers) = (LineStyle::Dashed, false);
             }
             series.rotate_left(1);
+            slopes.rotate_left(1);
             LineChart {
                 title: format!("error {eps}: slopes {}", slopes.join(", ")),
                 x: Axis::log2("L (first tokens of the head)"),
@@ -96,7 +97,7 @@ impl Growth {
         });
         let name = input.file_stem().unwrap_or_default().to_string_lossy();
         let mut figure = Figure::new(format!("Cost of the gradient over the beginnings of {name}"), panels).caption(
-            "Slopes of log cost against log L with 95% intervals: exact, fitted or nystrom, truncated SVD. Costs are capped at the \
+            "Slopes of log cost against log L with 95% intervals, in the order of the legend. Costs are capped at the \
              exact gradient's; products with inputs and weights, which are linear in L, are not counted.",
         );
         figure.share_y = true;

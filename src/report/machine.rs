@@ -6,6 +6,7 @@ use crate::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 /// The machine a program runs on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,24 +29,20 @@ pub struct Machine {
 impl Machine {
     /// Describes this machine.
     pub fn here() -> Self {
+        let kinds = RefreshKind::nothing()
+            .with_cpu(CpuRefreshKind::nothing())
+            .with_memory(MemoryRefreshKind::nothing().with_ram());
+        let system = System::new_with_specifics(kinds);
+        let brand = system.cpus().first().map(|cpu| cpu.brand().trim().to_string());
         Self {
-            cpu: proc_field("/proc/cpuinfo", "model name"),
+            cpu: brand.filter(|name| !name.is_empty()),
             logical_cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             threads: rayon::current_num_threads(),
             ranks: None,
-            memory_bytes: proc_field("/proc/meminfo", "MemTotal")
-                .and_then(|v| v.split_whitespace().next()?.parse::<u64>().ok())
-                .map(|kib| kib * 1024),
+            memory_bytes: Some(system.total_memory()).filter(|bytes| *bytes > 0),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         }
     }
-}
-
-/// The value of the first `name : value` line of a file under /proc.
-fn proc_field(path: &str, name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let (_, value) = text.lines().filter_map(|l| l.split_once(':')).find(|(key, _)| key.trim() == name)?;
-    Some(value.trim().to_string())
 }
 
 /// The state of the sources the program is run from.

@@ -7,6 +7,7 @@ use crate::model::ModelConfig;
 use crate::tensor_file::TensorFile;
 use crate::train::memory::{StepShape, predict};
 use crate::train::method::{MethodName, MethodParams};
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
 /// Most activations of a step.
 const LARGEST_STEP: u128 = 1 << 53;
@@ -71,7 +72,7 @@ pub fn require(paths: &DumpPaths, manifest: Option<&Manifest>, limit: usize) -> 
 
 /// Memory that the system says is available, if it says so.
 pub fn available() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
+    let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let free = System::new_with_specifics(kinds).available_memory();
+    usize::try_from(free).ok().filter(|bytes| *bytes > 0)
 }
