@@ -85,8 +85,9 @@ impl Growth {
             if let Some(exact) = series.first_mut() {
                 (exact.line, exact.markers) = (LineStyle::Dashed, false);
             }
-            series.rotate_left(1);
-            slopes.rotate_left(1);
+            let first = series.len().min(1);
+            series.rotate_left(first);
+            slopes.rotate_left(first);
             LineChart {
                 title: format!("error {eps}: slopes {}", slopes.join(", ")),
                 x: Axis::log2("L (first tokens of the head)"),

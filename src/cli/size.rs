@@ -34,7 +34,7 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
         }
     };
     let bytes = number * factor;
-    if bytes < 1.0 || bytes > LARGEST {
+    if !(1.0..=LARGEST).contains(&bytes) {
         return Err("expected 1 byte to 2^60 bytes".into());
     }
     Ok(bytes as usize)

@@ -8,6 +8,7 @@ use crate::report::Row;
 use crate::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -96,9 +97,11 @@ impl Partial {
                 for finished in lines.filter_map(|l| serde_json::from_slice::<Finished>(l).ok()) {
                     if !keep.contains(&finished.key) {
                         aside.push(finished);
-                    } else if !done.contains_key(&finished.key) {
+                        continue;
+                    }
+                    if let Entry::Vacant(place) = done.entry(finished.key.clone()) {
                         text += &line(&path, &finished)?;
-                        done.insert(finished.key, finished.rows);
+                        place.insert(finished.rows);
                     }
                 }
             }

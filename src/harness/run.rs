@@ -127,10 +127,8 @@ fn redraw(experiment: &Experiment, folder: &Path, earlier: Option<Manifest>) -> 
 pub(super) fn guard(folder: &Path, flags: &Flags, earlier: Option<&Manifest>, unfinished: Option<&str>) -> Result<()> {
     let (quick, full) = (Profile::Quick.name(), Profile::Full.name());
     let finished = earlier.map(|m| m.profile.as_str());
-    if flags.profile == Profile::Quick {
-        if finished == Some(full) || unfinished == Some(full) {
-            return Err(refusal(folder, "holds a full result", "a quick run never replaces it; choose another --out"));
-        }
+    if flags.profile == Profile::Quick && (finished == Some(full) || unfinished == Some(full)) {
+        return Err(refusal(folder, "holds a full result", "a quick run never replaces it; choose another --out"));
     }
     if flags.force {
         return Ok(());
