@@ -185,7 +185,15 @@ pub enum Error {
     },
 }
 
+/// Exit code of every program after Ctrl-C, as shells have it: 128 + SIGINT.
+pub const INTERRUPTED: u8 = 130;
+
 impl Error {
+    /// Exit code of a program that this error ends: [`INTERRUPTED`], or 2.
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Error::Interrupted) { INTERRUPTED } else { 2 }
+    }
+
     /// Attaches a path to an input/output error.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Error::Io { path: path.as_ref().to_path_buf(), source }

@@ -190,6 +190,19 @@ impl TensorFile {
         Ok((shape, values))
     }
 
+    /// Refuses integers where real numbers belong: token ids or masks written under another tensor's name.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Format`] with the dtype.
+    pub fn require_real(&self, name: &str, reason: &str) -> Result<()> {
+        let dtype = self.entry(name, reason)?.dtype;
+        if float_bytes(dtype) == 0 {
+            let expected = "real numbers (dtype F64, F32, F16 or BF16)";
+            return Err(self.malformed(format!("tensor {name}"), expected, format!("{dtype:?}")));
+        }
+        Ok(())
+    }
+
     /// A matrix.
     ///
     /// # Errors

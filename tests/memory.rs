@@ -3,10 +3,10 @@
 use peak_alloc::PeakAlloc;
 use peft_limits::cost::Cost;
 use peft_limits::model::{Batch, Model, ModelConfig, StepOptions};
+use peft_limits::streams::generator;
 use peft_limits::train::memory::{Memory, StepShape, ledger, predict};
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::optimizer::OptimizerParams;
-use peft_limits::train::stream::generator;
 
 #[global_allocator]
 static COUNTED: PeakAlloc = PeakAlloc;

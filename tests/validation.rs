@@ -142,7 +142,7 @@ fn a_common_factor_shows_below_the_noise_of_single_tensors() {
     let mut case = case(&dumps("clean/full-bf16"));
     case.trainer.gradients.values_mut().for_each(|o| o.values.mapv_inplace(|x| 0.96 * x));
     let report = validate(&case, &Silent).unwrap();
-    let failed: Vec<&str> = report.rungs.iter().filter(|r| r.failed()).map(|r| r.name).collect();
+    let failed: Vec<&str> = report.rungs.iter().filter(|r| r.failed()).map(|r| r.name.name()).collect();
     assert_eq!(failed, ["gradient scale"]);
     let [only] = &report.diagnoses[..] else { panic!("{:?}", report.diagnoses) };
     assert!(only.complete && only.fault == "constant-factor" && only.what.contains("0.95"), "{only:?}");

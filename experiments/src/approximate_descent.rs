@@ -14,10 +14,10 @@ use peft_limits::attention::factorization::build;
 use peft_limits::attention::synthetic::SyntheticHead;
 use peft_limits::attention::{AttentionProblem, Objective, Request};
 use peft_limits::cost::Cost;
+use peft_limits::limits::descent::{GradientSource, HeadTrainer};
 use peft_limits::limits::guard::NormGuard;
 use peft_limits::limits::threshold::effective_gamma;
 use peft_limits::report::{Axis, Cell, Figure, LineChart, NamedFigure, Row, Series, Summary, Table};
-use peft_limits::train::head::{GradientSource, HeadTrainer};
 use peft_limits::train::optimizer::OptimizerParams;
 use peft_limits::{Error, Result};
 use rand::Rng;
@@ -105,7 +105,7 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
         "chained" => GradientSource::Chained(method.as_ref()),
         _ => GradientSource::Guarded(method.as_ref(), guard),
     };
-    let mut trainer = HeadTrainer::new(head(point)?, OptimizerParams { lr: 0.02, ..Default::default() })?;
+    let mut trainer = HeadTrainer::new(head(point)?, OptimizerParams { lr: 0.02, ..Default::default() }.check()?);
     let (mut seconds, mut exact_steps, mut failed) = (0.0, 0u64, false);
     let mut rows = Vec::new();
     for step in 0..=steps {

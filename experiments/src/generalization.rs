@@ -20,8 +20,8 @@ use crate::two_layer::{Task, TwoLayer, Update};
 use ndarray::Array2;
 use peft_limits::Result;
 use peft_limits::report::{Axis, Figure, LineChart, NamedFigure, Reference, Row, Series, Summary, Table};
+use peft_limits::streams::generator;
 use peft_limits::train::method::MethodName;
-use peft_limits::train::stream::generator;
 use rand::seq::SliceRandom;
 use rand_distr::{Distribution, StandardNormal};
 

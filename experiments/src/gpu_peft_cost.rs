@@ -17,10 +17,10 @@ use peft_limits::gpu::train::{DeviceModel, DeviceOptimizer};
 use peft_limits::gpu::{Device, Engine, Opened, Work};
 use peft_limits::model::{Batch, Model, StepOptions};
 use peft_limits::report::{Axis, Figure, LineChart, NamedFigure, Row, Series, Summary, Table};
+use peft_limits::streams::generator;
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::optimizer::OptimizerParams;
 use peft_limits::train::preset::preset;
-use peft_limits::train::stream::generator;
 use rand::RngExt;
 use std::time::Instant;
 

@@ -18,11 +18,11 @@ use peft_limits::attention::problem::{Adapter, Hidden, Source};
 use peft_limits::attention::synthetic::{Entries, SyntheticHead};
 use peft_limits::attention::{AttentionProblem, Mask, Objective, Qkv, Request, SoftmaxKind, file};
 use peft_limits::cost::Cost;
+use peft_limits::limits::descent::{GradientSource, HeadTrainer};
 use peft_limits::limits::rank::frobenius_ranks;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::trial;
 use peft_limits::report::{Axis, Cell, Figure, LineChart, NamedFigure, Row, Series, Summary, Table, short_float};
-use peft_limits::train::head::{GradientSource, HeadTrainer};
 use peft_limits::train::optimizer::OptimizerParams;
 use peft_limits::{Error, Result};
 use rand::Rng;
@@ -165,7 +165,7 @@ fn look(problem: &AttentionProblem<f64>, step: u64) -> Result<Row> {
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let steps = point.u64("steps")?;
-    let mut trainer = HeadTrainer::new(start(point)?, OptimizerParams { lr: 0.002, ..Default::default() })?;
+    let mut trainer = HeadTrainer::new(start(point)?, OptimizerParams { lr: 0.002, ..Default::default() }.check()?);
     let looks = [0, steps / 8, steps / 4, steps / 2, steps];
     let mut rows = Vec::new();
     for step in 0..=steps {

@@ -20,10 +20,10 @@ use peft_limits::limits::oracle::OracleTrials;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::{natural_request, reference, trial};
 use peft_limits::linalg::norms;
-use peft_limits::report::machine::sha256_hex;
 use peft_limits::report::{
     Axis, BarChart, BarSeries, Cell, Figure, LineChart, NamedFigure, Reference, Row, Series, Table,
 };
+use peft_limits::streams::sha256_hex;
 use peft_limits::{Error, Result};
 use std::time::Instant;
 

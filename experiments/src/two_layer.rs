@@ -215,7 +215,7 @@ fn expect(arg: &str, got: (usize, usize), expected: (usize, usize)) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use peft_limits::train::stream::generator;
+    use peft_limits::streams::generator;
     use rand::Rng;
     use rand_distr::{Distribution, StandardNormal};
 

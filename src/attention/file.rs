@@ -30,8 +30,8 @@ pub fn problem_from<T: Real>(file: &TensorFile) -> Result<AttentionProblem<T>> {
     let projected = file.contains("Q") || file.contains("K") || file.contains("V");
     let source = if projected { projected_source(file)? } else { Source::Hidden(Box::new(hidden_source(file)?)) };
     let objective = match (file.contains("Y"), file.contains("G")) {
-        (true, false) => Objective::Target(file.matrix("Y", "the target")?),
-        (false, true) => Objective::UpstreamGradient(file.matrix("G", "the upstream gradient")?),
+        (true, false) => Objective::Target(real_matrix(file, "Y", "the target")?),
+        (false, true) => Objective::UpstreamGradient(real_matrix(file, "G", "the upstream gradient")?),
         (true, true) => return Err(file.malformed("tensors", "either Y or G", "both")),
         (false, false) => return Err(file.missing("Y", "a target Y or an upstream gradient G is needed")),
     };
@@ -60,6 +60,12 @@ fn in_file(file: &TensorFile, error: Error) -> Error {
     }
 }
 
+/// A matrix of real numbers; integers are refused.
+fn real_matrix<T: Real>(file: &TensorFile, name: &str, reason: &str) -> Result<Array2<T>> {
+    file.require_real(name, reason)?;
+    file.matrix(name, reason)
+}
+
 fn projected_source<T: Real>(file: &TensorFile) -> Result<Source<T>> {
     let of_hidden = ["X", "XQ", "XK", "XV", "WQ", "WK", "WV", "AQ", "BQ", "AK", "BK", "AV", "BV"];
     if let Some(extra) = of_hidden.iter().find(|name| file.contains(name)) {
@@ -71,9 +77,9 @@ fn projected_source<T: Real>(file: &TensorFile) -> Result<Source<T>> {
     }
     let reason = "Q, K and V come together";
     Ok(Source::Projected(Qkv {
-        query: file.matrix("Q", reason)?,
-        key: file.matrix("K", reason)?,
-        value: file.matrix("V", reason)?,
+        query: real_matrix(file, "Q", reason)?,
+        key: real_matrix(file, "K", reason)?,
+        value: real_matrix(file, "V", reason)?,
     }))
 }
 
@@ -83,27 +89,27 @@ fn hidden_source<T: Real>(file: &TensorFile) -> Result<Hidden<T>> {
         return Err(file.malformed("tensors", "either X or XQ, XK, XV", format!("{extra} beside X")));
     }
     let inputs = if file.contains("X") {
-        let x: ArcArray2<T> = file.matrix::<T>("X", "the input of self-attention")?.into_shared();
+        let x: ArcArray2<T> = real_matrix::<T>(file, "X", "the input of self-attention")?.into_shared();
         Qkv { query: x.clone(), key: x.clone(), value: x }
     } else if separate.is_some() {
         let reason = "XQ, XK and XV come together";
         Qkv {
-            query: file.matrix::<T>("XQ", reason)?.into_shared(),
-            key: file.matrix::<T>("XK", reason)?.into_shared(),
-            value: file.matrix::<T>("XV", reason)?.into_shared(),
+            query: real_matrix::<T>(file, "XQ", reason)?.into_shared(),
+            key: real_matrix::<T>(file, "XK", reason)?.into_shared(),
+            value: real_matrix::<T>(file, "XV", reason)?.into_shared(),
         }
     } else {
         return Err(file.missing("X", "inputs X, or XQ, XK, XV, or Q, K, V are needed"));
     };
     let mut rank: Option<(usize, String)> = None;
     let mut projection = |letter: char| -> Result<Projection<T>> {
-        let weight = file.matrix(&format!("W{letter}"), "the weight of this projection")?;
+        let weight = real_matrix(file, &format!("W{letter}"), "the weight of this projection")?;
         let (a, b) = (format!("A{letter}"), format!("B{letter}"));
         let adapter = match (file.contains(&a), file.contains(&b)) {
             (false, false) => None,
             _ => {
-                let lora_a: Array2<T> = file.matrix(&a, &format!("{a} and {b} come together"))?;
-                let lora_b: Array2<T> = file.matrix(&b, &format!("{a} and {b} come together"))?;
+                let lora_a: Array2<T> = real_matrix(file, &a, &format!("{a} and {b} come together"))?;
+                let lora_b: Array2<T> = real_matrix(file, &b, &format!("{a} and {b} come together"))?;
                 match &rank {
                     Some((r, other)) if *r != lora_a.nrows() => {
                         return Err(file.malformed(

@@ -275,7 +275,10 @@ impl<T: Real> AttentionProblem<T> {
                 if !matrix.is_standard_layout() {
                     *matrix = matrix.as_standard_layout().into_owned();
                 }
-                update(&name, matrix.as_slice_mut().unwrap_or(&mut []))?;
+                let Some(entries) = matrix.as_slice_mut() else {
+                    return Err(Error::invalid(name, "strided", "an adapter is updated as a row-major matrix"));
+                };
+                update(&name, entries)?;
                 norms::require_finite("update_adapters", &name, &matrix.view())?;
             }
         }

@@ -1,5 +1,6 @@
 //! `peft-limits adapter`: export, fuse, switch, evaluate.
 
+use super::output::check_folder;
 use crate::adapters::update::WeightUpdate;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -155,7 +156,7 @@ struct Evaluate {
     /// Adapter folders
     #[arg(required = true)]
     adapters: Vec<PathBuf>,
-    /// arithmetic, modular, lists, recall or facts (repeat for several)
+    /// arithmetic, modular, lists, recall, facts, text=FILE or jsonl=FILE (repeat for several)
     #[arg(long = "task", required = true)]
     tasks: Vec<String>,
     /// Rows per task and split
@@ -192,6 +193,9 @@ pub fn run(args: &AdapterArgs) -> Result<ExitCode> {
 }
 
 fn export<T: Real>(args: &Export) -> Result<ExitCode> {
+    let ExportSource { adapter, trained, run } = &args.source;
+    let sources = [adapter, trained, run].into_iter().flatten();
+    check_output(&args.output, &args.model, sources)?;
     let base = Model::<T>::read(&args.model)?;
     let layers = base.layers.len();
     let (update, trained) = match (&args.source.adapter, &args.source.trained, &args.source.run) {
@@ -266,15 +270,26 @@ fn weighted(text: &str) -> (PathBuf, f64) {
     }
 }
 
+/// Refuses an output folder that is one of those read, or cannot be written.
+fn check_output<'a>(output: &Output, model: &'a Path, others: impl Iterator<Item = &'a PathBuf>) -> Result<()> {
+    let inputs: Vec<&Path> = std::iter::once(model).chain(others.map(PathBuf::as_path)).collect();
+    check_folder("--out", &output.out, &inputs)
+}
+
 fn fuse<T: Real>(args: &Fuse) -> Result<ExitCode> {
-    let base = Model::<T>::read(&args.model)?;
     let named: Vec<(PathBuf, f64)> = args.adapters.iter().map(|text| weighted(text)).collect();
+    check_output(&args.output, &args.model, named.iter().map(|(path, _)| path))?;
+    let base = Model::<T>::read(&args.model)?;
     let updates = named.iter().map(|(path, _)| ModelUpdate::read(path, &base)).collect::<Result<Vec<_>>>()?;
     let parts: Vec<(f64, &ModelUpdate<T>)> = named.iter().map(|(_, w)| *w).zip(&updates).collect();
     write(&ModelUpdate::fuse(&parts)?, &args.output, base.layers.len(), None)
 }
 
 fn switch(args: &Switch) -> Result<ExitCode> {
+    if let Some(adapter) = &args.adapter {
+        // Before the present one is taken out. Shapes do not depend on which adapter is in effect.
+        ModelUpdate::read(adapter, &Model::<f32>::read(&args.model)?)?;
+    }
     if let Some(done) = switch_off_on_disk(&args.model)? {
         println!("took an adapter out: {} bytes of {} tensors are the base's again", done.bytes, done.tensors);
     } else if args.off {
@@ -299,6 +314,8 @@ fn evaluate<T: Real>(args: &Evaluate) -> Result<ExitCode> {
             return Err(Error::invalid(name, value, "must be 1 to 2^20"));
         }
     }
+    let opened = args.tasks.iter().map(|name| Ok((name, TaskParams::named(name)?.open()?)));
+    let tasks: Vec<_> = opened.collect::<Result<_>>()?;
     let base = Model::<T>::read(&args.model)?;
     let tokenizer = Tokenizer::of_model(&args.model, base.config.vocab_size)?;
     let encoder = Encoder { tokenizer: &tokenizer, length: args.length, truncate: false };
@@ -311,8 +328,7 @@ fn evaluate<T: Real>(args: &Evaluate) -> Result<ExitCode> {
         "{:<12}{:<9}{:<width$}{:>8}{:>14}{:>11}",
         "task", "split", "adapter", "exact", "tokens right", "loss nats"
     );
-    for name in &args.tasks {
-        let task = TaskParams::named(name)?.open()?;
+    for (name, task) in &tasks {
         for split in [Split::Test, Split::Shifted].into_iter().filter(|&s| task.has(s)) {
             let place = (args.seed, split);
             let scores = evaluate_mixed(&base, &given, &encoder, task.as_ref(), place, args.rows, args.batch)?;

@@ -1,6 +1,7 @@
 //! `peft-limits gradient`.
 
 use super::devices::{DEVICE_HELP, PRODUCTS_HELP};
+use super::output::check_file;
 use super::{INPUT_HELP, features_help};
 use crate::attention::exact::{dense, streaming};
 use crate::attention::factorization::{Certificate, SoftmaxFactorization, build};
@@ -63,6 +64,7 @@ pub(super) fn run(args: &GradientArgs) -> Result<ExitCode> {
         return Ok(super::gradient_over_ranks::run(args, job.ranks()));
     }
     args.check()?;
+    check_file("--output", &args.output, &[&args.input])?;
     match args.dtype {
         _ if args.device != DeviceChoice::Cpu => on_device(args)?,
         Some(Dtype::F32) => compute::<f32>(args)?,

@@ -1,10 +1,12 @@
 //! `peft-limits memory`.
 
+use super::size::{SIZE_HELP, parse_size};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::train::memory::{Memory, StepShape, longest, predict};
 use crate::train::method::{MethodName, MethodParams};
 use crate::train::preset;
+use crate::validate::memory::within_numbers;
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,6 +14,8 @@ use std::process::ExitCode;
 const EXAMPLES: &str = "\
 The prediction is that of this crate's own training step (see train::memory); --bytes 2 tells what the same step would \
 hold with half-precision numbers throughout. Logits exist 256 rows at a time. S2FT's units are taken to be spread evenly over the layers.
+
+{SIZE_HELP}
 
 Examples:
   peft-limits memory --preset micro --batch 8 --length 256
@@ -22,7 +26,7 @@ Examples:
 
 /// Flags of `peft-limits memory`.
 #[derive(Debug, Args)]
-#[command(after_long_help = EXAMPLES)]
+#[command(after_long_help = EXAMPLES.replace("{SIZE_HELP}", SIZE_HELP))]
 pub struct MemoryArgs {
     /// A Hugging Face `config.json`, or the folder that holds it
     #[arg(long, value_name = "PATH", required_unless_present = "preset")]
@@ -36,25 +40,25 @@ pub struct MemoryArgs {
     /// Rank (number of columns for PaCA)
     #[arg(long, default_value_t = 8)]
     rank: usize,
-    /// Projections to adapt, comma-separated
+    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
     /// Rows per forward pass
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = between::<1, { 1 << 20 }>)]
     batch: usize,
     /// Tokens per row
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = between::<1, { 1 << 32 }>)]
     length: usize,
     /// Bytes of a number: 4 (f32), 8 (f64), or 2 for a hypothetical half-precision step
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = parse_bytes)]
     bytes: usize,
     /// Numbers of optimizer state per trained number: 2 for AdamW, 1 for SGD with momentum, 0 for SGD
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = between::<0, 8>)]
     state: usize,
     /// Keep only each layer's input between forward and backward
     #[arg(long)]
     checkpointing: bool,
-    /// Also print the longest sequence that fits this much memory, for instance 24GiB
+    /// Also print the longest sequence that fits this much memory, for instance 24GiB (a unit is needed)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     fits: Option<usize>,
     /// One JSON object per method
@@ -62,23 +66,21 @@ pub struct MemoryArgs {
     json: bool,
 }
 
-/// A size in bytes: a number with an optional unit.
-pub(super) fn parse_size(text: &str) -> std::result::Result<usize, String> {
-    let at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = (text[..at].parse::<f64>(), text[at..].trim());
-    let factor = match unit {
-        "" | "B" => 1.0,
-        "kB" | "KB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "KiB" => 1024.0,
-        "MiB" => 1024.0 * 1024.0,
-        "GiB" => 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(format!("unknown unit `{unit}`: use B, kB, MB, GB, KiB, MiB or GiB")),
-    };
-    match number {
-        Ok(n) if n > 0.0 => Ok((n * factor) as usize),
-        _ => Err("a positive number with a unit, for instance 24GiB".into()),
+/// An integer in a range; larger ones would overflow the sums of bytes.
+fn between<const LEAST: u64, const MOST: u64>(text: &str) -> std::result::Result<usize, String> {
+    match text.parse::<u64>() {
+        Ok(n) if (LEAST..=MOST).contains(&n) => Ok(n as usize),
+        _ => Err(format!("expected an integer from {LEAST} to {MOST}")),
+    }
+}
+
+/// Bytes of a number that a step can be predicted for.
+fn parse_bytes(text: &str) -> std::result::Result<usize, String> {
+    match text {
+        "2" => Ok(2),
+        "4" => Ok(4),
+        "8" => Ok(8),
+        _ => Err("expected 2 (half precision), 4 (f32) or 8 (f64)".into()),
     }
 }
 
@@ -110,35 +112,35 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         checkpointing: args.checkpointing,
     };
     let methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
-    if !args.json {
-        println!(
-            "{:<9}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{}",
-            "method",
-            "trained",
-            "weights",
-            "adapters",
-            "gradients",
-            "optimizer",
-            "activations",
-            "workspace",
-            "peak",
-            if args.fits.is_some() { "  longest" } else { "" }
-        );
-    }
-    let mut one = None;
+    // Everything is computed before anything is printed: a refusal comes alone.
+    let mut rows = Vec::with_capacity(methods.len());
     for name in methods {
         let targets = if name == MethodName::S2ft { None } else { args.targets.clone() };
         let method = MethodParams { rank: args.rank, targets, ..MethodParams::named(name) };
+        within_numbers(&config, shape.batch, shape.length)?;
         let memory = predict(&config, &method, &shape)?;
         let fits = args.fits.map(|limit| longest(&config, &method, &shape, limit)).transpose()?;
-        if args.json {
-            print_json(name, &memory, fits);
-        } else {
-            print_row(name, &memory, fits);
-        }
-        one = if one.is_none() && args.method.len() == 1 { Some(memory) } else { None };
+        rows.push((name, memory, fits));
     }
-    if let (Some(memory), false) = (one, args.json) {
+    if args.json {
+        rows.iter().for_each(|(name, memory, fits)| print_json(*name, memory, *fits));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "{:<9}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{}",
+        "method",
+        "trained",
+        "weights",
+        "adapters",
+        "gradients",
+        "optimizer",
+        "activations",
+        "workspace",
+        "peak",
+        if args.fits.is_some() { "  longest" } else { "" }
+    );
+    rows.iter().for_each(|(name, memory, fits)| print_row(*name, memory, *fits));
+    if let ([(_, memory, _)], 1) = (rows.as_slice(), args.method.len()) {
         println!("\nactivations by tensor, all layers");
         for (name, bytes) in &memory.activations {
             println!("  {name:<24}{:>12}", human(*bytes));
@@ -188,13 +190,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_have_units() {
-        assert_eq!(parse_size("24GiB"), Ok(24 << 30));
-        assert_eq!(parse_size("1.5 MB"), Ok(1_500_000));
-        assert_eq!(parse_size("100"), Ok(100));
-        for bad in ["", "GiB", "-1GiB", "3 furlongs", "0GiB", "nan"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
+    fn sizes_are_printed_in_their_unit() {
+        assert_eq!([human(24 << 30), human(1536), human(5 << 20)], ["24.00 GiB", "1.5 KiB", "5.0 MiB"]);
+    }
+
+    #[test]
+    fn numbers_have_two_four_or_eight_bytes() {
+        assert_eq!(["2", "4", "8"].map(parse_bytes), [Ok(2), Ok(4), Ok(8)]);
+        for bad in ["3", "1", "0", "16", "x"] {
+            assert!(parse_bytes(bad).unwrap_err().contains("half precision"), "{bad}");
         }
-        assert_eq!(human(24 << 30), "24.00 GiB");
     }
 }

@@ -1,6 +1,6 @@
 //! The `peft-limits` command line: one file per subcommand.
 //!
-//! Exit codes: 0 done, 1 a check failed, 2 bad input or usage. Errors go to stderr as one line that names the
+//! Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted. Errors go to stderr as one line that names the
 //! file, the tensor, what was expected and what was found.
 
 mod adapter;
@@ -10,11 +10,15 @@ mod gradient;
 #[cfg(feature = "mpi")]
 mod gradient_over_ranks;
 mod memory;
+mod output;
+mod prefixes;
 mod probe;
+mod size;
 mod train;
 mod validate;
 
 use crate::attention::factorization::spec::METHODS;
+use crate::error::INTERRUPTED;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -24,7 +28,7 @@ use std::process::ExitCode;
     version,
     about = "How cheap can a fine-tuning gradient be, and is a trainer's gradient right?",
     long_about = "Exact and almost-linear-time LoRA gradients of softmax attention, and the norm threshold between them.\n\n\
-                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage.",
+                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted (Ctrl-C).",
     after_long_help = "\
 First steps, in the repository:
   # where a trained head stands against the threshold
@@ -62,7 +66,12 @@ enum Command {
 
 /// Parses the process's arguments, runs the subcommand and returns its exit code.
 pub fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    // Training saves first; it installs a handler of its own.
+    if !matches!(command, Command::Train(_)) {
+        exit_when_interrupted();
+    }
+    let outcome = match command {
         Command::Gradient(args) => gradient::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Probe(args) => probe::run(&args),
@@ -76,9 +85,18 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("peft-limits: {error}");
-            ExitCode::from(2)
+            ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Ctrl-C ends the process with [`INTERRUPTED`] whoever waits for it: an unhandled signal is that code to a shell alone.
+fn exit_when_interrupted() {
+    // Without a handler the signal itself ends the process.
+    let _ = ctrlc::set_handler(|| {
+        eprintln!("peft-limits: interrupted");
+        std::process::exit(INTERRUPTED.into());
+    });
 }
 
 /// What an input file holds, for help pages.

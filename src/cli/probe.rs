@@ -2,6 +2,7 @@
 
 use super::devices::{DEVICE_HELP, PRODUCTS_HELP};
 use super::gradient::products_need_a_gpu;
+use super::prefixes;
 use super::{INPUT_HELP, features_help};
 use crate::attention::exact::{dense, streaming};
 use crate::attention::factorization::{SoftmaxFactorization, build};
@@ -26,6 +27,7 @@ use std::time::Instant;
 #[command(after_long_help = format!("{INPUT_HELP}\n\n{}\n\nExamples:\n  \
     peft-limits probe tests/data/heads/minilm_l3_h10.safetensors\n  \
     peft-limits probe head.safetensors --features taylor:degree=2 --features truncated-svd:rank=32\n  \
+    peft-limits probe head.safetensors --plot cost.png\n  \
     peft-limits probe head.safetensors --json > head.json", features_help()))]
 pub(super) struct ProbeArgs {
     /// The head, a safetensors file
@@ -37,6 +39,9 @@ pub(super) struct ProbeArgs {
     device: DeviceChoice,
     #[arg(long, value_name = "PRECISION", default_value_t, help = PRODUCTS_HELP)]
     products: ProductPrecision,
+    /// Also measure how the cost grows over the head's first L/16, L/8, ..., L tokens, and draw it to FILE (.svg or .png)
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Print one JSON object instead of tables
     #[arg(long)]
     json: bool,
@@ -78,9 +83,13 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let specs: Vec<String> = if survey { SURVEY.map(String::from).to_vec() } else { args.features.clone() };
     let methods: Vec<Box<dyn SoftmaxFactorization<f64>>> = specs.iter().map(|s| build(s)).collect::<Result<_>>()?;
     products_need_a_gpu(args.products, args.device)?;
+    if let Some(path) = &args.plot {
+        prefixes::check(path, &args.input)?;
+    }
     let on = Place::open(args.device, args.products)?;
     let problem: AttentionProblem<f64> = file::read_problem(&args.input)?;
     let projected = problem.project(&mut Cost::default());
+    let growth = args.plot.as_ref().map(|_| prefixes::Growth::measure(&problem)).transpose()?;
     let threshold = Threshold::measure(&problem, &projected, &mut Cost::default());
     let request = natural_request(&problem);
     let exact = reference(&problem, request)?;
@@ -100,9 +109,16 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     }
     let streaming_flops = streamed.flops;
     if args.json {
-        let value = to_json(args, &problem, &threshold, ranks.as_ref(), &streamed, &on, &outcomes);
+        let mut value = to_json(args, &problem, &threshold, ranks.as_ref(), &streamed, &on, &outcomes);
+        if let (Some(growth), Some(path)) = (&growth, &args.plot) {
+            growth.draw(&args.input, path)?;
+            value["prefixes"] = growth.to_json();
+        }
         println!("{value:#}");
         return Ok(ExitCode::SUCCESS);
+    }
+    if let (Some(growth), Some(path)) = (&growth, &args.plot) {
+        growth.draw(&args.input, path)?;
     }
     print_head(args, &problem, &threshold);
     if let Some(name) = on.name() {
@@ -146,6 +162,11 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         }
     }
     print!("{}", table.to_text(usize::MAX));
+    if let (Some(growth), Some(path)) = (&growth, &args.plot) {
+        println!();
+        print!("{}", growth.table().to_text(usize::MAX));
+        println!("drawn to {}", path.display());
+    }
     for (spec, outcome) in &outcomes {
         match outcome {
             Err(error) => println!("note: {error}"),

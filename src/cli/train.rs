@@ -1,10 +1,12 @@
 //! `peft-limits train`.
 
+use super::output::check_folder;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::train::checkpoint;
 use crate::train::config::{Dtype, ModelSource, TrainConfig};
+use crate::train::memory::{StepShape, predict};
 use crate::train::method::MethodName;
 use crate::train::observe::{CsvLog, EvaluationRecord, Event, Observe, StopReason};
 use crate::train::preset;
@@ -12,6 +14,7 @@ use crate::train::schedule::Decay;
 use crate::train::tasks::TaskParams;
 use crate::train::tasks::mixture::Part;
 use crate::train::trainer::Trainer;
+use crate::validate::memory::available;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
@@ -38,9 +41,14 @@ Configuration file (TOML; every key has a default):
   [method]     name = \"lora\", rank = 8, alpha = 16, targets = [\"q_proj\", \"v_proj\"]
   [optimizer]  kind = \"adamw\", lr = 1e-3, weight_decay = 0, clip = 1
   [schedule]   decay = \"cosine\", warmup = 50
-  [train]      steps, batch, accumulation, length, checkpointing, bf16_storage, dtype, eval_every, save_every
-  [[data]]     task = \"lists\", weight = 1    (arithmetic, modular, lists, recall, facts, text, jsonl)
-  [[retain]]   task = \"facts\"                (only tested)";
+  [train]      steps, batch, accumulation, length, checkpointing, bf16_storage, dtype, eval_every,
+               save_every = 100 (0: save only at the end)
+  [[data]]     task = \"lists\", weight = 1    (arithmetic, modular, lists, recall, facts)
+  [[data]]     task = \"text\", path = \"FILE\"  (text, jsonl)
+  [[retain]]   task = \"facts\"                (only tested)
+
+Exit codes: 0 done, 1 the loss was no longer finite, 2 bad input or usage, 130 interrupted by Ctrl-C (the state is
+saved; continue with --resume).";
 
 /// Flags of `peft-limits train`. A flag overrides the configuration file.
 #[derive(Debug, Args)]
@@ -63,11 +71,11 @@ pub struct TrainArgs {
     /// Scaling is alpha / rank
     #[arg(long)]
     alpha: Option<f64>,
-    /// Projections to adapt, comma-separated
+    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
-    /// Task to train on (repeat for a mixture); when a checkpoint is fine-tuned, the other pretraining tasks are
-    /// tested for forgetting
+    /// Task to train on (repeat for a mixture): arithmetic, modular, lists, recall, facts, text=FILE (UTF-8) or
+    /// jsonl=FILE; when a checkpoint is fine-tuned, the other pretraining tasks are tested for forgetting
     #[arg(long = "task", value_name = "TASK")]
     tasks: Vec<String>,
     /// Optimizer updates
@@ -94,7 +102,7 @@ pub struct TrainArgs {
     /// Largest global gradient norm
     #[arg(long)]
     clip: Option<f64>,
-    /// Steps between checkpoints
+    /// Steps between checkpoints, the two latest of which are kept; 0 saves only at the end [default: 100]
     #[arg(long, value_name = "STEPS")]
     save_every: Option<u64>,
     /// Steps between evaluations
@@ -207,6 +215,8 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
         let requirement = "already holds a run; pass --resume to continue it, or another folder";
         return Err(Error::invalid("--out", out.display(), requirement));
     }
+    check_folder("--out", out, &inputs(&config))?;
+    check_memory(&config, size_of::<T>())?;
     let mut trainer = Trainer::<T>::new(config)?;
     if args.resume {
         checkpoint::resume(&mut trainer, out)?;
@@ -217,7 +227,7 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     crate::atomic_file::write_bytes(&out.join("config.toml"), trainer.config.to_toml()?.as_bytes())?;
     let handler = || {
         if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            std::process::exit(crate::error::INTERRUPTED.into());
         }
         eprintln!("stopping after this step, saving; press Ctrl-C again to stop at once");
     };
@@ -245,6 +255,26 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     print!("{}", bar.table());
     println!("{reason}; wrote {}{}", model.display(), if adapted { " and adapter/" } else { "" });
     Ok(ExitCode::SUCCESS)
+}
+
+/// Files and folders that the run reads.
+fn inputs(config: &TrainConfig) -> Vec<&Path> {
+    match &config.model {
+        ModelSource::Path(path) | ModelSource::Config(path) => vec![path.as_path()],
+        ModelSource::Preset(_) => Vec::new(),
+    }
+}
+
+/// Refuses a model whose weights, adapters and gradients alone exceed the memory that is free.
+fn check_memory(config: &TrainConfig, bytes: usize) -> Result<()> {
+    let shape = StepShape { batch: 1, length: 1, bytes, state: 0, checkpointing: false };
+    let memory = predict(&config.model.sizes()?, &config.method, &shape)?;
+    let (needed, limit) = (memory.weights + memory.adapters + memory.gradients, available().unwrap_or(usize::MAX));
+    if needed <= limit {
+        return Ok(());
+    }
+    let what = "the model with its gradients".to_string();
+    Err(Error::TooLarge { what, needed: (needed >> 20) as u128, limit: (limit >> 20) as u128, unit: "MiB" })
 }
 
 #[cfg(feature = "gpu")]

@@ -1,6 +1,7 @@
 //! `peft-limits validate`.
 
-use super::memory::parse_size;
+use super::output::check_file;
+use super::size::{SIZE_HELP, parse_size};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::report::{ColourScale, Figure, HeatAxis, HeatMap, short_float};
@@ -45,11 +46,11 @@ Examples:
   # one attention kernel
   peft-limits validate --head head.safetensors --reference kernel-output.safetensors --dtype bf16
 
-Exit codes: 0 right, 1 wrong, 2 bad input.";
+Exit codes: 0 right, 1 wrong, 2 bad input, 130 interrupted.";
 
 /// Flags of `peft-limits validate`.
 #[derive(Args)]
-#[command(after_long_help = FORMAT)]
+#[command(after_long_help = format!("{FORMAT}\n\n{SIZE_HELP}"))]
 pub(super) struct ValidateArgs {
     /// A dump folder
     #[arg(required_unless_present_any = ["model", "head"], conflicts_with_all = ["model", "head"])]
@@ -114,6 +115,9 @@ impl Watch for Spinner {
 /// # Errors
 /// Files that cannot be read or do not fit each other, a model that does not fit in memory.
 pub(super) fn run(args: &ValidateArgs) -> Result<ExitCode> {
+    if let Some(name) = &args.heat_map {
+        check_heat_map(name)?;
+    }
     let report = match (&args.head, &args.reference) {
         _ if args.trainer.is_some() => validate_device(args)?,
         (Some(input), Some(output)) => head::validate_head(input, output, args.dtype)?,
@@ -130,12 +134,38 @@ pub(super) fn run(args: &ValidateArgs) -> Result<ExitCode> {
     Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
+/// Says what a dump is and how to make one, where a folder is none.
+fn must_be_a_dump(folder: &Path) -> Result<()> {
+    if folder.join("manifest.json").exists() {
+        return Ok(());
+    }
+    let there = |name: &str| folder.join(name).exists();
+    let found = if !folder.exists() {
+        "nothing of that name"
+    } else if !folder.is_dir() {
+        "a file (a step's tensors go to --reference, with --model)"
+    } else if there("adapter_config.json") {
+        "an adapter folder (it goes to --adapter, with --model and --reference)"
+    } else if there("config.json") {
+        "a checkpoint folder (it goes to --model, with --reference)"
+    } else if there("step.safetensors") {
+        "step.safetensors without a manifest.json"
+    } else {
+        "a folder without manifest.json"
+    };
+    let expected = "a dump: a folder with manifest.json and step.safetensors, one training step as \
+                    python/peft_limits_dump.py writes it with `with dump_step(model, \"dump\"): ...` around the step \
+                    (peft-limits validate --help has the whole format)";
+    Err(Error::format(folder, "dump", expected, found))
+}
+
 fn validate_step(args: &ValidateArgs) -> Result<Report> {
     let (paths, manifest, name) = match (&args.dump, &args.model, &args.reference) {
         (Some(folder), ..) => {
             if args.reference.is_some() {
                 return Err(Error::invalid("--reference", "given", "a dump folder holds its own step.safetensors"));
             }
+            must_be_a_dump(folder)?;
             let (paths, manifest) = DumpPaths::of_folder(folder)?;
             (paths, Some(manifest), folder)
         }
@@ -200,7 +230,7 @@ fn validate_device(args: &ValidateArgs) -> Result<Report> {
 fn random_batch(config: &crate::model::ModelConfig) -> Result<crate::model::Batch> {
     use ndarray::Array2;
     use rand::RngExt;
-    let mut rng = crate::train::stream::generator(1, "validate/batch", 0);
+    let mut rng = crate::streams::generator(1, "validate/batch", 0);
     let length = config.max_position_embeddings.min(32);
     let ids = Array2::from_shape_simple_fn((2, length), || rng.random_range(0..config.vocab_size as u32));
     crate::model::Batch::new(ids.clone(), ids.mapv(i64::from))
@@ -224,7 +254,7 @@ fn print(report: &Report, all: bool) {
             Outcome::Skipped(why) => ("-", why.clone()),
         };
         let share = if rung.tensors.is_empty() { String::new() } else { short_float(rung.share()) };
-        let line = format!("  {:<18} {result:<8} {:>9} {share:>9}  {note}", rung.name, rung.tensors.len());
+        let line = format!("  {:<18} {result:<8} {:>9} {share:>9}  {note}", rung.name.name(), rung.tensors.len());
         println!("{}", line.trim_end());
         let shown = if all { usize::MAX } else { 3 };
         rung.problems.iter().take(shown).for_each(|problem| println!("  {:<18} {problem}", ""));
@@ -299,11 +329,22 @@ fn scientific(x: f64) -> String {
     if x.is_finite() { format!("{x:.1e}") } else { "NaN".into() }
 }
 
+/// The last part of the heat map's name, to which `.svg` and `.png` are added.
+fn heat_map_stem(name: &Path) -> Result<&str> {
+    let stem = name.file_name().and_then(|n| n.to_str());
+    stem.ok_or_else(|| Error::invalid("--heat-map", name.display(), "must end in a file name without extension"))
+}
+
+fn check_heat_map(name: &Path) -> Result<()> {
+    let stem = heat_map_stem(name)?;
+    ["svg", "png"]
+        .iter()
+        .try_for_each(|end| check_file("--heat-map", &name.with_file_name(format!("{stem}.{end}")), &[]))
+}
+
 /// Shares of the gradients' tolerances, layer by projection.
 fn write_heat_map(report: &Report, name: &Path) -> Result<()> {
-    let Some(stem) = name.file_name().and_then(|n| n.to_str()) else {
-        return Err(Error::invalid("--heat-map", name.display(), "must end in a file name without extension"));
-    };
+    let stem = heat_map_stem(name)?;
     let gradients = report.gradients();
     let placed: Vec<(usize, String, f64)> = gradients
         .iter()

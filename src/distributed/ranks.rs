@@ -9,7 +9,6 @@ use mpi::environment::Universe;
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::traits::{CommunicatorCollectives, Destination, Equivalence, Source};
 use ndarray::Array2;
-use sha2::{Digest, Sha256};
 use std::cell::Cell;
 use std::time::Duration;
 
@@ -184,7 +183,7 @@ impl Ranks {
     /// # Errors
     /// [`Error::Mpi`] on every rank.
     pub fn require_same(&self, op: &'static str, description: &str) -> Result<()> {
-        let digest = Sha256::digest(description.as_bytes());
+        let digest = crate::streams::sha256(description.as_bytes());
         let own = i64::from_le_bytes(std::array::from_fn(|i| digest[i])) >> 2;
         let mut largest = [own, -own];
         self.control(&mut largest, SystemOperation::max());

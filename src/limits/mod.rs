@@ -1,10 +1,12 @@
 //! The norm threshold and what it limits: degree, rank, cost exponent (design 2.4).
 
 pub mod bounds;
+pub mod descent;
 pub mod exponent;
 pub mod guard;
 pub mod hardness;
 pub mod oracle;
+pub mod prefixes;
 pub mod rank;
 pub mod threshold;
 pub mod trial;

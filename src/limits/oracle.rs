@@ -48,6 +48,15 @@ impl<'a> OracleTrials<'a> {
         with_map(self.problem, &self.projected, map.as_ref(), self.request, self.decomposition)
     }
 
+    /// Operations of the chained gradient at that rank, without the decomposition.
+    ///
+    /// # Errors
+    /// As [`OracleTrials::gradients`].
+    pub fn chain_flops(&self, rank: usize) -> Result<u64> {
+        let all = self.gradients(rank)?.gradients.cost.flops();
+        Ok(all.saturating_sub(self.decomposition.flops()))
+    }
+
     /// (relative gradient error, seconds with the decomposition) of one run; an infinite error where an approximate
     /// denominator is not positive.
     ///

@@ -109,8 +109,10 @@ pub(crate) fn lane_total<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
 /// The entries of a row-major tile; a tile that is not contiguous is an internal error.
 #[track_caller]
 fn contiguous<'a, T>(tile: &'a mut ArrayViewMut2<T>) -> &'a mut [T] {
-    assert!(tile.is_standard_layout(), "element-wise kernels work on row-major tiles");
-    tile.as_slice_mut().unwrap_or(&mut [])
+    match tile.as_slice_mut() {
+        Some(entries) => entries,
+        None => panic!("element-wise kernels work on row-major tiles"),
+    }
 }
 
 /// One tile of the online softmax: `scores` becomes exp(scores - m'), with m' the running maximum.

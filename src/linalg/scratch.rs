@@ -61,7 +61,7 @@ impl<T: Real> Scratch<T> {
     /// An array of zeros.
     pub fn zeros(&mut self, shape: (usize, usize)) -> Array2<T> {
         let mut array = self.array(shape);
-        fill_zero(array.as_slice_mut().unwrap_or(&mut []));
+        fill_zero(entries(&mut array));
         array
     }
 
@@ -69,9 +69,7 @@ impl<T: Real> Scratch<T> {
     pub fn copy(&mut self, source: &Array2<T>) -> Array2<T> {
         let mut array = self.array(source.dim());
         match source.as_slice() {
-            Some(source) => array
-                .as_slice_mut()
-                .unwrap_or(&mut [])
+            Some(source) => entries(&mut array)
                 .par_chunks_mut(COPY)
                 .zip(source.par_chunks(COPY))
                 .for_each(|(to, from)| to.copy_from_slice(from)),
@@ -108,6 +106,14 @@ pub fn fill_zero<T: Real>(entries: &mut [T]) {
 
 /// Entries of one task of a copy.
 const COPY: usize = 1 << 16;
+
+/// The numbers of an array that was made here, row by row.
+fn entries<T>(array: &mut Array2<T>) -> &mut [T] {
+    match array.as_slice_mut() {
+        Some(entries) => entries,
+        None => unreachable!("arrays of the scratch are row-major"),
+    }
+}
 
 #[cfg(test)]
 mod tests {

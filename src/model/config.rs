@@ -11,7 +11,7 @@ use std::path::Path;
 /// | `vocab_size` | required | V | >= 1 |
 /// | `hidden_size` | required | D | >= 1, a multiple of the heads |
 /// | `intermediate_size` | required | F | >= 1 |
-/// | `num_hidden_layers` | required | layers | >= 1 |
+/// | `num_hidden_layers` | required | layers | 1 to 4096 |
 /// | `num_attention_heads` | required | H | >= 1 |
 /// | `num_key_value_heads` | H | key/value heads | divides H |
 /// | `head_dim` | D / H | d | even |
@@ -52,6 +52,10 @@ const FIXED: [(&str, &str); 4] =
 /// Most weights of a model: 2^40, some 10^12. Beyond it sizes are taken for a damaged file, before anything is
 /// allocated for them.
 const MOST_PARAMETERS: u128 = 1 << 40;
+
+/// Most layers. The deepest published decoders have some hundreds; beyond this a small file could ask for any amount
+/// of memory, since every layer has its own bookkeeping.
+const MOST_LAYERS: usize = 4096;
 
 struct Keys<'a> {
     path: &'a Path,
@@ -141,7 +145,10 @@ impl ModelConfig {
             vocab_size: keys.size("vocab_size", None)?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size", None)?,
-            num_hidden_layers: keys.size("num_hidden_layers", None)?,
+            num_hidden_layers: match keys.size("num_hidden_layers", None)? {
+                layers if layers <= MOST_LAYERS => layers,
+                _ => return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS} layers"))),
+            },
             num_attention_heads: heads,
             num_key_value_heads: keys.size("num_key_value_heads", Some(heads))?,
             head_dim: keys.size("head_dim", Some(hidden_size / heads))?,
@@ -294,8 +301,18 @@ mod tests {
                 "{message}"
             );
         }
+        let deep = text(|map| {
+            map.insert("num_hidden_layers".into(), json!(99_999_999));
+        });
+        match ModelConfig::from_json(Path::new("c.json"), &deep) {
+            Err(Error::Format { field, expected, found, .. }) => {
+                let want = ("key num_hidden_layers", "at most 4096 layers", "99999999");
+                assert_eq!((field.as_str(), expected.as_str(), found.as_str()), want);
+            }
+            other => panic!("{other:?}"),
+        }
         let huge = text(|map| {
-            map.insert("num_hidden_layers".into(), json!(1u64 << 39));
+            map.insert("vocab_size".into(), json!(1u64 << 39));
         });
         let message = ModelConfig::from_json(Path::new("c.json"), &huge).unwrap_err().to_string();
         assert!(message.contains("1099511627776 weights"), "{message}");

@@ -10,7 +10,7 @@ use super::scatter_chart::{FRONT_NAME, ScatterChart};
 use super::scene::{Align, Scene, Text, wrap};
 use super::theme::{self, FIGURE_TITLE, LINE_HEIGHT, PANEL_TITLE, Palette, SMALL};
 use crate::atomic_file::write_bytes;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// One chart of a figure.
@@ -159,6 +159,19 @@ impl Figure {
         write_bytes(&svg, &svg_bytes)?;
         write_bytes(&png, &png_bytes)?;
         Ok([svg, png])
+    }
+
+    /// Draws to one file, SVG or PNG by its ending.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for another ending; as [`Figure::write`].
+    pub fn write_to(&self, path: &Path) -> Result<()> {
+        let scene = self.scene();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("svg") => write_bytes(path, &scene.to_svg(path)?),
+            Some("png") => write_bytes(path, &scene.to_png(path)?),
+            _ => Err(Error::invalid("figure", path.display(), "must end in .svg or .png")),
+        }
     }
 
     /// Lays the figure out.

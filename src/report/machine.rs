@@ -2,10 +2,11 @@
 //!
 //! Nothing here names a user or an absolute path.
 
+use crate::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 /// The machine a program runs on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,24 +29,20 @@ pub struct Machine {
 impl Machine {
     /// Describes this machine.
     pub fn here() -> Self {
+        let kinds = RefreshKind::nothing()
+            .with_cpu(CpuRefreshKind::nothing())
+            .with_memory(MemoryRefreshKind::nothing().with_ram());
+        let system = System::new_with_specifics(kinds);
+        let brand = system.cpus().first().map(|cpu| cpu.brand().trim().to_string());
         Self {
-            cpu: proc_field("/proc/cpuinfo", "model name"),
+            cpu: brand.filter(|name| !name.is_empty()),
             logical_cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             threads: rayon::current_num_threads(),
             ranks: None,
-            memory_bytes: proc_field("/proc/meminfo", "MemTotal")
-                .and_then(|v| v.split_whitespace().next()?.parse::<u64>().ok())
-                .map(|kib| kib * 1024),
+            memory_bytes: Some(system.total_memory()).filter(|bytes| *bytes > 0),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         }
     }
-}
-
-/// The value of the first `name : value` line of a file under /proc.
-fn proc_field(path: &str, name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let (_, value) = text.lines().filter_map(|l| l.split_once(':')).find(|(key, _)| key.trim() == name)?;
-    Some(value.trim().to_string())
 }
 
 /// The state of the sources the program is run from.
@@ -100,17 +97,6 @@ fn checkout_root(from: &Path) -> Option<PathBuf> {
 fn command_output(program: &str, args: &[&str], folder: &Path) -> Option<String> {
     let output = Command::new(program).args(args).current_dir(folder).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
-}
-
-/// SHA-256 in lower-case hexadecimal.
-///
-/// ```
-/// // FIPS 180-2, appendix B.1.
-/// let sum = peft_limits::report::machine::sha256_hex(b"abc");
-/// assert!(sum.starts_with("ba7816bf8f01cfea"));
-/// ```
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The command line without machine paths: the program's file name, then the arguments, absolute

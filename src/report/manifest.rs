@@ -1,8 +1,9 @@
 //! `manifest.json`: how a result was made, and the checksums of its files.
 
-use super::machine::{Machine, Sources, portable_command_line, sha256_hex};
+use super::machine::{Machine, Sources, portable_command_line};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
+use crate::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;

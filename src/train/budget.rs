@@ -113,8 +113,8 @@ fn smallest_side(config: &ModelConfig) -> usize {
 mod tests {
     use super::*;
     use crate::model::Model;
+    use crate::streams::generator;
     use crate::train::preset::preset;
-    use crate::train::stream::generator;
 
     /// What the attached model really trains is near the budget for every method, and as predicted.
     #[test]

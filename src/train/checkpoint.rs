@@ -14,9 +14,9 @@
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::{Model, Projection};
+use crate::streams::mix;
 use crate::tensor_file::{TensorFile, TensorWriter};
 use crate::train::config::TrainConfig;
-use crate::train::stream::mix;
 use crate::train::trainer::Trainer;
 use std::path::{Path, PathBuf};
 

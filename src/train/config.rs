@@ -90,7 +90,7 @@ impl ModelSource {
 /// | `target_loss` | 0 | stop once the loss of a step is at most this; 0 is off | >= 0 |
 /// | `eval_every` | 0 | steps between evaluations; 0: only at the end | |
 /// | `eval_rows` | 256 | rows per task and split in an evaluation; 0 turns it off | |
-/// | `save_every` | 0 | steps between checkpoints; 0: only at the end | |
+/// | `save_every` | 100 | steps between checkpoints, the two latest of which are kept; 0: only at the end | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunParams {
@@ -118,7 +118,7 @@ pub struct RunParams {
     pub eval_every: u64,
     /// Rows per task and split.
     pub eval_rows: usize,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints; 0: only at the end.
     pub save_every: u64,
 }
 
@@ -137,7 +137,7 @@ impl Default for RunParams {
             target_loss: 0.0,
             eval_every: 0,
             eval_rows: 256,
-            save_every: 0,
+            save_every: 100,
         }
     }
 }

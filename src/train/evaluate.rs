@@ -124,8 +124,8 @@ fn read_logits<T: Real>(logits: ArrayView1<T>, label: usize) -> (usize, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::streams::generator;
     use crate::train::preset::preset;
-    use crate::train::stream::generator;
     use crate::train::tasks::TaskParams;
     use crate::train::tokenizer::Tokenizer;
     use ndarray::array;

@@ -55,10 +55,10 @@ pub fn evaluate_mixed<T: Real>(
 mod tests {
     use super::*;
     use crate::model::update::Switchable;
+    use crate::streams::generator;
     use crate::train::evaluate::evaluate;
     use crate::train::method::{MethodName, MethodParams};
     use crate::train::preset::preset;
-    use crate::train::stream::generator;
     use crate::train::tasks::TaskParams;
     use crate::train::tokenizer::Tokenizer;
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, Projection};
-use crate::train::stream::generator;
+use crate::streams::generator;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -73,6 +73,9 @@ impl std::str::FromStr for MethodName {
     }
 }
 
+/// The target that stands for every linear layer but the head, as in PEFT.
+pub const ALL_LINEAR: &str = "all-linear";
+
 /// Settings of a method.
 ///
 /// | name | default | purpose | range |
@@ -86,7 +89,7 @@ impl std::str::FromStr for MethodName {
 /// | `smallest` | false | take the smallest scores first | |
 /// | `ratios` | o 0.052, down 0.02 | S2FT: share of heads or channels by module name | 0 to 1 |
 /// | `each_layer` | false | S2FT: the same number in every layer rather than the best of all layers | |
-/// | `targets` | all seven | projections, by module name (not S2FT); for `full`: everything, if absent | |
+/// | `targets` | all seven | projections, by module name, or `all-linear` (not S2FT); for `full`: everything, if absent | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MethodParams {
@@ -144,6 +147,9 @@ impl MethodParams {
     /// [`Error::InvalidParam`] for an unknown or repeated name, or none.
     pub fn projections(&self) -> Result<Vec<Projection>> {
         let Some(names) = &self.targets else { return Ok(Projection::ALL.to_vec()) };
+        if names.iter().map(String::as_str).eq([ALL_LINEAR]) {
+            return Ok(Projection::ALL.to_vec());
+        }
         let mut targets = names.iter().map(|n| n.parse()).collect::<Result<Vec<Projection>>>()?;
         targets.sort_unstable();
         if targets.is_empty() || targets.windows(2).any(|w| w[0] == w[1]) {
@@ -279,6 +285,10 @@ mod tests {
         assert!(text.contains("adalora") && text.contains("qpaca"), "{text}");
         let bad = MethodParams { targets: Some(vec!["q_proj".into(), "q_proj".into()]), ..Default::default() };
         assert!(matches!(bad.projections(), Err(Error::InvalidParam { name, .. }) if name == "method.targets"));
+        let every = MethodParams { targets: Some(vec!["all-linear".into()]), ..Default::default() };
+        assert_eq!(every.projections().unwrap(), Projection::ALL);
+        let mixed = MethodParams { targets: Some(vec!["all-linear".into(), "q_proj".into()]), ..Default::default() };
+        assert!(matches!(mixed.projections(), Err(Error::InvalidParam { value, .. }) if value == "all-linear"));
         let bad = MethodParams { targets: Some(vec!["w_proj".into()]), ..Default::default() };
         assert!(bad.projections().unwrap_err().to_string().contains("down_proj"));
     }

@@ -11,6 +11,7 @@
 //! the common trainers, so that three steps agree to roundoff with a recorded run.
 
 use crate::error::{Error, Result};
+use crate::limits::descent::UpdateRule;
 use crate::linalg::elementwise::{Kernel, vectorized};
 use crate::linalg::{Real, on_workers};
 use crate::model::{Gradients, Model, Trainable};
@@ -293,6 +294,17 @@ struct AdamW<'a, T> {
     first: &'a mut [T],
     second: &'a mut [T],
     factors: AdamFactors<T>,
+}
+
+/// At the learning rate of the settings.
+impl<T: Real> UpdateRule<T> for Optimizer<T> {
+    fn begin_step(&mut self) {
+        Optimizer::begin_step(self);
+    }
+
+    fn update(&mut self, name: &str, values: &mut [T], gradient: &[T]) -> Result<()> {
+        Optimizer::update(self, name, values, gradient, self.params().lr, 1.0)
+    }
 }
 
 impl<T: Real> Kernel for AdamW<'_, T> {

@@ -52,9 +52,9 @@ pub fn round_gradients<T: Real>(gradients: &mut Gradients<T>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::streams::generator;
     use crate::train::method::{MethodName, MethodParams};
     use crate::train::preset::preset;
-    use crate::train::stream::generator;
 
     #[test]
     fn rounding_is_idempotent_and_reaches_every_tensor() {

@@ -13,6 +13,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::{Batch, Gradients, Model, StepOptions};
+use crate::streams::{fnv1a, generator};
 use crate::train::checkpoint;
 use crate::train::config::{ModelSource, TrainConfig};
 use crate::train::data::Encoder;
@@ -22,7 +23,6 @@ use crate::train::observe::{EvaluationRecord, Event, Observe, StepRecord, StopRe
 use crate::train::optimizer::{Optimizer, clip_factor, update_model};
 use crate::train::schedule::Schedule;
 use crate::train::storage::{round_bf16, round_gradients, round_model};
-use crate::train::stream::{fnv1a, generator};
 use crate::train::tasks::{Mixture, Split};
 use crate::train::tokenizer::Tokenizer;
 use std::path::Path;

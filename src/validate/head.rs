@@ -2,7 +2,7 @@
 
 use super::diagnosis::Diagnosis;
 use super::dump::{Observed, observed};
-use super::ladder::Rung;
+use super::ladder::{Rung, RungName};
 use super::measure::{dot, floor, measure};
 use super::precision::Precision;
 use super::report::Report;
@@ -52,7 +52,7 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
     let precision = dtype.or_else(|| stored.reduce(Precision::coarser)).unwrap_or(Precision::F32);
     let rounded = rounded_results(&problem, precision)?;
 
-    let of = |name: &'static str, keep: &dyn Fn(&str) -> bool| -> Rung {
+    let of = |name: RungName, keep: &dyn Fn(&str) -> bool| -> Rung {
         let tensors: Vec<_> = kernel
             .iter()
             .filter(|(n, _)| keep(n))
@@ -60,8 +60,11 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
             .collect();
         if tensors.is_empty() { Rung::skipped(name, "not in the file") } else { Rung::of(name, tensors) }
     };
-    let rungs =
-        vec![of("loss", &|n| n == "loss"), of("output", &|n| n == "O"), of("gradients", &|n| n.starts_with('d'))];
+    let rungs = vec![
+        of(RungName::Loss, &|n| n == "loss"),
+        of(RungName::Output, &|n| n == "O"),
+        of(RungName::Gradients, &|n| n.starts_with('d')),
+    ];
     let passed = !rungs.iter().any(Rung::failed);
     let (diagnoses, steps) =
         if passed { (Vec::new(), 2) } else { explain(&problem, &kernel, &exact, &rounded, precision)? };
@@ -191,7 +194,7 @@ fn explain(
         let explained = failing.iter().filter(|n| share(n, &kernel[**n].values, of(n)) <= 4.0).count();
         if explained > 0 {
             let complete = worst <= 4.0;
-            let explains = if complete { vec!["output".into(), "gradients".into()] } else { Vec::new() };
+            let explains = if complete { vec![RungName::Output, RungName::Gradients] } else { Vec::new() };
             let tensors = (explained, failing.len());
             found.push(Diagnosis {
                 fault: fault.into(),

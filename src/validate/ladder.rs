@@ -20,11 +20,64 @@ pub enum Outcome {
     Skipped(String),
 }
 
+/// The rungs, in the order in which they are climbed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RungName {
+    /// Names and shapes of the gradients.
+    Names,
+    /// The loss.
+    Loss,
+    /// The logits.
+    Logits,
+    /// Output of every layer.
+    Hidden,
+    /// Output of one attention kernel, which has no other forward results.
+    Output,
+    /// Every gradient by itself.
+    Gradients,
+    /// The factor common to all gradients.
+    Scale,
+    /// Parameters after the optimizer's step.
+    Update,
+}
+
+impl RungName {
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Names => "names and shapes",
+            Self::Loss => "loss",
+            Self::Logits => "logits",
+            Self::Hidden => "hidden states",
+            Self::Output => "output",
+            Self::Gradients => "gradients",
+            Self::Scale => "gradient scale",
+            Self::Update => "update",
+        }
+    }
+
+    /// Whether rerunning the step with a fault in it predicts this rung: what the step computes, before the optimizer.
+    pub(super) fn is_of_the_step(self) -> bool {
+        (Self::Loss..Self::Update).contains(&self)
+    }
+}
+
+impl Serialize for RungName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// The rung of that name, if it was climbed.
+pub(super) fn rung_of(rungs: &[Rung], name: RungName) -> Option<&Rung> {
+    rungs.iter().find(|r| r.name == name)
+}
+
 /// One rung.
 #[derive(Debug, Clone, Serialize)]
 pub struct Rung {
     /// Its name.
-    pub name: &'static str,
+    pub name: RungName,
     /// How it came out.
     #[serde(flatten)]
     pub outcome: Outcome,
@@ -35,12 +88,12 @@ pub struct Rung {
 }
 
 impl Rung {
-    pub(super) fn of(name: &'static str, tensors: Vec<Measure>) -> Self {
+    pub(super) fn of(name: RungName, tensors: Vec<Measure>) -> Self {
         let outcome = if tensors.iter().all(Measure::passes) { Outcome::Pass } else { Outcome::Fail };
         Self { name, outcome, problems: Vec::new(), tensors }
     }
 
-    pub(super) fn skipped(name: &'static str, why: impl Into<String>) -> Self {
+    pub(super) fn skipped(name: RungName, why: impl Into<String>) -> Self {
         Self { name, outcome: Outcome::Skipped(why.into()), problems: Vec::new(), tensors: Vec::new() }
     }
 
@@ -54,10 +107,6 @@ impl Rung {
         self.tensors.iter().map(|m| m.share).fold(0.0, f64::max)
     }
 }
-
-/// Names of the rungs.
-pub const RUNGS: [&str; 7] =
-    ["names and shapes", "loss", "logits", "hidden states", "gradients", "gradient scale", "update"];
 
 /// How many times the root mean square of the rounded reference's own factors the mean factor may be off. Clean dumps
 /// reach a third of this.
@@ -83,7 +132,7 @@ fn unit(case: &Case) -> f64 {
 }
 
 fn names(case: &Case, exact: &Evidence) -> Rung {
-    let mut rung = Rung::of(RUNGS[0], Vec::new());
+    let mut rung = Rung::of(RungName::Names, Vec::new());
     for (name, observed) in &case.trainer.gradients {
         match exact.gradients.get(name) {
             None => rung.problems.push(format!("gradient of {name}: the reference trains no such tensor")),
@@ -108,13 +157,13 @@ fn names(case: &Case, exact: &Evidence) -> Rung {
 
 fn loss(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     let Some(got) = case.trainer.loss else {
-        return Rung::skipped(RUNGS[1], "the dump holds no loss");
+        return Rung::skipped(RungName::Loss, "the dump holds no loss");
     };
     let of = |x: f64| ndarray::arr2(&[[x]]);
     // Rounding errors of the positions cancel in the mean, by chance sometimes wholly: one unit of the format is allowed.
     let allowed = unit(case).max(case.rounding.coarsest().epsilon().min(1e-2));
     let allowed = if case.rounding.coarsest() == super::Precision::F64 { unit(case) } else { allowed.max(4e-6) };
-    Rung::of(RUNGS[1], vec![measure("loss", &of(got), &of(exact.loss), &of(rounded.loss), allowed, 1.0)])
+    Rung::of(RungName::Loss, vec![measure("loss", &of(got), &of(exact.loss), &of(rounded.loss), allowed, 1.0)])
 }
 
 fn rows_measure(
@@ -135,15 +184,15 @@ fn rows_measure(
 fn logits(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     match (&case.trainer.logits, &exact.logits, &rounded.logits) {
         (Some(got), Some(exact), Some(rounded)) => {
-            Rung::of(RUNGS[2], vec![rows_measure(case, "logits", got, exact, rounded)])
+            Rung::of(RungName::Logits, vec![rows_measure(case, "logits", got, exact, rounded)])
         }
-        _ => Rung::skipped(RUNGS[2], "the dump holds no logits"),
+        _ => Rung::skipped(RungName::Logits, "the dump holds no logits"),
     }
 }
 
 fn hidden(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     if case.trainer.hidden.is_empty() {
-        return Rung::skipped(RUNGS[3], "the dump holds no hidden states");
+        return Rung::skipped(RungName::Hidden, "the dump holds no hidden states");
     }
     let mut measures = Vec::new();
     let mut problems = Vec::new();
@@ -155,7 +204,7 @@ fn hidden(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
             _ => problems.push(format!("hidden.{layer}: the model has {} layers", case.model.layers.len())),
         }
     }
-    let mut rung = Rung::of(RUNGS[3], measures);
+    let mut rung = Rung::of(RungName::Hidden, measures);
     if !problems.is_empty() {
         (rung.outcome, rung.problems) = (Outcome::Fail, problems);
     }
@@ -171,9 +220,9 @@ pub(super) fn gradient_scale(gradients: &BTreeMap<String, ndarray::Array2<f64>>)
 
 fn gradients(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     if case.trainer.gradients.is_empty() && case.trained.is_empty() {
-        return Rung::skipped(RUNGS[4], "the dump holds no gradients");
+        return Rung::skipped(RungName::Gradients, "the dump holds no gradients");
     }
-    Rung::of(RUNGS[4], gradient_measures(case, exact, rounded))
+    Rung::of(RungName::Gradients, gradient_measures(case, exact, rounded))
 }
 
 /// One factor common to all gradients, which shows long before single tensors leave their tolerance: the mean over
@@ -183,7 +232,7 @@ fn gradient_factor(case: &Case, gradients: &Rung) -> Rung {
         gradients.tensors.iter().filter(|m| m.along.is_finite()).map(|m| (m.along, m.rounding_along)).collect();
     // A few tensors do not average their rounding out.
     if along.len() < 4 {
-        return Rung::skipped(RUNGS[5], "fewer than four gradients");
+        return Rung::skipped(RungName::Scale, "fewer than four gradients");
     }
     let n = along.len() as f64;
     let mean = along.iter().map(|a| a.0).sum::<f64>() / n;
@@ -201,7 +250,7 @@ fn gradient_factor(case: &Case, gradients: &Rung) -> Rung {
         worst: None,
         share: mean.abs() / tolerance,
     };
-    Rung::of(RUNGS[5], vec![measure])
+    Rung::of(RungName::Scale, vec![measure])
 }
 
 /// Every trained tensor against the reference.

@@ -2,7 +2,7 @@
 
 use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
-use super::ladder::{Rung, climb};
+use super::ladder::{Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::reference::Variant;
 use crate::error::Result;
@@ -35,15 +35,15 @@ impl Report {
 
     /// Where the first gap is, for failures that no known fault explains.
     pub fn lead(&self) -> Option<String> {
-        let of = |name: &str| self.rungs.iter().find(|r| r.name == name);
-        if let Some(hidden) = of(super::ladder::RUNGS[3]).filter(|r| r.failed()) {
+        let of = |name| rung_of(&self.rungs, name);
+        if let Some(hidden) = of(RungName::Hidden).filter(|r| r.failed()) {
             let first = hidden.tensors.iter().find(|m| !m.passes())?;
             return Some(format!(
                 "the forward is right up to the input of the layer whose result is the {}",
                 first.name
             ));
         }
-        let gradients = of(super::ladder::RUNGS[4]).filter(|r| r.failed())?;
+        let gradients = of(RungName::Gradients).filter(|r| r.failed())?;
         let bad: Vec<&Measure> = gradients.tensors.iter().filter(|m| !m.passes()).collect();
         let layer = |m: &Measure| super::names::place_of(&m.name).0;
         let highest = bad.iter().filter_map(|m| layer(m)).max()?;
@@ -62,7 +62,7 @@ impl Report {
 
     /// The measured gradients.
     pub fn gradients(&self) -> &[Measure] {
-        self.rungs.iter().find(|r| r.name == super::ladder::RUNGS[4]).map_or(&[], |r| &r.tensors)
+        rung_of(&self.rungs, RungName::Gradients).map_or(&[], |r| &r.tensors)
     }
 }
 

@@ -4,7 +4,7 @@
 //! so a tiny gap in an entry near zero would otherwise become a whole step.
 
 use super::dump::Case;
-use super::ladder::{Outcome, RUNGS, Rung};
+use super::ladder::{Outcome, Rung, RungName};
 use super::manifest::{OptimizerRecord, ParameterGroup};
 use super::measure::{Measure, floor, measure};
 use super::names::canonical_name;
@@ -78,7 +78,7 @@ pub(super) fn measure_change(
 
 /// The rung.
 pub(super) fn rung(case: &Case) -> Rung {
-    let name = RUNGS[6];
+    let name = RungName::Update;
     if case.trainer.after.is_empty() {
         return Rung::skipped(name, "the dump holds no parameters after a step");
     }

@@ -179,6 +179,43 @@ fn bad_usage_is_refused_with_exit_code_2() {
     let nowhere = Path::new("/proc/no-such-folder/out.safetensors");
     let outcome = peft_limits(&["gradient", text(&good), "-o", text(nowhere)]);
     assert_eq!(outcome.status.code(), Some(2));
+    let copy = folder.path().join("head.safetensors");
+    std::fs::copy(&good, &copy).unwrap();
+    let kept = std::fs::read(&copy).unwrap();
+    let round = folder.path().join("./head.safetensors");
+    refused(&["gradient", text(&copy), "-o", text(&round)], &output, &["--output", "is the input"]);
+    assert_eq!(std::fs::read(&copy).unwrap(), kept);
+    refused(&["gradient", text(&good), "-o", text(folder.path())], &output, &["--output", "folder"]);
+}
+
+/// Token ids or masks under a head's names are no numbers to take gradients of.
+#[test]
+fn integers_are_no_head() {
+    use safetensors::tensor::Dtype;
+    let folder = tempfile::tempdir().unwrap();
+    let (path, output) = (folder.path().join("ids.safetensors"), folder.path().join("out.safetensors"));
+    let good = TensorFile::open(data("attention_small.safetensors")).unwrap();
+    let shape = good.shape("X").unwrap().to_vec();
+    for (dtype, width) in [(Dtype::I64, 8), (Dtype::I32, 4), (Dtype::U8, 1)] {
+        let mut writer = TensorWriter::new();
+        for name in good.names() {
+            let (dtype, bytes) = good.bytes(name, "copied").unwrap();
+            writer.raw(name, dtype, good.shape(name).unwrap(), bytes.to_vec());
+        }
+        writer.metadata("alpha", good.metadata("alpha").unwrap()).metadata("beta", good.metadata("beta").unwrap());
+        writer.raw("X", dtype, &shape, vec![1; shape.iter().product::<usize>() * width]);
+        writer.write(&path).unwrap();
+        let found = format!("found {dtype:?}");
+        let parts = ["ids.safetensors", "tensor X", "expected real numbers", &found];
+        refused(&["gradient", text(&path), "-o", text(&output)], &output, &parts);
+        refused(&["probe", text(&path)], &output, &parts);
+        match peft_limits::attention::file::read_problem::<f64>(&path) {
+            Err(peft_limits::Error::Format { field, found, .. }) => {
+                assert_eq!((field, found), ("tensor X".to_string(), format!("{dtype:?}")))
+            }
+            other => panic!("{:?}", other.map(drop)),
+        }
+    }
 }
 
 #[test]
@@ -243,6 +280,36 @@ fn probe_as_json_holds_the_norms_and_every_method() {
     assert_eq!(methods[0]["rank"], 561);
     assert!(methods[1]["gradient_error"].as_f64().unwrap() < 0.1);
     assert_eq!(value["eps_rank"]["probabilities"].as_array().unwrap().len(), 3);
+}
+
+/// The exponent of a trained head over its beginnings: printed, drawn, in the JSON.
+#[test]
+fn probe_plots_the_cost_over_prefixes() {
+    let folder = tempfile::tempdir().unwrap();
+    let head = data("heads/minilm_l0_h7.safetensors");
+    let at = |name: &str| folder.path().join(name);
+    let arguments = ["probe", text(&head), "--features", "taylor:degree=1", "--plot"];
+    let probe = |file: &Path, more: &[&str]| peft_limits(&[&arguments[..], &[text(file)], more].concat());
+    let told = |outcome: Output| {
+        assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
+        String::from_utf8(outcome.stdout).unwrap()
+    };
+    let table = told(probe(&at("cost.png"), &[]));
+    assert!(table.contains("cost exponent") && table.contains("truncated SVD"), "{table}");
+    assert!(std::fs::read(at("cost.png")).unwrap().starts_with(b"\x89PNG") && !at("cost.svg").exists());
+    let json: serde_json::Value = serde_json::from_str(&told(probe(&at("cost.svg"), &["--json"]))).unwrap();
+    assert!(std::fs::read_to_string(at("cost.svg")).unwrap().contains("<svg"));
+    let fits = json["prefixes"].as_array().unwrap();
+    assert_eq!(fits.len(), 6);
+    for fit in fits {
+        let (slope, points) = (fit["exponent"].as_f64().unwrap(), fit["points"].as_array().unwrap());
+        assert!(points.len() == 5 && points[4]["tokens"] == 512, "{fit}");
+        assert!(fit["interval"][0].as_f64().unwrap() <= slope && slope <= fit["interval"][1].as_f64().unwrap());
+    }
+    let pdf = at("cost.pdf");
+    refused(&[&arguments[..], &[text(&pdf)]].concat(), &pdf, &["--plot", ".svg or .png"]);
+    let outcome = probe(&head.join("cost.png"), &[]);
+    assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(2), 0), "refused before anything is printed");
 }
 
 #[test]
@@ -351,6 +418,20 @@ fn adapters_are_exported_fused_switched_and_served() {
     ]);
     assert_eq!(table.lines().count(), 1 + 2 * 3, "{table}");
     let none = folder.path().join("none");
+    // Refusals come before anything is printed, written or switched.
+    let unknown = peft_limits(&["adapter", "evaluate", "--model", &base, &at("fused"), "--task", "prose"]);
+    assert_eq!((unknown.status.code(), unknown.stdout.len()), (Some(2), 0));
+    for out in [&base, &at("fused")] {
+        let outcome = peft_limits(&["adapter", "fuse", "--model", &base, &at("fused"), "-o", out]);
+        assert_eq!(outcome.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&outcome.stderr).contains("--out"), "{outcome:?}");
+    }
+    succeeds(&["adapter", "switch", "--model", &base, &at("fused")]);
+    let switched = std::fs::read(&weights).unwrap();
+    let outcome = peft_limits(&["adapter", "switch", "--model", &base, &at("nowhere")]);
+    assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(2), 0));
+    assert_eq!(std::fs::read(&weights).unwrap(), switched, "the adapter in effect stays");
+    succeeds(&["adapter", "switch", "--model", &base, "--off"]);
     refused(
         &["adapter", "export", "--model", &base, "--trained", &base, "-o", text(&none)],
         &none,

@@ -62,7 +62,7 @@ fn every_command_works() {
         assert_eq!(output.status.code(), Some(expected), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
     // What the commands say they write is there.
-    for file in ["chained.safetensors", "runs/base/model/config.json", "runs/paca/adapter", "runs/lora/adapter"] {
+    for file in ["runs/chained.safetensors", "runs/base/model/config.json", "runs/paca/adapter", "runs/lora/adapter"] {
         assert!(folder.path().join(file).exists(), "{file}");
     }
 }

@@ -286,7 +286,17 @@ fn memory_refuses_what_cannot_be() {
     let config = folder.path().join("config.json");
     std::fs::write(&config, LLAMA.replace("\"hidden_size\": 4096", "\"hidden_size\": 4100")).unwrap();
     let none = folder.path().join("none");
-    let cases: [(&[&str], &[&str]); 6] = [
+    let (deep, wide) = (folder.path().join("deep.json"), folder.path().join("wide.json"));
+    std::fs::write(&deep, TINY.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 99999999")).unwrap();
+    std::fs::write(&wide, TINY.replace("\"vocab_size\": 259", "\"vocab_size\": 549755813888")).unwrap();
+    let cases: [(&[&str], &[&str]); 13] = [
+        (&["--config", text(&deep)], &["deep.json", "key num_hidden_layers", "at most 4096 layers", "99999999"]),
+        (&["--config", text(&wide)], &["wide.json", "vocab_size", "weights"]),
+        (&["--preset", "nano", "--fits", "80"], &["did you mean 80GiB?"]),
+        (&["--preset", "nano", "--bytes", "3"], &["--bytes", "2 (half precision), 4 (f32) or 8 (f64)"]),
+        (&["--preset", "nano", "--state", "4000000000"], &["--state", "0 to 8"]),
+        (&["--preset", "nano", "--batch", "1048576", "--length", "4294967296"], &["activations", "limit"]),
+        (&["--preset", "nano", "--targets", "all-linear,q_proj"], &["all-linear"]),
         (&["--config", text(&config)], &["config.json", "num_attention_heads"]),
         (&["--config", text(&none)], &["none"]),
         (&["--preset", "giant"], &["giant", "pico, nano, micro, mini"]),
@@ -295,6 +305,99 @@ fn memory_refuses_what_cannot_be() {
         (&["--preset", "nano", "--length", "0"], &["length"]),
     ];
     for (arguments, fragments) in cases {
-        refused(&peft_limits(&[&["memory"], arguments].concat()), folder.path(), fragments);
+        let outcome = peft_limits(&[&["memory"], arguments].concat());
+        refused(&outcome, folder.path(), fragments);
+        assert_eq!(stdout(&outcome), "", "{arguments:?}: a refusal comes alone");
     }
+}
+
+#[test]
+fn sizes_and_targets_mean_what_a_person_thinks() {
+    let of = |more: &[&str]| {
+        let outcome = peft_limits(&[&["memory", "--preset", "micro", "--method", "lora", "--json"], more].concat());
+        succeeded(&outcome);
+        serde_json::from_str::<serde_json::Value>(&stdout(&outcome)).unwrap()
+    };
+    let longest = |size: &str| of(&["--fits", size])["longest_length"].as_u64().unwrap();
+    assert_eq!(longest("1G"), longest("1GiB"));
+    assert_eq!(longest("1024MiB"), longest("1GiB"));
+    assert!(longest("1GB") < longest("1GiB"), "GB is 10^9");
+    assert_eq!(of(&["--targets", "all-linear"]), of(&[]));
+    assert!(of(&["--targets", "q_proj"])["trained"].as_u64() < of(&[])["trained"].as_u64());
+}
+
+#[test]
+fn a_run_saves_every_hundred_steps_unless_told_otherwise() {
+    let (folder, run) = workspace("");
+    let toml = std::fs::read_to_string(&run).unwrap().replace("save_every = 2\n", "").replace("batch = 5", "batch = 1");
+    std::fs::write(&run, toml).unwrap();
+    for (more, want) in
+        [(&[][..], &["step-00000100", "step-00000101"][..]), (&["--save-every", "0"], &["step-00000101"])]
+    {
+        let out = folder.path().join(format!("out{}", more.len()));
+        succeeded(&train(&run, &out, &[&["--steps", "101", "--eval-rows", "0"], more].concat()));
+        assert_eq!(checkpoints(&out), want);
+    }
+}
+
+#[test]
+fn a_text_file_is_a_task_of_the_command_line() {
+    let (folder, run) = workspace("");
+    let (out, book) = (folder.path().join("out"), folder.path().join("book.txt"));
+    std::fs::write(&book, (0..3000).map(|i| format!("{i} ")).collect::<String>()).unwrap();
+    refused(&train(&run, &out, &["--task", "text"]), &out, &["text", "give text=FILE"]);
+    refused(&train(&run, &out, &["--task", "prose"]), &out, &["prose", "text=FILE"]);
+    refused(&train(&run, &out, &["--task", "text=/none"]), &out, &["/none"]);
+    assert!(!out.exists());
+    let task = format!("text={}", text(&book));
+    succeeded(&train(&run, &out, &["--task", &task, "--targets", "all-linear", "--length", "256"]));
+    let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    assert!(config.contains("task = \"text\"") && config.contains("book.txt"), "{config}");
+}
+
+#[test]
+fn an_output_folder_that_is_the_model_is_refused() {
+    let (folder, run) = workspace("");
+    let base = folder.path().join("base");
+    succeeded(&train(&run, &base, &["--steps", "1", "--eval-rows", "0"]));
+    let model = text(&base.join("model")).to_string();
+    let same = ["train", "--model", &model, "--method", "lora", "--task", "lists", "-o", &model];
+    refused(&peft_limits(&same), Path::new(&model), &["--out", "input"]);
+    assert!(!base.join("model/config.toml").exists());
+}
+
+/// The same code from every command, whoever waits for it: 130, as shells have it.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_command_ends_with_130() {
+    let (folder, run) = workspace("");
+    let fifo = folder.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let output = folder.path().join("out.safetensors");
+    let long = folder.path().join("long");
+    // Reading a pipe that nobody writes waits for ever.
+    let cases: [&[&str]; 3] = [
+        &["train", text(&run), "--steps", "1000000", "-o", text(&long)],
+        &["validate", "--head", text(&fifo), "--reference", text(&fifo)],
+        &["gradient", text(&fifo), "-o", text(&output)],
+    ];
+    for arguments in cases {
+        let child = Command::new(env!("CARGO_BIN_EXE_peft-limits"))
+            .args(arguments)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Training writes its settings once its handler is about to be there; the others install it first of all.
+        let started = std::time::Instant::now();
+        while arguments[0] == "train" && !long.join("steps.csv").exists() && started.elapsed().as_secs() < 60 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        let outcome = child.wait_with_output().unwrap();
+        assert_eq!(outcome.status.code(), Some(130), "{arguments:?}: {}", stderr(&outcome));
+        assert!(stderr(&outcome).contains("interrupted"), "{}", stderr(&outcome));
+    }
+    assert_eq!(checkpoints(&long).len().min(1), 1, "training saved first");
 }

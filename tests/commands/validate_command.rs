@@ -109,7 +109,24 @@ fn bad_input_is_refused_by_name() {
     refused(&[text(&cut)], &["step.safetensors", "complete safetensors file"]);
     let dump = data("dumps/clean/lora-f32");
     refused(&[text(&dump), "--memory", "100kB"], &["models/f32", "f64 reference", "the limit is 97 KiB"]);
-    refused(&[text(folder.path())], &["manifest.json"]);
+    let what = ["a dump: a folder with manifest.json and step.safetensors", "dump_step(model", "validate --help"];
+    let not_a_dump = |path: &Path, found: &str| refused(&[text(path)], &[&what[..], &[found]].concat());
+    not_a_dump(folder.path(), "found a folder without manifest.json");
+    not_a_dump(&folder.path().join("absent"), "found nothing of that name");
+    not_a_dump(&data("dumps/models/f32"), "found a checkpoint folder (it goes to --model");
+    not_a_dump(&data("dumps/clean/lora-f32/adapter"), "found an adapter folder");
+    not_a_dump(&data("dumps/clean/lora-f32/step.safetensors"), "found a file");
+    refused(&[text(&dump), "--memory", "24"], &["did you mean 24GiB?"]);
+    // Refused before the reference is run.
+    refused(&[text(&dump), "--heat-map", text(&dump.join("manifest.json/map"))], &["manifest.json"]);
+    let deep = folder.path().join("deep");
+    std::fs::create_dir_all(&deep).unwrap();
+    let config = std::fs::read_to_string(data("dumps/models/f32/config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["num_hidden_layers"] = 99_999_999.into();
+    std::fs::write(deep.join("config.json"), config.to_string()).unwrap();
+    let parts = ["deep/config.json", "key num_hidden_layers", "at most 4096 layers", "found 99999999"];
+    refused(&[text(&copy("deep-dump", &|m| m["model"] = text(&deep).into()))], &parts);
     refused(&[], &["required"]);
     refused(&["--model", text(&dump)], &["--reference"]);
     let packed = folder.path().join("packed.safetensors");

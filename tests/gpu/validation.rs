@@ -60,7 +60,7 @@ fn a_clean_step_climbs_the_whole_ladder() {
     let (device, _alone) = open();
     for name in ["llama_full", "llama_lora", "llama_dora"] {
         let report = report(name, &device, None);
-        let shares: Vec<String> = report.rungs.iter().map(|r| format!("{} {:.2}", r.name, r.share())).collect();
+        let shares: Vec<String> = report.rungs.iter().map(|r| format!("{} {:.2}", r.name.name(), r.share())).collect();
         println!("{name}: {}", shares.join(", "));
         assert!(report.passed, "{name}: {:?}", report.first_failure());
     }

@@ -11,8 +11,8 @@ use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::update::{ModelUpdate, Switchable};
 use peft_limits::model::{AdapterPlan, MethodSpec, Model};
 use peft_limits::report::Row;
+use peft_limits::streams::generator;
 use peft_limits::train::checkpoint::fingerprint;
-use peft_limits::train::stream::generator;
 use peft_limits::train::tokenizer::BYTE_VOCABULARY;
 use rand::RngExt;
 

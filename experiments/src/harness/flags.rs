@@ -23,10 +23,11 @@ pub struct Flags {
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
-    /// Keep what an interrupted run finished, and measure only what is missing
+    /// Keep what an interrupted or failing run finished, and measure only what is missing; without it such a folder is
+    /// refused
     #[arg(long)]
     pub resume: bool,
-    /// Replace a finished full result, or a quick one by a full one
+    /// Discard the points of an interrupted run; replace a finished full result, or a quick one by a full one
     #[arg(long, conflicts_with = "resume")]
     pub force: bool,
     /// Folder of attention head files (*.safetensors) for real-heads [default: tests/data/heads]
@@ -68,6 +69,10 @@ impl Flags {
     }
 }
 
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 a check or a point failed, 2 bad input or usage, 130 interrupted by Ctrl-C (finished points are kept \
+for --resume).";
+
 #[derive(Debug, Parser)]
 struct SingleArguments {
     #[command(flatten)]
@@ -98,7 +103,7 @@ pub(super) fn parse_single(
          cargo run --release --bin {name} -- --profile full --resume\n  \
          # other seeds, into a folder of your own\n  \
          cargo run --release --bin {name} -- --seed 7 --out runs/{name}-7\n  \
-         # only the figures and findings, again\n  cargo run --release --bin {name} -- --plot-only"
+         # only the figures and findings, again\n  cargo run --release --bin {name} -- --plot-only\n\n{EXIT_CODES}"
     );
     let command = SingleArguments::command().name(name).about(experiment.title).long_about(about);
     let matches = command
@@ -124,7 +129,7 @@ pub(super) fn parse_reproduce(
              # two of them as published\n  \
              cargo run --release -- --profile full --only phase_transition,crossover\n  \
              # figures, findings and pages again, from the saved tables\n  \
-             cargo run --release -- --profile full --plot-only\n\nExperiments:{list}"
+             cargo run --release -- --profile full --plot-only\n\n{EXIT_CODES}\n\nExperiments:{list}"
         ))
         .version(env!("CARGO_PKG_VERSION"));
     let matches = command.try_get_matches_from(arguments).map_err(|e| shown(&e))?;

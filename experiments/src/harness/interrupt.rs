@@ -17,7 +17,7 @@ pub(super) fn install() {
     INSTALLED.call_once(|| {
         let handler = || {
             if ASKED.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
+                std::process::exit(peft_limits::error::INTERRUPTED.into());
             }
             eprintln!("stopping after the points in progress; press Ctrl-C again to stop at once");
         };

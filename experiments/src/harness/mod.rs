@@ -49,7 +49,7 @@ pub use peft_limits::streams::seed_stream;
 pub use reproduce::reproduce;
 pub use timing::{Seconds, repeated_seconds};
 
-use peft_limits::error::{Error, Result};
+use peft_limits::error::Result;
 use peft_limits::report::manifest::StopReason;
 use progress::Progress;
 use ranks::Crew;
@@ -59,6 +59,7 @@ use std::process::ExitCode;
 
 /// Runs one experiment with the process's arguments.
 pub fn main(experiment: &Experiment) -> ExitCode {
+    peft_limits::linalg::workers::keep_awake();
     interrupt::install();
     let code = ranks::in_job(std::slice::from_ref(experiment), |crew| {
         run_single(experiment, std::env::args_os(), &interrupted, crew, &mut std::io::stdout())
@@ -100,7 +101,6 @@ fn exit_code(outcome: &Result<StopReason>) -> u8 {
     match outcome {
         Ok(StopReason::Completed) => 0,
         Ok(StopReason::CheckFailed | StopReason::PointsFailed) => 1,
-        Err(Error::Interrupted) => 130,
-        Err(_) => 2,
+        Err(error) => error.exit_code(),
     }
 }

@@ -5,15 +5,19 @@ use super::experiment::{Experiment, Point};
 use peft_limits::atomic_file::write_bytes;
 use peft_limits::error::{Error, Result};
 use peft_limits::report::Row;
-use peft_limits::report::machine::sha256_hex;
+use peft_limits::streams::sha256_hex;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// File name inside an experiment's folder.
 pub(super) const PARTIAL: &str = "rows.partial.jsonl";
+
+/// Finished points that a resumed run could not use, in the same format.
+pub(super) const SET_ASIDE: &str = "rows.set-aside.jsonl";
 
 /// What the file names of other ranks begin with; the number follows.
 const RANK_PREFIX: &str = "rows.partial.rank-";
@@ -72,16 +76,18 @@ impl Partial {
     }
 
     /// Starts the file of a run, keeping the points of an earlier one whose keys are in `keep`, whichever rank
-    /// measured them; returns their rows. Files of other ranks are gone afterwards.
+    /// measured them; returns their rows and how many others were moved to [`SET_ASIDE`] (with an empty `keep` none:
+    /// the earlier points are to be discarded). Files of other ranks are gone afterwards.
     pub fn open(
         folder: &Path,
         experiment: &Experiment,
         profile: &str,
         keep: &[String],
-    ) -> Result<(Self, HashMap<String, Vec<Row>>)> {
+    ) -> Result<(Self, HashMap<String, Vec<Row>>, usize)> {
         let path = folder.join(PARTIAL);
         let others = files_of_ranks(folder)?;
         let mut done = HashMap::new();
+        let mut aside: Vec<Finished> = Vec::new();
         let header = Header { experiment: experiment.name.into(), profile: profile.into() };
         let mut text = line(&path, &header)?;
         if !keep.is_empty() {
@@ -89,17 +95,22 @@ impl Partial {
             for earlier in std::iter::once(&path).chain(&others).map(|path| std::fs::read(path).unwrap_or_default()) {
                 let lines = earlier.split(|&b| b == b'\n').skip(1);
                 for finished in lines.filter_map(|l| serde_json::from_slice::<Finished>(l).ok()) {
-                    if keep.contains(&finished.key) && !done.contains_key(&finished.key) {
+                    if !keep.contains(&finished.key) {
+                        aside.push(finished);
+                        continue;
+                    }
+                    if let Entry::Vacant(place) = done.entry(finished.key.clone()) {
                         text += &line(&path, &finished)?;
-                        done.insert(finished.key, finished.rows);
+                        place.insert(finished.rows);
                     }
                 }
             }
         }
+        set_aside(folder, &header, &aside)?;
         let partial = Self::start(path, &text)?;
         // Only now: what they held is in the new file.
         remove_all(&others)?;
-        Ok((partial, done))
+        Ok((partial, done, aside.len()))
     }
 
     /// Starts the file of a rank other than the first.
@@ -130,6 +141,20 @@ impl Partial {
         remove_all(&others)?;
         std::fs::remove_file(&self.path).map_err(|e| Error::io(&self.path, e))
     }
+}
+
+/// Adds points to [`SET_ASIDE`].
+fn set_aside(folder: &Path, header: &Header, points: &[Finished]) -> Result<()> {
+    if points.is_empty() {
+        return Ok(());
+    }
+    let path = folder.join(SET_ASIDE);
+    let mut text = if path.exists() { String::new() } else { line(&path, header)? };
+    for point in points {
+        text += &line(&path, point)?;
+    }
+    let file = OpenOptions::new().append(true).create(true).open(&path);
+    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|e| Error::io(&path, e))
 }
 
 /// Files of finished points of ranks other than the first, in the order of their names.
@@ -191,7 +216,7 @@ mod tests {
         ) {
             let folder = tempfile::tempdir().unwrap();
             let keep: Vec<String> = (0..4).map(|i| format!("key {i}")).collect();
-            let (mut partial, _) = Partial::open(folder.path(), &experiment(), "quick", &[]).unwrap();
+            let (mut partial, ..) = Partial::open(folder.path(), &experiment(), "quick", &[]).unwrap();
             for key in &keep {
                 partial.append(key, "label", &[Row::new().with("x", 1.5).with("y", "z")]).unwrap();
             }
@@ -204,7 +229,7 @@ mod tests {
             bytes.truncate(cut.index(bytes.len() + 1));
             bytes.extend("[".repeat(deep * 100_000).into_bytes());
             std::fs::write(&path, &bytes).unwrap();
-            let (_, done) = Partial::open(folder.path(), &experiment(), "quick", &keep).unwrap();
+            let (_, done, _) = Partial::open(folder.path(), &experiment(), "quick", &keep).unwrap();
             prop_assert!(done.keys().all(|key| keep.contains(key)));
             Partial::profile_in(folder.path()).unwrap();
         }

@@ -57,7 +57,7 @@ pub(super) fn run_all(
         });
         progress.experiment_done();
         worst = worst.max(exit_code(&outcome.map(|done| done.manifest.stop_reason)));
-        if worst == 130 {
+        if worst == peft_limits::error::INTERRUPTED {
             break;
         }
     }

@@ -3,7 +3,7 @@
 use super::experiment::{Experiment, Point, Profile};
 use super::flags::Flags;
 use super::outputs::{Finished, write_outputs};
-use super::partial::{PARTIAL, Partial, run_key};
+use super::partial::{PARTIAL, Partial, SET_ASIDE, run_key};
 use super::progress::{ExperimentProgress, Progress};
 use super::ranks::Crew;
 use peft_limits::error::{Error, Result};
@@ -66,7 +66,11 @@ pub(super) fn run(
     manifest.machine.ranks = (crew.size() > 1).then_some(crew.size());
     let started = Instant::now();
     let keep: &[String] = if flags.resume { &keys } else { &[] };
-    let (partial, mut rows) = Partial::open(folder, experiment, flags.profile.name(), keep)?;
+    let (partial, mut rows, aside) = Partial::open(folder, experiment, flags.profile.name(), keep)?;
+    if aside > 0 {
+        let what = "finished points of another seed, grid, build or version do not fit this run";
+        progress.suspend(|| eprintln!("{}: {aside} {what}; moved to {SET_ASIDE}", experiment.name));
+    }
     manifest.resumed_points = rows.len();
     let bar = progress.start(experiment.name, points.len(), rows.len());
     let grid = Grid {
@@ -120,29 +124,26 @@ fn redraw(experiment: &Experiment, folder: &Path, earlier: Option<Manifest>) -> 
 }
 
 /// Refuses what would destroy a more valuable result.
-fn guard(folder: &Path, flags: &Flags, earlier: Option<&Manifest>, unfinished: Option<&str>) -> Result<()> {
+pub(super) fn guard(folder: &Path, flags: &Flags, earlier: Option<&Manifest>, unfinished: Option<&str>) -> Result<()> {
     let (quick, full) = (Profile::Quick.name(), Profile::Full.name());
     let finished = earlier.map(|m| m.profile.as_str());
-    if flags.profile == Profile::Quick {
-        if finished == Some(full) || unfinished == Some(full) {
-            return Err(refusal(folder, "holds a full result", "a quick run never replaces it; choose another --out"));
-        }
-        return Ok(());
+    if flags.profile == Profile::Quick && (finished == Some(full) || unfinished == Some(full)) {
+        return Err(refusal(folder, "holds a full result", "a quick run never replaces it; choose another --out"));
     }
     if flags.force {
         return Ok(());
     }
-    if finished == Some(quick) {
+    if flags.profile == Profile::Full && finished == Some(quick) {
         return Err(refusal(folder, "holds a quick result", "choose another --out, or --force to replace it"));
     }
-    if finished == Some(full) && !flags.resume {
+    if flags.profile == Profile::Full && finished == Some(full) && !flags.resume {
         return Err(refusal(folder, "holds a finished full result", "--force replaces it, --resume keeps it"));
     }
     if unfinished.is_some() && !flags.resume {
         return Err(refusal(
             folder,
-            &format!("holds the finished points of an interrupted run ({PARTIAL})"),
-            "--resume keeps them, --force discards them",
+            &format!("holds the finished points of an earlier run that was interrupted or had failures ({PARTIAL})"),
+            "--resume keeps them and measures the rest, --force discards them",
         ));
     }
     Ok(())

@@ -2,9 +2,10 @@
 
 use super::reproduce::run_all;
 use super::*;
-use peft_limits::report::machine::sha256_hex;
+use peft_limits::error::Error;
 use peft_limits::report::manifest::Manifest;
 use peft_limits::report::{Axis, Figure, LineChart, NamedFigure, Row, Series, Table};
+use peft_limits::streams::sha256_hex;
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 
@@ -190,6 +191,34 @@ fn a_cut_line_and_other_keys_are_measured_again() {
     let (code, _, measured) = execute(&DEMO, home.path(), "--resume --seed 1", &never);
     assert_eq!((code, measured.len()), (0, 3), "rows of seed 0 must not serve seed 1");
     assert_eq!(text(home.path(), "table.csv"), fresh_table("--seed 1", 0));
+    let aside = text(home.path(), partial::SET_ASIDE);
+    assert_eq!(aside.lines().count(), 1 + 2, "a header and the two points of seed 0: {aside}");
+}
+
+#[test]
+fn finished_points_of_a_quick_run_are_not_thrown_away_either() {
+    let home = tempfile::tempdir().unwrap();
+    assert_eq!(execute(&DEMO, home.path(), "", &after(2)).0, 130);
+    let kept = text(home.path(), "rows.partial.jsonl");
+    let (code, _, measured) = execute(&DEMO, home.path(), "", &never);
+    assert_eq!((code, measured.len()), (2, 0), "neither --resume nor --force");
+    assert_eq!(text(home.path(), "rows.partial.jsonl"), kept);
+    match run::guard(home.path(), &flags_of(""), None, Some("quick")) {
+        Err(Error::InvalidParam { name, requirement, .. }) => {
+            assert!(
+                name == "--out" && requirement.contains("--resume") && requirement.contains("--force"),
+                "{requirement}"
+            )
+        }
+        other => panic!("{other:?}"),
+    }
+    let (code, _, measured) = execute(&DEMO, home.path(), "--force", &never);
+    assert_eq!((code, measured.len()), (0, 3));
+}
+
+fn flags_of(text: &str) -> Flags {
+    let words = std::iter::once("demo").chain(text.split_whitespace()).map(Into::into);
+    flags::parse_single(&DEMO, words).unwrap()
 }
 
 #[test]

@@ -4,10 +4,10 @@ use ndarray::Array2;
 use peft_limits::cost::Cost;
 use peft_limits::error::Result;
 use peft_limits::model::{Batch, Gradients, Model, ModelConfig, StepOptions};
+use peft_limits::streams::generator;
 use peft_limits::train::memory::{Memory, StepShape, ledger};
 use peft_limits::train::method::MethodParams;
 use peft_limits::train::optimizer::{Optimizer, OptimizerParams, update_model};
-use peft_limits::train::stream::generator;
 use rand::RngExt;
 use std::time::Instant;
 

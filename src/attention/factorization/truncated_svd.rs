@@ -5,7 +5,7 @@ use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::decompositions::{Svd, svd};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use std::sync::Arc;
 
 /// Best rank-k approximation, in the Frobenius norm, of the unmasked probabilities P (Eckart-Young).
@@ -68,8 +68,8 @@ impl<T: Real> Oracle<T> {
     }
 
     /// Singular values of P, descending.
-    pub fn singular_values(&self) -> &[f64] {
-        self.svd.s.as_slice().unwrap_or(&[])
+    pub fn singular_values(&self) -> ArrayView1<'_, f64> {
+        self.svd.s.view()
     }
 
     /// The feature map of the best rank-k approximation.

@@ -52,7 +52,7 @@ impl fmt::Display for StepMemory {
     }
 }
 
-struct Measure<'a, T> {
+struct Measure<'a, T: Real> {
     device: &'a Device,
     model: &'a Model<T>,
     batch: &'a Batch,

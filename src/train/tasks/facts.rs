@@ -16,7 +16,7 @@
 
 use super::{Row, Split, Task};
 use crate::error::{Error, Result};
-use crate::train::stream::mix;
+use crate::streams::mix;
 use rand::{RngExt, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};

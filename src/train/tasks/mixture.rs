@@ -2,7 +2,7 @@
 
 use super::{Row, Split, Task, arithmetic, facts, jsonl, lists, modular, recall, row, text};
 use crate::error::{Error, Result};
-use crate::train::stream::generator;
+use crate::streams::generator;
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
@@ -43,18 +43,33 @@ impl TaskParams {
         })
     }
 
-    /// The task of this name with its defaults; tasks that read a file have none.
+    /// The task of this name with its defaults; tasks that read a file are `text=FILE` and `jsonl=FILE`.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] listing the names.
     pub fn named(name: &str) -> Result<Self> {
+        if let Some((kind, path)) = name.split_once('=').filter(|(_, path)| !path.is_empty()) {
+            let path = path.into();
+            match kind {
+                "text" => return Ok(Self::Text(text::TextParams { path, window: text::WINDOW })),
+                "jsonl" => return Ok(Self::Jsonl(jsonl::JsonlParams { path, shifted: None })),
+                _ => {}
+            }
+        }
         Ok(match name {
             "arithmetic" => Self::Arithmetic(Default::default()),
             "modular" => Self::Modular(Default::default()),
             "lists" => Self::Lists(Default::default()),
             "recall" => Self::Recall(Default::default()),
             "facts" => Self::Facts(Default::default()),
-            _ => return Err(Error::invalid("task", name, "must be arithmetic, modular, lists, recall or facts")),
+            "text" | "jsonl" | "text=" | "jsonl=" => {
+                let kind = name.trim_end_matches('=');
+                return Err(Error::invalid("task", name, format!("reads a file: give {kind}=FILE")));
+            }
+            _ => {
+                let names = "must be arithmetic, modular, lists, recall, facts, text=FILE or jsonl=FILE";
+                return Err(Error::invalid("task", name, names));
+            }
         })
     }
 

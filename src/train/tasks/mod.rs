@@ -15,7 +15,7 @@ pub mod recall;
 pub mod text;
 
 use crate::error::{Error, Result};
-use crate::train::stream::{fnv1a, generator, mix};
+use crate::streams::{fnv1a, generator, mix};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 

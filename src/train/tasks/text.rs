@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 /// | name | default | purpose | range |
 /// |---|---|---|---|
 /// | `path` | | the file | UTF-8 |
-/// | `window` | 128 | bytes per row; the shifted test has twice as many | 8 to 65536 |
+/// | `window` | 127 | bytes per row; the shifted test has twice as many | 8 to 65536 |
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TextParams {
@@ -36,8 +36,11 @@ pub struct TextParams {
     pub window: usize,
 }
 
+/// Bytes per row where nothing is said: two windows with a token at either end fit the default length of 256.
+pub const WINDOW: usize = 127;
+
 fn default_window() -> usize {
-    128
+    WINDOW
 }
 
 impl TextParams {

@@ -3,6 +3,7 @@
 use super::gradient::some;
 use super::{Context, Diagnosis, EXPLAINED, Fault, Tested};
 use crate::linalg::norms::frobenius;
+use crate::validate::ladder::RungName;
 use crate::validate::measure::dot;
 use crate::validate::names::place_of;
 use std::collections::BTreeMap;
@@ -77,17 +78,17 @@ pub(super) fn factors(context: &Context<'_>, tested: &mut Tested<'_>) {
 /// A loss that is off by the same factor is explained with the gradients.
 fn same_in_loss(context: &Context<'_>, c: f64, near: f64, diagnosis: &mut Diagnosis) {
     if let Some(loss) = context.case.trainer.loss
-        && context.failed(1)
+        && context.failed(RungName::Loss)
         && (loss / context.exact.loss / c - 1.0).abs() < near
     {
-        diagnosis.explains.push(crate::validate::ladder::RUNGS[1].to_string());
+        diagnosis.explains.push(RungName::Loss);
         diagnosis.complete = diagnosis.explains.len() == context.failed.len();
     }
 }
 
 /// A factor too near 1 to show in any single tensor.
 pub(super) fn common_factor(context: &Context<'_>, tested: &mut Tested<'_>) {
-    let (true, Some((c, noise))) = (context.failed(5), context.mean_factor()) else { return };
+    let (true, Some((c, noise))) = (context.failed(RungName::Scale), context.mean_factor()) else { return };
     let near = 3.0 * noise + 1e-6;
     let (name, meaning, fix) = meaning(context, c, near, true);
     let what = format!("all gradients together are {c:.4} (+- {near:.0e}) times the right ones{meaning}");

@@ -14,7 +14,7 @@ mod slices;
 mod update;
 
 use super::dump::Case;
-use super::ladder::{RUNGS, Rung, climb};
+use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::reference::{Evidence, Variant};
 use super::report::Watch;
@@ -37,7 +37,7 @@ pub struct Diagnosis {
     /// Where to look.
     pub fix: String,
     /// Rungs that failed and are explained.
-    pub explains: Vec<String>,
+    pub explains: Vec<RungName>,
     /// Whether that is every rung that failed.
     pub complete: bool,
     /// Tensors whose gradient is explained, of those that failed.
@@ -67,30 +67,30 @@ pub(super) struct Context<'a> {
     pub rounded: &'a Evidence,
     /// Measures of the gradients that failed.
     pub failing: Vec<&'a Measure>,
-    failed: BTreeSet<&'static str>,
+    failed: BTreeSet<RungName>,
     rungs: &'a [Rung],
 }
 
 impl Context<'_> {
     /// Whether a rung failed.
-    pub fn failed(&self, rung: usize) -> bool {
-        self.failed.contains(RUNGS[rung])
+    pub fn failed(&self, rung: RungName) -> bool {
+        self.failed.contains(&rung)
     }
 
     /// The mean factor of the gradients and its noise.
     pub fn mean_factor(&self) -> Option<(f64, f64)> {
-        let measure = self.rungs[5].tensors.first()?;
+        let measure = rung_of(self.rungs, RungName::Scale)?.tensors.first()?;
         Some((1.0 + measure.along, measure.rounding_along))
     }
 
     /// Whether a rung was checked.
-    pub fn checked(&self, rung: usize) -> bool {
-        self.rungs.iter().any(|r| r.name == RUNGS[rung] && !matches!(r.outcome, super::ladder::Outcome::Skipped(_)))
+    pub fn checked(&self, rung: RungName) -> bool {
+        rung_of(self.rungs, rung).is_some_and(|r| !matches!(r.outcome, Outcome::Skipped(_)))
     }
 
     /// Whether the forward pass is known to be wrong.
     pub fn forward_wrong(&self) -> bool {
-        self.failed(2) || self.failed(3)
+        self.failed(RungName::Logits) || self.failed(RungName::Hidden)
     }
 
     /// A diagnosis of the gradients alone.
@@ -98,7 +98,8 @@ impl Context<'_> {
         let all = explained == self.failing.len();
         let mut explains = Vec::new();
         if all {
-            explains.extend([4, 5, 0].into_iter().filter(|&r| self.failed(r)).map(|r| RUNGS[r].to_string()));
+            let own = [RungName::Gradients, RungName::Scale, RungName::Names];
+            explains.extend(own.into_iter().filter(|&r| self.failed(r)));
         }
         let complete = explains.len() == self.failed.len();
         Diagnosis {
@@ -140,23 +141,21 @@ impl Context<'_> {
     /// Everything dumped against what a fault predicts, exactly and rounded.
     fn judge(&self, fault: Fault, predicted: &Evidence, rounded: &Evidence) -> Diagnosis {
         let rungs = climb(self.case, predicted, rounded);
-        let before = |rung: &str, name: &str| {
-            let measured = self.rungs.iter().find(|r| r.name == rung);
+        let before = |rung: RungName, name: &str| {
+            let measured = rung_of(self.rungs, rung);
             measured.and_then(|r| r.tensors.iter().find(|m| m.name == name)).map_or(0.0, |m| m.share)
         };
-        let close = |rung: &str, m: &Measure| m.share <= EXPLAINED || m.share * REDUCTION <= before(rung, &m.name);
+        let close = |rung: RungName, m: &Measure| m.share <= EXPLAINED || m.share * REDUCTION <= before(rung, &m.name);
         let fine = |r: &Rung| r.tensors.iter().all(|m| close(r.name, m));
-        let explains: Vec<String> = rungs[1..6]
-            .iter()
-            .filter(|r| self.failed.contains(r.name) && fine(r) && r.problems.is_empty())
-            .map(|r| r.name.to_string())
-            .collect();
-        let spoiled = rungs[1..6].iter().any(|r| !self.failed.contains(r.name) && !fine(r));
+        let predicts = || rungs.iter().filter(|r| r.name.is_of_the_step());
+        let explains: Vec<RungName> =
+            predicts().filter(|r| self.failed(r.name) && fine(r) && r.problems.is_empty()).map(|r| r.name).collect();
+        let spoiled = predicts().any(|r| !self.failed(r.name) && !fine(r));
         let failing: BTreeSet<&str> = self.failing.iter().map(|m| m.name.as_str()).collect();
-        let mine: Vec<&Measure> = rungs[4].tensors.iter().filter(|m| failing.contains(m.name.as_str())).collect();
-        let explained = mine.iter().filter(|m| close(RUNGS[4], m)).count();
-        let share = rungs[1..6].iter().map(Rung::share).fold(0.0, f64::max);
-        let targets = self.failed.iter().filter(|name| RUNGS[1..6].contains(name)).count();
+        let mine: Vec<&Measure> = gradients_of(&rungs).iter().filter(|m| failing.contains(m.name.as_str())).collect();
+        let explained = mine.iter().filter(|m| close(RungName::Gradients, m)).count();
+        let share = predicts().map(Rung::share).fold(0.0, f64::max);
+        let targets = self.failed.iter().filter(|name| name.is_of_the_step()).count();
         Diagnosis {
             fault: fault.name.into(),
             what: fault.what,
@@ -216,6 +215,11 @@ impl Tested<'_> {
     }
 }
 
+/// The measured gradients of a ladder.
+fn gradients_of(rungs: &[Rung]) -> &[Measure] {
+    rung_of(rungs, RungName::Gradients).map_or(&[], |r| &r.tensors)
+}
+
 /// Tries the known faults; returns those that explain something, best first, and how many steps were run.
 pub(super) fn diagnose(
     case: &Case,
@@ -224,9 +228,9 @@ pub(super) fn diagnose(
     rungs: &[Rung],
     watch: &dyn Watch,
 ) -> Result<(Vec<Diagnosis>, usize)> {
-    let failing = rungs[4].tensors.iter().filter(|m| !m.passes()).collect();
+    let failing = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
     // The update is explained by itself, below.
-    let failed = rungs[..6].iter().filter(|r| r.failed()).map(|r| r.name).collect();
+    let failed = rungs.iter().filter(|r| r.failed() && r.name != RungName::Update).map(|r| r.name).collect();
     let context = Context { case, exact, rounded, failing, failed, rungs };
     let mut tested = Tested { watch, found: Vec::new(), steps: 0 };
     if !context.failed.is_empty() {
@@ -234,10 +238,12 @@ pub(super) fn diagnose(
         if !tested.settled() {
             slices::test(&context, &mut tested)?;
         }
-        if !tested.settled() && (context.forward_wrong() || (context.failed(1) && !context.checked(2))) {
+        if !tested.settled()
+            && (context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits)))
+        {
             forward::test(&context, &mut tested)?;
         }
-        if !tested.settled() && (context.failed(1) || !context.checked(1)) {
+        if !tested.settled() && (context.failed(RungName::Loss) || !context.checked(RungName::Loss)) {
             loss::test(&context, &mut tested)?;
         }
         if !tested.settled() && !context.forward_wrong() {
@@ -253,8 +259,8 @@ pub(super) fn diagnose(
     let complete = found.iter().any(|d| d.complete);
     found.retain(|d| !complete || d.complete);
     found.truncate(5);
-    if rungs[6].failed() {
-        found.extend(update::explain(case, &rungs[6]));
+    if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed()) {
+        found.extend(update::explain(case, rung));
     }
     Ok((found, tested.steps))
 }

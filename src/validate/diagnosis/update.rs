@@ -23,7 +23,7 @@ pub(super) fn explain(case: &Case, rung: &Rung) -> Vec<Diagnosis> {
             fault: fault.name.into(),
             what: fault.what,
             fix: fault.fix.into(),
-            explains: vec![rung.name.to_string()],
+            explains: vec![rung.name],
             complete: explained == failing.len(),
             tensors: (explained, failing.len()),
             share,

@@ -104,8 +104,9 @@ fn backward_tile<T: Real>(
     let upstream = sides.upstream.slice(s![range.clone(), ..]);
     let score_left = sides.score_left.slice(s![range.clone(), ..]);
     let value_left = sides.value_left.slice(s![range.clone(), ..]);
-    let log_sum_exp = &sides.log_sum_exp.as_slice().unwrap_or(&[])[range.clone()];
-    let delta = &sides.delta.as_slice().unwrap_or(&[])[range];
+    // Copies of one tile's rows: the caller's vectors need not be contiguous.
+    let log_sum_exp = sides.log_sum_exp.slice(s![range.clone()]).to_vec();
+    let delta = sides.delta.slice(s![range]).to_vec();
     let visible = pass.visible_keys(first, rows);
     workspace.key_side.slice_mut(s![..visible.div_ceil(pass.tile.keys), .., ..]).fill(T::zero());
     let mut start = 0;

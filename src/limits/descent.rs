@@ -1,11 +1,10 @@
-//! Training the adapters of a single attention head, with exact, chained or guarded gradients.
+//! Descent of the adapters of one attention head, with exact, chained or guarded gradients.
 
-use super::optimizer::{Optimizer, OptimizerParams};
+use super::guard::{NormGuard, Verdict};
 use crate::attention::exact::streaming;
 use crate::attention::factorization::SoftmaxFactorization;
 use crate::attention::{AttentionProblem, Gradients, Request, chained};
 use crate::error::Result;
-use crate::limits::guard::{NormGuard, Verdict};
 use crate::linalg::Real;
 
 /// Where the gradient of a step comes from.
@@ -29,19 +28,28 @@ pub struct HeadStep<T> {
     pub certified: Option<f64>,
 }
 
-/// A head whose adapters move.
-pub struct HeadTrainer<T> {
-    problem: AttentionProblem<T>,
-    optimizer: Optimizer<T>,
-}
+/// How numbers move along their gradient; the optimizers of training are such rules.
+pub trait UpdateRule<T> {
+    /// A step begins: every tensor is updated once before the next.
+    fn begin_step(&mut self);
 
-impl<T: Real> HeadTrainer<T> {
-    /// Starts from a head with adapters.
+    /// Moves the values of one tensor.
     ///
     /// # Errors
-    /// Those of [`OptimizerParams::check`].
-    pub fn new(problem: AttentionProblem<T>, optimizer: OptimizerParams) -> Result<Self> {
-        Ok(Self { problem, optimizer: optimizer.check()? })
+    /// Whatever the rule refuses.
+    fn update(&mut self, name: &str, values: &mut [T], gradient: &[T]) -> Result<()>;
+}
+
+/// A head whose adapters move by a rule.
+pub struct HeadTrainer<T, R> {
+    problem: AttentionProblem<T>,
+    rule: R,
+}
+
+impl<T: Real, R: UpdateRule<T>> HeadTrainer<T, R> {
+    /// Starts from a head with adapters.
+    pub fn new(problem: AttentionProblem<T>, rule: R) -> Self {
+        Self { problem, rule }
     }
 
     /// The head as it is now.
@@ -49,7 +57,7 @@ impl<T: Real> HeadTrainer<T> {
         &self.problem
     }
 
-    /// One gradient and one update of every A and B, at the optimizer's learning rate.
+    /// One gradient and one update of every A and B.
     ///
     /// # Errors
     /// Those of the gradient; [`crate::Error::NonFinite`] if an adapter diverged. The head is then left as it was
@@ -73,15 +81,14 @@ impl<T: Real> HeadTrainer<T> {
                 HeadStep { exact: guarded.verdict.is_exact(), gradients: guarded.gradients, certified }
             }
         };
-        self.optimizer.begin_step();
-        let lr = self.optimizer.params().lr;
-        let optimizer = &mut self.optimizer;
+        self.rule.begin_step();
+        let rule = &mut self.rule;
         let named = step.gradients.named();
         self.problem.update_adapters(|name, values| {
             match named.iter().find(|(n, _)| n.strip_prefix('d') == Some(name)) {
                 Some((_, gradient)) => {
                     let gradient: Vec<T> = gradient.iter().copied().collect();
-                    optimizer.update(name, values, &gradient, lr, 1.0)
+                    rule.update(name, values, &gradient)
                 }
                 None => Ok(()),
             }
@@ -95,17 +102,36 @@ mod tests {
     use super::*;
     use crate::attention::factorization::build;
     use crate::attention::synthetic::SyntheticHead;
-    use crate::train::optimizer::OptimizerKind;
 
-    fn trainer(c: f64, kind: OptimizerKind, lr: f64) -> HeadTrainer<f64> {
+    /// `lr` times the gradient, or its signs.
+    enum Rule {
+        Gradient(f64),
+        Signs(f64),
+    }
+
+    impl UpdateRule<f64> for Rule {
+        fn begin_step(&mut self) {}
+
+        fn update(&mut self, _name: &str, values: &mut [f64], gradient: &[f64]) -> Result<()> {
+            for (value, g) in values.iter_mut().zip(gradient) {
+                *value -= match self {
+                    Self::Gradient(lr) => *lr * g,
+                    Self::Signs(lr) => *lr * g.signum(),
+                };
+            }
+            Ok(())
+        }
+    }
+
+    fn trainer(c: f64, rule: Rule) -> HeadTrainer<f64, Rule> {
         let problem = SyntheticHead { rank: 2, ..SyntheticHead::new(120, 4) }.at_threshold_ratio(c).draw().unwrap();
-        HeadTrainer::new(problem, OptimizerParams { kind, lr, ..Default::default() }).unwrap()
+        HeadTrainer::new(problem, rule)
     }
 
     /// A small step of gradient descent lowers the loss by lr times the squared gradient, to first order.
     #[test]
     fn descent_lowers_the_loss_as_the_gradient_says() {
-        let mut trainer = trainer(0.5, OptimizerKind::Sgd, 1e-7);
+        let mut trainer = trainer(0.5, Rule::Gradient(1e-7));
         let first = trainer.step(&GradientSource::Exact).unwrap();
         let second = trainer.step(&GradientSource::Exact).unwrap();
         let square: f64 = first.gradients.named().iter().map(|(_, g)| g.iter().map(|x| x * x).sum::<f64>()).sum();
@@ -118,7 +144,7 @@ mod tests {
         let method = build::<f64>("chebyshev:degree=12").unwrap();
         let guard = NormGuard { tolerance: 0.01, largest_ratio: None };
         let run = |source: GradientSource<f64>| {
-            let mut trainer = trainer(0.4, OptimizerKind::AdamW, 0.01);
+            let mut trainer = trainer(0.4, Rule::Signs(0.01));
             let steps: Vec<HeadStep<f64>> = (0..20).map(|_| trainer.step(&source).unwrap()).collect();
             (
                 steps[19].gradients.loss.unwrap(),
@@ -135,7 +161,7 @@ mod tests {
 
     #[test]
     fn divergence_is_an_error() {
-        let mut trainer = trainer(0.5, OptimizerKind::Sgd, 1e200);
+        let mut trainer = trainer(0.5, Rule::Gradient(1e200));
         let outcome = (0..3).try_for_each(|_| trainer.step(&GradientSource::Exact).map(drop));
         assert!(matches!(outcome, Err(crate::Error::NonFinite { .. })), "{outcome:?}");
     }
