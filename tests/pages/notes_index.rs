@@ -236,10 +236,10 @@ fn every_note_named_in_a_source_exists() {
     assert!(count > 20, "{count} names were found");
 }
 
-/// Names that the library makes public: items, fields, methods, variants of enumerations, functions of traits.
+/// Names that the library and the experiments make public: items, fields, methods, variants of enumerations, functions of traits.
 fn public_names() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
-    for path in files("src", "rs") {
+    for path in [files("src", "rs"), files("experiments/src", "rs")].concat() {
         let (mut inside_enum, mut inside_trait) = (false, false);
         for line in read(&path).lines() {
             let indent = line.len() - line.trim_start().len();
