@@ -18,6 +18,7 @@ use std::process::ExitCode;
 /// `--out DIR` is the folder that holds one folder per experiment. An experiment that fails does not
 /// stop the others; the exit code is the worst of theirs.
 pub fn reproduce(experiments: &[Experiment]) -> ExitCode {
+    peft_limits::linalg::workers::keep_awake();
     interrupt::install();
     let code = ranks::in_job(experiments, |crew| {
         run_all(experiments, std::env::args_os(), &interrupted, crew, &mut std::io::stdout())
