@@ -42,21 +42,21 @@ fn every_experiment_is_listed() {
 }
 
 #[test]
-fn every_experiment_states_its_claim_and_is_in_the_readme() {
-    let readme = page("README.md");
+fn every_experiment_states_its_claim_and_is_in_the_list() {
+    let list = page("paper-notes/experiments.md");
     for name in binaries() {
         let header = header(&name);
         assert!(
             header.contains("Claim") && header.contains("Refuted if"),
             "{name}: claim and refutation in the header"
         );
-        let row = readme.lines().find(|l| l.starts_with(&format!("| `{name}` |")));
-        let row = row.unwrap_or_else(|| panic!("{name}: a row of the README's table"));
+        let row = list.lines().find(|l| l.starts_with(&format!("| `{name}` |")));
+        let row = row.unwrap_or_else(|| panic!("{name}: a row of paper-notes/experiments.md"));
         let published = root().join("figures").join(&name).join("manifest.json").exists();
-        let says = if published { format!("(figures/{name}/findings.md)") } else { "quick only".into() };
-        assert!(row.contains(&says), "{name}: its row in the README must say {says}");
+        let says = if published { format!("(../figures/{name}/findings.md)") } else { "quick only".into() };
+        assert!(row.contains(&says), "{name}: its row in paper-notes/experiments.md must say {says}");
     }
-    for line in readme.lines().filter(|l| l.starts_with("| `") && l.contains("figures/")) {
+    for line in list.lines().filter(|l| l.starts_with("| `") && l.contains("/findings.md")) {
         let name = line.split('`').nth(1).unwrap();
         assert!(binaries().iter().any(|b| b == name), "{name}: a row without an experiment");
     }
@@ -66,7 +66,7 @@ fn every_experiment_states_its_claim_and_is_in_the_readme() {
 #[test]
 fn shown_flags_are_taken() {
     let mut count = 0;
-    for name in ["README.md", "paper-notes/measurements.md", "paper-notes/cost-and-memory.md"] {
+    for name in ["paper-notes/experiments.md", "paper-notes/measurements.md", "paper-notes/cost-and-memory.md"] {
         for line in page(name).lines() {
             let command = line.split('#').next().unwrap_or_default().trim();
             let Some(rest) = command.strip_prefix("cargo run --release --bin ") else { continue };
