@@ -15,6 +15,8 @@ pub struct LinearOn<E: Ops> {
     pub base: E::Weight,
     /// The method with its parameters.
     pub method: MethodOn<E>,
+    /// Added to the output.
+    pub bias: Option<E::Vector>,
     /// The base weight as it was, while an additive method is merged into it.
     unmerged: Option<E::Matrix>,
 }
@@ -25,7 +27,7 @@ pub type AdaptedLinear<T> = LinearOn<Cpu<T>>;
 impl<E: Ops> LinearOn<E> {
     /// A weight and its method.
     pub fn new(base: E::Weight, method: MethodOn<E>) -> Self {
-        Self { base, method, unmerged: None }
+        Self { base, method, bias: None, unmerged: None }
     }
 
     /// (out, in).
@@ -62,10 +64,15 @@ impl<E: Ops> LinearOn<E> {
         if let Some(y) = &add_to {
             require("y", E::shape(y), (rows, out))?;
         }
-        if self.is_merged() {
-            return Ok((e.product(x, &self.base, add_to), None));
-        }
-        self.method.adaptation().forward(e, &self.base, x, add_to, save)
+        let (y, saved) = if self.is_merged() {
+            (e.product(x, &self.base, add_to), None)
+        } else {
+            self.method.adaptation().forward(e, &self.base, x, add_to, save)?
+        };
+        Ok(match &self.bias {
+            Some(bias) => (e.add_row(y, bias), saved),
+            None => (y, saved),
+        })
     }
 
     /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`MethodOn::trainable_names`]) and returns that

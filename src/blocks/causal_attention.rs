@@ -70,16 +70,61 @@ pub struct Visibility<'a> {
     pub keys: Option<ArrayView2<'a, bool>>,
     /// Tokens after its own that a query sees: 0 is causal, T - 1 bidirectional.
     pub ahead: usize,
+    /// Keys up to its own that a query sees, its own among them; all of them when absent.
+    pub window: Option<usize>,
+    /// `B x T`, position of the first token of each token's document, before which it sees nothing.
+    pub starts: Option<ArrayView2<'a, u32>>,
+}
+
+/// How scores follow from queries and keys.
+#[derive(Debug, Clone, Copy)]
+pub struct Scores {
+    /// Factor of Q K^T.
+    pub scale: f64,
+    /// c of c tanh(s / c), applied to the scores before the mask.
+    pub cap: Option<f64>,
+}
+
+impl From<f64> for Scores {
+    fn from(scale: f64) -> Self {
+        Self { scale, cap: None }
+    }
+}
+
+impl Scores {
+    /// s becomes c tanh(s / c); `slope`, if given, receives the derivative there.
+    fn apply_cap<T: Real>(&self, scores: &mut ArrayViewMut2<T>, slope: Option<&mut ArrayViewMut2<T>>) {
+        let Some(cap) = self.cap.map(T::of) else { return };
+        match slope {
+            None => scores.mapv_inplace(|s| cap * (s / cap).tanh()),
+            Some(slope) => ndarray::Zip::from(scores).and(slope).for_each(|s, d| {
+                let t = (*s / cap).tanh();
+                *s = cap * t;
+                *d = T::one() - t * t;
+            }),
+        }
+    }
 }
 
 impl Visibility<'_> {
     fn check(&self, op: &'static str, shape: &AttentionShape) -> Result<()> {
+        let expected = (shape.batch, shape.length);
+        if self.window == Some(0) {
+            return Err(Error::invalid("sliding_window", 0, "must be at least 1: a query sees its own key"));
+        }
+        if let Some(starts) = self.starts.filter(|starts| starts.dim() != expected) {
+            return Err(Error::shape(op, "document starts", expected, starts.dim()));
+        }
         match &self.keys {
-            Some(keys) if keys.dim() != (shape.batch, shape.length) => {
-                Err(Error::shape(op, "attention_mask", (shape.batch, shape.length), keys.dim()))
-            }
+            Some(keys) if keys.dim() != expected => Err(Error::shape(op, "attention_mask", expected, keys.dim())),
             _ => Ok(()),
         }
+    }
+
+    /// First tile of keys that queries from `start` on can see.
+    fn key_start(&self, start: usize) -> usize {
+        let first = self.window.map_or(0, |window| (start + 1).saturating_sub(window));
+        first / KEY_TILE * KEY_TILE
     }
 
     /// End of the keys that queries before `end` can see.
@@ -97,6 +142,15 @@ impl Visibility<'_> {
         key_start: usize,
     ) {
         mask_future(scores, query_start + self.ahead.min(shape.length), key_start);
+        if self.window.is_some() || self.starts.is_some() {
+            for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
+                let query = query_start + i;
+                let first = self.window.map_or(0, |window| (query + 1).saturating_sub(window));
+                let start = self.starts.map_or(0, |starts| starts[[batch, query]] as usize);
+                let hidden = first.max(start).saturating_sub(key_start).min(row.len());
+                row.slice_mut(s![..hidden]).fill(T::neg_infinity());
+            }
+        }
         let Some(keys) = &self.keys else { return };
         for (j, mut column) in scores.columns_mut().into_iter().enumerate() {
             if !keys[[batch, key_start + j]] {
@@ -153,10 +207,11 @@ pub fn causal_attention_forward<T: Real>(
     value: ArrayView2<T>,
     shape: AttentionShape,
     visible: Visibility<'_>,
-    scale: f64,
+    scores: impl Into<Scores>,
     scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>)> {
+    let scoring = scores.into();
     shape.check("causal_attention_forward", &query, [("key", &key), ("value", &value)])?;
     visible.check("causal_attention_forward", &shape)?;
     let (length, head_dim) = (shape.length, shape.head_dim);
@@ -187,16 +242,18 @@ pub fn causal_attention_forward<T: Real>(
         let (mut maximum, mut sum) = ([T::neg_infinity(); QUERY_TILE], [T::zero(); QUERY_TILE]);
         let mut factor = [T::one(); QUERY_TILE];
         let last = visible.key_end(start + rows, length);
-        for key_start in (0..last).step_by(KEY_TILE) {
+        let begin = visible.key_start(start);
+        for key_start in (begin..last).step_by(KEY_TILE) {
             let key_end = (key_start + KEY_TILE).min(last);
             let mut tile = tile_view(scores, rows, key_end - key_start);
             let keys = k.slice(s![key_start..key_end, ..]);
-            multiply(T::of(scale), &q, &keys.t(), T::zero(), &mut tile);
+            multiply(T::of(scoring.scale), &q, &keys.t(), T::zero(), &mut tile);
+            scoring.apply_cap(&mut tile, None);
             visible.hide(&mut tile, &shape, batch, start, key_start);
             online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
             let mut acc = tile_view(sums, rows, head_dim);
-            let keep = if key_start == 0 { T::zero() } else { T::one() };
-            if key_start > 0 {
+            let keep = if key_start == begin { T::zero() } else { T::one() };
+            if key_start > begin {
                 scale_rows(acc.view_mut(), &factor[..rows]);
             }
             multiply(T::one(), &tile.view(), &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
@@ -245,10 +302,11 @@ pub fn causal_attention_backward<T: Real>(
     cache: &AttentionCache<'_, T>,
     shape: AttentionShape,
     visible: Visibility<'_>,
-    scale: f64,
+    scores: impl Into<Scores>,
     scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<(Array2<T>, Array2<T>, Array2<T>)> {
+    let scoring = scores.into();
     let op = "causal_attention_backward";
     shape.check(op, &cache.query, [("key", &cache.key), ("value", &cache.value)])?;
     visible.check(op, &shape)?;
@@ -256,7 +314,7 @@ pub fn causal_attention_backward<T: Real>(
     require_shape(op, "output", &cache.output, cache.query.dim())?;
     require_shape(op, "log_sum_exp", &cache.log_sum_exp, (shape.batch * shape.heads, shape.length))?;
     let (length, head_dim, group) = (shape.length, shape.head_dim, shape.heads / shape.kv_heads);
-    let scale = T::of(scale);
+    let scale = T::of(scoring.scale);
     cost.multiply_adds += 5 * shape.tile_products(visible.ahead);
     cost.exponentials += shape.tile_products(visible.ahead) / (head_dim as u64).max(1);
     cost.hold(2 * QUERY_TILE * KEY_TILE);
@@ -271,8 +329,15 @@ pub fn causal_attention_backward<T: Real>(
         .enumerate()
         .map(|(index, (dk, dv))| (index, queries.by_ref().take(group).collect::<Vec<_>>(), dk, dv))
         .collect();
-    let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * KEY_TILE]);
-    tasks.into_par_iter().for_each_init(tiles, |(scores, products), (index, dqs, mut dk, mut dv)| {
+    let tile = || vec![T::zero(); QUERY_TILE * KEY_TILE];
+    let tiles = || (tile(), tile(), if scoring.cap.is_some() { tile() } else { Vec::new() });
+    tasks.into_par_iter().for_each_init(tiles, |(scores, products, slopes), (index, dqs, mut dk, mut dv)| {
+        // With a window the last queries do not see every key, so theirs are not the first sums everywhere.
+        let windowed = visible.window.is_some();
+        if windowed {
+            dk.fill(T::zero());
+            dv.fill(T::zero());
+        }
         let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
         let k = shape.head(&cache.key, batch, kv_head);
         let v = shape.head(&cache.value, batch, kv_head);
@@ -285,7 +350,7 @@ pub fn causal_attention_backward<T: Real>(
             for start in (0..length).step_by(QUERY_TILE).rev() {
                 let end = (start + QUERY_TILE).min(length);
                 let rows = end - start;
-                let first = if member == 0 && end == length { T::zero() } else { T::one() };
+                let first = if member == 0 && end == length && !windowed { T::zero() } else { T::one() };
                 let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
                 let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
                 for i in 0..rows {
@@ -296,18 +361,25 @@ pub fn causal_attention_backward<T: Real>(
                 delta.iter_mut().for_each(|d| *d *= scale);
                 let mut dq = dq.slice_mut(s![start..end, ..]);
                 let last = visible.key_end(end, length);
-                for key_start in (0..last).step_by(KEY_TILE) {
+                let begin = visible.key_start(start);
+                for key_start in (begin..last).step_by(KEY_TILE) {
                     let key_end = (key_start + KEY_TILE).min(last);
                     let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
                     let mut p = tile_view(scores, rows, width);
                     let mut ds = tile_view(products, rows, width);
                     multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
+                    if scoring.cap.is_some() {
+                        scoring.apply_cap(&mut p, Some(&mut tile_view(slopes, rows, width)));
+                    }
                     visible.hide(&mut p, &shape, batch, start, key_start);
                     multiply(scale, &g, &v.slice(range).t(), T::zero(), &mut ds);
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
+                    if scoring.cap.is_some() {
+                        ds *= &tile_view(slopes, rows, width);
+                    }
                     multiply(T::one(), &p.t(), &g, first, &mut dv.slice_mut(range));
                     multiply(T::one(), &ds.t(), &q, first, &mut dk.slice_mut(range));
-                    let keep = if key_start == 0 { T::zero() } else { T::one() };
+                    let keep = if key_start == begin { T::zero() } else { T::one() };
                     multiply(T::one(), &ds.view(), &k.slice(range), keep, &mut dq);
                 }
             }

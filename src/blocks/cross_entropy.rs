@@ -66,10 +66,10 @@ pub fn cross_entropy<T: Real>(
     sinks: Option<CrossEntropySinks<'_, '_, T>>,
     cost: &mut Cost,
 ) -> Result<f64> {
-    cross_entropy_observed(hidden, weight, targets, divisor, sinks, &|_, _| (), cost)
+    cross_entropy_observed(hidden, weight, targets, (divisor, None), sinks, &|_, _| (), cost)
 }
 
-/// As [`cross_entropy`], showing each chunk of logits (false) and of their gradient (true) to `observe`, which may
+/// As [`cross_entropy`], with logits c tanh(z / c) where there is a cap c beside the divisor, showing each chunk of logits (false) and of their gradient (true) to `observe`, which may
 /// change it: that is how the rounding of a lower precision is imitated.
 ///
 /// # Errors
@@ -78,7 +78,7 @@ pub fn cross_entropy_observed<T: Real>(
     hidden: ArrayView2<T>,
     weight: ArrayView2<T>,
     targets: &[(usize, usize)],
-    divisor: f64,
+    (divisor, cap): (f64, Option<f64>),
     mut sinks: Option<CrossEntropySinks<'_, '_, T>>,
     observe: &dyn Fn(bool, &mut Array2<T>),
     cost: &mut Cost,
@@ -102,7 +102,11 @@ pub fn cross_entropy_observed<T: Real>(
         cost.exponentials += logits.len() as u64;
         cost.elementwise += 4 * logits.len() as u64;
         parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
+        if let Some(cap) = cap.map(T::of) {
+            logits.mapv_inplace(|z| cap * (z / cap).tanh());
+        }
         observe(false, &mut logits);
+        let capped = cap.filter(|_| sinks.is_some()).map(|cap| (T::of(cap), logits.clone()));
         let losses: Vec<f64> = numbers_mut(&mut logits)
             .par_chunks_exact_mut(vocabulary.max(1))
             .zip(chunk)
@@ -115,6 +119,9 @@ pub fn cross_entropy_observed<T: Real>(
             total += loss;
         }
         if let Some(sinks) = &mut sinks {
+            if let Some((cap, capped)) = &capped {
+                logits.zip_mut_with(capped, |d, z| *d *= T::one() - (*z / *cap) * (*z / *cap));
+            }
             observe(true, &mut logits);
             let mut drows = Array2::<T>::zeros(rows.dim());
             parallel_product_into(T::one(), logits.view(), weight, T::zero(), &mut drows.view_mut(), cost);

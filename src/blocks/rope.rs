@@ -8,6 +8,133 @@ use crate::linalg::elementwise::vectorized_closure;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
+/// How the frequencies of a rotary embedding are changed for sequences longer than those of pretraining.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Scaling {
+    /// Not.
+    #[default]
+    None,
+    /// All divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// The base grows with the sequence once it is longer than `original`.
+    Dynamic {
+        /// The factor.
+        factor: f64,
+        /// Longest sequence of pretraining.
+        original: usize,
+    },
+    /// Low frequencies divided by a factor, high ones kept, those between interpolated (LLaMA 3.1).
+    Llama3 {
+        /// The factor.
+        factor: f64,
+        /// `original` over the longest wavelength that is interpolated.
+        low: f64,
+        /// `original` over the longest wavelength that is kept.
+        high: f64,
+        /// Longest sequence of pretraining.
+        original: usize,
+    },
+    /// As LLaMA 3.1's with a ramp over the dimensions, and a factor of cos and sin (arXiv 2309.00071).
+    Yarn {
+        /// The factor.
+        factor: f64,
+        /// Longest sequence of pretraining.
+        original: usize,
+        /// Rotations over `original` above which a frequency is kept.
+        fast: f64,
+        /// Rotations below which it is divided.
+        slow: f64,
+        /// Factor of cos and sin; 0.1 ln(factor) + 1 when absent.
+        attention: Option<f64>,
+        /// Whether the ends of the ramp are whole dimensions.
+        truncate: bool,
+    },
+    /// Each frequency divided by a factor of its own (arXiv 2402.13753).
+    LongRope {
+        /// Factors up to `original` tokens.
+        short: Vec<f64>,
+        /// Factors beyond.
+        long: Vec<f64>,
+        /// Longest sequence of pretraining.
+        original: usize,
+        /// Longest sequence over `original`.
+        factor: f64,
+        /// Factor of cos and sin; sqrt(1 + ln(factor) / ln(original)) when absent.
+        attention: Option<f64>,
+    },
+}
+
+/// A rotary embedding.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Rotary {
+    /// Base of the angles; the model's own when absent.
+    pub theta: Option<f64>,
+    /// Change of the frequencies.
+    pub scaling: Scaling,
+}
+
+impl Rotary {
+    /// (frequencies of the d/2 pairs, factor of cos and sin) for positions below `length`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a base that is not positive or a number of factors that is not d/2.
+    fn frequencies(&self, head_dim: usize, base: f64, length: usize) -> Result<(Vec<f64>, f64)> {
+        let theta = self.theta.unwrap_or(base);
+        if !(theta > 0.0) || !theta.is_finite() {
+            return Err(Error::invalid("rope_theta", theta, "must be positive and finite"));
+        }
+        let d = head_dim as f64;
+        let of = |theta: f64| (0..head_dim / 2).map(move |j| theta.powf(-2.0 * j as f64 / d));
+        let turn = 2.0 * std::f64::consts::PI;
+        Ok(match &self.scaling {
+            Scaling::None => (of(theta).collect(), 1.0),
+            Scaling::Linear { factor } => (of(theta).map(|f| f / factor).collect(), 1.0),
+            Scaling::Dynamic { factor, original } => {
+                let ratio = length.max(*original) as f64 / *original as f64;
+                (of(theta * (factor * ratio - (factor - 1.0)).powf(d / (d - 2.0))).collect(), 1.0)
+            }
+            Scaling::Llama3 { factor, low, high, original } => {
+                let change = |f: f64| {
+                    let turns = *original as f64 * f / turn;
+                    let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                    (1.0 - kept) * f / factor + kept * f
+                };
+                (of(theta).map(change).collect(), 1.0)
+            }
+            Scaling::Yarn { factor, original, fast, slow, attention, truncate } => {
+                let place = |turns: f64| d * (*original as f64 / (turns * turn)).ln() / (2.0 * theta.ln());
+                let (mut first, mut last) = (place(*fast), place(*slow));
+                if *truncate {
+                    (first, last) = (first.floor(), last.ceil());
+                }
+                (first, last) = (first.max(0.0), last.min(d - 1.0));
+                if !(last > first) {
+                    last = first + 0.001;
+                }
+                let change = |(j, f): (usize, f64)| {
+                    let kept = 1.0 - ((j as f64 - first) / (last - first)).clamp(0.0, 1.0);
+                    (1.0 - kept) * f / factor + kept * f
+                };
+                let scale = attention.unwrap_or(if *factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 });
+                (of(theta).enumerate().map(change).collect(), scale)
+            }
+            Scaling::LongRope { short, long, original, factor, attention } => {
+                let factors = if length > *original { long } else { short };
+                if factors.len() != head_dim / 2 {
+                    let requirement = format!("must hold {} factors, one for each pair of a head", head_dim / 2);
+                    return Err(Error::invalid("short_factor, long_factor", factors.len(), requirement));
+                }
+                let grown = || (1.0 + factor.ln() / (*original as f64).ln()).sqrt();
+                let scale = attention.unwrap_or(if *factor > 1.0 { grown() } else { 1.0 });
+                (of(theta).zip(factors).map(|(f, factor)| f / factor).collect(), scale)
+            }
+        })
+    }
+}
+
 /// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2, computed in double precision.
 #[derive(Debug, Clone)]
 pub struct RopeTable<T> {
@@ -30,17 +157,24 @@ impl<T: Real> RopeTable<T> {
     /// # Errors
     /// As [`RopeTable::new`].
     pub fn at(positions: &[u32], head_dim: usize, theta: f64) -> Result<Self> {
+        Self::of(&Rotary::default(), positions, head_dim, theta)
+    }
+
+    /// Angles of a rotary embedding for given positions; `theta` is the base where it has none of its own.
+    ///
+    /// # Errors
+    /// As [`RopeTable::new`]; [`Error::InvalidParam`] for a scaling that does not fit the head.
+    pub fn of(rotary: &Rotary, positions: &[u32], head_dim: usize, theta: f64) -> Result<Self> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::invalid("head_dim", head_dim, "rotary embedding needs a positive even head width"));
         }
-        if !(theta > 0.0) || !theta.is_finite() {
-            return Err(Error::invalid("rope_theta", theta, "must be positive and finite"));
-        }
-        let angle = |(t, j): (usize, usize)| f64::from(positions[t]) * theta.powf(-2.0 * j as f64 / head_dim as f64);
+        let length = positions.iter().max().map_or(0, |last| *last as usize + 1);
+        let (frequencies, scale) = rotary.frequencies(head_dim, theta, length)?;
+        let angle = |(t, j): (usize, usize)| f64::from(positions[t]) * frequencies[j];
         let shape = (positions.len(), head_dim / 2);
         Ok(Self {
-            cos: Array2::from_shape_fn(shape, |i| T::of(angle(i).cos())),
-            sin: Array2::from_shape_fn(shape, |i| T::of(angle(i).sin())),
+            cos: Array2::from_shape_fn(shape, |i| T::of(scale * angle(i).cos())),
+            sin: Array2::from_shape_fn(shape, |i| T::of(scale * angle(i).sin())),
         })
     }
 

@@ -1,4 +1,4 @@
-//! The gated unit a = silu(gate) o up with silu(g) = g / (1 + e^(-g)).
+//! The gated unit a = act(gate) o up, where act is silu(g) = g / (1 + e^(-g)) or the tanh form of gelu.
 
 use super::{ROWS_PER_TASK, numbers, numbers_mut, require_shape};
 use crate::cost::Cost;
@@ -7,6 +7,27 @@ use crate::linalg::elementwise::vectorized_closure;
 use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
+
+/// Of the gate. Both are g sigmoid(z) with z a function of g.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// z = g.
+    #[default]
+    Silu,
+    /// z = sqrt(8 / pi) (g + 0.044715 g^3): 0.5 g (1 + tanh(z / 2)).
+    GeluTanh,
+}
+
+/// sqrt(8 / pi) and the cubic term of the tanh form of gelu.
+pub(crate) const GELU: (f64, f64) = (1.595_769_121_605_730_7, 0.044_715);
+
+/// z and dz/dg of gelu.
+#[inline(always)]
+fn gelu_argument<T: Real>(g: T) -> (T, T) {
+    let (root, cubic) = (T::of(GELU.0), T::of(GELU.1));
+    let square = cubic * g * g;
+    (root * g * (T::one() + square), root * (T::one() + T::of(3.0) * square))
+}
 
 /// 1 / (1 + e^(-g)).
 #[inline(always)]
@@ -34,6 +55,20 @@ pub fn swiglu_forward<T: Real>(
     scratch: &mut Scratch<T>,
     cost: &mut Cost,
 ) -> Result<Array2<T>> {
+    gated_forward(Activation::Silu, gate, up, scratch, cost)
+}
+
+/// As [`swiglu_forward`] for an activation.
+///
+/// # Errors
+/// [`Error::ShapeMismatch`].
+pub fn gated_forward<T: Real>(
+    activation: Activation,
+    gate: ArrayView2<T>,
+    up: ArrayView2<T>,
+    scratch: &mut Scratch<T>,
+    cost: &mut Cost,
+) -> Result<Array2<T>> {
     require_shape("swiglu_forward", "up", &up, gate.dim())?;
     cost.exponentials += gate.len() as u64;
     cost.elementwise += 4 * gate.len() as u64;
@@ -48,8 +83,12 @@ pub fn swiglu_forward<T: Real>(
             vectorized_closure(
                 #[inline(always)]
                 || {
-                    for ((a, &g), &u) in a.iter_mut().zip(gate).zip(up) {
-                        *a = g * sigmoid(g) * u;
+                    let each = a.iter_mut().zip(gate).zip(up);
+                    match activation {
+                        Activation::Silu => each.for_each(|((a, &g), &u)| *a = g * sigmoid(g) * u),
+                        Activation::GeluTanh => {
+                            each.for_each(|((a, &g), &u)| *a = g * sigmoid(gelu_argument(g).0) * u);
+                        }
                     }
                 },
             );
@@ -69,6 +108,20 @@ pub fn swiglu_backward<T: Real>(
     up: &mut Array2<T>,
     cost: &mut Cost,
 ) -> Result<()> {
+    gated_backward(Activation::Silu, da, gate, up, cost)
+}
+
+/// As [`swiglu_backward`] for an activation: dgate = da o up o (s + gate s (1 - s) dz/dgate) with s = sigmoid(z).
+///
+/// # Errors
+/// [`Error::ShapeMismatch`].
+pub fn gated_backward<T: Real>(
+    activation: Activation,
+    da: ArrayView2<T>,
+    gate: &mut Array2<T>,
+    up: &mut Array2<T>,
+    cost: &mut Cost,
+) -> Result<()> {
     require_shape("swiglu_backward", "da", &da, gate.dim())?;
     require_shape("swiglu_backward", "up", &up.view(), gate.dim())?;
     cost.exponentials += gate.len() as u64;
@@ -83,11 +136,21 @@ pub fn swiglu_backward<T: Real>(
             vectorized_closure(
                 #[inline(always)]
                 || {
-                    for ((g, u), &d) in gate.iter_mut().zip(up).zip(da) {
-                        let s = sigmoid(*g);
-                        let silu = *g * s;
-                        *g = d * *u * (s + silu * (T::one() - s));
-                        *u = d * silu;
+                    let each = gate.iter_mut().zip(up).zip(da);
+                    match activation {
+                        Activation::Silu => each.for_each(|((g, u), &d)| {
+                            let s = sigmoid(*g);
+                            let silu = *g * s;
+                            *g = d * *u * (s + silu * (T::one() - s));
+                            *u = d * silu;
+                        }),
+                        Activation::GeluTanh => each.for_each(|((g, u), &d)| {
+                            let (z, slope) = gelu_argument(*g);
+                            let s = sigmoid(z);
+                            let gelu = *g * s;
+                            *g = d * *u * (s + gelu * (T::one() - s) * slope);
+                            *u = d * gelu;
+                        }),
                     }
                 },
             );

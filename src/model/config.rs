@@ -1,5 +1,8 @@
 //! Model sizes: the keys of a Hugging Face `config.json`, resolved and checked.
 
+use super::options::{Family, Norm, Options, QueryKeyNorm};
+use super::parameters::Projection;
+use crate::blocks::rope::Scaling;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -43,11 +46,9 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Whether the output projection is the embedding.
     pub tie_word_embeddings: bool,
+    /// What the layers compute; LLaMA's by default.
+    pub options: Options,
 }
-
-/// Keys that must have one value (or be absent), with the value.
-const FIXED: [(&str, &str); 4] =
-    [("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", "false"), ("mlp_bias", "false")];
 
 /// Most weights of a model: 2^40, some 10^12. Beyond it sizes are taken for a damaged file, before anything is
 /// allocated for them.
@@ -57,22 +58,38 @@ const MOST_PARAMETERS: u128 = 1 << 40;
 /// of memory, since every layer has its own bookkeeping.
 const MOST_LAYERS: usize = 4096;
 
-struct Keys<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
+/// The keys of a file, or of an object inside it.
+pub(super) struct Keys<'a> {
+    pub path: &'a Path,
+    /// The object's own key, if it is inside another.
+    pub inside: &'a str,
+    pub map: &'a Map<String, Value>,
 }
 
-impl Keys<'_> {
-    fn value(&self, key: &str) -> Option<&Value> {
+/// Sizes that options depend on.
+pub(super) struct Sizes {
+    pub hidden_size: usize,
+    pub layers: usize,
+    pub max_position_embeddings: usize,
+}
+
+impl<'a> Keys<'a> {
+    pub fn value(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    fn wrong(&self, key: &str, expected: &str) -> Error {
-        let found = self.value(key).map_or("nothing".into(), Value::to_string);
-        Error::format(self.path, format!("key {key}"), expected, found)
+    /// The keys of an object under a key.
+    pub fn inside(&self, key: &'a str, map: &'a Map<String, Value>) -> Keys<'a> {
+        Keys { path: self.path, inside: key, map }
     }
 
-    fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub fn wrong(&self, key: &str, expected: &str) -> Error {
+        let found = self.map.get(key).map_or("nothing".into(), Value::to_string);
+        let dot = if self.inside.is_empty() { "" } else { "." };
+        Error::format(self.path, format!("key {}{dot}{key}", self.inside), expected, found)
+    }
+
+    pub fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
         match (self.value(key), default) {
             (None, Some(default)) => Ok(default),
             (value, _) => match value.and_then(Value::as_u64) {
@@ -82,7 +99,7 @@ impl Keys<'_> {
         }
     }
 
-    fn positive(&self, key: &str, default: f64) -> Result<f64> {
+    pub fn positive(&self, key: &str, default: f64) -> Result<f64> {
         match self.value(key) {
             None => Ok(default),
             Some(value) => match value.as_f64() {
@@ -90,6 +107,90 @@ impl Keys<'_> {
                 _ => Err(self.wrong(key, "a positive number")),
             },
         }
+    }
+
+    /// A positive number that must be there.
+    pub fn needed(&self, key: &str) -> Result<f64> {
+        match self.value(key) {
+            None => Err(self.wrong(key, "a positive number")),
+            Some(_) => self.positive(key, 1.0),
+        }
+    }
+
+    /// A positive number or null; the default is for a key that is absent.
+    pub fn optional(&self, key: &str, default: Option<f64>) -> Result<Option<f64>> {
+        match self.map.get(key) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.positive(key, 1.0).map(Some),
+        }
+    }
+
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        match self.value(key) {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(_) => Err(self.wrong(key, "true or false")),
+        }
+    }
+
+    /// Refuses a key that changes the computation in a way that is not known.
+    pub fn refuse_unless(&self, key: &str, known: &[Value]) -> Result<()> {
+        match self.value(key) {
+            Some(value) if !known.contains(value) => Err(self.wrong(key, "null (not implemented)")),
+            _ => Ok(()),
+        }
+    }
+
+    fn factors(&self, key: &str) -> Result<Vec<f64>> {
+        let wrong = || self.wrong(key, "a list of positive numbers");
+        let Some(Value::Array(list)) = self.value(key) else { return Err(wrong()) };
+        list.iter().map(|v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()).ok_or_else(wrong)).collect()
+    }
+
+    /// The scaling of an object `rope_parameters` or `rope_scaling`, and its base.
+    pub fn scaling(&self, theta: f64, sizes: &Sizes) -> Result<(Scaling, f64)> {
+        let theta = self.positive("rope_theta", theta)?;
+        if self.value("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
+            return Err(self.wrong("partial_rotary_factor", "1 (not implemented)"));
+        }
+        let key = if self.value("rope_type").is_some() { "rope_type" } else { "type" };
+        let original = || self.size("original_max_position_embeddings", Some(sizes.max_position_embeddings));
+        let kind = self.value(key).and_then(Value::as_str).unwrap_or("default");
+        let scaling = match kind {
+            "default" => Scaling::None,
+            "linear" => Scaling::Linear { factor: self.needed("factor")? },
+            "dynamic" => Scaling::Dynamic { factor: self.needed("factor")?, original: sizes.max_position_embeddings },
+            "llama3" => {
+                let (low, high) = (self.needed("low_freq_factor")?, self.needed("high_freq_factor")?);
+                if !(high > low) {
+                    return Err(self.wrong("high_freq_factor", "more than low_freq_factor"));
+                }
+                Scaling::Llama3 { factor: self.needed("factor")?, low, high, original: original()? }
+            }
+            "yarn" => {
+                for key in ["mscale", "mscale_all_dim"] {
+                    self.refuse_unless(key, &[])?;
+                }
+                Scaling::Yarn {
+                    factor: self.needed("factor")?,
+                    original: original()?,
+                    fast: self.positive("beta_fast", 32.0)?,
+                    slow: self.positive("beta_slow", 1.0)?,
+                    attention: self.optional("attention_factor", None)?,
+                    truncate: self.flag("truncate", true)?,
+                }
+            }
+            "longrope" => Scaling::LongRope {
+                short: self.factors("short_factor")?,
+                long: self.factors("long_factor")?,
+                original: original()?,
+                factor: self.positive("factor", sizes.max_position_embeddings as f64 / original()? as f64)?,
+                attention: self.optional("attention_factor", None)?,
+            },
+            _ => return Err(self.wrong(key, "default, linear, dynamic, llama3, yarn or longrope")),
+        };
+        Ok((scaling, theta))
     }
 }
 
@@ -115,51 +216,43 @@ impl ModelConfig {
         let Value::Object(map) = value else {
             return Err(Error::format(path, "file", "a JSON object", "another JSON value"));
         };
-        let keys = Keys { path, map: &map };
-        for (key, expected) in FIXED {
-            let found = keys.value(key).map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_string));
-            if found.is_some_and(|found| found != expected) {
-                return Err(keys.wrong(key, expected));
-            }
-        }
-        for key in ["rope_scaling", "quantization_config", "sliding_window"] {
-            if keys.value(key).is_some() {
-                return Err(keys.wrong(key, "null (not implemented)"));
-            }
-        }
-        let mut rope_theta = keys.positive("rope_theta", 10_000.0)?;
-        if let Some(rope) = keys.value("rope_parameters") {
-            let Some(rope) = rope.as_object() else { return Err(keys.wrong("rope_parameters", "an object")) };
-            if rope.get("rope_type").is_some_and(|kind| kind != "default") {
-                return Err(keys.wrong("rope_parameters", "rope_type \"default\" (scaling is not implemented)"));
-            }
-            rope_theta = Keys { path, map: rope }.positive("rope_theta", rope_theta)?;
-        }
+        let keys = Keys { path, inside: "", map: &map };
+        let family = match keys.value("model_type") {
+            None => Family::Llama,
+            Some(value) => Family::ALL.into_iter().find(|f| value == f.model_type()).ok_or_else(|| {
+                keys.wrong("model_type", &format!("one of {}", Family::ALL.map(Family::model_type).join(", ")))
+            })?,
+        };
         let (hidden_size, heads) = (keys.size("hidden_size", None)?, keys.size("num_attention_heads", None)?);
-        if !hidden_size.is_multiple_of(heads) {
-            let expected = format!("a divisor of hidden_size = {hidden_size}");
-            return Err(keys.wrong("num_attention_heads", &expected));
+        let head_dim = match (keys.value("head_dim"), family.default_head_dim()) {
+            (Some(_), _) => keys.size("head_dim", None)?,
+            (None, Some(width)) => width,
+            (None, None) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            (None, None) => {
+                let expected = format!("a divisor of hidden_size = {hidden_size}");
+                return Err(keys.wrong("num_attention_heads", &expected));
+            }
+        };
+        let layers = keys.size("num_hidden_layers", None)?;
+        if layers > MOST_LAYERS {
+            return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS} layers")));
         }
-        let tie = keys.value("tie_word_embeddings");
+        let max_position_embeddings = keys.size("max_position_embeddings", Some(2048))?;
+        let sizes = Sizes { hidden_size, layers, max_position_embeddings };
+        let (options, rope_theta) = Options::resolve(family, &keys, &sizes)?;
         let config = Self {
             vocab_size: keys.size("vocab_size", None)?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size", None)?,
-            num_hidden_layers: match keys.size("num_hidden_layers", None)? {
-                layers if layers <= MOST_LAYERS => layers,
-                _ => return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS} layers"))),
-            },
+            num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: keys.size("num_key_value_heads", Some(heads))?,
-            head_dim: keys.size("head_dim", Some(hidden_size / heads))?,
-            max_position_embeddings: keys.size("max_position_embeddings", Some(2048))?,
-            rms_norm_eps: keys.positive("rms_norm_eps", 1e-6)?,
+            head_dim,
+            max_position_embeddings,
+            rms_norm_eps: keys.positive("rms_norm_eps", family.default_eps())?,
             rope_theta,
-            tie_word_embeddings: match tie.map(Value::as_bool) {
-                None => false,
-                Some(Some(tie)) => tie,
-                Some(None) => return Err(keys.wrong("tie_word_embeddings", "true or false")),
-            },
+            tie_word_embeddings: keys.flag("tie_word_embeddings", family.tied_by_default())?,
+            options,
         };
         if !heads.is_multiple_of(config.num_key_value_heads) {
             return Err(keys.wrong("num_key_value_heads", &format!("a divisor of num_attention_heads = {heads}")));
@@ -188,6 +281,25 @@ impl ModelConfig {
 
     /// The `config.json` that Transformers reads; `dtype` is the precision of the tensors beside it.
     pub fn to_json(&self, dtype: &str) -> String {
+        if let Some(source) = self.options.source() {
+            let mut map = source.clone();
+            let sizes = [
+                ("vocab_size", self.vocab_size),
+                ("hidden_size", self.hidden_size),
+                ("intermediate_size", self.intermediate_size),
+                ("num_hidden_layers", self.num_hidden_layers),
+                ("num_attention_heads", self.num_attention_heads),
+                ("num_key_value_heads", self.num_key_value_heads),
+                ("head_dim", self.head_dim),
+                ("max_position_embeddings", self.max_position_embeddings),
+            ];
+            map.extend(sizes.map(|(key, size)| (key.to_string(), json!(size))));
+            map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
+            for key in ["dtype", "torch_dtype"].into_iter().filter(|key| source.contains_key(*key)) {
+                map.insert(key.into(), json!(dtype));
+            }
+            return format!("{:#}\n", Value::Object(map));
+        }
         let value = json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -226,6 +338,18 @@ impl ModelConfig {
         }
     }
 
+    /// Width of a norm of a layer; `None` if there is none.
+    pub fn norm_width(&self, norm: Norm) -> Option<usize> {
+        self.options.norm_name(norm)?;
+        let heads = match (norm, self.options.query_key_norm) {
+            (Norm::Query | Norm::Key, QueryKeyNorm::Head) => 1,
+            (Norm::Query, _) => self.num_attention_heads,
+            (Norm::Key, _) => self.num_key_value_heads,
+            _ => return Some(self.hidden_size),
+        };
+        Some(heads * self.head_dim)
+    }
+
     /// Number of weights.
     pub fn parameters(&self) -> usize {
         self.counted_parameters().and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX)
@@ -249,7 +373,11 @@ impl ModelConfig {
         let projections = attention.checked_add(3 * inner.checked_mul(hidden)?)?;
         let tables: u128 = if self.tie_word_embeddings { 1 } else { 2 };
         let outside = hidden.checked_add(tables * vocabulary.checked_mul(hidden)?)?;
-        layers.checked_mul(projections.checked_add(2 * hidden)?)?.checked_add(outside)
+        let mut vectors: u128 = Norm::ALL.iter().filter_map(|&norm| self.norm_width(norm)).map(|n| n as u128).sum();
+        for p in Projection::ALL.into_iter().filter(|&p| self.options.biases[p as usize]) {
+            vectors = vectors.checked_add(self.projection_shape(p).0 as u128)?;
+        }
+        layers.checked_mul(projections.checked_add(vectors)?)?.checked_add(outside)
     }
 }
 

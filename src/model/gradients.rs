@@ -1,5 +1,6 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
+use super::options::Norm;
 use super::parameters::{ModelOn, Projection};
 use crate::linalg::scratch::fill_zero;
 use crate::linalg::{Real, Scratch, on_workers};
@@ -9,13 +10,14 @@ use ndarray::{Array2, ArrayView2};
 /// Sinks of one layer.
 #[derive(Debug, Clone)]
 pub struct LayerGradientsOn<E: Ops> {
-    /// Gain of the norm before attention, `1 x D`.
-    pub input_norm: Option<E::Sink>,
-    /// Gain of the norm before the feed-forward part, `1 x D`.
-    pub post_attention_norm: Option<E::Sink>,
+    /// Gains in the order of [`Norm::ALL`], each `1 x` its width.
+    pub norms: [Option<E::Sink>; 6],
+    /// Biases in the order of [`Projection::ALL`], each `1 x out`.
+    pub biases: [Option<E::Sink>; 7],
     /// Trainable tensors of each projection in the order of [`Projection::ALL`].
     pub projections: [Vec<E::Sink>; 7],
     names: [&'static [&'static str]; 7],
+    norm_names: [&'static str; 6],
 }
 
 /// Sinks of a model on some engine. They accumulate until they are zeroed or dropped.
@@ -43,22 +45,26 @@ pub type Gradients<T> = GradientsOn<Cpu<T>>;
 impl<E: Ops> GradientsOn<E> {
     /// Zeroed sinks for what a model trains.
     pub(crate) fn zeros(model: &ModelOn<E>, engine: E) -> Self {
-        let width = model.config.hidden_size;
-        let parts = model.trainable;
-        let gain = || parts.norms.then(|| engine.sink((1, width)));
+        let (config, parts) = (&model.config, model.trainable);
+        let gain = |width: usize| parts.norms.then(|| engine.sink((1, width)));
         let layers = model
             .layers
             .iter()
             .map(|layer| LayerGradientsOn {
-                input_norm: gain(),
-                post_attention_norm: gain(),
+                norms: Norm::ALL.map(|norm| config.norm_width(norm).and_then(gain)),
+                biases: Projection::ALL.map(|p| {
+                    let projection = layer.projection(p);
+                    let wanted = parts.biases && projection.bias.is_some();
+                    wanted.then(|| engine.sink((1, projection.shape().0)))
+                }),
+                norm_names: Norm::ALL.map(|norm| config.options.norm_name(norm).unwrap_or("")),
                 projections: Projection::ALL.map(|p| {
                     layer.projection(p).trainable_shapes().into_iter().map(|shape| engine.sink(shape)).collect()
                 }),
                 names: Projection::ALL.map(|p| layer.projection(p).method.trainable_names()),
             })
             .collect();
-        let final_norm = gain();
+        let final_norm = gain(config.hidden_size);
         let table = |wanted: bool, table: Option<&E::Matrix>| {
             table.filter(|_| wanted).map(|table| engine.sink(E::shape(table)))
         };
@@ -73,14 +79,18 @@ impl<E: Ops> GradientsOn<E> {
         all.extend(self.embedding.as_ref().map(|g| ("model.embed_tokens.weight".into(), g)));
         for (l, layer) in self.layers.iter().enumerate() {
             let prefix = format!("model.layers.{l}");
-            all.extend(layer.input_norm.as_ref().map(|g| (format!("{prefix}.input_layernorm.weight"), g)));
+            let norm = |norm: Norm| {
+                let name = format!("{prefix}.{}.weight", layer.norm_names[norm as usize]);
+                layer.norms[norm as usize].as_ref().map(|g| (name, g))
+            };
+            all.extend(norm(Norm::BeforeAttention));
             for (i, p) in Projection::ALL.into_iter().enumerate() {
                 for (name, g) in layer.names[i].iter().zip(&layer.projections[i]) {
                     all.push((format!("{prefix}.{}.{name}", p.path()), g));
                 }
+                all.extend(layer.biases[i].as_ref().map(|g| (format!("{prefix}.{}.bias", p.path()), g)));
             }
-            let name = format!("{prefix}.post_attention_layernorm.weight");
-            all.extend(layer.post_attention_norm.as_ref().map(|g| (name, g)));
+            all.extend(Norm::ALL[1..].iter().filter_map(|&of| norm(of)));
         }
         all.extend(self.final_norm.as_ref().map(|g| ("model.norm.weight".into(), g)));
         all.extend(self.lm_head.as_ref().map(|g| ("lm_head.weight".into(), g)));
@@ -91,9 +101,12 @@ impl<E: Ops> GradientsOn<E> {
     pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
         self.embedding.iter_mut().for_each(&mut change);
         for layer in &mut self.layers {
-            layer.input_norm.iter_mut().for_each(&mut change);
-            layer.projections.iter_mut().flatten().for_each(&mut change);
-            layer.post_attention_norm.iter_mut().for_each(&mut change);
+            let [first, rest @ ..] = &mut layer.norms;
+            first.iter_mut().for_each(&mut change);
+            for (projection, bias) in layer.projections.iter_mut().zip(&mut layer.biases) {
+                projection.iter_mut().chain(bias).for_each(&mut change);
+            }
+            rest.iter_mut().flatten().for_each(&mut change);
         }
         self.final_norm.iter_mut().for_each(&mut change);
         self.lm_head.iter_mut().for_each(&mut change);

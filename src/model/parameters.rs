@@ -3,6 +3,7 @@
 use super::config::ModelConfig;
 use super::gradients::Gradients;
 use super::layer::{Layer, LayerOn};
+use super::options::Norm;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -78,8 +79,10 @@ impl std::str::FromStr for Projection {
 pub struct TrainableParts {
     /// The embedding table.
     pub embedding: bool,
-    /// Every RMSNorm gain.
+    /// Every norm's gain.
     pub norms: bool,
+    /// Every projection's bias.
+    pub biases: bool,
     /// The output projection; when tied it is the embedding and follows that flag.
     pub lm_head: bool,
 }
@@ -130,7 +133,7 @@ type See<'a, E> = &'a mut dyn FnMut(&mut E, &str, Trained<'_, E>) -> Result<()>;
 impl<E: Ops> ModelOn<E> {
     /// Full fine-tuning: every tensor is trained.
     pub fn train_fully(&mut self) {
-        self.trainable = TrainableParts { embedding: true, norms: true, lm_head: true };
+        self.trainable = TrainableParts { embedding: true, norms: true, biases: true, lm_head: true };
         for layer in &mut self.layers {
             for p in Projection::ALL {
                 layer.projection_mut(p).method = MethodOn::Full;
@@ -163,7 +166,11 @@ impl<E: Ops> ModelOn<E> {
             let (rows, columns) = E::shape(x);
             rows * columns
         };
-        let gains = if parts.norms { (2 * self.layers.len() + 1) * self.config.hidden_size } else { 0 };
+        let widths: usize = Norm::ALL.iter().filter_map(|&norm| self.config.norm_width(norm)).sum();
+        let gains = if parts.norms { self.layers.len() * widths + self.config.hidden_size } else { 0 };
+        let biases = || Projection::ALL.into_iter().filter(|&p| self.config.options.biases[p as usize]);
+        let outs: usize = biases().map(|p| self.config.projection_shape(p).0).sum();
+        let gains = gains + if parts.biases { self.layers.len() * outs } else { 0 };
         let table = if parts.embedding { elements(&self.embedding) } else { 0 };
         let head = if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
         let adapters: usize = self
@@ -204,22 +211,28 @@ impl<E: Ops> ModelOn<E> {
 
     /// Everything that holds trained tensors, in the order of [`ModelOn::for_each_trainable_on`].
     fn visit(&mut self, e: &mut E, see: See<'_, E>) -> Result<()> {
-        let parts = self.trainable;
+        let (parts, options) = (self.trainable, &self.config.options);
         if parts.embedding {
             see(e, "model.embed_tokens.weight", Trained::Matrix(&mut self.embedding))?;
         }
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let prefix = format!("model.layers.{l}");
-            if parts.norms {
-                see(e, &format!("{prefix}.input_layernorm.weight"), Trained::Gain(&mut layer.input_norm))?;
+            let norm_name = |norm: Norm| format!("{prefix}.{}.weight", options.norm_name(norm).unwrap_or(""));
+            if let (Some(gain), true) = (&mut layer.norms[0], parts.norms) {
+                see(e, &norm_name(Norm::BeforeAttention), Trained::Gain(gain))?;
             }
-            for p in Projection::ALL.into_iter() {
+            for p in Projection::ALL {
                 let name = format!("{prefix}.{}", p.path());
-                see(e, &name, Trained::Projection(layer.projection_mut(p)))?;
+                let projection = layer.projection_mut(p);
+                see(e, &name, Trained::Projection(projection))?;
+                if let (Some(bias), true) = (&mut projection.bias, parts.biases) {
+                    see(e, &format!("{name}.bias"), Trained::Gain(bias))?;
+                }
             }
-            if parts.norms {
-                let name = format!("{prefix}.post_attention_layernorm.weight");
-                see(e, &name, Trained::Gain(&mut layer.post_attention_norm))?;
+            for norm in Norm::ALL.into_iter().skip(1).filter(|_| parts.norms) {
+                if let Some(gain) = &mut layer.norms[norm as usize] {
+                    see(e, &norm_name(norm), Trained::Gain(gain))?;
+                }
             }
         }
         if parts.norms {
@@ -244,19 +257,21 @@ impl<E: Ops> ModelOn<E> {
         }
         for (l, layer) in self.layers.iter().enumerate() {
             let prefix = format!("model.layers.{l}");
-            if parts.norms {
-                all.push((format!("{prefix}.input_layernorm.weight"), e.row(&layer.input_norm)));
-            }
+            let mut gain = |norm: Norm, e: &mut E| {
+                let name = self.config.options.norm_name(norm).unwrap_or("");
+                let row = layer.gain(norm).filter(|_| parts.norms).map(|gain| e.row(gain));
+                row.map(|row| (format!("{prefix}.{name}.weight"), row))
+            };
+            all.extend(gain(Norm::BeforeAttention, e));
             for p in Projection::ALL {
                 let projection = layer.projection(p);
                 let names = projection.method.trainable_names().iter();
                 let named = names.zip(values(projection, e));
                 all.extend(named.map(|(name, values)| (format!("{prefix}.{}.{name}", p.path()), values)));
+                let bias = projection.bias.as_ref().filter(|_| parts.biases).map(|bias| e.row(bias));
+                all.extend(bias.map(|bias| (format!("{prefix}.{}.bias", p.path()), bias)));
             }
-            if parts.norms {
-                let name = format!("{prefix}.post_attention_layernorm.weight");
-                all.push((name, e.row(&layer.post_attention_norm)));
-            }
+            all.extend(Norm::ALL.into_iter().skip(1).filter_map(|norm| gain(norm, e)));
         }
         if parts.norms {
             all.push(("model.norm.weight".into(), e.row(&self.final_norm)));
@@ -304,7 +319,7 @@ impl<E: Ops> ModelOn<E> {
     /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
     pub(crate) fn trained_below(&self, index: usize) -> bool {
         self.trainable.embedding
-            || (index > 0 && self.trainable.norms)
+            || (index > 0 && (self.trainable.norms || self.trainable.biases))
             || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
     }
 }

@@ -5,14 +5,14 @@ use crate::adapters::low_rank::LowRank;
 use crate::adapters::s2ft::Side;
 use crate::adapters::{BaseWeight, InputSink};
 use crate::blocks::causal_attention::{
-    AttentionCache, AttentionShape, Visibility, causal_attention_backward, causal_attention_forward,
+    AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward, causal_attention_forward,
 };
 use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy_observed};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
 use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
-use crate::blocks::swiglu::{swiglu_backward, swiglu_forward};
+use crate::blocks::swiglu::{Activation, gated_backward, gated_forward};
 use crate::blocks::{numbers, numbers_mut};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -47,8 +47,10 @@ pub struct CpuInputs<T> {
     pub mask: Option<Array2<bool>>,
     /// Sequences, tokens and heads.
     pub shape: AttentionShape,
-    /// Angles of the positions.
-    pub angles: RopeTable<T>,
+    /// `B x T`, first token of each token's document; a row is one document when absent.
+    pub starts: Option<Array2<u32>>,
+    /// Angles of the positions, by kind of rotary embedding.
+    pub angles: Vec<RopeTable<T>>,
     /// (row, label) pairs of the loss.
     pub targets: Vec<(usize, usize)>,
     /// What the sum of losses is divided by.
@@ -57,7 +59,12 @@ pub struct CpuInputs<T> {
 
 impl<T> CpuInputs<T> {
     fn visible(&self, scoring: &Scoring) -> Visibility<'_> {
-        Visibility { keys: self.mask.as_ref().map(|mask| mask.view()), ahead: scoring.ahead }
+        Visibility {
+            keys: self.mask.as_ref().map(|mask| mask.view()),
+            ahead: scoring.ahead,
+            window: scoring.window,
+            starts: self.starts.as_ref().map(|starts| starts.view()),
+        }
     }
 }
 
@@ -150,7 +157,7 @@ impl<T: Real> Ops for Cpu<T> {
     }
 
     fn angle_elements(inputs: &CpuInputs<T>) -> usize {
-        inputs.angles.cos().len() + inputs.angles.sin().len()
+        inputs.angles.iter().map(|table| 2 * table.cos().len()).sum()
     }
 
     fn next_step(&mut self) {
@@ -335,6 +342,41 @@ impl<T: Real> Ops for Cpu<T> {
         x
     }
 
+    fn reshape(&mut self, x: Array2<T>, shape: (usize, usize)) -> Array2<T> {
+        match x.into_shape_with_order(shape) {
+            Ok(x) => x,
+            Err(_) => unreachable!("as many numbers as before"),
+        }
+    }
+
+    fn scale(&mut self, mut x: Array2<T>, s: f64) -> Array2<T> {
+        self.cost.elementwise += x.len() as u64;
+        x.par_mapv_inplace(|v| v * T::of(s));
+        x
+    }
+
+    fn add(&mut self, mut x: Array2<T>, y: Array2<T>, s: f64) -> Array2<T> {
+        self.cost.elementwise += x.len() as u64;
+        x.scaled_add(T::of(s), &y);
+        self.scratch.keep(y);
+        x
+    }
+
+    fn add_row(&mut self, mut x: Array2<T>, row: &Array1<T>) -> Array2<T> {
+        self.cost.elementwise += x.len() as u64;
+        x += row;
+        x
+    }
+
+    fn add_row_sums(&mut self, dx: &Array2<T>, sink: &mut Array2<T>) {
+        self.cost.elementwise += dx.len() as u64;
+        *sink += &dx.sum_axis(Axis(0)).insert_axis(Axis(0));
+    }
+
+    fn one_plus(&mut self, w: &Array1<T>) -> Array1<T> {
+        w + T::one()
+    }
+
     fn scaled(&mut self, x: &Array2<T>, s: f64) -> Array2<T> {
         x * T::of(s)
     }
@@ -398,9 +440,9 @@ impl<T: Real> Ops for Cpu<T> {
         vector.assign(&row.row(0));
     }
 
-    fn rotate(&mut self, mut x: Array2<T>, inputs: &CpuInputs<T>, back: bool) -> Result<Array2<T>> {
+    fn rotate(&mut self, mut x: Array2<T>, inputs: &CpuInputs<T>, kind: usize, back: bool) -> Result<Array2<T>> {
         let turn = if back { rope_backward } else { rope_forward };
-        turn(&mut x.view_mut(), &inputs.angles, &mut self.cost)?;
+        turn(&mut x.view_mut(), &inputs.angles[kind], &mut self.cost)?;
         Ok(x)
     }
 
@@ -418,7 +460,7 @@ impl<T: Real> Ops for Cpu<T> {
             value.view(),
             inputs.shape,
             inputs.visible(scoring),
-            scoring.scale,
+            Scores { scale: scoring.scale, cap: scoring.cap },
             &mut self.scratch,
             &mut self.cost,
         )?;
@@ -445,7 +487,7 @@ impl<T: Real> Ops for Cpu<T> {
             &views,
             inputs.shape,
             inputs.visible(scoring),
-            scoring.scale,
+            Scores { scale: scoring.scale, cap: scoring.cap },
             &mut self.scratch,
             &mut self.cost,
         )?;
@@ -455,17 +497,18 @@ impl<T: Real> Ops for Cpu<T> {
         Ok([dquery, dkey, dvalue])
     }
 
-    fn swiglu(&mut self, gate: &Array2<T>, up: &Array2<T>) -> Result<Array2<T>> {
-        swiglu_forward(gate.view(), up.view(), &mut self.scratch, &mut self.cost)
+    fn gated(&mut self, activation: Activation, gate: &Array2<T>, up: &Array2<T>) -> Result<Array2<T>> {
+        gated_forward(activation, gate.view(), up.view(), &mut self.scratch, &mut self.cost)
     }
 
-    fn swiglu_backward(
+    fn gated_backward(
         &mut self,
+        activation: Activation,
         da: &Array2<T>,
         mut gate: Array2<T>,
         mut up: Array2<T>,
     ) -> Result<(Array2<T>, Array2<T>)> {
-        swiglu_backward(da.view(), &mut gate, &mut up, &mut self.cost)?;
+        gated_backward(activation, da.view(), &mut gate, &mut up, &mut self.cost)?;
         Ok((gate, up))
     }
 
@@ -475,13 +518,14 @@ impl<T: Real> Ops for Cpu<T> {
         head: &Array2<T>,
         inputs: &CpuInputs<T>,
         sink: Option<&mut Array2<T>>,
+        cap: Option<f64>,
         wanted: bool,
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(f64, Option<Array2<T>>)> {
         let mut dhidden = self.scratch.zeros(hidden.dim());
         let mut view = dhidden.view_mut();
         let sinks = CrossEntropySinks { dhidden: &mut view, dweight: sink.map(|sink| sink.view_mut()) };
-        let (targets, divisor) = (&inputs.targets, inputs.divisor);
+        let (targets, divisor) = (&inputs.targets, (inputs.divisor, cap));
         let (hidden, head) = (hidden.view(), head.view());
         let loss = cross_entropy_observed(hidden, head, targets, divisor, Some(sinks), observe, &mut self.cost)?;
         if wanted {

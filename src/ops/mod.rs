@@ -15,6 +15,7 @@ mod cpu;
 mod sizes;
 
 use crate::adapters::s2ft::Side;
+use crate::blocks::swiglu::Activation;
 use crate::error::Result;
 pub use cpu::{Cpu, CpuInputs, SavedAttention};
 pub(crate) use sizes::loss_chunk;
@@ -67,8 +68,12 @@ pub struct BesideWeight<'a, E: Ops> {
 pub struct Scoring {
     /// Factor of Q K^T.
     pub scale: f64,
+    /// c of c tanh(s / c) on the scores.
+    pub cap: Option<f64>,
     /// Tokens after its own that a query sees: 0 is causal.
     pub ahead: usize,
+    /// Keys up to its own that a query sees; all of them when absent.
+    pub window: Option<usize>,
 }
 
 /// A function shown each chunk of logits (false) and of their gradient (true), which it may change.
@@ -230,6 +235,18 @@ pub trait Ops: Clone + Debug + Sized {
     fn row_dots(&mut self, a: &Self::Matrix, b: &Self::Matrix) -> Self::Matrix;
     /// Row j less c_j times row j of d.
     fn subtract_rows(&mut self, x: Self::Matrix, c: &Self::Matrix, d: &Self::Matrix) -> Self::Matrix;
+    /// The same numbers in another shape.
+    fn reshape(&mut self, x: Self::Matrix, shape: (usize, usize)) -> Self::Matrix;
+    /// s x, in place.
+    fn scale(&mut self, x: Self::Matrix, s: f64) -> Self::Matrix;
+    /// x + s y; y is given up.
+    fn add(&mut self, x: Self::Matrix, y: Self::Matrix, s: f64) -> Self::Matrix;
+    /// Adds a bias to every row.
+    fn add_row(&mut self, x: Self::Matrix, row: &Self::Vector) -> Self::Matrix;
+    /// sink += the sum of the rows, a bias's gradient.
+    fn add_row_sums(&mut self, dx: &Self::Matrix, sink: &mut Self::Sink);
+    /// 1 + w.
+    fn one_plus(&mut self, w: &Self::Vector) -> Self::Vector;
     /// s x.
     fn scaled(&mut self, x: &Self::Matrix, s: f64) -> Self::Matrix;
 
@@ -266,11 +283,11 @@ pub trait Ops: Clone + Debug + Sized {
     /// Puts a `1 x D` matrix into a gain.
     fn put_row(&mut self, vector: &mut Self::Vector, row: Self::Matrix);
 
-    /// Rotates every head of every row by its position's angles, or back.
+    /// Rotates every head of every row by its position's angles of one kind, or back.
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
-    fn rotate(&mut self, x: Self::Matrix, inputs: &Self::Inputs, back: bool) -> Result<Self::Matrix>;
+    fn rotate(&mut self, x: Self::Matrix, inputs: &Self::Inputs, kind: usize, back: bool) -> Result<Self::Matrix>;
     /// softmax(scale Q K^T + mask) V for every sequence and head.
     ///
     /// # Errors
@@ -296,23 +313,24 @@ pub trait Ops: Clone + Debug + Sized {
         scoring: &Scoring,
     ) -> Result<[Self::Matrix; 3]>;
 
-    /// silu(gate) o up.
+    /// act(gate) o up.
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
-    fn swiglu(&mut self, gate: &Self::Matrix, up: &Self::Matrix) -> Result<Self::Matrix>;
+    fn gated(&mut self, activation: Activation, gate: &Self::Matrix, up: &Self::Matrix) -> Result<Self::Matrix>;
     /// (dgate, dup).
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
-    fn swiglu_backward(
+    fn gated_backward(
         &mut self,
+        activation: Activation,
         da: &Self::Matrix,
         gate: Self::Matrix,
         up: Self::Matrix,
     ) -> Result<(Self::Matrix, Self::Matrix)>;
 
-    /// The loss of the inputs' targets with logits hidden W^T, the gradient of the hidden rows if `wanted`, and that of W
+    /// The loss of the inputs' targets with logits hidden W^T, capped on request, the gradient of the hidden rows if `wanted`, and that of W
     /// added to the sink. Logits exist for a chunk of positions at a time.
     ///
     /// # Errors
@@ -323,6 +341,7 @@ pub trait Ops: Clone + Debug + Sized {
         head: &Self::Matrix,
         inputs: &Self::Inputs,
         sink: Option<&mut Self::Sink>,
+        cap: Option<f64>,
         wanted: bool,
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(Self::Loss, Option<Self::Matrix>)>;

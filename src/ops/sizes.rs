@@ -4,6 +4,7 @@ use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
 use crate::adapters::s2ft::Side;
 use crate::blocks::causal_attention::AttentionShape;
 use crate::blocks::cross_entropy::LOGIT_ROWS;
+use crate::blocks::swiglu::Activation;
 use crate::error::{Error, Result};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -92,9 +93,9 @@ pub(crate) fn loss_chunk(rows: usize, width: usize, vocabulary: usize, bytes: us
 }
 
 impl Sizes {
-    /// A batch of numbers of so many bytes.
-    pub fn inputs(&self, shape: AttentionShape, bytes: usize) -> SizeInputs {
-        SizeInputs { shape, bytes, angles: self.fresh((shape.length, shape.head_dim)) }
+    /// A batch of numbers of so many bytes, with tables of so many kinds of rotary angles.
+    pub fn inputs(&self, shape: AttentionShape, kinds: usize, bytes: usize) -> SizeInputs {
+        SizeInputs { shape, bytes, angles: self.fresh((kinds * shape.length, shape.head_dim)) }
     }
 
     /// Most numbers held at a time since the step began.
@@ -321,6 +322,30 @@ impl Ops for Sizes {
         x
     }
 
+    fn reshape(&mut self, mut x: Buffer, shape: (usize, usize)) -> Buffer {
+        x.shape = shape;
+        x
+    }
+
+    fn scale(&mut self, x: Buffer, _: f64) -> Buffer {
+        x
+    }
+
+    fn add(&mut self, x: Buffer, y: Buffer, _: f64) -> Buffer {
+        self.release(y);
+        x
+    }
+
+    fn add_row(&mut self, x: Buffer, _: &Buffer) -> Buffer {
+        x
+    }
+
+    fn add_row_sums(&mut self, _: &Buffer, _: &mut Buffer) {}
+
+    fn one_plus(&mut self, w: &Buffer) -> Buffer {
+        self.fresh(w.shape)
+    }
+
     fn scaled(&mut self, x: &Buffer, _: f64) -> Buffer {
         self.fresh(x.shape)
     }
@@ -364,7 +389,7 @@ impl Ops for Sizes {
 
     fn put_row(&mut self, _: &mut Buffer, _: Buffer) {}
 
-    fn rotate(&mut self, x: Buffer, _: &SizeInputs, _: bool) -> Result<Buffer> {
+    fn rotate(&mut self, x: Buffer, _: &SizeInputs, _: usize, _: bool) -> Result<Buffer> {
         Ok(x)
     }
 
@@ -396,11 +421,11 @@ impl Ops for Sizes {
         Ok(gradients)
     }
 
-    fn swiglu(&mut self, gate: &Buffer, _: &Buffer) -> Result<Buffer> {
+    fn gated(&mut self, _: Activation, gate: &Buffer, _: &Buffer) -> Result<Buffer> {
         Ok(self.take(gate.shape))
     }
 
-    fn swiglu_backward(&mut self, _: &Buffer, gate: Buffer, up: Buffer) -> Result<(Buffer, Buffer)> {
+    fn gated_backward(&mut self, _: Activation, _: &Buffer, gate: Buffer, up: Buffer) -> Result<(Buffer, Buffer)> {
         Ok((gate, up))
     }
 
@@ -410,6 +435,7 @@ impl Ops for Sizes {
         head: &Buffer,
         inputs: &SizeInputs,
         _: Option<&mut Buffer>,
+        _: Option<f64>,
         wanted: bool,
         _: ObserveLogits<'_, Self>,
     ) -> Result<((), Option<Buffer>)> {

@@ -9,11 +9,12 @@ use super::blocks::embedding::{embedding_backward, embedding_forward};
 use super::blocks::linear::{linear_backward_input, linear_backward_weight, linear_forward};
 use super::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use super::blocks::rope::{RotaryAngles, rope_backward, rope_forward};
-use super::blocks::swiglu::{swiglu_backward, swiglu_forward};
+use super::blocks::swiglu::{gated_backward, gated_forward};
 use super::blocks::{Matrix, Sink, accumulate, product};
 use super::model::DeviceLoss;
 use crate::adapters::s2ft::Side;
 use crate::blocks::causal_attention::AttentionShape;
+use crate::blocks::swiglu::Activation;
 use crate::error::Result;
 use crate::gpu::Engine;
 use crate::ops::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
@@ -33,7 +34,7 @@ pub struct DeviceInputs<B: Engine> {
     pub(super) ids: Tensor<B, 1, Int>,
     pub(super) shape: AttentionShape,
     pub(super) padding: Option<Padding<B>>,
-    pub(super) angles: RotaryAngles<B>,
+    pub(super) angles: Vec<RotaryAngles<B>>,
     pub(super) targets: Targets<B>,
     pub(super) divisor: f64,
 }
@@ -92,7 +93,7 @@ impl<B: Engine> Ops for Gpu<B> {
     }
 
     fn angle_elements(inputs: &DeviceInputs<B>) -> usize {
-        inputs.angles.elements()
+        inputs.angles.iter().map(RotaryAngles::elements).sum()
     }
 
     fn release(&mut self, _: Matrix<B>) {}
@@ -241,6 +242,30 @@ impl<B: Engine> Ops for Gpu<B> {
         x - d.clone() * column(c)
     }
 
+    fn reshape(&mut self, x: Matrix<B>, (rows, columns): (usize, usize)) -> Matrix<B> {
+        x.reshape([rows, columns])
+    }
+
+    fn scale(&mut self, x: Matrix<B>, s: f64) -> Matrix<B> {
+        x.mul_scalar(s)
+    }
+
+    fn add(&mut self, x: Matrix<B>, y: Matrix<B>, s: f64) -> Matrix<B> {
+        x + y.mul_scalar(s)
+    }
+
+    fn add_row(&mut self, x: Matrix<B>, row: &Matrix<B>) -> Matrix<B> {
+        x + row.clone()
+    }
+
+    fn add_row_sums(&mut self, dx: &Matrix<B>, sink: &mut Sink<B>) {
+        accumulate(sink, dx.clone().sum_dim(0));
+    }
+
+    fn one_plus(&mut self, w: &Matrix<B>) -> Matrix<B> {
+        w.clone().add_scalar(1.0)
+    }
+
     fn scaled(&mut self, x: &Matrix<B>, s: f64) -> Matrix<B> {
         if s.to_bits() == 1f64.to_bits() { x.clone() } else { x.clone().mul_scalar(s) }
     }
@@ -296,11 +321,12 @@ impl<B: Engine> Ops for Gpu<B> {
         *vector = row;
     }
 
-    fn rotate(&mut self, x: Matrix<B>, inputs: &DeviceInputs<B>, back: bool) -> Result<Matrix<B>> {
-        Ok(if back { rope_backward(x, &inputs.angles) } else { rope_forward(x, &inputs.angles) })
+    fn rotate(&mut self, x: Matrix<B>, inputs: &DeviceInputs<B>, kind: usize, back: bool) -> Result<Matrix<B>> {
+        let angles = &inputs.angles[kind];
+        Ok(if back { rope_backward(x, angles) } else { rope_forward(x, angles) })
     }
 
-    /// Causal: a device has no other mask yet, so `scoring.ahead` is not read.
+    /// Causal and not capped: models that need more are refused before they are uploaded.
     fn attention(
         &mut self,
         query: Matrix<B>,
@@ -332,12 +358,18 @@ impl<B: Engine> Ops for Gpu<B> {
         Ok([join_queries(dquery, shape), join_keys(dkey, shape), join_keys(dvalue, shape)])
     }
 
-    fn swiglu(&mut self, gate: &Matrix<B>, up: &Matrix<B>) -> Result<Matrix<B>> {
-        Ok(swiglu_forward(gate, up))
+    fn gated(&mut self, activation: Activation, gate: &Matrix<B>, up: &Matrix<B>) -> Result<Matrix<B>> {
+        Ok(gated_forward(activation, gate, up))
     }
 
-    fn swiglu_backward(&mut self, da: &Matrix<B>, gate: Matrix<B>, up: Matrix<B>) -> Result<(Matrix<B>, Matrix<B>)> {
-        Ok(swiglu_backward(da.clone(), gate, up))
+    fn gated_backward(
+        &mut self,
+        activation: Activation,
+        da: &Matrix<B>,
+        gate: Matrix<B>,
+        up: Matrix<B>,
+    ) -> Result<(Matrix<B>, Matrix<B>)> {
+        Ok(gated_backward(activation, da.clone(), gate, up))
     }
 
     fn loss(
@@ -346,6 +378,7 @@ impl<B: Engine> Ops for Gpu<B> {
         head: &Matrix<B>,
         inputs: &DeviceInputs<B>,
         sink: Option<&mut Sink<B>>,
+        _: Option<f64>,
         wanted: bool,
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(DeviceLoss<B>, Option<Matrix<B>>)> {
