@@ -88,7 +88,10 @@ pub struct TrainableParts {
 }
 
 /// Gives a trained tensor's values by its name and shape.
-pub type ReadValues<'a, T> = dyn FnMut(&str, (usize, usize)) -> Result<Array2<T>> + 'a;
+pub type ReadValuesOn<'a, E> = dyn FnMut(&str, (usize, usize)) -> Result<<E as Ops>::Matrix> + 'a;
+
+/// Gives them on the processor.
+pub type ReadValues<'a, T> = ReadValuesOn<'a, Cpu<T>>;
 
 /// A decoder with its adapters, on some engine.
 #[derive(Debug, Clone)]
@@ -292,11 +295,7 @@ impl<E: Ops> ModelOn<E> {
     ///
     /// # Errors
     /// What `read` returns.
-    pub fn put_acting_values_on(
-        &mut self,
-        e: &mut E,
-        read: &mut dyn FnMut(&str, (usize, usize)) -> Result<E::Matrix>,
-    ) -> Result<()> {
+    pub fn put_acting_values_on(&mut self, e: &mut E, read: &mut ReadValuesOn<'_, E>) -> Result<()> {
         self.visit(e, &mut |e, name, tensor| {
             match tensor {
                 Trained::Matrix(values) => *values = read(name, E::shape(values))?,
