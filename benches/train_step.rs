@@ -104,6 +104,7 @@ fn main() {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     };
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let base: Model<f32> = Model::random(config.clone(), &mut rng).expect("sizes are consistent");

@@ -24,6 +24,7 @@ fn config() -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     }
 }
 

@@ -94,5 +94,6 @@ fn sizes(width: usize, layers: usize, head_dim: usize) -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     }
 }

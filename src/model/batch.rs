@@ -16,6 +16,9 @@ pub struct Batch {
     pub attention_mask: Option<Array2<bool>>,
     /// `B x T`, positions of the rotary embedding; 0, 1, 2, ... in each sequence when absent.
     pub position_ids: Option<Array2<u32>>,
+    /// `B x T`, place in its row of the first token of each token's document, before which it sees nothing; a row is one
+    /// document when absent.
+    pub documents: Option<Array2<u32>>,
 }
 
 impl Batch {
@@ -35,6 +38,7 @@ impl Batch {
             labels: labels.as_standard_layout().into_owned(),
             attention_mask: None,
             position_ids: None,
+            documents: None,
         })
     }
 
@@ -61,6 +65,22 @@ impl Batch {
             return Err(Error::shape("batch", "position_ids", self.input_ids.dim(), positions.dim()));
         }
         self.position_ids = Some(positions.as_standard_layout().into_owned());
+        Ok(self)
+    }
+
+    /// With documents: each token sees those of its own document only. `starts` holds, for each token, the place in its row
+    /// of its document's first token.
+    ///
+    /// # Errors
+    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] for a start after its token.
+    pub fn with_documents(mut self, starts: Array2<u32>) -> Result<Self> {
+        if starts.dim() != self.input_ids.dim() {
+            return Err(Error::shape("batch", "documents", self.input_ids.dim(), starts.dim()));
+        }
+        if let Some(((b, t), start)) = starts.indexed_iter().find(|((_, t), start)| **start as usize > *t) {
+            return Err(Error::invalid(format!("documents[{b}, {t}]"), start, "must not come after the token"));
+        }
+        self.documents = Some(starts.as_standard_layout().into_owned());
         Ok(self)
     }
 

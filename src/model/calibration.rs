@@ -50,8 +50,10 @@ impl<T: Real> Model<T> {
         for layer in &mut probe.layers {
             for p in Projection::ALL {
                 let weight = layer.projection(p).effective_weight()?;
+                let bias = layer.projection_mut(p).bias.take();
                 *layer.projection_mut(p) = crate::adapters::AdaptedLinear::frozen(weight);
                 layer.projection_mut(p).method = Method::Full;
+                layer.projection_mut(p).bias = bias;
             }
         }
         let mut gradients = probe.zero_gradients();

@@ -2,6 +2,7 @@
 
 use super::config::ModelConfig;
 use super::layer::Layer;
+use super::options::Norm;
 use super::parameters::{Model, Projection, TrainableParts};
 use crate::adapters::AdaptedLinear;
 use crate::atomic_file::write_bytes;
@@ -116,22 +117,37 @@ impl<T: Real> Model<T> {
             let mut projections = Vec::with_capacity(7);
             for p in Projection::ALL {
                 let name = format!("{prefix}.{}.weight", p.path());
-                projections.push(AdaptedLinear::frozen(shards.matrix(&name, config.projection_shape(p))?));
+                let shape = config.projection_shape(p);
+                let mut projection = AdaptedLinear::frozen(shards.matrix(&name, shape)?);
                 known.insert(name);
+                if config.options.biases[p as usize] {
+                    let name = format!("{prefix}.{}.bias", p.path());
+                    projection.bias = Some(shards.vector(&name, shape.0)?);
+                    known.insert(name);
+                }
+                projections.push(projection);
             }
             let Ok(projections) = <[AdaptedLinear<T>; 7]>::try_from(projections) else {
                 unreachable!("one push per projection")
             };
-            let names = ["input_layernorm", "post_attention_layernorm"].map(|n| format!("{prefix}.{n}.weight"));
-            layers.push(Layer::new(projections, shards.vector(&names[0], width)?, shards.vector(&names[1], width)?));
-            known.extend(names);
+            let mut norms = [const { None }; 6];
+            for norm in Norm::ALL {
+                let (Some(name), Some(width)) = (config.options.norm_name(norm), config.norm_width(norm)) else {
+                    continue;
+                };
+                let name = format!("{prefix}.{name}.weight");
+                norms[norm as usize] = Some(shards.vector(&name, width)?);
+                known.insert(name);
+            }
+            layers.push(Layer::new(projections, norms));
             // Old checkpoints carry the rotary frequencies, which follow from the config.
             known.insert(format!("{prefix}.self_attn.rotary_emb.inv_freq"));
         }
         let final_norm = shards.vector("model.norm.weight", width)?;
         let lm_head = if config.tie_word_embeddings { None } else { Some(shards.matrix("lm_head.weight", table)?) };
         if let Some(extra) = shards.place.keys().find(|name| !known.contains(*name)) {
-            let expected = format!("the tensors of a {}-layer LLaMA without biases", config.num_hidden_layers);
+            let family = config.options.family.model_type();
+            let expected = format!("the tensors of a {}-layer {family}", config.num_hidden_layers);
             return Err(shards.file(extra).malformed(format!("tensor {extra}"), expected, "an unknown name"));
         }
         Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
@@ -151,10 +167,14 @@ impl<T: Real> Model<T> {
             for p in Projection::ALL {
                 let weight = layer.checkpoint_weight(p, &self.config)?;
                 writer.matrix(&format!("{prefix}.{}.weight", p.path()), weight.view());
+                if let Some(bias) = layer.checkpoint_bias(p, &self.config) {
+                    writer.tensor(&format!("{prefix}.{}.bias", p.path()), &[bias.len()], bias.iter().copied());
+                }
             }
-            let gains =
-                [("input_layernorm", &layer.input_norm), ("post_attention_layernorm", &layer.post_attention_norm)];
-            for (name, gain) in gains {
+            for norm in Norm::ALL {
+                let (Some(name), Some(gain)) = (self.config.options.norm_name(norm), layer.gain(norm)) else {
+                    continue;
+                };
                 writer.tensor(&format!("{prefix}.{name}.weight"), &[gain.len()], gain.iter().copied());
             }
         }

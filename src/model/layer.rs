@@ -7,6 +7,7 @@ use super::options::Norm;
 use super::parameters::{ModelOn, Projection};
 use crate::adapters::{InputNeed, LinearOn};
 use crate::error::{Error, Result};
+use crate::linalg::Real;
 use crate::ops::{Cpu, InputGradient, Ops, Scoring};
 
 /// Weights of a layer, on some engine.
@@ -21,6 +22,14 @@ pub struct LayerOn<E: Ops> {
 
 /// Weights of a layer on the processor.
 pub type Layer<T> = LayerOn<Cpu<T>>;
+
+impl<T: Real> Layer<T> {
+    /// Numbers of gains and biases.
+    pub(crate) fn vectors(&self) -> usize {
+        let gains: usize = self.norms.iter().flatten().map(|gain| gain.len()).sum();
+        gains + self.projections.iter().filter_map(|p| p.bias.as_ref()).map(|bias| bias.len()).sum::<usize>()
+    }
+}
 
 impl<E: Ops> LayerOn<E> {
     /// From projections in the order of [`Projection::ALL`] and gains in that of [`Norm::ALL`].
@@ -275,7 +284,8 @@ impl<E: Ops> LayerCacheOn<E> {
             rows * columns
         };
         let norm = |norm: Norm| (NORM_INPUTS[norm as usize], self.norms[norm as usize].as_ref().map(|(x, _)| size(x)));
-        let mut named: Vec<(&str, Option<usize>)> = vec![norm(Norm::BeforeAttention), norm(Norm::Query), norm(Norm::Key)];
+        let mut named: Vec<(&str, Option<usize>)> =
+            vec![norm(Norm::BeforeAttention), norm(Norm::Query), norm(Norm::Key)];
         named.push(("normed_input", self.normed_input.as_ref().map(size)));
         let attention = self.attention.iter().flat_map(E::attention_elements);
         named.extend(attention.map(|(name, numbers)| (name, Some(numbers))));
@@ -418,8 +428,7 @@ pub(super) fn layer_forward<E: Ops>(
 
     let (input, residual) = fork(keep(|n| n.normed_input), x, stats, e);
     let wanted = keep(|n| n.middle);
-    let (mut middle, attention_branch) =
-        project.join(Output, Norm::AfterAttention, &attended, residual, wanted, e)?;
+    let (mut middle, attention_branch) = project.join(Output, Norm::AfterAttention, &attended, residual, wanted, e)?;
     context.tap(Point::Middle, &mut middle);
     let keep_output = attention.is_some() || (save && layer.needs_whole_input(&[Output]));
     let attention_output = retain(keep_output, attended, e);

@@ -11,7 +11,7 @@
 //! let config = ModelConfig {
 //!     vocab_size: 13, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 2, num_attention_heads: 2,
 //!     num_key_value_heads: 1, head_dim: 4, max_position_embeddings: 32, rms_norm_eps: 1e-5,
-//!     rope_theta: 1e4, tie_word_embeddings: false,
+//!     rope_theta: 1e4, tie_word_embeddings: false, options: Default::default(),
 //! };
 //! let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
 //! let mut model: Model<f32> = Model::random(config, &mut rng)?;
@@ -47,6 +47,7 @@ mod config;
 mod gradients;
 mod instruments;
 mod layer;
+pub mod options;
 mod parameters;
 pub mod s2ft;
 mod step;
@@ -63,4 +64,4 @@ pub use parameters::{Model, ModelOn, Projection, ReadValues, Trainable, Trainabl
 pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]
-pub(crate) use step::{divisor, rope_table};
+pub(crate) use step::{divisor, rope_tables};

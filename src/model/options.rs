@@ -18,6 +18,8 @@ use super::parameters::Projection;
 use crate::blocks::rope::{Rotary, Scaling};
 use crate::blocks::swiglu::Activation;
 use crate::error::Result;
+use crate::linalg::Real;
+use ndarray::Array2;
 use serde_json::{Map, Value};
 
 /// A family of decoders.
@@ -241,6 +243,13 @@ impl Options {
         self.norm_name(after).is_none() && is_one(self.residual_multiplier)
     }
 
+    /// z becomes c tanh(z / c) where the family caps its logits.
+    pub fn cap_logits<T: Real>(&self, logits: &mut Array2<T>) {
+        if let Some(cap) = self.logit_cap.map(T::of) {
+            logits.mapv_inplace(|z| cap * (z / cap).tanh());
+        }
+    }
+
     /// The kind of rotary embedding of a layer.
     pub fn rotary(&self, layer: usize) -> Option<usize> {
         self.rotary_of.get(layer).copied().unwrap_or(Some(0))
@@ -317,7 +326,8 @@ fn biases(family: Family, attention: bool, mlp: bool) -> [bool; 7] {
 }
 
 fn activation(family: Family, keys: &Keys<'_>) -> Result<Activation> {
-    let key = if family.is_gemma() && keys.value("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
+    let key =
+        if family.is_gemma() && keys.value("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
     let (name, activation) = match family.is_gemma() {
         true => ("gelu_pytorch_tanh", Activation::GeluTanh),
         false => ("silu", Activation::Silu),

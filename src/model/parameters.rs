@@ -343,20 +343,23 @@ impl<T: Real> Model<T> {
         };
         let width = config.hidden_size;
         let embedding = normal((config.vocab_size, width), 0.02);
+        // A gain of 1, whichever way the family writes it.
+        let unit = T::of(if config.options.unit_gain { 0.0 } else { 1.0 });
         let layers = (0..config.num_hidden_layers)
             .map(|_| {
-                Layer::new(
-                    Projection::ALL.map(|p| {
-                        let ends = matches!(p, Projection::Output | Projection::Down);
-                        AdaptedLinear::frozen(normal(config.projection_shape(p), if ends { residual } else { 0.02 }))
-                    }),
-                    Array1::ones(width),
-                    Array1::ones(width),
-                )
+                let projections = Projection::ALL.map(|p| {
+                    let (shape, ends) =
+                        (config.projection_shape(p), matches!(p, Projection::Output | Projection::Down));
+                    let mut projection = AdaptedLinear::frozen(normal(shape, if ends { residual } else { 0.02 }));
+                    projection.bias = config.options.biases[p as usize].then(|| Array1::zeros(shape.0));
+                    projection
+                });
+                let gain = |norm| config.norm_width(norm).map(|width| Array1::from_elem(width, unit));
+                Layer::new(projections, Norm::ALL.map(gain))
             })
             .collect();
         let lm_head = (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
-        let final_norm = Array1::ones(width);
+        let final_norm = Array1::from_elem(width, unit);
         Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
     }
 
@@ -423,7 +426,7 @@ impl<T: Real> Model<T> {
         let outside = self.embedding.len()
             + self.final_norm.len()
             + self.lm_head.as_ref().map_or(0, Array2::len)
-            + 2 * self.layers.len() * self.config.hidden_size;
+            + self.layers.iter().map(LayerOn::vectors).sum::<usize>();
         let projections = || self.layers.iter().flat_map(|l| Projection::ALL.map(|p| l.projection(p)));
         let weights: usize = projections().map(|p| p.base.bytes()).sum();
         (outside * single + weights, projections().map(LinearOn::held).sum::<usize>() * single)

@@ -14,13 +14,14 @@
 use super::calibration::Calibration;
 use super::config::ModelConfig;
 use super::layer::Layer;
+use super::options::QueryKeyNorm;
 use super::parameters::{Model, Projection};
 use crate::adapters::s2ft::{S2ftSlice, Side};
 use crate::adapters::selection::{ColumnRule, Score, rank};
 use crate::adapters::{BaseWeight, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use ndarray::{Array2, Axis};
+use ndarray::{Array1, Array2, Axis};
 use rand::Rng;
 use std::ops::Range;
 
@@ -162,6 +163,17 @@ impl<T: Real> Layer<T> {
         })
     }
 
+    /// The bias of a projection in the checkpoint's order of heads and channels.
+    pub(super) fn checkpoint_bias(&self, p: Projection, config: &ModelConfig) -> Option<Array1<T>> {
+        let bias = self.projection(p).bias.as_ref()?;
+        let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
+        let order = self.order.as_ref().filter(|_| side_of(p) == Side::Output);
+        Some(match order.map(|order| if channels { &order.channels } else { &order.groups }) {
+            None => bias.clone(),
+            Some(order) => bias.select(Axis(0), &expand(&inverse(order), unit_width(p, config))),
+        })
+    }
+
     /// Reorders coupled structures; `next` is relative to the present order.
     pub(super) fn co_permute(&mut self, next: &LayerOrder, config: &ModelConfig) -> Result<()> {
         let identity = |order: &[usize]| order.iter().enumerate().all(|(i, &o)| i == o);
@@ -179,6 +191,11 @@ impl<T: Real> Layer<T> {
             }
             let weight = projection.base.dense_mut("s2ft")?;
             *weight = reorder(weight, p, order, config);
+            if side_of(p) == Side::Output
+                && let Some(bias) = &mut projection.bias
+            {
+                *bias = bias.select(Axis(0), &expand(order, unit_width(p, config)));
+            }
         }
         let compose = |old: &[usize], next: &[usize]| next.iter().map(|&i| old[i]).collect();
         self.order = Some(match &self.order {
@@ -250,6 +267,10 @@ impl<T: Real> Model<T> {
             && calibration.layers.len() != self.layers.len()
         {
             return Err(Error::invalid("calibration", calibration.layers.len(), "made for another number of layers"));
+        }
+        if self.config.options.query_key_norm == QueryKeyNorm::Width {
+            let requirement = "normalises queries and keys of all heads together: its heads cannot be reordered";
+            return Err(Error::invalid("model", self.config.options.family.model_type(), requirement));
         }
         for structure in [Structure::Heads, Structure::Channels] {
             let coupled = || structure.rows().iter().copied().chain([structure.columns()]);

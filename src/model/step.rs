@@ -4,10 +4,12 @@ use super::batch::{Batch, StepOptions, StepOutput};
 use super::config::ModelConfig;
 use super::gradients::{Gradients, GradientsOn};
 use super::instruments::{Instruments, InstrumentsOn, Point};
-use super::layer::{Context, LayerCacheOn, LayerNeeds, NormInput, layer_backward, layer_forward};
+use super::layer::{
+    Context, LayerCacheOn, LayerNeeds, NormInput, layer_backward, layer_forward, rms_norm, rms_norm_backward,
+};
 use super::parameters::{Model, ModelOn};
 use crate::blocks::causal_attention::AttentionShape;
-use crate::blocks::cross_entropy::{cross_entropy, prediction_targets};
+use crate::blocks::cross_entropy::{cross_entropy_observed, prediction_targets};
 use crate::blocks::linear::linear_forward;
 use crate::blocks::rope::RopeTable;
 use crate::cost::Cost;
@@ -82,6 +84,11 @@ impl<E: Ops> ModelOn<E> {
         Context { layer: 0, config: &self.config, inputs, instruments: *instruments }
     }
 
+    /// x times a factor that most families do not have.
+    fn multiplied(&self, x: E::Matrix, factor: f64, e: &mut E) -> E::Matrix {
+        if factor.to_bits() == 1f64.to_bits() { x } else { e.scale(x, factor) }
+    }
+
     /// Embedding and layers without saving anything, then the last norm: `N x D`.
     pub(crate) fn hidden_on(
         &self,
@@ -90,13 +97,15 @@ impl<E: Ops> ModelOn<E> {
         instruments: &InstrumentsOn<'_, E>,
     ) -> Result<E::Matrix> {
         let mut context = self.context(inputs, instruments);
-        let mut x = e.embed(inputs, &self.embedding)?;
+        let x = e.embed(inputs, &self.embedding)?;
+        let mut x = self.multiplied(x, self.config.options.embedding_multiplier, e);
         instruments.tap(None, Point::Embedded, false, &mut x);
         for (l, layer) in self.layers.iter().enumerate() {
             context.layer = l;
             x = layer_forward(layer, x, &context, None, e)?.0;
         }
-        let mut normed = e.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)?.0;
+        let normed = rms_norm(&x, &self.final_norm, &self.config, e)?.0;
+        let mut normed = self.multiplied(normed, self.config.options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
         Ok(normed)
     }
@@ -115,8 +124,10 @@ impl<E: Ops> ModelOn<E> {
     ) -> Result<PassOn<E>> {
         let GradientsOn { embedding, lm_head, engine: e, .. } = gradients;
         let mut context = self.context(&inputs, instruments);
-        let mut x = e.embed(&inputs, &self.embedding)?;
+        let options = &self.config.options;
+        let x = e.embed(&inputs, &self.embedding)?;
         e.next_step();
+        let mut x = self.multiplied(x, options.embedding_multiplier, e);
         instruments.tap(None, Point::Embedded, false, &mut x);
         let mut layers = Vec::with_capacity(self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
@@ -136,12 +147,15 @@ impl<E: Ops> ModelOn<E> {
             };
             layers.push(kept);
         }
-        let (mut normed, stats) = e.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)?;
+        let (normed, stats) = rms_norm(&x, &self.final_norm, &self.config, e)?;
+        // A factor of the logits is one of the hidden rows.
+        let mut normed = self.multiplied(normed, options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
         let wanted = self.trained_below(self.layers.len()) || self.trainable.norms;
+        let cap = options.logit_cap;
         let sink = if self.lm_head.is_some() { lm_head } else { embedding }.as_mut();
         let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
-        let (loss, mut dnormed) = e.loss(&normed, self.head(), &inputs, sink, wanted, &observe)?;
+        let (loss, mut dnormed) = e.loss(&normed, self.head(), &inputs, sink, cap, wanted, &observe)?;
         if let Some(dnormed) = &mut dnormed {
             instruments.tap(None, Point::FinalNorm, true, dnormed);
         }
@@ -167,8 +181,10 @@ impl<E: Ops> ModelOn<E> {
             return Err(Error::invalid("gradients", layer_sinks.len(), "made for another number of layers"));
         }
         let mut context = self.context(&inputs, instruments);
+        let dnormed = self.multiplied(dnormed, self.config.options.logit_multiplier, e);
         let mut dx = e.zeros(E::shape(&x));
-        e.rms_norm_backward(dnormed, (x, stats), &self.final_norm, final_norm.as_mut(), Some(&mut dx))?;
+        let sink = final_norm.as_mut();
+        rms_norm_backward(dnormed, (x, stats), &self.final_norm, &self.config, sink, Some(&mut dx), e)?;
         let mut upstream = Some(dx);
         for (l, kept) in layers.into_iter().enumerate().rev() {
             let Some(mut dout) = upstream.take() else { break };
@@ -191,6 +207,7 @@ impl<E: Ops> ModelOn<E> {
         }
         if let (Some(mut dx), Some(sink)) = (upstream, embedding) {
             instruments.tap(None, Point::Embedded, true, &mut dx);
+            let dx = self.multiplied(dx, self.config.options.embedding_multiplier, e);
             e.embed_backward(&inputs, &dx, (sink, E::shape(&self.embedding)))?;
         }
         Ok(loss)
@@ -224,7 +241,8 @@ impl<T: Real> Model<T> {
             ids: batch.input_ids.iter().copied().collect(),
             mask: batch.attention_mask.clone(),
             shape: attention_shape(&self.config, batch.input_ids.dim()),
-            angles: rope_table(&self.config, batch)?,
+            starts: batch.documents.clone(),
+            angles: rope_tables(&self.config, batch)?,
             targets,
             divisor,
         })
@@ -251,6 +269,7 @@ impl<T: Real> Model<T> {
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
     pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
         let mut logits = linear_forward(self.hidden(batch, instruments, cost)?.view(), self.head().view(), cost)?;
+        self.config.options.cap_logits(&mut logits);
         instruments.tap(None, Point::Logits, false, &mut logits);
         Ok(logits)
     }
@@ -264,7 +283,8 @@ impl<T: Real> Model<T> {
         let divisor = divisor(&StepOptions::default(), targets.len())?;
         on_workers(|| {
             let hidden = self.hidden(batch, &Instruments::default(), cost)?;
-            cross_entropy(hidden.view(), self.head().view(), &targets, divisor, None, cost)
+            let (hidden, head, cap) = (hidden.view(), self.head().view(), self.config.options.logit_cap);
+            cross_entropy_observed(hidden, head, &targets, (divisor, cap), None, &|_, _| (), cost)
         })
     }
 
@@ -361,15 +381,14 @@ pub(crate) fn attention_shape(config: &ModelConfig, (batch, length): (usize, usi
     }
 }
 
-/// Angles of a batch's positions.
-pub(crate) fn rope_table<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<RopeTable<T>> {
-    match &batch.position_ids {
-        Some(positions) => {
-            let positions: Vec<u32> = positions.iter().copied().collect();
-            RopeTable::at(&positions, config.head_dim, config.rope_theta)
-        }
-        None => RopeTable::new(batch.input_ids.ncols(), config.head_dim, config.rope_theta),
-    }
+/// Angles of a batch's positions, by kind of rotary embedding.
+pub(crate) fn rope_tables<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<Vec<RopeTable<T>>> {
+    let positions: Vec<u32> = match &batch.position_ids {
+        Some(positions) => positions.iter().copied().collect(),
+        None => (0..batch.input_ids.ncols() as u32).collect(),
+    };
+    let table = |rotary| RopeTable::of(rotary, &positions, config.head_dim, config.rope_theta);
+    config.options.rotaries.iter().map(table).collect()
 }
 
 /// What the sum of losses is divided by.

@@ -29,7 +29,8 @@ pub fn fingerprint<T: Real>(model: &Model<T>) -> u64 {
     let mut add = |x: &T| hash = mix(hash ^ x.widen().to_bits()).wrapping_add(0x9e37_79b9_7f4a_7c15);
     model.embedding.iter().for_each(&mut add);
     for layer in &model.layers {
-        layer.input_norm.iter().chain(&layer.post_attention_norm).for_each(&mut add);
+        layer.norms.iter().flatten().flatten().for_each(&mut add);
+        Projection::ALL.iter().filter_map(|&p| layer.projection(p).bias.as_ref()).flatten().for_each(&mut add);
         for p in Projection::ALL {
             layer.projection(p).base.dense().iter().for_each(&mut add);
         }

@@ -46,6 +46,7 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     })
 }
 
@@ -68,6 +69,7 @@ pub fn llama_2_7b() -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     }
 }
 

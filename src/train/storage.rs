@@ -30,9 +30,11 @@ pub fn round_model<T: Real>(model: &mut Model<T>) -> Result<()> {
         head.mapv_inplace(round_bf16);
     }
     for layer in &mut model.layers {
-        layer.input_norm.mapv_inplace(round_bf16);
-        layer.post_attention_norm.mapv_inplace(round_bf16);
+        layer.norms.iter_mut().flatten().for_each(|gain| gain.mapv_inplace(round_bf16));
         for p in Projection::ALL {
+            if let Some(bias) = &mut layer.projection_mut(p).bias {
+                bias.mapv_inplace(round_bf16);
+            }
             if let BaseWeight::Dense(weight) = &mut layer.projection_mut(p).base {
                 weight.mapv_inplace(round_bf16);
             }

@@ -125,6 +125,9 @@ fn rows_of(batch: &Batch, rows: &Range<usize>) -> Result<Batch> {
     if let Some(positions) = &batch.position_ids {
         part = part.with_position_ids(positions.slice(cut).to_owned())?;
     }
+    if let Some(documents) = &batch.documents {
+        part = part.with_documents(documents.slice(cut).to_owned())?;
+    }
     Ok(part)
 }
 
@@ -212,6 +215,7 @@ impl Case {
                             && let Ok(mut logits) =
                                 linear_forward(tensor.view(), forward.head().view(), &mut Cost::default())
                         {
+                            forward.config.options.cap_logits(&mut logits);
                             if let Some(rounding) = &variant.rounding {
                                 rounding
                                     .at(Place { layer: None, point: Point::Logits, gradient: false })

@@ -32,6 +32,7 @@ pub fn config() -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         tie_word_embeddings: false,
+        options: Default::default(),
     }
 }
 

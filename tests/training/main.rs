@@ -8,6 +8,7 @@ mod checkpoints;
 mod common;
 mod cost_formulas;
 mod examples;
+mod families;
 mod llama_fixtures;
 mod padding;
 mod partial_backpropagation;

@@ -86,7 +86,7 @@ fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
     let width = model.config.hidden_size;
     let mut numbers = model.embedding.len() + model.lm_head.as_ref().map_or(0, |h| h.len()) + width;
     for layer in &model.layers {
-        numbers += 2 * width;
+        numbers += layer.vectors();
         for p in Projection::ALL {
             let projection = layer.projection(p);
             let (out, input) = projection.shape();

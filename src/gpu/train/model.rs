@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::gpu::{Engine, Opened};
 use crate::linalg::Real;
 use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, PassOn, Place, Projection, StepOptions};
-use crate::model::{attention_shape, divisor, rope_table};
+use crate::model::{attention_shape, divisor, rope_tables};
 use ndarray::{Array1, Array2, Axis};
 use std::collections::BTreeMap;
 
@@ -115,7 +115,10 @@ fn upload_projection<T: Real, B: Engine>(
             MethodOn::S2ft(S2ftSliceOn { side: m.side, range: m.range.clone(), original: None, active: true })
         }
     };
-    Ok(LinearOn::new(on.upload(&format!("{name}.weight"), weight.view())?, method))
+    let mut there = LinearOn::new(on.upload(&format!("{name}.weight"), weight.view())?, method);
+    let bias = projection.bias.as_ref().map(|bias| bias.view().insert_axis(Axis(0)));
+    there.bias = bias.map(|bias| on.upload(&format!("{name}.bias"), bias)).transpose()?;
+    Ok(there)
 }
 
 impl<B: Engine> DeviceModel<B> {
@@ -124,17 +127,22 @@ impl<B: Engine> DeviceModel<B> {
     /// # Errors
     /// [`Error::InvalidParam`] for packed or merged projections; as [`Opened::upload`].
     pub fn upload<T: Real>(model: &Model<T>, on: &Opened<B>) -> Result<Self> {
+        let options = &model.config.options;
+        if options.attention_cap.is_some() || options.logit_cap.is_some() || !options.windows.is_empty() {
+            let requirement = "has windows or caps, which a device does not compute yet; use --device cpu";
+            return Err(Error::invalid("model", options.family.model_type(), requirement));
+        }
         let gain = |name: &str, gain: &Array1<T>| on.upload(name, gain.view().insert_axis(Axis(0)));
         let mut layers = Vec::with_capacity(model.layers.len());
         for (l, layer) in model.layers.iter().enumerate() {
             let prefix = format!("model.layers.{l}");
             let upload = |p: Projection| upload_projection(layer.projection(p), &format!("{prefix}.{}", p.path()), on);
             let [q, k, v, o, gate, up, down] = Projection::ALL.map(upload);
-            layers.push(LayerOn::new(
-                [q?, k?, v?, o?, gate?, up?, down?],
-                gain(&format!("{prefix}.input_layernorm.weight"), &layer.input_norm)?,
-                gain(&format!("{prefix}.post_attention_layernorm.weight"), &layer.post_attention_norm)?,
-            ));
+            let mut norms = [const { None }; 6];
+            for (there, here) in norms.iter_mut().zip(&layer.norms) {
+                *there = here.as_ref().map(|here| gain(&format!("{prefix}.norm"), here)).transpose()?;
+            }
+            layers.push(LayerOn::new([q?, k?, v?, o?, gate?, up?, down?], norms));
         }
         let head = model.lm_head.as_ref().map(|head| on.upload("lm_head.weight", head.view()));
         let there = ModelOn {
@@ -178,11 +186,14 @@ impl<B: Engine> DeviceModel<B> {
         self.on.check_buffer("the widest activation", rows * length * widest.unwrap_or(0))?;
         let targets = prediction_targets(batch.labels.view(), config.vocab_size)?;
         let device = &self.on.device;
-        let table = rope_table::<f64>(config, batch)?;
+        if batch.documents.is_some() {
+            return Err(Error::invalid("documents", "packed", "a device does not keep documents apart yet"));
+        }
+        let tables = rope_tables::<f64>(config, batch)?;
         Ok(DeviceInputs {
             ids: index_tensor(ids.into_iter().map(|id| id as usize), device),
             padding: batch.attention_mask.as_ref().map(|mask| Padding::upload(mask.view(), &shape, device)),
-            angles: RotaryAngles::upload(&table, device),
+            angles: tables.iter().map(|table| RotaryAngles::upload(table, device)).collect(),
             divisor: divisor(options, targets.len())?,
             targets: Targets::upload(&targets, rows * length, config.vocab_size, device),
             shape,

@@ -45,7 +45,7 @@ fn round_weights(model: &mut Model<f64>) -> Result<()> {
     model.final_norm.iter_mut().for_each(round);
     model.lm_head.iter_mut().flatten().for_each(round);
     for layer in &mut model.layers {
-        layer.input_norm.iter_mut().chain(&mut layer.post_attention_norm).for_each(round);
+        layer.norms.iter_mut().flatten().flatten().for_each(round);
         for p in Projection::ALL {
             Precision::F32.round_array(layer.projection_mut(p).base.dense_mut("validation")?);
         }

@@ -131,10 +131,13 @@ impl<T: Real> ModelUpdate<T> {
         }
         let mut entries = BTreeMap::new();
         for (l, (a, b)) in base.layers.iter().zip(&trained.layers).enumerate() {
-            if !same(&a.input_norm, &b.input_norm) || !same(&a.post_attention_norm, &b.post_attention_norm) {
+            if a.norms != b.norms {
                 return Err(outside(&format!("a norm of model.layers.{l}")));
             }
             for p in Projection::ALL {
+                if a.checkpoint_bias(p, &base.config) != b.checkpoint_bias(p, &base.config) {
+                    return Err(outside(&format!("model.layers.{l}.{}.bias", p.path())));
+                }
                 let (a, b) = (a.checkpoint_weight(p, &base.config)?, b.checkpoint_weight(p, &base.config)?);
                 let slice = SliceUpdate::between(a.view(), b.view())?;
                 entries.extend(slice.map(|slice| ((l, p), WeightUpdate::Slice(slice))));

@@ -23,6 +23,7 @@ use crate::adapters::paca::PacaOn;
 use crate::adapters::s2ft::{S2ftSliceOn, Side};
 use crate::adapters::{LinearOn, MethodOn};
 use crate::error::{Error, Result};
+use crate::model::options::Norm;
 use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{
     GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, Projection, TrainableParts, attention_shape,
@@ -106,9 +107,10 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
     let mut gradients = GradientsOn::zeros(&model, engine.clone());
     let instruments = InstrumentsOn::default();
     let mut saved = Vec::new();
+    let attention = attention_shape(config, (shape.batch, shape.length));
     // Buffers settle in two steps.
     for _ in 0..3 {
-        let inputs = engine.inputs(attention_shape(config, (shape.batch, shape.length)), shape.bytes);
+        let inputs = engine.inputs(attention, config.options.rotaries.len(), shape.bytes);
         let pass = model.forward_on(inputs, shape.checkpointing, &instruments, &mut gradients)?;
         saved = pass.saved_by_name();
         model.backward_on(pass, &instruments, &mut gradients)?;
@@ -193,7 +195,7 @@ fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usiz
 fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> {
     config.check()?;
     method.check()?;
-    let gain = || Buffer::at_rest((1, config.hidden_size));
+    let gain = |width: usize| Buffer::at_rest((1, width));
     let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let projections = Projection::ALL.map(|p| sized_projection(config, method, layer, p));
@@ -202,13 +204,13 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
             sized.push(projection?);
         }
         let Ok(projections) = <[LinearOn<Sizes>; 7]>::try_from(sized) else { unreachable!("one for each projection") };
-        Ok(LayerOn::new(projections, gain(), gain()))
+        Ok(LayerOn::new(projections, Norm::ALL.map(|norm| config.norm_width(norm).map(gain))))
     });
     let mut model = ModelOn {
         config: config.clone(),
         embedding: table(),
         layers: layers.collect::<Result<_>>()?,
-        final_norm: gain(),
+        final_norm: gain(config.hidden_size),
         lm_head: (!config.tie_word_embeddings).then(table),
         trainable: TrainableParts::default(),
     };
@@ -265,7 +267,9 @@ fn sized_projection(
         }
         None => MethodOn::Frozen,
     };
-    Ok(LinearOn::new(base, adapted))
+    let mut projection = LinearOn::new(base, adapted);
+    projection.bias = config.options.biases[p as usize].then(|| Buffer::at_rest((1, shape.0)));
+    Ok(projection)
 }
 
 /// (units, rows or columns per unit, whether they are rows) of a projection under S2FT.

@@ -6,6 +6,7 @@ use crate::adapters::Method;
 use crate::blocks::rope::rope_forward;
 use crate::cost::Cost;
 use crate::error::Result;
+use crate::model::options::Norm;
 use crate::model::{Place, Point, Projection};
 use crate::validate::reference::{Evidence, Variant};
 use ndarray::{Array1, Array2};
@@ -168,7 +169,8 @@ fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     // Inputs of norms and gradients of their outputs, by (layer, which norm).
     let inputs: RefCell<HashMap<(usize, u8), Array2<f64>>> = RefCell::default();
     let upstream: RefCell<HashMap<(usize, u8), Array2<f64>>> = RefCell::default();
-    let correct = |key: (usize, u8), gain: &Array1<f64>, dx: &mut Array2<f64>| {
+    let correct = |key: (usize, u8), gain: Option<&Array1<f64>>, dx: &mut Array2<f64>| {
+        let Some(gain) = gain else { return };
         let (inputs, upstream) = (inputs.borrow(), upstream.borrow());
         let (Some(x), Some(dy)) = (inputs.get(&key), upstream.get(&key)) else { return };
         if x.dim() != dx.dim() || dy.dim() != dx.dim() {
@@ -191,10 +193,10 @@ fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             (Point::NormedInput, true) => drop(upstream.borrow_mut().insert((layer, 0), t.clone())),
             (Point::NormedMiddle, true) => drop(upstream.borrow_mut().insert((layer, 1), t.clone())),
             (Point::FinalNorm, true) => drop(upstream.borrow_mut().insert((0, 2), t.clone())),
-            (Point::Middle, true) => correct((layer, 1), &model.layers[layer].post_attention_norm, t),
-            (Point::Output, true) if layer == last => correct((0, 2), &model.final_norm, t),
-            (Point::Output, true) => correct((layer + 1, 0), &model.layers[layer + 1].input_norm, t),
-            (Point::Embedded, true) => correct((0, 0), &model.layers[0].input_norm, t),
+            (Point::Middle, true) => correct((layer, 1), model.layers[layer].gain(Norm::BeforeMlp), t),
+            (Point::Output, true) if layer == last => correct((0, 2), Some(&model.final_norm), t),
+            (Point::Output, true) => correct((layer + 1, 0), model.layers[layer + 1].gain(Norm::BeforeAttention), t),
+            (Point::Embedded, true) => correct((0, 0), model.layers[0].gain(Norm::BeforeAttention), t),
             _ => {}
         }
     };
