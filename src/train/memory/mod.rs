@@ -228,8 +228,15 @@ fn sized_projection(
 ) -> Result<LinearOn<Sizes>> {
     let shape = config.projection_shape(p);
     let base = SizedWeight { dense: Buffer::at_rest(shape), packed: method.name.quantized() };
+    // The rank is that of the method, and the projection it does not fit is named.
+    let named = |error: Error| match error {
+        Error::InvalidParam { name, value, requirement } if name == "rank" => {
+            Error::invalid("method.rank", value, format!("{requirement}, of {}", p.module()))
+        }
+        error => error,
+    };
     let factors = |spec: LoraSpec| -> Result<(Buffer, Buffer, f64)> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling(shape).map_err(named)?;
         Ok((Buffer::at_rest((spec.rank, shape.1)), Buffer::at_rest((shape.0, spec.rank)), scaling))
     };
     let wanted = method.projections()?.contains(&p);
@@ -251,7 +258,7 @@ fn sized_projection(
             MethodOn::Moslora(MosloraOn { a, b, mixer, spec, scaling })
         }
         Some(MethodSpec::Paca(spec)) => {
-            let scaling = spec.scaling(shape)?;
+            let scaling = spec.scaling(shape).map_err(named)?;
             MethodOn::Paca(PacaOn { index: spec.rank, scaling, inactive: None, active: true })
         }
         None if method.name == MethodName::S2ft => {
