@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// Sizes and constants of a LLaMA-style decoder.
+/// Sizes and constants of a decoder, and what its layers compute ([`Options`]). Defaults are LLaMA's; a family's own are
+/// those of Transformers.
 ///
 /// | field | default | purpose | range |
 /// |---|---|---|---|
@@ -199,8 +200,8 @@ impl ModelConfig {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file and the key for JSON that is broken, a key that is missing
-    /// or out of range, heads that do not divide the width, and features that are not implemented (rope scaling,
-    /// biases, another activation, a quantized checkpoint).
+    /// or out of range, an unknown family, heads that do not divide the width, and features that are not implemented
+    /// (another activation, a rotary embedding of a part of the head, a quantized checkpoint).
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         Self::from_json(path, &text)
@@ -404,7 +405,7 @@ mod tests {
 
     #[test]
     fn every_bad_key_is_named_with_its_file() {
-        let cases: [(&str, Value, &str); 13] = [
+        let cases: [(&str, Value, &str); 21] = [
             ("vocab_size", Value::Null, "positive integer"),
             ("hidden_size", json!(0), "positive integer"),
             ("num_hidden_layers", json!("two"), "positive integer"),
@@ -413,10 +414,18 @@ mod tests {
             ("head_dim", json!(7), "even"),
             ("rms_norm_eps", json!(-1e-5), "positive number"),
             ("rope_theta", json!("big"), "positive number"),
-            ("rope_scaling", json!({"type": "yarn", "factor": 4.0}), "not implemented"),
-            ("rope_parameters", json!({"rope_type": "llama3"}), "default"),
+            ("rope_scaling", json!({"type": "yarn"}), "rope_parameters.factor"),
+            ("rope_scaling", json!({"type": "spiral", "factor": 4.0}), "longrope"),
+            ("rope_parameters", json!({"rope_type": "llama3", "factor": 8.0}), "rope_parameters.low_freq_factor"),
+            ("rope_parameters", json!({"rope_type": "longrope", "short_factor": [1.0]}), "long_factor"),
+            ("rope_parameters", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+            ("rope_parameters", json!(3), "an object"),
             ("hidden_act", json!("gelu"), "silu"),
-            ("attention_bias", json!(true), "false"),
+            ("attention_bias", json!("yes"), "true or false"),
+            ("sliding_window", json!(6), "null for this family"),
+            ("use_bidirectional_attention", json!(true), "not implemented"),
+            ("quantization_config", json!({"bits": 4}), "not implemented"),
+            ("model_type", json!("bloom"), "gemma3_text, olmo2, granite, smollm3"),
             ("tie_word_embeddings", json!("yes"), "true or false"),
         ];
         for (key, value, expected) in cases {
@@ -424,10 +433,23 @@ mod tests {
                 map.insert(key.into(), value);
             });
             let message = ModelConfig::from_json(Path::new("some/config.json"), &broken).unwrap_err().to_string();
-            assert!(
-                message.contains("some/config.json") && message.contains(key) && message.contains(expected),
-                "{message}"
-            );
+            assert!(message.contains("some/config.json") && message.contains(expected), "{message}");
+            assert!(message.contains(key) || message.contains("rope_parameters"), "{key}: {message}");
+        }
+        for (family, key, value, expected) in [
+            ("mistral", "sliding_window", json!(0), "a positive integer"),
+            ("gemma2", "layer_types", json!(["sliding_attention"]), "one for each of 2 layers"),
+            ("gemma2", "attn_logit_softcapping", json!(-1), "a positive number"),
+            ("smollm3", "no_rope_layers", json!([1, 2]), "0 or 1 for each layer"),
+            ("gemma", "hidden_activation", json!("relu"), "gelu_pytorch_tanh"),
+            ("granite", "residual_multiplier", json!(0), "a positive number"),
+        ] {
+            let broken = text(|map| {
+                map.insert("model_type".into(), json!(family));
+                map.insert(key.into(), value);
+            });
+            let message = ModelConfig::from_json(Path::new("c.json"), &broken).unwrap_err().to_string();
+            assert!(message.contains(key) && message.contains(expected), "{message}");
         }
         let deep = text(|map| {
             map.insert("num_hidden_layers".into(), json!(99_999_999));

@@ -376,7 +376,7 @@ fn windows(family: Family, keys: &Keys<'_>, layers: usize) -> Result<Vec<Option<
         Some(_) => return Err(keys.wrong("layer_types", "a list")),
         None => {
             let above = keys.size("max_window_layers", Some(28))?;
-            let every = keys.size("sliding_window_pattern", Some(6))?;
+            let every = keys.size("sliding_window_pattern", Some(keys.size("_sliding_window_pattern", Some(6))?))?;
             let slides = |l: usize| match family {
                 Family::Gemma2 => l.is_multiple_of(2),
                 Family::Gemma3 => !(l + 1).is_multiple_of(every),
