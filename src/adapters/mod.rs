@@ -18,11 +18,9 @@
 //! in [`MethodOn`], [`MethodOn::adaptation`] and [`stored::AdapterKind`].
 
 mod adapted_linear;
-pub mod base_weight;
 pub mod dora;
 pub mod full;
 pub mod lora;
-pub(crate) mod low_rank;
 pub mod moslora;
 pub mod nf4;
 pub mod paca;
@@ -31,11 +29,10 @@ pub mod selection;
 pub mod stored;
 pub mod update;
 
+pub use crate::blocks::base_weight::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::ops::{Cpu, InputGradient, Ops};
 pub use adapted_linear::{AdaptedLinear, LinearOn};
-pub use base_weight::{BaseWeight, PackedWeight};
-use ndarray::ArrayViewMut2;
 
 /// Changes a trained tensor in place, by name.
 pub type Change<'a, E> = &'a mut dyn FnMut(&'static str, &mut <E as Ops>::Matrix) -> Result<()>;
@@ -202,12 +199,4 @@ fn whole<M>(x: Option<&M>) -> Result<&M> {
 /// What the method's own forward should have saved.
 fn kept<M>(saved: Option<M>, what: &str) -> Result<M> {
     saved.ok_or_else(|| Error::invalid(what, "absent", "forward must save it for this method"))
-}
-
-/// Where the gradient of an input goes: dx = beta dx + gradient.
-pub(crate) struct InputSink<'a, 'v, T> {
-    /// `N x in`.
-    pub dx: &'a mut ArrayViewMut2<'v, T>,
-    /// Zero overwrites, one accumulates.
-    pub beta: T,
 }

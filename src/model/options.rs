@@ -192,7 +192,17 @@ pub struct Options {
     /// Factor of the logits.
     pub logit_multiplier: f64,
     /// The file's own keys, for writing it again.
-    source: Option<Map<String, Value>>,
+    source: Source,
+}
+
+/// The keys of a file. What they say of the computation is in the options; the rest makes no difference.
+#[derive(Debug, Clone, Default)]
+struct Source(Option<Map<String, Value>>);
+
+impl PartialEq for Source {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 impl Default for Options {
@@ -213,7 +223,7 @@ impl Default for Options {
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logit_multiplier: 1.0,
-            source: None,
+            source: Source::default(),
         }
     }
 }
@@ -262,13 +272,13 @@ impl Options {
 
     /// Whether the layers compute what LLaMA's do.
     pub fn is_plain(&self) -> bool {
-        let plain = Self { family: self.family, source: self.source.clone(), ..Self::default() };
+        let plain = Self { family: self.family, ..Self::default() };
         *self == plain
     }
 
     /// The keys of the file that the options come from.
     pub(super) fn source(&self) -> Option<&Map<String, Value>> {
-        self.source.as_ref()
+        self.source.0.as_ref()
     }
 
     /// Resolves a file's keys; the second result is the base of the rotary angles.
@@ -311,7 +321,7 @@ impl Options {
         options.windows = windows(family, keys, sizes.layers)?;
         let theta = rotary(family, keys, sizes, &mut options)?;
         if family != Family::Llama || !options.is_plain() {
-            options.source = Some(keys.map.clone());
+            options.source = Source(Some(keys.map.clone()));
         }
         Ok((options, theta))
     }

@@ -260,7 +260,7 @@ impl<E: Ops> ModelOn<E> {
         }
         for (l, layer) in self.layers.iter().enumerate() {
             let prefix = format!("model.layers.{l}");
-            let mut gain = |norm: Norm, e: &mut E| {
+            let gain = |norm: Norm, e: &mut E| {
                 let name = self.config.options.norm_name(norm).unwrap_or("");
                 let row = layer.gain(norm).filter(|_| parts.norms).map(|gain| e.row(gain));
                 row.map(|row| (format!("{prefix}.{name}.weight"), row))

@@ -1,15 +1,14 @@
 //! The processor: arrays of f32 or f64, buffers that are handed out again, counted operations.
 
-use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
-use crate::adapters::low_rank::LowRank;
-use crate::adapters::s2ft::Side;
-use crate::adapters::{BaseWeight, InputSink};
+use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring, Side};
+use crate::blocks::base_weight::BaseWeight;
 use crate::blocks::causal_attention::{
     AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward, causal_attention_forward,
 };
 use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy_observed};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
 use crate::blocks::linear::linear_backward_weight;
+use crate::blocks::low_rank::{InputSink, LowRank};
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
 use crate::blocks::swiglu::{Activation, gated_backward, gated_forward};

@@ -12,12 +12,13 @@
 //! So the memory prediction is the step itself, run on sizes.
 
 mod cpu;
+mod side;
 mod sizes;
 
-use crate::adapters::s2ft::Side;
 use crate::blocks::swiglu::Activation;
 use crate::error::Result;
 pub use cpu::{Cpu, CpuInputs, SavedAttention};
+pub use side::Side;
 pub(crate) use sizes::loss_chunk;
 pub use sizes::{Buffer, SizeInputs, SizedWeight, Sizes};
 use std::fmt::Debug;

@@ -1,7 +1,6 @@
 //! Sizes in place of numbers: a step run on them tells what it holds.
 
-use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
-use crate::adapters::s2ft::Side;
+use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring, Side};
 use crate::blocks::causal_attention::AttentionShape;
 use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::blocks::swiglu::Activation;

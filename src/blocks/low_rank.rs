@@ -4,13 +4,20 @@
 //! time is that of moving activations. Here the projection and the update of a block of rows follow each other while
 //! the block is in the cache.
 
-use super::InputSink;
 use crate::cost::Cost;
 use crate::linalg::Real;
 use crate::linalg::gemm::multiply;
 use crate::linalg::tile::{Padded, add_transposed_times_tile, tile_times};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
+
+/// Where the gradient of an input goes: dx = beta dx + gradient.
+pub(crate) struct InputSink<'a, 'v, T> {
+    /// `N x in`.
+    pub dx: &'a mut ArrayViewMut2<'v, T>,
+    /// Zero overwrites, one accumulates.
+    pub beta: T,
+}
 
 /// s B A beside a weight W: y = x W^T + s (x A^T) B^T.
 pub(crate) struct LowRank<'a, T> {
