@@ -4,9 +4,29 @@ use super::parameters::Projection;
 use crate::adapters::lora::LoraSpec;
 pub use crate::adapters::stored::AdapterKind;
 use crate::error::{Error, Result};
+use regex::Regex;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+
+/// Which modules are adapted.
+#[derive(Debug, Clone)]
+enum Targets {
+    All,
+    Names(Vec<String>),
+    /// Matched against a module's whole name.
+    Pattern(Regex),
+}
+
+impl Targets {
+    fn name(&self, module: &str) -> bool {
+        match self {
+            Targets::All => true,
+            Targets::Names(names) => names.iter().any(|target| matches(module, target)),
+            Targets::Pattern(pattern) => pattern.is_match(module),
+        }
+    }
+}
 
 /// A parsed `adapter_config.json`.
 #[derive(Debug, Clone)]
@@ -17,7 +37,7 @@ pub(super) struct AdapterConfig {
     pub true_derivative: bool,
     ranks: BTreeMap<String, f64>,
     alphas: BTreeMap<String, f64>,
-    targets: Vec<String>,
+    targets: Targets,
     layers: Option<Vec<usize>>,
 }
 
@@ -117,18 +137,26 @@ impl AdapterConfig {
             let entry = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
             patterns.iter().map(|e| entry(e).ok_or_else(|| key(name, "numbers by module name"))).collect()
         };
-        let names = |value: &Value| value.as_str().map(String::from);
         let targets = match map.get("target_modules") {
-            Some(Value::Array(list)) => list.iter().map(names).collect(),
-            _ => None,
+            Some(Value::Array(list)) => {
+                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
+                Targets::Names(names.ok_or_else(|| key("target_modules", "a list of module names"))?)
+            }
+            // PEFT's word for every linear layer but the output head.
+            Some(Value::String(word)) if word == "all-linear" => Targets::All,
+            Some(Value::String(pattern)) => {
+                let whole = Regex::new(&format!("^(?:{pattern})$"));
+                Targets::Pattern(whole.map_err(|e| key("target_modules", &format!("a regular expression ({e})")))?)
+            }
+            _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
         };
-        let targets: Vec<String> = targets.ok_or_else(|| key("target_modules", "a list of module names"))?;
-        for target in &targets {
-            let mut parts = target.rsplit('.');
-            parts.next().unwrap_or("").parse::<Projection>().map_err(|_| {
-                let known = Projection::ALL.map(Projection::module).join(", ");
-                wrong("key target_modules".into(), &format!("modules among {known}"), target.clone())
-            })?;
+        if let Targets::Names(names) = &targets {
+            for target in names {
+                target.rsplit('.').next().unwrap_or("").parse::<Projection>().map_err(|_| {
+                    let known = Projection::ALL.map(Projection::module).join(", ");
+                    wrong("key target_modules".into(), &format!("modules among {known}"), target.clone())
+                })?;
+            }
         }
         let layers =
             match map.get("layers_to_transform") {
@@ -156,7 +184,7 @@ impl AdapterConfig {
         if self.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
             return None;
         }
-        if !self.targets.iter().any(|t| matches(&name, t)) {
+        if !self.targets.name(&name) {
             return None;
         }
         let find = |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| matches(&name, k)).map(|(_, &v)| v);

@@ -68,6 +68,21 @@ impl Batch {
         Ok(self)
     }
 
+    /// Documents by Transformers' rule for a batch without a mask: one begins where positions do not go on by one. `None`
+    /// where every row is one document.
+    pub fn documents_of_positions(positions: &Array2<u32>) -> Option<Array2<u32>> {
+        let mut starts = Array2::zeros(positions.dim());
+        let mut several = false;
+        for (positions, mut starts) in positions.rows().into_iter().zip(starts.rows_mut()) {
+            for t in 1..positions.len() {
+                let goes_on = positions[t] == positions[t - 1].wrapping_add(1);
+                starts[t] = if goes_on { starts[t - 1] } else { t as u32 };
+                several |= !goes_on;
+            }
+        }
+        several.then_some(starts)
+    }
+
     /// With documents: each token sees those of its own document only. `starts` holds, for each token, the place in its row
     /// of its document's first token.
     ///
