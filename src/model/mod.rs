@@ -1,4 +1,5 @@
-//! A LLaMA-style decoder with hand-written backward, built from [`crate::blocks`] and [`crate::adapters`].
+//! Decoders with hand-written backward, built from [`crate::blocks`] and [`crate::adapters`]. What a family computes is a row of
+//! [`options`]; the step is one.
 //!
 //! # One training step
 //!
