@@ -29,9 +29,9 @@ fn config() -> ModelConfig {
 }
 
 /// Largest peak of four settled steps over what was live before the model, and the ledger of the next.
-fn measured(method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
+fn measured(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
     let before = COUNTED.current_usage();
-    let mut model: Model<f32> = Model::random(config(), &mut generator(1, "init/model", 0)).unwrap();
+    let mut model: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
     method.apply(&mut model, None, 1).unwrap();
     let ids = ndarray::Array2::from_shape_fn((shape.batch, shape.length), |(b, t)| ((b * 31 + t * 7) % 256) as u32);
     let labels = ids.mapv(i64::from);
@@ -65,11 +65,12 @@ fn the_prediction_is_within_one_percent_for_every_method() {
     // Both pools live to the end: what the threads of a dropped one free later would be missed in a count.
     let pools = [1, 2].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
     pools.iter().for_each(|pool| pool.install(every_method));
+    pools[1].install(every_family);
 
     // S2FT's share of all layers together: which layers get how many is chance, their total is not.
     let method = MethodParams::named(MethodName::S2ft);
     let shape = StepShape { batch: 2, length: 32, bytes: 4, state: 2, checkpointing: false };
-    let (_, ledger) = measured(&method, &shape);
+    let (_, ledger) = measured(&config(), &method, &shape);
     let memory = predict(&config(), &method, &shape).unwrap();
     assert_eq!(
         (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.trained),
@@ -84,7 +85,7 @@ fn every_method() {
         for checkpointing in [false, true] {
             let method = MethodParams { each_layer: name == MethodName::S2ft, ..MethodParams::named(name) };
             let shape = StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing };
-            let (got, ledger) = measured(&method, &shape);
+            let (got, ledger) = measured(&config(), &method, &shape);
             let memory = predict(&config(), &method, &shape).unwrap();
             let gap = memory.total() as f64 / got as f64 - 1.0;
             println!(
@@ -123,6 +124,45 @@ fn every_method() {
         }
     }
     assert!(failures.is_empty(), "{failures:?}");
+}
+
+/// The sizes of [`config`] in another family.
+fn family(model_type: &str, more: &str) -> ModelConfig {
+    let text = format!(
+        "{{\"model_type\": \"{model_type}\", \"vocab_size\": 259, \"hidden_size\": 128, \"intermediate_size\": 344,
+        \"num_hidden_layers\": 4, \"num_attention_heads\": 8, \"num_key_value_heads\": 4, \"head_dim\": 16{more}}}"
+    );
+    ModelConfig::from_json(std::path::Path::new(model_type), &text).unwrap()
+}
+
+/// What a family adds to the step, it adds to the prediction.
+fn every_family() {
+    let families = [
+        family("qwen2", ""),
+        family("qwen3", ""),
+        family("mistral", ", \"sliding_window\": 100"),
+        family("gemma", ""),
+        family("gemma2", ", \"sliding_window\": 100"),
+        family("gemma3_text", ", \"sliding_window\": 100"),
+        family("olmo2", ""),
+        family("granite", ", \"residual_multiplier\": 0.5, \"embedding_multiplier\": 3.0"),
+        family("smollm3", ""),
+    ];
+    for config in families {
+        for name in [MethodName::Full, MethodName::Lora] {
+            let method = MethodParams::named(name);
+            let shape = StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing: false };
+            let (got, ledger) = measured(&config, &method, &shape);
+            let memory = predict(&config, &method, &shape).unwrap();
+            let what = (config.options.family, name.name());
+            println!("{what:?}: predicted {}, counted {got}", memory.total());
+            assert_eq!((memory.weights, memory.adapters), (ledger.weights, ledger.adapters), "{what:?}");
+            assert_eq!((memory.gradients, memory.trained), (ledger.gradients, ledger.trained), "{what:?}");
+            assert_eq!(memory.activations, ledger.activations, "{what:?}");
+            let gap = memory.total() as f64 / got as f64 - 1.0;
+            assert!(gap.abs() < 0.01, "{what:?}: {gap}");
+        }
+    }
 }
 
 /// Starts the thread pool and multiplies on each thread by either kernel: its memory and the matrix libraries' are not a step's.

@@ -434,12 +434,16 @@ impl Ops for Sizes {
         head: &Buffer,
         inputs: &SizeInputs,
         _: Option<&mut Buffer>,
-        _: Option<f64>,
+        cap: Option<f64>,
         wanted: bool,
         _: ObserveLogits<'_, Self>,
     ) -> Result<((), Option<Buffer>)> {
         let dhidden = self.take(hidden.shape);
-        self.touch(loss_chunk(hidden.shape.0, hidden.shape.1, head.shape.0, inputs.bytes));
+        let (rows, width) = hidden.shape;
+        let chunk = loss_chunk(rows, width, head.shape.0, inputs.bytes);
+        // The slope of a cap needs the capped logits once more.
+        let capped = if cap.is_some() { LOGIT_ROWS.min(rows) * head.shape.0 } else { 0 };
+        self.touch(chunk + capped);
         if wanted {
             return Ok(((), Some(dhidden)));
         }

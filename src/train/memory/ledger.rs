@@ -1,6 +1,7 @@
 //! Memory of a training step, read off the live objects.
 
 use super::{Memory, over_layers};
+use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
@@ -45,7 +46,9 @@ pub fn measure<T: Real>(
     memory.activations = over_layers(named);
     let (tokens, width) = (batch.tokens(), model.config.hidden_size);
     let chunk = loss_chunk(tokens, width, model.config.vocab_size, size_of::<T>());
-    let moment = (tokens * width + chunk) * size_of::<T>();
+    let capped =
+        if model.config.options.logit_cap.is_some() { LOGIT_ROWS.min(tokens) * model.config.vocab_size } else { 0 };
+    let moment = (tokens * width + chunk + capped) * size_of::<T>();
     memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;
     Ok(memory)
 }
