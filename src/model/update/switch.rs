@@ -20,7 +20,7 @@ use ndarray::Array2;
 /// # use peft_limits::adapters::{paca::PacaSpec, Method};
 /// # let config = ModelConfig { vocab_size: 13, hidden_size: 8, intermediate_size: 12, num_hidden_layers: 1,
 /// #     num_attention_heads: 2, num_key_value_heads: 1, head_dim: 4, max_position_embeddings: 32,
-/// #     rms_norm_eps: 1e-5, rope_theta: 1e4, tie_word_embeddings: false };
+/// #     rms_norm_eps: 1e-5, rope_theta: 1e4, tie_word_embeddings: false, options: Default::default() };
 /// # let mut rng = <rand_chacha::ChaCha8Rng as rand::SeedableRng>::seed_from_u64(1);
 /// # let base: Model<f32> = Model::random(config, &mut rng)?;
 /// # let mut tuned = base.clone();

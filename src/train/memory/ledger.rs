@@ -5,7 +5,7 @@ use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use crate::model::{Batch, Gradients, Model, StepOptions};
+use crate::model::{Batch, Gradients, Model, Projection, StepOptions};
 use crate::ops::loss_chunk;
 use crate::train::optimizer::Optimizer;
 
@@ -15,7 +15,7 @@ const OUTSIDE: [&str; 4] = ["rope", "inverse_rms", ".projected", ".columns"];
 /// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters, gradient sinks
 /// and optimizer state as they are, activations by name as saved at the end of the forward pass, and as workspace
 /// the reused buffers beyond those, and what lives outside them for a moment: the embedded tokens, one chunk of
-/// logits, packed blocks of matrix products. The gradients keep what the step added.
+/// logits, one decoded weight. The gradients keep what the step added.
 ///
 /// Call it after a few steps: the first ones still grow the buffers and the optimizer's state.
 ///
@@ -48,7 +48,9 @@ pub fn measure<T: Real>(
     let chunk = loss_chunk(tokens, width, model.config.vocab_size, size_of::<T>());
     let capped =
         if model.config.options.logit_cap.is_some() { LOGIT_ROWS.min(tokens) * model.config.vocab_size } else { 0 };
-    let moment = (tokens * width + chunk + capped) * size_of::<T>();
+    let projections = model.layers.iter().flat_map(|layer| Projection::ALL.map(|p| layer.projection(p)));
+    let packed = projections.filter(|p| p.base.is_packed()).map(|p| p.shape().0 * p.shape().1);
+    let moment = (tokens * width + chunk + capped + packed.max().unwrap_or(0)) * size_of::<T>();
     memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;
     Ok(memory)
 }
