@@ -100,6 +100,9 @@ fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>>
         for p in Projection::ALL {
             let projection = layer.projection_mut(p);
             precision.round_array(projection.base.dense_mut("autocast")?);
+            if let Some(bias) = &mut projection.bias {
+                bias.mapv_inplace(|x| precision.round(x));
+            }
             projection.update(&mut |_, values| {
                 precision.round_array(values);
                 Ok(())

@@ -73,7 +73,9 @@ impl<T: Real> Model<T> {
             let from = hidden.slice(s![now * length..(now + 1) * length, ..]);
             in_order.slice_mut(s![original * length..(original + 1) * length, ..]).assign(&from);
         }
-        linear_forward(in_order.view(), self.head().view(), cost)
+        let mut logits = linear_forward(in_order.view(), self.head().view(), cost)?;
+        self.config.options.cap_logits(&mut logits);
+        Ok(logits)
     }
 }
 
