@@ -170,7 +170,9 @@ fn forward_vector(context: &Context<'_>, evidence: Option<&Evidence>) -> Vec<f64
     let rows = context.case.real_rows();
     let mut add = |got: &Array2<f64>, right: Option<&Array2<f64>>, from: Option<&Array2<f64>>| {
         let (Some(right), Some(values)) = (right, if evidence.is_some() { from } else { Some(got) }) else { return };
-        let unit = crate::linalg::norms::frobenius(&right.view()).max(f64::MIN_POSITIVE);
+        // A forward that grew must not count for all.
+        let norm = |a: &Array2<f64>| crate::linalg::norms::frobenius(&a.view());
+        let unit = norm(right).max(norm(got)).max(f64::MIN_POSITIVE);
         rows.iter().filter(|&&i| i < values.nrows()).for_each(|&i| all.extend(values.row(i).iter().map(|x| x / unit)));
     };
     for (layer, got) in &trainer.hidden {
@@ -200,6 +202,15 @@ fn fit(
     let mut factors = vec![1.0; count];
     let mut here = run(&factors)?;
     let start = gap(&here);
+    if count == 1 {
+        // One factor may be far away.
+        for factor in [0.125, 0.25, 0.5, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 24.0, 32.0] {
+            let there = run(&[factor])?;
+            if gap(&there) < gap(&here) {
+                (factors, here) = (vec![factor], there);
+            }
+        }
+    }
     for _ in 0..12 {
         let columns: Option<Vec<Vec<f64>>> = (0..count)
             .map(|i| {
@@ -440,16 +451,16 @@ fn scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         (1.0, wrong, format!("the adapter is scaled by 1 instead of {declared}"), fix),
         (alpha / r, wrong, format!("the adapter is scaled by alpha / r instead of {declared}"), fix),
         (alpha / r.sqrt(), wrong, format!("the adapter is scaled by alpha / sqrt(r) instead of {declared}"), fix),
-        (alpha, wrong, format!("the adapter is scaled by alpha instead of {declared}"), fix),
-        (1.0 / r, wrong, format!("the adapter is scaled by 1 / r instead of {declared}"), fix),
-        (r / alpha, wrong, format!("the adapter is scaled by r / alpha instead of {declared}"), fix),
-        (declared * declared, wrong, format!("the adapter's scaling {declared} enters twice"), fix),
         (
             2.0 * declared,
             "adapter-twice",
             "the adapter acts twice: the base weight already holds it".into(),
             "unmerge the base weight before training, or start from the original checkpoint",
         ),
+        (alpha, wrong, format!("the adapter is scaled by alpha instead of {declared}"), fix),
+        (1.0 / r, wrong, format!("the adapter is scaled by 1 / r instead of {declared}"), fix),
+        (r / alpha, wrong, format!("the adapter is scaled by r / alpha instead of {declared}"), fix),
+        (declared * declared, wrong, format!("the adapter's scaling {declared} enters twice"), fix),
     ];
     for (value, name, what, fix) in candidates {
         if (value - declared).abs() < 1e-12 || tested.settled() {

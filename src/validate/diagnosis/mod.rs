@@ -128,6 +128,16 @@ impl Context<'_> {
         Some((1.0 + measure.along, measure.rounding_along))
     }
 
+    /// Whether the trainer rounds to a half format.
+    pub fn coarse(&self) -> bool {
+        self.case.rounding.coarsest().epsilon() > 1e-4
+    }
+
+    /// What part of the gradients' gap is left when they are taken to be `predicted`; 1 if nothing is known.
+    pub fn left_by(&self, predicted: &Evidence) -> f64 {
+        self.account(predicted, self.rungs).map_or(1.0, |a| a.left)
+    }
+
     /// Whether a rung was checked.
     pub fn checked(&self, rung: RungName) -> bool {
         rung_of(self.rungs, rung).is_some_and(|r| !matches!(r.outcome, Outcome::Skipped(_)))
@@ -184,7 +194,9 @@ impl Context<'_> {
     }
 
     /// How much of the gap a fault accounts for; `None` if it predicts nothing that differs from the right step.
-    fn account(&self, predicted: &Evidence) -> Option<Account> {
+    ///
+    /// `rungs` are the measures under the fault, whose rounding may be larger.
+    fn account(&self, predicted: &Evidence, rungs: &[Rung]) -> Option<Account> {
         let (mut along, mut fault, mut gap, mut left) = (0.0, 0.0, 0.0, 0.0);
         let mut add = |rung: RungName, name: &str, got: &ndarray::Array2<f64>, right: &ndarray::Array2<f64>, faulty: &ndarray::Array2<f64>| {
             let measured = rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
@@ -193,7 +205,8 @@ impl Context<'_> {
                 return;
             }
             let norm = crate::linalg::norms::frobenius(&right.view());
-            let unit = m.tolerance * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
+            let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
+            let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance)) * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
             let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
             ndarray::Zip::from(got).and(right).and(faulty).for_each(|&g, &r, &f| {
                 along += weight * (g - r) * (f - r);
@@ -238,10 +251,14 @@ impl Context<'_> {
         // "No fault" must leave clearly more.
         let better = |r: &Rung| {
             let share = rung_of(self.rungs, r.name).map_or(0.0, |b| finite_share(b));
-            !r.tensors.is_empty() && finite_share(r) <= LEFT_OVER.max(0.0) * share
+            // Without gradients there is no common factor of them.
+            let none = r.tensors.is_empty() && r.name == RungName::Scale && rung_of(&rungs, RungName::Gradients).is_some_and(fine);
+            none || (!r.tensors.is_empty() && finite_share(r) <= LEFT_OVER * share)
         };
-        let account = self.account(predicted);
-        let accounted = account.is_some_and(|a| (a.amplitude - 1.0).abs() < AMPLITUDE && a.left < LEFT_OVER * LEFT_OVER);
+        let account = self.account(predicted, &rungs);
+        // Rounding moves both in a half format, where a fault may be no larger than the tolerance.
+        let (near, rest) = if self.coarse() { (0.4, 0.36) } else { (AMPLITUDE, LEFT_OVER * LEFT_OVER) };
+        let accounted = account.is_some_and(|a| (a.amplitude - 1.0).abs() < near && a.left < rest);
         let predicts = || rungs.iter().filter(|r| r.name.is_of_the_step());
         let explains: Vec<RungName> = predicts()
             .filter(|r| self.failed(r.name) && fine(r) && better(r) && r.problems.is_empty())
@@ -290,9 +307,9 @@ impl Context<'_> {
         if let Ok(mut predicted) = self.case.run(variant) {
             edit(&mut predicted);
             let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
-            let near = self.account(&predicted).is_some_and(|a| a.left < 0.5);
+            let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
             // In a half format the fault may make rounding matter more than it does in the right step.
-            if near && !diagnosis.complete && self.case.rounding.coarsest().epsilon() > 1e-4 {
+            if near && !diagnosis.complete && self.coarse() {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
@@ -360,10 +377,13 @@ pub(super) fn diagnose(
         {
             forward::test(&context, &mut tested)?;
         }
-        if !tested.settled() && (context.failed(RungName::Loss) || !context.checked(RungName::Loss)) {
+        // In a half format the loss of a fresh model hides which labels it counts.
+        let doubtful = context.failed(RungName::Loss) || !context.checked(RungName::Loss) || context.coarse();
+        if !tested.settled() && doubtful {
             loss::test(&context, &mut tested)?;
         }
-        if !tested.settled() && !context.forward_wrong() {
+        let only_factor = tested.found.iter().filter(|d| d.complete).all(|d| d.fault == "constant-factor");
+        if only_factor && doubtful && !context.forward_wrong() {
             measured = loss::other_losses(&context, &mut tested)?;
         }
         if !tested.settled() && measured.is_none() && !context.forward_wrong() {

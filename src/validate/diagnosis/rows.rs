@@ -74,6 +74,27 @@ impl Context<'_> {
         self.case.trained.iter().filter(usable).filter_map(weight).collect()
     }
 
+    /// <G - P, F - P> / |F - P|^2 over all gradients.
+    pub(super) fn amplitude(&self, from: &Evidence, to: &Evidence) -> f64 {
+        let (mut along, mut square) = (0.0, 0.0);
+        for (name, w) in self.weights() {
+            let (Some(p), Some(f), Some(g)) = (from.gradients.get(&name), to.gradients.get(&name), self.observed(&name)) else {
+                continue;
+            };
+            let direction = f - p;
+            along += w * dot(&(&g.values - p), &direction);
+            square += w * dot(&direction, &direction);
+        }
+        along / square
+    }
+
+    /// The right step times the factor that comes nearest to the trainer's gradients.
+    pub(super) fn common_factor(&self) -> Evidence {
+        let none = self.with_gradients(self.exact.gradients.iter().map(|(n, g)| (n.clone(), g * 0.0)).collect());
+        let c = self.amplitude(&none, self.exact);
+        self.with_gradients(self.exact.gradients.iter().map(|(n, g)| (n.clone(), g * c)).collect())
+    }
+
     fn with_gradients(&self, gradients: BTreeMap<String, Array2<f64>>) -> Evidence {
         Evidence { gradients, ..self.exact.clone() }
     }
