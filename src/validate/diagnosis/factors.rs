@@ -163,7 +163,7 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
     }
     let log = c.abs().log2();
     let power = c > 0.0 && (log - log.round()).abs() < near && log.abs() > 0.5;
-    if everything && power && log.abs() < 6.5 {
+    if everything && power && (-6.5..1.5).contains(&log) {
         let fix = "divide by the tokens of all ranks and sum over ranks, or by a rank's own and average: not both";
         let n = log.abs().round().exp2();
         let text = if c < 1.0 {
@@ -185,8 +185,8 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             candidates.push((value, "adapter-scaling-backward", text, fix));
         }
     }
-    if power && log.abs() > 6.5 {
-        let text = format!(" (2^{}): a loss scale that was not divided out", log.round());
+    if power && !(-6.5..1.5).contains(&log) {
+        let text = format!(" (2^{}): a loss scale that was not divided out, or ranks that are summed and not averaged", log.round());
         let loss_scale = (c, "loss-scale", text, "unscale the gradients before they are used");
         // The forward being right, a factor of the loss is likelier than one of the rank.
         let rank = candidates.iter().position(|c| c.2.contains(": alpha is")).unwrap_or(candidates.len());
