@@ -11,7 +11,7 @@
 
 Inside the block everything is recorded as it happens: what the model is called with, its loss, logits and hidden
 states, the gradients as backward leaves them (before clipping), the optimizer's settings, state and result. Several
-forward passes are the micro-batches of one accumulated step. Works with Transformers and PEFT models on any device, under autocast,
+forward passes are the micro-batches of one accumulated step; passes without gradients (evaluation) and after the update are left out. Works with Transformers and PEFT models on any device, under autocast,
 DistributedDataParallel, torch.compile, FSDP on one process, and with other models whose names `rename` maps to those
 of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the files.
 
@@ -133,6 +133,10 @@ class dump_step:
         """The loss of the whole step, where the model does not return it."""
         self.loss = float(torch.as_tensor(loss).detach())
 
+    def set_labels(self, labels):
+        """Labels of all rows, where the model is not called with them; before the block ends."""
+        self.given_labels = labels
+
     # Recording.
 
     def __enter__(self):
@@ -146,6 +150,10 @@ class dump_step:
         hook = self.handles.append
         hook(self.model.register_forward_pre_hook(self.called, with_kwargs=True))
         hook(self.model.register_forward_hook(self.returned))
+        # Accelerate starts autocast inside the wrapped forward: it shows in the layers only.
+        for name, module in self.model.named_modules():
+            if LAYER.search(plain(name)):
+                hook(module.register_forward_pre_hook(self.entered))
         if self.keep_hidden:
             for name, module in self.model.named_modules():
                 match = LAYER.search(plain(name))
@@ -178,13 +186,28 @@ class dump_step:
             raise ValueError("dump_step: the model was not called with input_ids")
         if given["input_ids"].dim() != 2:
             raise ValueError("dump_step: input_ids must be (batch, length)")
-        device = given["input_ids"].device.type
-        if self.autocast is None and torch.is_autocast_enabled(device):
-            self.autocast = dtype_name(torch.get_autocast_dtype(device))
-        self.micro.append({n: full(t).long() for n, t in given.items()} | {"hidden": {}})
+        # Passes for evaluation, and those after the update, belong to no micro-batch.
+        trains = torch.is_grad_enabled()
+        if self.optimizer is not None or (not trains and any(m["trains"] for m in self.micro)):
+            return
+        if trains:
+            self.micro = [m for m in self.micro if m["trains"]]
+        self.device = given["input_ids"].device.type
+        self.look_for_autocast()
+        self.micro.append({n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains})
         self.inside = True
 
+    def look_for_autocast(self):
+        if self.autocast is None and torch.is_autocast_enabled(self.device):
+            self.autocast = dtype_name(torch.get_autocast_dtype(self.device))
+
+    def entered(self, module, args):
+        if self.inside:
+            self.look_for_autocast()
+
     def returned(self, module, args, output):
+        if not self.inside:
+            return
         self.inside = False
         record = self.micro[-1]
         get = output.get if isinstance(output, dict) else lambda n: getattr(output, n, None)
@@ -204,7 +227,9 @@ class dump_step:
         return hook
 
     def accumulated(self, parameter):
-        self.gradients[id(parameter)] = full(parameter.grad)
+        # A custom function may return no gradient; nothing may be raised inside backward.
+        if parameter.grad is not None:
+            self.gradients[id(parameter)] = full(parameter.grad)
 
     def before_update(self, optimizer, args, kwargs):
         if self.optimizer is not None:
@@ -241,8 +266,17 @@ class dump_step:
         active = active if isinstance(active, str) else (list(active) or ["default"])[0]
         tensors = dict(self.model.named_parameters())
         tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
+        inactive = [n for n in (peft or {}) if n != active]
+        saved = False
         for raw, tensor in tensors.items():
-            name = self.rename(plain(raw)).replace(f".{active}", "").replace(".base_layer.", ".")
+            clean = plain(raw)
+            # Adapters that do not run, and the originals of modules that modules_to_save copies.
+            if ".original_module." in clean or any(
+                    re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
+                continue
+            saved = saved or ".modules_to_save." in clean
+            clean = clean.replace(f".modules_to_save.{active}.", ".")
+            name = self.rename(clean).replace(f".{active}", "").replace(".base_layer.", ".")
             name = name.removeprefix("base_model.model.")
             if tensor.dtype in (torch.uint8, torch.int8):
                 raise ValueError(f"dump_step: {raw} is quantized, which is not supported")
@@ -268,7 +302,9 @@ class dump_step:
             config = self.adapter_config or (peft and peft[active].to_dict())
             if not config:
                 raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-            self.write_json("adapter/adapter_config.json", jsonable(config))
+            # The copies of modules_to_save are written as the modules themselves.
+            config = jsonable(config) | ({"modules_to_save": None} if saved else {})
+            self.write_json("adapter/adapter_config.json", config)
             save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
         self.has_adapter = self.adapter_path is not None or bool(adapter)
 
@@ -303,7 +339,8 @@ class dump_step:
             for m, part in zip(self.micro, labels.split([m["input_ids"].shape[0] for m in self.micro])):
                 m["labels"] = part[:, : m["input_ids"].shape[1]]
         if any("labels" not in m for m in self.micro):
-            raise ValueError("dump_step: give labels=, the model was not called with them")
+            raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
+                             "takes them out; set_labels() inside the block does as well)")
         ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
         if ragged or any("attention_mask" in m for m in self.micro):
             for m in self.micro:

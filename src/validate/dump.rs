@@ -45,6 +45,21 @@ pub struct Trainer {
     pub first: BTreeMap<String, Observed>,
     /// Second moments before the step.
     pub second: BTreeMap<String, Observed>,
+    /// What the dump says about things that its tensors do not hold.
+    pub setting: Setting,
+}
+
+/// What configurations and names say about a step beside its tensors.
+#[derive(Debug, Clone, Default)]
+pub struct Setting {
+    /// Dropout that the configurations declare, as `key value`; whether it acted they do not say.
+    pub dropout: Vec<String>,
+    /// Tensors of the adapter that the trainer does not train.
+    pub frozen: Vec<String>,
+    /// Name of the adapter that is trained, where it is not `default`.
+    pub adapter_name: Option<String>,
+    /// Whether positions start again inside a row: several documents in it.
+    pub packed: bool,
 }
 
 /// Everything that validation needs.
@@ -112,6 +127,7 @@ impl Case {
     /// Those of the model and adapter folders and of the tensor file; [`Error::Format`] for inputs of a wrong shape.
     pub fn read(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
         let file = TensorFile::open(&paths.step)?;
+        refuse_unsupported(paths)?;
         let mut model = Model::<f64>::read(&paths.model)?;
         let kind = match &paths.adapter {
             Some(folder) => Some(model.read_adapter(folder)?),
@@ -124,7 +140,11 @@ impl Case {
             let expected = format!("{rows} rows, the sum of micro_batch_rows");
             return Err(file.malformed("tensor input_ids", expected, batch.input_ids.nrows().to_string()));
         }
-        let trainer = read_trainer(&file, loss.scale, model.config.tie_word_embeddings)?;
+        let mut trainer = read_trainer(&file, loss.scale, model.config.tie_word_embeddings)?;
+        let of_adapter: Vec<String> = match kind {
+            Some(_) => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
+            None => Vec::new(),
+        };
         let named = manifest.and_then(|m| m.trained.as_ref());
         let trained: Vec<String> = match named {
             Some(names) => names.iter().map(|n| canonical_name(n)).collect(),
@@ -135,6 +155,12 @@ impl Case {
         let known: Vec<String> = model.trainable_values().into_iter().map(|(name, _)| name).collect();
         let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
         let rounding = rounding(manifest, &trainer, plain);
+        trainer.setting = Setting {
+            dropout: declared_dropout(paths),
+            frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
+            adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
+            packed: starts_again(&batch),
+        };
         Ok(Self {
             name: name.to_string(),
             model,
@@ -161,6 +187,70 @@ impl Case {
         };
         self.loss.micro_batch_rows.iter().map(next).collect()
     }
+}
+
+/// Refuses in words what the reference cannot imitate and the tensors' names betray.
+fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
+    let copies = |file: &TensorFile| file.names().find(|name| name.contains(".modules_to_save.")).map(str::to_string);
+    let refuse = |file: &TensorFile, name: String| {
+        let expected = "no copies of modules: modules_to_save is not supported yet; train the head as a LoRA target, or \
+                        make it trainable with requires_grad_ and leave modules_to_save out";
+        Err(file.malformed(format!("tensor {name}"), expected, "a copy that modules_to_save trains"))
+    };
+    let weights = paths.model.join("model.safetensors");
+    if weights.exists() {
+        let file = TensorFile::open(&weights)?;
+        if let Some(name) = copies(&file) {
+            return refuse(&file, name);
+        }
+    }
+    let Some(adapter) = paths.adapter.as_ref().map(|a| a.join("adapter_model.safetensors")).filter(|a| a.exists())
+    else {
+        return Ok(());
+    };
+    let file = TensorFile::open(&adapter)?;
+    if let Some(name) = copies(&file) {
+        return refuse(&file, name);
+    }
+    let other = file.names().find_map(|name| adapter_name(name).map(|other| (name.to_string(), other)));
+    if let Some((name, other)) = other {
+        let expected = "tensors of one adapter; several adapters in one model are not supported: dump with the trained one \
+                        alone (delete_adapter for the inactive ones)";
+        return Err(file.malformed(format!("tensor {name}"), expected, format!("a second adapter, `{other}`")));
+    }
+    Ok(())
+}
+
+/// The adapter's own name in a tensor's name, where it is not `default`: `other` in `...lora_A.other.weight`.
+fn adapter_name(name: &str) -> Option<String> {
+    let parts: Vec<&str> = name.split('.').collect();
+    let at = parts.iter().position(|p| ["lora_A", "lora_B", "lora_mixer", "lora_magnitude_vector"].contains(p))?;
+    let next = parts.get(at + 1)?;
+    (!["weight", "bias", "default"].contains(next)).then(|| (*next).to_string())
+}
+
+/// Settings of the configurations that switch some dropout on.
+fn declared_dropout(paths: &DumpPaths) -> Vec<String> {
+    let files = [Some(paths.model.join("config.json")), paths.adapter.as_ref().map(|a| a.join("adapter_config.json"))];
+    let read = |path: PathBuf| {
+        let text = std::fs::read_to_string(path).ok()?;
+        serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text).ok()
+    };
+    let on = |(key, value): (String, serde_json::Value)| {
+        let rate = value.as_f64().filter(|rate| *rate > 0.0)?;
+        (key.contains("drop")).then(|| format!("{key} {rate}"))
+    };
+    files.into_iter().flatten().filter_map(read).flatten().filter_map(on).collect()
+}
+
+/// Whether positions of neighbouring tokens that are not padding fail to rise by one.
+fn starts_again(batch: &Batch) -> bool {
+    let Some(positions) = &batch.position_ids else { return false };
+    let real = |b: usize, t: usize| batch.attention_mask.as_ref().is_none_or(|m| m[[b, t]]);
+    let (rows, length) = positions.dim();
+    (0..rows).any(|b| {
+        (1..length).any(|t| real(b, t - 1) && real(b, t) && positions[[b, t]] != positions[[b, t - 1]].wrapping_add(1))
+    })
 }
 
 fn rounding(manifest: Option<&Manifest>, trainer: &Trainer, plain: &PlainSettings) -> Rounding {
@@ -225,7 +315,7 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
         let positions = integers(file, "position_ids", reason)?;
         let restarts = |row: ndarray::ArrayView1<i64>| row.windows(2).into_iter().any(|w| w[1] != w[0] + 1);
         if batch.attention_mask.is_none() && positions.rows().into_iter().any(restarts) {
-            let expected = "positions that rise by one in each row (packed sequences are not implemented)";
+            let expected = "positions that rise by one in each row (packed sequences, several documents in a row, are not implemented)";
             return Err(file.malformed("tensor position_ids", expected, "other steps"));
         }
         if let Some(bad) = positions.iter().find(|p| **p < 0 || **p > i64::from(u32::MAX)) {

@@ -3,7 +3,7 @@
 use super::dump::{Case, Observed};
 use super::measure::{Measure, floor, measure};
 use super::reference::{Evidence, select_rows};
-use super::update;
+use super::{applied, update};
 use crate::linalg::norms::frobenius;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -37,6 +37,8 @@ pub enum RungName {
     Gradients,
     /// The factor common to all gradients.
     Scale,
+    /// The gradients that the optimizer saw, from those that backward left.
+    Applied,
     /// Parameters after the optimizer's step.
     Update,
 }
@@ -52,13 +54,14 @@ impl RungName {
             Self::Output => "output",
             Self::Gradients => "gradients",
             Self::Scale => "gradient scale",
+            Self::Applied => "applied gradients",
             Self::Update => "update",
         }
     }
 
     /// Whether rerunning the step with a fault in it predicts this rung: what the step computes, before the optimizer.
     pub(super) fn is_of_the_step(self) -> bool {
-        (Self::Loss..Self::Update).contains(&self)
+        (Self::Loss..Self::Applied).contains(&self)
     }
 }
 
@@ -81,7 +84,7 @@ pub struct Rung {
     /// How it came out.
     #[serde(flatten)]
     pub outcome: Outcome,
-    /// What was wrong beyond numbers: missing and unknown tensors, shapes.
+    /// What was wrong beyond numbers: missing and unknown tensors, shapes. Where the rung passed, what should be known of it.
     pub problems: Vec<String>,
     /// Measured tensors.
     pub tensors: Vec<Measure>,
@@ -123,6 +126,7 @@ pub fn climb(case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<Rung> {
         hidden(case, exact, rounded),
         gradients,
         scale,
+        applied::rung(case),
         update::rung(case),
     ]
 }

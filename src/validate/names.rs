@@ -16,6 +16,7 @@ const ADAPTER: [&str; 3] = ["lora_", "paca_", "s2ft_"];
 /// let raw = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight";
 /// assert_eq!(canonical_name(raw), "model.layers.0.self_attn.q_proj.weight");
 /// assert_eq!(canonical_name("model.norm.weight"), "model.norm.weight");
+/// assert_eq!(canonical_name("base_model.model.lm_head.modules_to_save.default.weight"), "lm_head.weight");
 /// ```
 pub fn canonical_name(raw: &str) -> String {
     let mut name = raw.to_string();
@@ -32,6 +33,11 @@ pub fn canonical_name(raw: &str) -> String {
         }
     }
     name = name.replace(".base_layer.", ".");
+    // The copy that PEFT's modules_to_save trains in place of the module.
+    if let Some((module, copy)) = name.split_once(".modules_to_save.") {
+        let tensor = copy.split_once('.').map_or(copy, |(_, tensor)| tensor);
+        name = format!("{module}.{tensor}");
+    }
     let parts: Vec<&str> = name.split('.').collect();
     match parts.iter().position(|part| ADAPTER.iter().any(|prefix| part.starts_with(prefix))) {
         Some(at) => parts[..=at].join("."),

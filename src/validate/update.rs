@@ -76,6 +76,86 @@ pub(super) fn measure_change(
     measure(name, &(after - &start), expected, &(stored - &start), floor, scale)
 }
 
+/// How far a stored parameter is from the exact result of the update, where the format rounds most of it away.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stored {
+    /// Distance of the farthest entry from the exact result, in units in the last place.
+    pub farthest: f64,
+    /// What of the update, along itself, arrived.
+    pub kept: f64,
+    /// Whether every entry is the nearest number, not only one of the two neighbours.
+    pub nearest: bool,
+}
+
+/// Numbers of the format on both sides of x.
+fn neighbours(precision: Precision, x: f64) -> (f64, f64) {
+    if x.abs() < f64::MIN_POSITIVE || !x.is_finite() {
+        return (x, x);
+    }
+    let unit = ulp(precision, x);
+    ((x / unit).floor() * unit, (x / unit).ceil() * unit)
+}
+
+/// Distance between neighbouring numbers of the format at x.
+fn ulp(precision: Precision, x: f64) -> f64 {
+    let exponent = x.abs().max(f64::MIN_POSITIVE).log2().floor();
+    (exponent.exp2() * precision.epsilon()).max(precision.smallest())
+}
+
+/// Whether `after` is the exact result in the parameter's own format: rounded to nearest, or up and down by chance
+/// (stochastic rounding, a compensating buffer), where the mean of the update must arrive.
+///
+/// `slack` is what the optimizer's own arithmetic may be off, entry by entry.
+pub(super) fn stored_in_format(
+    before: &Array2<f64>,
+    after: &Array2<f64>,
+    expected: &Array2<f64>,
+    slack: &Array2<f64>,
+    precision: Precision,
+) -> Option<Stored> {
+    if precision.epsilon() < 1e-4 || after.dim() != before.dim() || expected.dim() != before.dim() {
+        return None;
+    }
+    let (mut farthest, mut beyond) = (0.0f64, 0usize);
+    let (mut arrived, mut wanted, mut spread, mut allowed) = (0.0, 0.0, 0.0, 0.0);
+    let (mut plain, mut whole) = (0.0, 0.0);
+    for (((&b, &a), &e), &s) in before.iter().zip(after).zip(expected).zip(slack) {
+        let target = b + e;
+        let (low, high) = (target - s, target + s);
+        let unit = ulp(precision, target.abs().max(b.abs()));
+        if !a.is_finite() {
+            return None;
+        }
+        let nearest = precision.round(low) <= a && a <= precision.round(high);
+        let within = neighbours(precision, low).0 <= a && a <= neighbours(precision, high).1;
+        if !within {
+            return None;
+        }
+        beyond += usize::from(!nearest);
+        farthest = farthest.max(((a - high).max(low - a) / unit).max(0.0));
+        plain += (a - b) * e;
+        whole += e * e;
+        let weight = e / (unit * unit);
+        let part = (e.abs() / unit).fract();
+        arrived += (a - b) * weight;
+        wanted += e * weight;
+        allowed += s * weight.abs();
+        spread += weight * weight * unit * unit * part * (1.0 - part);
+    }
+    let nearest = beyond <= before.len() / 500;
+    // By chance or not, the mean must arrive: otherwise the update is another one.
+    let arrives = (arrived - wanted).abs() <= 5.0 * spread.sqrt() + allowed + 1e-12;
+    let kept = if whole > 0.0 { plain / whole } else { 1.0 };
+    (nearest || arrives).then_some(Stored { farthest, kept, nearest })
+}
+
+/// What the arithmetic of an optimizer in a half format may be off: moments and their quotient are rounded, and decay is
+/// applied by itself.
+pub(super) fn slack(expected: &Array2<f64>, before: &Array2<f64>, params: OptimizerParams) -> Array2<f64> {
+    let decay = params.lr * params.weight_decay;
+    ndarray::Zip::from(expected).and(before).map_collect(|e, b| 0.03 * e.abs() + decay * b.abs())
+}
+
 /// The rung.
 pub(super) fn rung(case: &Case) -> Rung {
     let name = RungName::Update;
@@ -86,6 +166,7 @@ pub(super) fn rung(case: &Case) -> Rung {
         return Rung::skipped(name, "the dump does not say which optimizer made the step");
     };
     let before = before(case);
+    let (mut arrived, mut whole, mut all_nearest, mut format) = (0.0, 0.0, true, Precision::F64);
     let mut rung = Rung { name, outcome: Outcome::Pass, problems: Vec::new(), tensors: Vec::new() };
     for parameter in &case.trained {
         let (Some(before), Some(after)) = (before.get(parameter), case.trainer.after.get(parameter)) else {
@@ -108,7 +189,20 @@ pub(super) fn rung(case: &Case) -> Rung {
         };
         match expected {
             Ok(expected) if after.values.dim() == before.dim() => {
-                rung.tensors.push(measure_change(parameter, before, &after.values, &expected, after.precision));
+                let mut measure = measure_change(parameter, before, &after.values, &expected, after.precision);
+                let slack = slack(&expected, before, params);
+                let stored = stored_in_format(before, &after.values, &expected, &slack, after.precision);
+                if let Some(stored) = stored {
+                    let size = crate::linalg::norms::frobenius(&expected.view()).powi(2);
+                    arrived += stored.kept * size;
+                    whole += size;
+                    all_nearest &= stored.nearest;
+                    if !measure.passes() {
+                        measure.share = measure.share.min(stored.farthest.min(1.0));
+                    }
+                    format = after.precision;
+                }
+                rung.tensors.push(measure);
             }
             Ok(_) => rung.problems.push(format!("{parameter}: another shape after the step")),
             Err(error) => rung.problems.push(format!("{parameter}: {error}")),
@@ -116,6 +210,19 @@ pub(super) fn rung(case: &Case) -> Rung {
     }
     if !rung.problems.is_empty() || rung.tensors.iter().any(|m| !m.passes()) {
         rung.outcome = Outcome::Fail;
+    } else if whole > 0.0 && arrived < 0.9 * whole && all_nearest {
+        rung.problems.push(format!(
+            "{} keeps {:.0}% of this update: the rest is lost to rounding, being less than half a unit in the last place \
+             (parameters in float32, stochastic rounding or a larger learning rate keep it)",
+            format.name(),
+            (100.0 * arrived / whole).max(0.0)
+        ));
+    } else if whole > 0.0 && !all_nearest {
+        rung.problems.push(format!(
+            "{} parameters are rounded up and down by chance, or with a compensating buffer: each is within one unit in the \
+             last place and the mean of the update arrives",
+            format.name()
+        ));
     }
     rung
 }

@@ -26,13 +26,17 @@ pub(super) fn factors(context: &Context<'_>, tested: &mut Tested<'_>) {
     let explained = |names: &[&str], c: f64| -> (usize, f64) {
         let mut most = 0.0f64;
         let mut count = 0;
+        let (mut left, mut gap) = (0.0, 0.0);
         for name in names {
             let Some(got) = context.observed(name) else { continue };
             let share = context.share_of(name, &got.values.mapv(|x| x / c));
+            let before = context.failing.iter().find(|m| m.name == *name).map_or(0.0, |m| m.share);
             count += usize::from(share <= EXPLAINED);
+            (left, gap) = (left + share * share, gap + before * before);
             most = most.max(share);
         }
-        (count, most)
+        // "No factor" must leave clearly more.
+        if left <= super::LEFT_OVER * super::LEFT_OVER * gap { (count, most) } else { (0, most) }
     };
     let usable = |c: f64| c.is_finite() && c.abs() > 1e-12 && (c - 1.0).abs() > 1e-7;
     let names: Vec<&str> = context.failing.iter().map(|m| m.name.as_str()).collect();
@@ -90,6 +94,12 @@ fn same_in_loss(context: &Context<'_>, c: f64, near: f64, diagnosis: &mut Diagno
 pub(super) fn common_factor(context: &Context<'_>, tested: &mut Tested<'_>) {
     let (true, Some((c, noise))) = (context.failed(RungName::Scale), context.mean_factor()) else { return };
     let near = 3.0 * noise + 1e-6;
+    // Common means that single tensors agree on it, as far as rounding lets them.
+    let along: Vec<f64> = context.all_gradients().iter().map(|m| m.along).filter(|a| a.is_finite()).collect();
+    let scatter = (along.iter().map(|a| (a - (c - 1.0)).powi(2)).sum::<f64>() / along.len().max(1) as f64).sqrt();
+    if scatter > 2.5 * noise + 1e-6 && scatter > 0.25 * (c - 1.0).abs() {
+        return;
+    }
     let (name, meaning, fix) = meaning(context, c, near, true);
     let what = format!("all gradients together are {c:.4} (+- {near:.0e}) times the right ones{meaning}");
     let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), 0, 0.0);
@@ -104,6 +114,7 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
     let counted = batch.counted() as f64;
     let tokens = (rows * length) as f64;
     let mask = batch.attention_mask.as_ref().map_or(tokens, |m| m.iter().filter(|x| **x).count() as f64);
+    let before_shift = batch.labels.iter().filter(|l| **l >= 0).count() as f64;
     let micro = context.case.micro_batches().len() as f64;
     let scalings: Vec<(f64, usize)> = context
         .case
@@ -131,6 +142,8 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             (tokens - rows as f64, "the B (T - 1) shifted tokens"),
             (mask, "the tokens that are not padding"),
             (rows as f64, "the B sequences"),
+            (before_shift, "the labels counted before the shift"),
+            (before_shift - 1.0, "the labels but one"),
         ] {
             let text = format!(": the loss is divided by {of} ({n}) instead of the {counted} counted ones");
             candidates.push((counted / n, wrong, text, averaging));
@@ -148,6 +161,18 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             "negate the loss or the update",
         ));
     }
+    let log = c.abs().log2();
+    let power = c > 0.0 && (log - log.round()).abs() < near && log.abs() > 0.5;
+    if everything && power && (-6.5..1.5).contains(&log) {
+        let fix = "divide by the tokens of all ranks and sum over ranks, or by a rank's own and average: not both";
+        let n = log.abs().round().exp2();
+        let text = if c < 1.0 {
+            format!(": divided by {n} once too often, as when the tokens of all {n} ranks divide the loss and ranks are averaged")
+        } else {
+            format!(": {n} times too much, as when {n} ranks are summed instead of averaged")
+        };
+        candidates.push((c, "world-size", text, fix));
+    }
     for (s, r) in scalings {
         let (r, fix) = (r as f64, "check where alpha / r enters forward and backward");
         for (value, text) in [
@@ -160,15 +185,16 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             candidates.push((value, "adapter-scaling-backward", text, fix));
         }
     }
-    let log = c.abs().log2();
-    if c > 0.0 && log.abs() > 1.5 && (log - log.round()).abs() < near {
-        let text = format!(" (2^{}): a loss scale that was not divided out", log.round());
+    if power && !(-6.5..1.5).contains(&log) {
+        let text = format!(" (2^{}): a loss scale that was not divided out, or ranks that are summed and not averaged", log.round());
         let loss_scale = (c, "loss-scale", text, "unscale the gradients before they are used");
         // The forward being right, a factor of the loss is likelier than one of the rank.
         let rank = candidates.iter().position(|c| c.2.contains(": alpha is")).unwrap_or(candidates.len());
         candidates.insert(rank, loss_scale);
     }
     candidates.retain(|(value, ..)| value.is_finite() && value.abs() > 0.0 && (c / value - 1.0).abs() < near);
+    // With B = 0 the forward shows no scaling, and a factor of B's gradient has several explanations.
+    let ambiguous = b_is_zero(context) && candidates.iter().any(|c| c.1 != candidates[0].1);
     let mut candidates = candidates.into_iter();
     let Some((_, name, mut text, fix)) = candidates.next() else {
         return ("constant-factor", String::new(), "look for a factor of the loss that the reference does not have");
@@ -176,5 +202,24 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
     for (_, _, other, _) in candidates {
         text += &format!("; or{}", other.trim_start_matches(':'));
     }
+    if ambiguous {
+        text += "; lora_B is zero, so this step cannot tell which";
+        return ("factor-ambiguous", text, "dump a later step, where lora_B is not zero");
+    }
     (name, text, fix)
+}
+
+/// Whether every lora_B is zero.
+fn b_is_zero(context: &Context<'_>) -> bool {
+    let zero = |b: &ndarray::Array2<f64>| b.iter().all(|x| x.abs() < f64::MIN_POSITIVE);
+    let of = |p: &crate::adapters::AdaptedLinear<f64>| match &p.method {
+        crate::adapters::Method::Lora(m) => Some(zero(&m.b)),
+        crate::adapters::Method::Dora(m) => Some(zero(&m.b)),
+        crate::adapters::Method::Moslora(m) => Some(zero(&m.b)),
+        _ => None,
+    };
+    let layers = &context.case.model.layers;
+    let each: Vec<bool> =
+        layers.iter().flat_map(|l| crate::model::Projection::ALL.map(|p| of(l.projection(p)))).flatten().collect();
+    !each.is_empty() && each.iter().all(|z| *z)
 }

@@ -4,7 +4,7 @@ use super::factors::{common_factor, factors};
 use super::{Context, Fault, Tested};
 use crate::error::Result;
 use crate::validate::dump::Observed;
-use crate::validate::ladder::gradient_scale;
+use crate::validate::ladder::{RungName, gradient_scale};
 use crate::validate::measure::{Measure, dot, floor, measure};
 use crate::validate::names::place_of;
 use crate::validate::precision::Precision;
@@ -33,6 +33,11 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 impl Context<'_> {
     pub(super) fn observed(&self, name: &str) -> Option<&Observed> {
         self.case.trainer.gradients.get(name)
+    }
+
+    /// Whether a gradient in another layout is the right one; without it its share may be infinite.
+    fn reads_as(&self, failed: &Measure, share: f64) -> bool {
+        if failed.share.is_finite() { self.accounts_for(failed, share) } else { share <= super::EXPLAINED }
     }
 
     /// The share that remains when `got` is taken for the gradient of `name`.
@@ -144,7 +149,17 @@ fn zeros(context: &Context<'_>, tested: &mut Tested<'_>) {
             "the loss was computed outside the graph (no_grad, detach), or reentrant checkpointing has an input that does \
              not require a gradient (enable_input_require_grads), or the adapters are not applied",
         )
-    } else if whole_layers && dead.iter().copied().eq(0..dead.len()) && dead.len() < layers.len() {
+    } else if whole_layers && dead.len() == layers.len() {
+        Fault::new(
+            "graph-cut",
+            format!(
+                "the gradient stops at the output of the top layer: all {} layers have none, what stands above them has",
+                layers.len()
+            ),
+            "reentrant checkpointing whose input does not require a gradient: enable_input_require_grads(), or \
+             use_reentrant=False",
+        )
+    } else if whole_layers && dead.iter().copied().eq(0..dead.len()) {
         let above = dead.len();
         Fault::new(
             "graph-cut",
@@ -171,6 +186,37 @@ fn zeros(context: &Context<'_>, tested: &mut Tested<'_>) {
     tested.found.push(context.of_gradients(fault, zero.len(), 0.0));
 }
 
+/// Gradients of a wrong shape: a finding of its own, after which the others are explained without them.
+pub(super) fn shapes(context: &mut Context<'_>, tested: &mut Tested<'_>) {
+    let wrong = |m: &&Measure| {
+        let want = context.exact.gradients.get(&m.name);
+        matches!((context.observed(&m.name), want), (Some(got), Some(want)) if got.values.dim() != want.dim())
+    };
+    let names: Vec<&str> = context.failing.iter().copied().filter(|m| wrong(m)).map(|m| m.name.as_str()).collect();
+    let Some(first) = names.first() else { return };
+    let (got, want) = (context.observed(first).map(|o| o.shape.clone()), context.exact.gradients.get(*first));
+    let what = format!(
+        "the gradient of {} has a wrong shape: {:?}, expected {:?}",
+        some(&names),
+        got.unwrap_or_default(),
+        want.map_or((0, 0), ndarray::Array2::dim)
+    );
+    let fix = "weights are out x in, lora_A r x in, lora_B out x r; look for a slice or a view of another size";
+    let count = names.len();
+    let others = context.failing.len() - count;
+    let mut diagnosis = context.of_gradients(Fault::new("gradient-shape", what, fix), count, 0.0);
+    let own = [RungName::Names, RungName::Gradients];
+    if others == 0 {
+        diagnosis.explains = own.into_iter().filter(|&r| context.failed(r)).collect();
+        diagnosis.complete = context.failed.iter().all(|r| own.contains(r));
+    } else {
+        diagnosis.explains = vec![RungName::Names];
+    }
+    tested.found.push(diagnosis);
+    context.failing.retain(|m| m.share.is_finite());
+    context.failed.remove(&RungName::Names);
+}
+
 /// Gradients stored transposed, or with their memory read in the other order.
 fn layouts(context: &Context<'_>, tested: &mut Tested<'_>) {
     let (mut transposed, mut reshaped): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
@@ -181,7 +227,7 @@ fn layouts(context: &Context<'_>, tested: &mut Tested<'_>) {
         };
         if got.values.dim() == (want.ncols(), want.nrows()) {
             let share = context.share_of(&m.name, &got.values.t().to_owned());
-            if context.accounts_for(m, share) {
+            if context.reads_as(m, share) {
                 transposed.push(&m.name);
                 most = most.max(share);
                 continue;
@@ -194,7 +240,7 @@ fn layouts(context: &Context<'_>, tested: &mut Tested<'_>) {
         let Ok(array) = Array2::from_shape_vec(shape, flat) else { continue };
         let array = if own_shape { array.t().to_owned() } else { array };
         let share = context.share_of(&m.name, &array);
-        if context.accounts_for(m, share) {
+        if context.reads_as(m, share) {
             reshaped.push(&m.name);
             most = most.max(share);
         }

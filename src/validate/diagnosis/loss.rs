@@ -3,8 +3,13 @@
 use super::{Context, Fault, Tested};
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::Result;
+use crate::model::{Place, Point};
+use crate::validate::ladder::{Rung, RungName, climb};
 use crate::validate::manifest::Reduction;
-use crate::validate::reference::Variant;
+use crate::validate::dump::Case;
+use crate::validate::reference::{Evidence, Rounding, Variant};
+use ndarray::Array2;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Name, sentence and fix of a fault with the (row, label) pairs that it counts.
@@ -61,6 +66,37 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         ),
     ];
     let right = shifted(1, &|b, t| Some(label(b, t)));
+    // Flattened first, so that rows run into each other.
+    let flat: Vec<i64> = batch.labels.iter().copied().collect();
+    let moved: Vec<i64> = (0..rows)
+        .flat_map(|b| (0..length).map(move |t| (b, t)))
+        .map(|(b, t)| if t + 1 < length { label(b, t + 1) } else { IGNORED_LABEL })
+        .collect();
+    let following = |labels: &[i64], by: usize| -> Vec<(usize, usize)> {
+        let wanted = labels.iter().skip(by).enumerate();
+        wanted.filter(|(_, l)| **l >= 0).map(|(i, l)| (i, *l as usize)).collect()
+    };
+    // Cut to B (T - 1) first, then flattened and shifted.
+    let cut: Vec<(usize, i64)> = (0..rows)
+        .flat_map(|b| (1..length).map(move |t| (b, t)))
+        .map(|(b, t)| (b * length + t - 1, label(b, t)))
+        .collect();
+    let cut: Vec<(usize, usize)> = cut
+        .windows(2)
+        .filter(|w| w[1].1 >= 0)
+        .map(|w| (w[0].0, w[1].1 as usize))
+        .collect();
+    let across = "labels-across-rows";
+    let fix = "shift within each row (logits[:, :-1], labels[:, 1:]) before flattening, and once";
+    let once = "logits and labels are flattened before the shift: the end of a row predicts the beginning of the next";
+    let twice = "labels are shifted twice, the second time flattened: each position predicts the token after the next, and the \
+                 end of a row the next row";
+    let candidates = candidates.into_iter().chain([
+        (across, once, fix, following(&flat, 1)),
+        (across, twice, fix, following(&flat, 2)),
+        (across, twice, fix, following(&moved, 1)),
+        (across, twice, fix, cut),
+    ]);
     for (name, what, fix, targets) in candidates {
         if targets.is_empty() || targets == right || tested.settled() {
             continue;
@@ -102,6 +138,169 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         }
         let variant = Variant { parts: Some(parts), ..Variant::default() };
         context.test(Fault::new(name, what, fix), &variant, |_| (), tested)?;
+    }
+    Ok(())
+}
+
+/// Sum over the targets of -log p(label) and of the mean over the vocabulary of -log p, from logits.
+fn sums(logits: &Array2<f64>, targets: &[(usize, usize)]) -> (f64, f64) {
+    targets.iter().fold((0.0, 0.0), |(label, all), &(row, y)| {
+        let z = logits.row(row);
+        let most = z.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
+        let log_sum = most + z.iter().map(|x| (x - most).exp()).sum::<f64>().ln();
+        (label + log_sum - z[y], all + log_sum - z.sum() / z.len() as f64)
+    })
+}
+
+/// Losses that a step may have without declaring them; the rungs measured against the one that explains the whole step.
+///
+/// # Errors
+/// As [`crate::validate::dump::Case::run`].
+pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<Option<Vec<Rung>>> {
+    let case = context.case;
+    if case.loss.reduction == Reduction::MicroMean || context.failing.is_empty() && !context.failed(RungName::Scale) {
+        return Ok(None);
+    }
+    let batch = &case.batch;
+    let (rows, length) = batch.input_ids.dim();
+    let at = |shift: usize| -> Vec<(usize, usize)> {
+        let each = (0..rows).flat_map(|b| (shift..length).map(move |t| (b, t)));
+        let counted = each.filter(|&(b, t)| batch.labels[[b, t]] >= 0);
+        counted.map(|(b, t)| (b * length + t - shift, batch.labels[[b, t]] as usize)).collect()
+    };
+    for shift in [1, 0] {
+        let targets = at(shift);
+        if targets.is_empty() || (shift == 0 && tested.settled()) {
+            continue;
+        }
+        let divisor = if case.loss.reduction == Reduction::Sum { 1.0 } else { targets.len() as f64 };
+        let parts: Vec<(Range<usize>, f64)> = case.micro_batches().into_iter().map(|r| (r, divisor)).collect();
+        // The gradient is linear in the smoothing: its amplitude is that of the gap along a tenth of it.
+        tested.watch.begins("hypothesis: label smoothing");
+        tested.steps += 2;
+        let plain = Variant { targets: Some(targets.clone()), parts: Some(parts.clone()), ..Variant::default() };
+        let Ok(plain) = case.run(&plain) else { continue };
+        let tenth = smoothed(case, &targets, &parts, 0.1, None)?;
+        let exact = 0.1 * context.amplitude(&plain, &tenth);
+        let short = (exact * 200.0).round() / 200.0;
+        let near = if context.coarse() { 0.04 * exact } else { 1e-3 * exact };
+        let epsilon = if (short - exact).abs() < near { short } else { exact };
+        if !(0.004..0.95).contains(&epsilon) {
+            continue;
+        }
+        let predicted = smoothed(case, &targets, &parts, epsilon, None)?;
+        let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding))?;
+        tested.steps += 2;
+        // A common factor must leave clearly more.
+        if context.left_by(&predicted) > 0.6 * context.left_by(&context.common_factor()) {
+            continue;
+        }
+        if shift == 0 {
+            let what =
+                format!("labels are not shifted: each position predicts its own token (with label smoothing {epsilon:.3})");
+            let fix = "position t predicts label t + 1, also in a loss of one's own";
+            let diagnosis = context.judge(Fault::new("labels-not-shifted", what, fix), &predicted, &rounded);
+            tested.found.push(diagnosis);
+            continue;
+        }
+        let mut rungs = climb(case, &predicted, &rounded);
+        if rungs.iter().filter(|r| r.name.is_of_the_step()).all(|r| !r.failed()) {
+            if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Loss) {
+                let why = format!("label smoothing {epsilon:.4}, found out, not declared: all below is checked with it");
+                *rung = Rung::skipped(RungName::Loss, why);
+            }
+            return Ok(Some(rungs));
+        }
+    }
+    Ok(None)
+}
+
+/// The step with labels smoothed by `epsilon`.
+fn smoothed(
+    case: &Case,
+    targets: &[(usize, usize)],
+    parts: &[(Range<usize>, f64)],
+    epsilon: f64,
+    rounding: Option<Rounding>,
+) -> Result<Evidence> {
+    let seen: RefCell<Array2<f64>> = RefCell::default();
+    let tap = |place: Place, x: &mut Array2<f64>| {
+        if place.point == Point::Logits {
+            if place.gradient {
+                smooth(x, &seen.borrow(), epsilon);
+            } else {
+                *seen.borrow_mut() = x.clone();
+            }
+        }
+    };
+    let variant = Variant {
+        tap: Some(&tap),
+        targets: Some(targets.to_vec()),
+        parts: Some(parts.to_vec()),
+        rounding,
+        ..Variant::default()
+    };
+    let mut evidence = case.run(&variant)?;
+    if let (Some(logits), Some((_, divisor))) = (&evidence.logits, parts.first()) {
+        let (plain, uniform) = sums(logits, targets);
+        evidence.loss = ((1.0 - epsilon) * plain + epsilon * uniform) / divisor;
+    }
+    Ok(evidence)
+}
+
+/// Turns the gradient of cross-entropy with respect to a chunk of logits into that with smoothed labels.
+fn smooth(gradient: &mut Array2<f64>, logits: &Array2<f64>, epsilon: f64) {
+    if gradient.dim() != logits.dim() {
+        return;
+    }
+    let labels: Vec<usize> = gradient
+        .rows()
+        .into_iter()
+        .map(|row| row.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i))
+        .collect();
+    // 1 / divisor from the row where it is best known.
+    let rest = |(row, z): (usize, ndarray::ArrayView1<f64>)| {
+        let most = z.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
+        let sum: f64 = z.iter().map(|x| (x - most).exp()).sum();
+        let rest = 1.0 - (z[labels[row]] - most).exp() / sum;
+        (rest, -gradient[[row, labels[row]]] / rest)
+    };
+    let known = logits.rows().into_iter().enumerate().map(rest).max_by(|a, b| a.0.total_cmp(&b.0));
+    let Some((_, inverse)) = known.filter(|k| k.1.is_finite()) else { return };
+    let each = epsilon * inverse / gradient.ncols() as f64;
+    for (mut row, label) in gradient.rows_mut().into_iter().zip(labels) {
+        row.mapv_inplace(|x| x - each);
+        row[label] += epsilon * inverse;
+    }
+}
+
+/// Forward counts the labels, backward counts every token: a fused loss that loses the weights of tokens.
+pub(super) fn masked_backward(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    let batch = &context.case.batch;
+    let (rows, length) = batch.input_ids.dim();
+    let padding = |b: usize, t: usize| batch.attention_mask.as_ref().is_some_and(|m| !m[[b, t]]);
+    let all = |pads: bool| -> Vec<(usize, usize)> {
+        let each = (0..rows).flat_map(|b| (1..length).map(move |t| (b, t)));
+        let counted = each.filter(|&(b, t)| pads || !padding(b, t));
+        counted.map(|(b, t)| (b * length + t - 1, batch.input_ids[[b, t]] as usize)).collect()
+    };
+    let counted = batch.counted();
+    for targets in [all(true), all(false)] {
+        if targets.len() == counted || tested.settled() || context.case.loss.reduction == Reduction::MicroMean {
+            return Ok(());
+        }
+        for divisor in [counted as f64, targets.len() as f64] {
+            let divisor = if context.case.loss.reduction == Reduction::Sum { 1.0 } else { divisor };
+            let same_forward = |predicted: &mut Evidence| {
+                let gradients = std::mem::take(&mut predicted.gradients);
+                *predicted = Evidence { gradients, ..context.exact.clone() };
+            };
+            let what = "backward counts every token, also the masked prompt, which forward does not";
+            let fault = Fault::new("masked-backward", what, "multiply each token's gradient by its own weight or mask");
+            let variant =
+                Variant { targets: Some(targets.clone()), parts: Some(vec![(0..rows, divisor)]), ..Variant::default() };
+            context.test(fault, &variant, same_forward, tested)?;
+        }
     }
     Ok(())
 }

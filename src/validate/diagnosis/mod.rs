@@ -10,11 +10,13 @@ mod factors;
 mod forward;
 mod gradient;
 mod loss;
+mod rows;
 mod slices;
+mod unjudged;
 mod update;
 
 use super::dump::Case;
-use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
+use super::ladder::{Outcome, Rung, RungName, climb, gradient_scale, rung_of};
 use super::measure::Measure;
 use super::reference::{Evidence, Variant};
 use super::report::Watch;
@@ -26,6 +28,10 @@ use std::collections::BTreeSet;
 const EXPLAINED: f64 = 4.0;
 /// So do shares that are this much smaller than without the fault.
 const REDUCTION: f64 = 1e3;
+/// A fault must leave less than this part of the gap that no fault leaves, in shares of the tolerances.
+const LEFT_OVER: f64 = 0.4;
+/// How far the amplitude of a fault that explains everything may be from 1.
+const AMPLITUDE: f64 = 0.25;
 
 /// A fault that explains a failure, or part of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -48,7 +54,7 @@ pub struct Diagnosis {
 
 /// A fault with the sentence that names it.
 #[derive(Debug, Clone)]
-pub(super) struct Fault {
+pub(in crate::validate) struct Fault {
     pub name: &'static str,
     pub what: String,
     pub fix: &'static str,
@@ -58,6 +64,40 @@ impl Fault {
     pub fn new(name: &'static str, what: impl Into<String>, fix: &'static str) -> Self {
         Self { name, what: what.into(), fix }
     }
+}
+
+impl Diagnosis {
+    /// A fault of the setting, which nothing measured contradicts.
+    pub(super) fn of_setting(fault: Fault, complete: bool) -> Self {
+        Self {
+            fault: fault.name.into(),
+            what: fault.what,
+            fix: fault.fix.into(),
+            explains: vec![RungName::Names],
+            complete,
+            tensors: (0, 0),
+            share: 0.0,
+        }
+    }
+}
+
+/// What a search for faults found.
+pub(super) struct Search {
+    /// Faults, the best explanation first.
+    pub found: Vec<Diagnosis>,
+    /// Steps of the reference that were run.
+    pub steps: usize,
+    /// The rungs measured against another loss than the declared one, where that explains the whole step as right.
+    pub measured: Option<Vec<Rung>>,
+}
+
+/// How much of a gap a fault accounts for.
+#[derive(Debug, Clone, Copy)]
+struct Account {
+    /// <G - R, F - R> / |F - R|^2, tensors in units of their tolerances.
+    amplitude: f64,
+    /// |G - F|^2 / |G - R|^2.
+    left: f64,
 }
 
 /// What the tests look at.
@@ -77,10 +117,25 @@ impl Context<'_> {
         self.failed.contains(&rung)
     }
 
+    /// Measures of all gradients.
+    pub fn all_gradients(&self) -> &[Measure] {
+        gradients_of(self.rungs)
+    }
+
     /// The mean factor of the gradients and its noise.
     pub fn mean_factor(&self) -> Option<(f64, f64)> {
         let measure = rung_of(self.rungs, RungName::Scale)?.tensors.first()?;
         Some((1.0 + measure.along, measure.rounding_along))
+    }
+
+    /// Whether the trainer rounds to a half format.
+    pub fn coarse(&self) -> bool {
+        self.case.rounding.coarsest().epsilon() > 1e-4
+    }
+
+    /// What part of the gradients' gap is left when they are taken to be `predicted`; 1 if nothing is known.
+    pub fn left_by(&self, predicted: &Evidence) -> f64 {
+        self.account(predicted, self.rungs).map_or(1.0, |a| a.left)
     }
 
     /// Whether a rung was checked.
@@ -138,6 +193,46 @@ impl Context<'_> {
         shifted
     }
 
+    /// How much of the gap a fault accounts for; `None` if it predicts nothing that differs from the right step.
+    ///
+    /// `rungs` are the measures under the fault, whose rounding may be larger.
+    fn account(&self, predicted: &Evidence, rungs: &[Rung]) -> Option<Account> {
+        let (mut along, mut fault, mut gap, mut left) = (0.0, 0.0, 0.0, 0.0);
+        let mut add = |rung: RungName, name: &str, got: &ndarray::Array2<f64>, right: &ndarray::Array2<f64>, faulty: &ndarray::Array2<f64>| {
+            let measured = rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
+            let Some(m) = measured.filter(|m| m.share.is_finite()) else { return };
+            if got.dim() != right.dim() || faulty.dim() != right.dim() {
+                return;
+            }
+            let norm = crate::linalg::norms::frobenius(&right.view());
+            let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
+            let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance)) * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
+            let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
+            ndarray::Zip::from(got).and(right).and(faulty).for_each(|&g, &r, &f| {
+                along += weight * (g - r) * (f - r);
+                fault += weight * (f - r) * (f - r);
+                gap += weight * (g - r) * (g - r);
+                left += weight * (g - f) * (g - f);
+            });
+        };
+        let trainer = &self.case.trainer;
+        if let (Some(got), Some(r), Some(f)) = (&trainer.logits, &self.exact.logits, &predicted.logits) {
+            add(RungName::Logits, "logits", &got.values, r, f);
+        }
+        for (layer, got) in &trainer.hidden {
+            if let (Some(r), Some(f)) = (self.exact.hidden.get(layer), predicted.hidden.get(layer)) {
+                add(RungName::Hidden, &format!("output of layer {layer}"), &got.values, r, f);
+            }
+        }
+        for (name, r) in &self.exact.gradients {
+            let zero = || ndarray::Array2::zeros(r.dim());
+            if let Some(f) = predicted.gradients.get(name).filter(|_| self.case.trained.contains(name)) {
+                add(RungName::Gradients, name, &trainer.gradients.get(name).map_or_else(zero, |o| o.values.clone()), r, f);
+            }
+        }
+        (fault > 1e-12 * gap && fault > 0.0 && gap > 0.0).then(|| Account { amplitude: along / fault, left: left / gap })
+    }
+
     /// Everything dumped against what a fault predicts, exactly and rounded.
     fn judge(&self, fault: Fault, predicted: &Evidence, rounded: &Evidence) -> Diagnosis {
         let rungs = climb(self.case, predicted, rounded);
@@ -145,31 +240,57 @@ impl Context<'_> {
             let measured = rung_of(self.rungs, rung);
             measured.and_then(|r| r.tensors.iter().find(|m| m.name == name)).map_or(0.0, |m| m.share)
         };
-        let close = |rung: RungName, m: &Measure| m.share <= EXPLAINED || m.share * REDUCTION <= before(rung, &m.name);
-        let fine = |r: &Rung| r.tensors.iter().all(|m| close(r.name, m));
+        let misshapen = |m: &Measure| !before(RungName::Gradients, &m.name).is_finite();
+        let close = |rung: RungName, m: &Measure| {
+            let share = before(rung, &m.name);
+            m.share <= EXPLAINED || (share.is_finite() && m.share * REDUCTION <= share)
+        };
+        let fine = |r: &Rung| {
+            r.tensors.iter().all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)))
+        };
+        // "No fault" must leave clearly more.
+        let better = |r: &Rung| {
+            let share = rung_of(self.rungs, r.name).map_or(0.0, |b| finite_share(b));
+            // Without gradients there is no common factor of them.
+            let none = r.tensors.is_empty() && r.name == RungName::Scale && rung_of(&rungs, RungName::Gradients).is_some_and(fine);
+            none || (!r.tensors.is_empty() && finite_share(r) <= LEFT_OVER * share)
+        };
+        let account = self.account(predicted, &rungs);
+        // Rounding moves both in a half format, where a fault may be no larger than the tolerance.
+        let (near, rest) = if self.coarse() { (0.4, 0.36) } else { (AMPLITUDE, LEFT_OVER * LEFT_OVER) };
+        let accounted = account.is_some_and(|a| (a.amplitude - 1.0).abs() < near && a.left < rest);
         let predicts = || rungs.iter().filter(|r| r.name.is_of_the_step());
-        let explains: Vec<RungName> =
-            predicts().filter(|r| self.failed(r.name) && fine(r) && r.problems.is_empty()).map(|r| r.name).collect();
+        let explains: Vec<RungName> = predicts()
+            .filter(|r| self.failed(r.name) && fine(r) && better(r) && r.problems.is_empty())
+            .map(|r| r.name)
+            .collect();
         let spoiled = predicts().any(|r| !self.failed(r.name) && !fine(r));
         let failing: BTreeSet<&str> = self.failing.iter().map(|m| m.name.as_str()).collect();
         let mine: Vec<&Measure> = gradients_of(&rungs).iter().filter(|m| failing.contains(m.name.as_str())).collect();
-        let explained = mine.iter().filter(|m| close(RungName::Gradients, m)).count();
+        let explained =
+            mine.iter().filter(|m| close(RungName::Gradients, m) && m.share <= LEFT_OVER * before(RungName::Gradients, &m.name)).count();
         let share = predicts().map(Rung::share).fold(0.0, f64::max);
         let targets = self.failed.iter().filter(|name| name.is_of_the_step()).count();
         Diagnosis {
             fault: fault.name.into(),
             what: fault.what,
             fix: fault.fix.into(),
-            complete: !spoiled && explains.len() == targets && targets == self.failed.len(),
-            explains: if spoiled { Vec::new() } else { explains },
-            tensors: (explained, failing.len()),
+            complete: !spoiled && accounted && explains.len() == targets && targets == self.failed.len(),
+            explains: if spoiled || !accounted { Vec::new() } else { explains },
+            tensors: (if accounted { explained } else { 0 }, failing.len()),
             share,
         }
     }
 
     /// Whether a gradient that failed is within `share` of what a fault predicts.
     pub fn accounts_for(&self, failed: &Measure, share: f64) -> bool {
-        share < failed.share && (share <= EXPLAINED || share * REDUCTION <= failed.share)
+        share <= LEFT_OVER * failed.share && failed.share.is_finite() && (share <= EXPLAINED || share * REDUCTION <= failed.share)
+    }
+
+    /// Judges what a fault was found to predict.
+    pub fn propose(&self, fault: Fault, predicted: &Evidence, tested: &mut Tested<'_>) {
+        let diagnosis = self.judge(fault, predicted, &self.carry_rounding(predicted));
+        tested.found.push(diagnosis);
     }
 
     /// Runs the reference with a fault in it and judges the result after `edit`.
@@ -186,9 +307,9 @@ impl Context<'_> {
         if let Ok(mut predicted) = self.case.run(variant) {
             edit(&mut predicted);
             let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
-            let near = 2 * diagnosis.tensors.0 > diagnosis.tensors.1 || !diagnosis.explains.is_empty();
+            let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
             // In a half format the fault may make rounding matter more than it does in the right step.
-            if near && !diagnosis.complete && self.case.rounding.coarsest().epsilon() > 1e-4 {
+            if near && !diagnosis.complete && self.coarse() {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
@@ -220,34 +341,62 @@ fn gradients_of(rungs: &[Rung]) -> &[Measure] {
     rung_of(rungs, RungName::Gradients).map_or(&[], |r| &r.tensors)
 }
 
+/// Largest share of a rung's tensors of the right shape.
+fn finite_share(rung: &Rung) -> f64 {
+    rung.tensors.iter().map(|m| m.share).filter(|s| s.is_finite()).fold(0.0, f64::max)
+}
+
 /// Tries the known faults; returns those that explain something, best first, and how many steps were run.
+///
+/// # Errors
+/// For a step that is right as far as it can be compared, and cannot be compared further.
 pub(super) fn diagnose(
     case: &Case,
     exact: &Evidence,
     rounded: &Evidence,
     rungs: &[Rung],
     watch: &dyn Watch,
-) -> Result<(Vec<Diagnosis>, usize)> {
-    let failing = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
-    // The update is explained by itself, below.
-    let failed = rungs.iter().filter(|r| r.failed() && r.name != RungName::Update).map(|r| r.name).collect();
-    let context = Context { case, exact, rounded, failing, failed, rungs };
+) -> Result<Search> {
+    let failing: Vec<&Measure> = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
+    // The optimizer's two rungs are explained by themselves, below.
+    let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
+    let failed = rungs.iter().filter(of_step).map(|r| r.name).collect();
+    let mut context = Context { case, exact, rounded, failing, failed, rungs };
     let mut tested = Tested { watch, found: Vec::new(), steps: 0 };
+    let mut measured = None;
     if !context.failed.is_empty() {
         gradient::test(&context, &mut tested)?;
         if !tested.settled() {
             slices::test(&context, &mut tested)?;
+        }
+        if !tested.settled() {
+            gradient::shapes(&mut context, &mut tested);
         }
         if !tested.settled()
             && (context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits)))
         {
             forward::test(&context, &mut tested)?;
         }
-        if !tested.settled() && (context.failed(RungName::Loss) || !context.checked(RungName::Loss)) {
+        // In a half format the loss of a fresh model hides which labels it counts.
+        let doubtful = context.failed(RungName::Loss) || !context.checked(RungName::Loss) || context.coarse();
+        if !tested.settled() && doubtful {
             loss::test(&context, &mut tested)?;
         }
-        if !tested.settled() && !context.forward_wrong() {
+        let only_factor = tested.found.iter().filter(|d| d.complete).all(|d| d.fault == "constant-factor");
+        if only_factor && doubtful && !context.forward_wrong() {
+            measured = loss::other_losses(&context, &mut tested)?;
+        }
+        if !tested.settled() && measured.is_none() && !context.forward_wrong() {
             backward::test(&context, &mut tested)?;
+            if !tested.settled() {
+                loss::masked_backward(&context, &mut tested)?;
+            }
+        }
+        if !tested.settled() && measured.is_none() && !context.forward_wrong() {
+            rows::test(&context, &mut tested)?;
+        }
+        if !tested.settled() && measured.is_none() {
+            unjudged::test(&context, &mut tested)?;
         }
     }
     let mut found: Vec<Diagnosis> =
@@ -259,8 +408,15 @@ pub(super) fn diagnose(
     let complete = found.iter().any(|d| d.complete);
     found.retain(|d| !complete || d.complete);
     found.truncate(5);
-    if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed()) {
+    if measured.is_some() {
+        found.clear();
+    }
+    if let Some(rung) = rung_of(rungs, RungName::Applied).filter(|r| r.failed()) {
+        found.extend(super::applied::explain(case, rung));
+    }
+    let other = found.iter().any(|d| d.fault == "other-adapter");
+    if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed() && !other) {
         found.extend(update::explain(case, rung));
     }
-    Ok((found, tested.steps))
+    Ok(Search { found, steps: tested.steps, measured })
 }

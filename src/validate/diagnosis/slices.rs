@@ -64,7 +64,11 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
                 Some((kind, map))
             }
             None => {
-                lines(&got, axis, weight, Axis(1 - axis.index()), tolerance).map(|map| (Found::RowsForColumns, map))
+                let other = Axis(1 - axis.index());
+                // Rows in the shape of columns, or in their own.
+                lines(&got, axis, weight, other, tolerance)
+                    .or_else(|| lines(&got, other, weight, other, tolerance))
+                    .map(|map| (Found::RowsForColumns, map))
             }
         };
         if let Some((kind, map)) = found {

@@ -1,0 +1,168 @@
+//! The rung between backward and optimizer: what the optimizer saw is what backward left, unscaled, times one clipping
+//! factor or clipped by value, and nothing else.
+
+use super::diagnosis::{Diagnosis, Fault};
+use super::dump::Case;
+use super::ladder::{Outcome, Rung, RungName};
+use super::measure::{dot, floor, measure};
+use crate::linalg::norms::frobenius;
+use ndarray::Array2;
+
+/// What happened between the two.
+struct Between {
+    /// Norm of all gradients as backward left them, unscaled.
+    left: f64,
+    /// Norm of all gradients as the optimizer saw them.
+    seen: f64,
+    /// The common factor.
+    factor: f64,
+    /// Bound of single entries, where that explains it better.
+    bound: Option<f64>,
+}
+
+fn pairs(case: &Case) -> Vec<(&String, &Array2<f64>, &super::dump::Observed)> {
+    let trainer = &case.trainer;
+    let both = |(name, seen)| {
+        let left = trainer.gradients.get(name).filter(|g| g.values.dim() == seen_dim(seen))?;
+        Some((name, &left.values, seen))
+    };
+    trainer.applied.iter().filter_map(both).collect()
+}
+
+fn seen_dim(seen: &super::dump::Observed) -> (usize, usize) {
+    seen.values.dim()
+}
+
+fn between(case: &Case) -> Option<Between> {
+    let pairs = pairs(case);
+    let sum = |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2.values)).sum() };
+    let (left, seen, along) = (sum(&|g, _| dot(g, g)), sum(&|_, a| dot(a, a)), sum(&|g, a| dot(g, a)));
+    if !(left > 0.0) || !left.is_finite() || !seen.is_finite() {
+        return None;
+    }
+    let bound = pairs.iter().flat_map(|p| p.2.values.iter()).fold(0.0f64, |m, x| m.max(x.abs()));
+    let at_bound = |x: &&f64| x.abs() >= bound * (1.0 - 1e-6);
+    let many = pairs.iter().flat_map(|p| p.2.values.iter()).filter(at_bound).count() > 1;
+    let clipped = |g: &Array2<f64>| g.mapv(|x| x.clamp(-bound, bound));
+    let by_value = sum(&|g, a| frobenius(&(&clipped(g) - a).view()).powi(2));
+    let factor = along / left;
+    let by_norm = sum(&|g, a| frobenius(&(&(g * factor) - a).view()).powi(2));
+    let bound = (many && bound > 0.0 && by_value < by_norm).then_some(bound);
+    Some(Between { left: left.sqrt(), seen: seen.sqrt(), factor, bound })
+}
+
+/// Whether a norm looks like a setting: one or two digits.
+fn is_setting(x: f64) -> bool {
+    if !(x > 0.0) || !x.is_finite() {
+        return false;
+    }
+    let lead = x / 10f64.powf(x.log10().floor());
+    [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 8.0, 10.0].iter().any(|s| (lead / s - 1.0).abs() < 2e-3)
+}
+
+/// The rung.
+pub(super) fn rung(case: &Case) -> Rung {
+    let name = RungName::Applied;
+    if case.trainer.applied.is_empty() {
+        return Rung::skipped(name, "the optimizer saw the gradients as backward left them");
+    }
+    let Some(between) = between(case) else {
+        return Rung::skipped(name, "nothing to compare with the gradients of backward");
+    };
+    let mut tensors = Vec::new();
+    for (name, left, seen) in pairs(case) {
+        let expected = match between.bound {
+            Some(bound) => left.mapv(|x| x.clamp(-bound, bound)),
+            None => left * between.factor,
+        };
+        let mut rounded = expected.clone();
+        seen.precision.round_array(&mut rounded);
+        let unit = floor(seen.precision).max(2e-5);
+        let scale = between.seen.max(f64::MIN_POSITIVE);
+        tensors.push(measure(name, &seen.values, &expected, &rounded, unit, scale));
+    }
+    let mut rung = Rung::of(name, tensors);
+    if !rung.failed() {
+        match suspicion(case, &between) {
+            Some(fault) => {
+                rung.outcome = Outcome::Fail;
+                rung.problems.push(fault.what);
+            }
+            None => rung.problems.push(match between.bound {
+                Some(bound) => format!("entries are clipped at {bound:.4e}"),
+                None => format!(
+                    "all are {:.4e} times those of backward: norm {:.4e}, clipped to {:.4e}",
+                    between.factor, between.left, between.seen
+                ),
+            }),
+        }
+    }
+    rung
+}
+
+/// What a common factor says that is not clipping.
+fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
+    let (scale, c) = (case.loss.scale, between.factor);
+    let near = |x: f64| (c / x - 1.0).abs() < 1e-3;
+    let scaled = (scale - 1.0).abs() > 1e-9;
+    if between.bound.is_some() {
+        return None;
+    }
+    if c < 0.0 {
+        let what = format!("the optimizer saw the gradients times {c:.4e}: their sign is flipped after backward");
+        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+    }
+    if scaled && near(scale) {
+        let what = format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
+        return Some(Fault::new("never-unscaled", what, "step through the scaler: scaler.step(optimizer)"));
+    }
+    let log = c.log2();
+    let power = (log - log.round()).abs() < 1e-4 && log < -5.5 && !is_setting(between.seen);
+    if (scaled && near(1.0 / scale)) || (!scaled && power) {
+        let what = format!(
+            "the optimizer saw {c:.4e} (2^{:.0}) times the gradients of backward: they were divided by a loss scale that they do not carry",
+            log.round()
+        );
+        return Some(Fault::new("unscaled-twice", what, "unscale once, and only if the loss was scaled"));
+    }
+    if scaled && c < 0.999 && is_setting(between.seen * scale) && !is_setting(between.seen) {
+        let what = format!(
+            "gradients were clipped to norm {:.4e} while they carried the loss scale {scale:e}, then unscaled: the optimizer saw a norm of {:.4e}",
+            between.seen * scale, between.seen
+        );
+        return Some(Fault::new("clip-before-unscale", what, "call scaler.unscale_(optimizer) before clipping"));
+    }
+    if c > 1.001 {
+        let what = format!("the optimizer saw {c:.4e} times the gradients of backward; clipping only shortens");
+        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+    }
+    None
+}
+
+/// What happened to the gradients, where the rung failed.
+pub(super) fn explain(case: &Case, rung: &Rung) -> Vec<Diagnosis> {
+    let Some(between) = between(case) else { return Vec::new() };
+    let wrong = rung.tensors.iter().filter(|m| !m.passes()).count();
+    let fault = if wrong == 0 { suspicion(case, &between) } else { None };
+    let fault = fault.unwrap_or_else(|| {
+        let what = format!(
+            "the optimizer did not see the gradients of backward: {wrong} of {} tensors changed by more than one common factor \
+             (norm {:.4e} before, {:.4e} after)",
+            rung.tensors.len(),
+            between.left,
+            between.seen
+        );
+        let fix = "between backward and optimizer only unscaling and clipping may change gradients; look for hooks, noise, \
+                   compression, or another tensor in p.grad";
+        Fault::new("applied-not-gradient", what, fix)
+    });
+    vec![Diagnosis {
+        fault: fault.name.into(),
+        what: fault.what,
+        fix: fault.fix.into(),
+        explains: vec![RungName::Applied],
+        complete: true,
+        tensors: (rung.tensors.len(), rung.tensors.len()),
+        share: 0.0,
+    }]
+}

@@ -1,0 +1,96 @@
+//! What can be said without comparing numbers: adapters that are not trained, labels that were shifted before the loss
+//! shifts them, documents that attend to each other; and which steps cannot be judged.
+
+use super::diagnosis::Fault;
+use super::dump::Case;
+use super::ladder::{Outcome, Rung, RungName, rung_of};
+use super::names::place_of;
+use crate::blocks::cross_entropy::IGNORED_LABEL;
+use crate::error::{Error, Result};
+use std::collections::BTreeSet;
+
+/// Tensors of the adapter that are not trained; the kinds that are trained nowhere, if these are all.
+fn frozen(case: &Case) -> Option<Fault> {
+    let frozen = &case.trainer.setting.frozen;
+    let first = frozen.first()?;
+    let trains_adapter = case.trained.iter().any(|n| place_of(n).2 != "weight");
+    let what = if trains_adapter {
+        format!("{} adapter tensors are frozen while others of their kind train: {first} for instance", frozen.len())
+    } else {
+        format!("every adapter tensor is frozen ({first} for instance): the step trains nothing of the adapter")
+    };
+    let fix = "requires_grad must be true for the adapter after every preparation of the model (a late \
+               prepare_model_for_kbit_training or requires_grad_(False) freezes it again)";
+    Some(Fault::new("frozen-adapters", what, fix))
+}
+
+/// Whether one kind of tensor is frozen everywhere and the others train: LoRA-FA and its like.
+fn frozen_by_kind(case: &Case) -> bool {
+    let kinds = |names: &[String]| names.iter().map(|n| place_of(n).2).collect::<BTreeSet<String>>();
+    let trained: Vec<String> = case.trained.iter().filter(|n| place_of(n).2 != "weight").cloned().collect();
+    !trained.is_empty() && kinds(&case.trainer.setting.frozen).is_disjoint(&kinds(&trained))
+}
+
+/// Whether the labels are the ids moved by one: label t is id t + 1.
+pub(super) fn labels_moved(case: &Case) -> bool {
+    let (ids, labels) = (&case.batch.input_ids, &case.batch.labels);
+    let length = ids.ncols();
+    let (mut moved, mut same, mut all) = (0, 0, 0);
+    for ((b, t), &label) in labels.indexed_iter().filter(|(_, l)| **l != IGNORED_LABEL) {
+        if t + 1 < length {
+            all += 1;
+            moved += usize::from(label == i64::from(ids[[b, t + 1]]));
+            same += usize::from(label == i64::from(ids[[b, t]]));
+        }
+    }
+    all >= 4 && moved * 20 >= all * 19 && same * 2 < all
+}
+
+/// The case with labels moved back, so that the reference's shift makes of them what a loss without shift does.
+pub(super) fn with_labels_moved_back(case: &Case) -> Case {
+    let mut other = case.clone();
+    let (rows, length) = other.batch.labels.dim();
+    for b in 0..rows {
+        for t in (0..length).rev() {
+            other.batch.labels[[b, t]] = if t > 0 { case.batch.labels[[b, t - 1]] } else { IGNORED_LABEL };
+        }
+    }
+    other
+}
+
+/// Faults of the setting, and sentences that are none.
+///
+/// # Errors
+/// For packed rows that are kept apart, in words.
+pub(super) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<Fault>, Vec<String>)> {
+    let (mut faults, mut remarks) = (Vec::new(), Vec::new());
+    let outcome = |name| rung_of(rungs, name).map(|r| &r.outcome);
+    let passed = |name| outcome(name) == Some(&Outcome::Pass);
+    if !case.trainer.setting.frozen.is_empty() {
+        if frozen_by_kind(case) {
+            let kinds: BTreeSet<String> = case.trainer.setting.frozen.iter().map(|n| place_of(n).2).collect();
+            let kinds: Vec<String> = kinds.into_iter().collect();
+            remarks.push(format!("{} frozen in every module, which LoRA-FA and its like intend", kinds.join(", ")));
+        } else {
+            faults.extend(frozen(case));
+        }
+    }
+    if labels_moved(case) && (passed(RungName::Loss) || passed(RungName::Gradients)) {
+        let what = "the labels are the ids moved by one already, and the loss shifts them again: each position predicts \
+                    the token after the next";
+        faults.push(Fault::new("labels-shifted-twice", what, "shift in the collator or in the model, not in both"));
+    }
+    if case.trainer.setting.packed {
+        if !passed(RungName::Hidden) && !passed(RungName::Logits) {
+            let what = "rows whose positions start again (packed documents) are not implemented: the reference lets all tokens \
+                        of a row attend to those before them, and the trainer did not; dump one document in a row";
+            return Err(Error::invalid("position_ids", "packed", what));
+        }
+        let what = "positions start again inside rows, yet later documents attend to earlier ones: packed documents leak \
+                    into each other";
+        let fix = "pass no attention_mask with restarting position_ids (a mask of ones switches their separation off), or a \
+                   block-diagonal one";
+        faults.push(Fault::new("packing-leak", what, fix));
+    }
+    Ok((faults, remarks))
+}
