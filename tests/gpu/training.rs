@@ -330,7 +330,7 @@ fn several_attention_tiles_agree_with_the_cpu() {
     let (query, key, value, upstream) = (random(6), random(2), random(2), random(6));
     let keys = Array2::from_shape_fn((2, 13), |(b, t)| b == 1 || t != 0 && t != 7);
     for mask in [None, Some(keys.view())] {
-        let visible = Visibility { keys: mask, ahead: 0 };
+        let visible = Visibility { keys: mask, ..Visibility::default() };
         let (scratch, cost) = (&mut Scratch::default(), &mut Cost::default());
         let (output, lse) =
             causal_attention_forward(query.view(), key.view(), value.view(), shape, visible, 0.5, scratch, cost)
