@@ -35,7 +35,8 @@ fn seen_dim(seen: &super::dump::Observed) -> (usize, usize) {
 
 fn between(case: &Case) -> Option<Between> {
     let pairs = pairs(case);
-    let sum = |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2.values)).sum() };
+    let sum =
+        |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2.values)).sum() };
     let (left, seen, along) = (sum(&|g, _| dot(g, g)), sum(&|_, a| dot(a, a)), sum(&|g, a| dot(g, a)));
     if !(left > 0.0) || !left.is_finite() || !seen.is_finite() {
         return None;
@@ -110,10 +111,15 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
     }
     if c < 0.0 {
         let what = format!("the optimizer saw the gradients times {c:.4e}: their sign is flipped after backward");
-        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+        return Some(Fault::new(
+            "applied-not-gradient",
+            what,
+            "step with the gradients of backward, unscaled and clipped",
+        ));
     }
     if scaled && near(scale) {
-        let what = format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
+        let what =
+            format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
         return Some(Fault::new("never-unscaled", what, "step through the scaler: scaler.step(optimizer)"));
     }
     let log = c.log2();
@@ -128,13 +134,18 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
     if scaled && c < 0.999 && is_setting(between.seen * scale) && !is_setting(between.seen) {
         let what = format!(
             "gradients were clipped to norm {:.4e} while they carried the loss scale {scale:e}, then unscaled: the optimizer saw a norm of {:.4e}",
-            between.seen * scale, between.seen
+            between.seen * scale,
+            between.seen
         );
         return Some(Fault::new("clip-before-unscale", what, "call scaler.unscale_(optimizer) before clipping"));
     }
     if c > 1.001 {
         let what = format!("the optimizer saw {c:.4e} times the gradients of backward; clipping only shortens");
-        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+        return Some(Fault::new(
+            "applied-not-gradient",
+            what,
+            "step with the gradients of backward, unscaled and clipped",
+        ));
     }
     None
 }

@@ -159,7 +159,7 @@ impl Case {
             dropout: declared_dropout(paths),
             frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
             adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
-            packed: starts_again(&batch),
+            packed: starts_again(&batch) && batch.documents.is_none(),
         };
         Ok(Self {
             name: name.to_string(),
@@ -313,15 +313,17 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     }
     if file.contains("position_ids") {
         let positions = integers(file, "position_ids", reason)?;
-        let restarts = |row: ndarray::ArrayView1<i64>| row.windows(2).into_iter().any(|w| w[1] != w[0] + 1);
-        if batch.attention_mask.is_none() && positions.rows().into_iter().any(restarts) {
-            let expected = "positions that rise by one in each row (packed sequences, several documents in a row, are not implemented)";
-            return Err(file.malformed("tensor position_ids", expected, "other steps"));
-        }
         if let Some(bad) = positions.iter().find(|p| **p < 0 || **p > i64::from(u32::MAX)) {
             return Err(file.malformed("tensor position_ids", "positions of at least 0", bad.to_string()));
         }
-        batch = batch.with_position_ids(positions.mapv(|x| x as u32)).map_err(in_file)?;
+        let positions = positions.mapv(|x| x as u32);
+        // Without a mask Transformers keeps documents apart whose positions start again; a mask of ones switches that off.
+        if batch.attention_mask.is_none()
+            && let Some(documents) = Batch::documents_of_positions(&positions)
+        {
+            batch = batch.with_documents(documents).map_err(in_file)?;
+        }
+        batch = batch.with_position_ids(positions).map_err(in_file)?;
     }
     Ok(batch)
 }

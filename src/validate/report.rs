@@ -88,11 +88,13 @@ impl Watch for Silent {
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let report = judge(case, watch)?;
     // Labels that the collator moved, with a loss that does not move them again, are right.
-    if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case) {
+    if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case)
+    {
         let mut other = judge(&setting::with_labels_moved_back(case), watch)?;
         if other.passed {
             if let Some(loss) = other.rungs.iter_mut().find(|r| r.name == RungName::Loss) {
-                loss.problems.push("the labels are the ids moved by one, and the loss does not shift them again".into());
+                loss.problems
+                    .push("the labels are the ids moved by one, and the loss does not shift them again".into());
             }
             return Ok(other);
         }
