@@ -3,7 +3,8 @@
 use super::dump::{Case, Observed};
 use super::measure::{Measure, floor, measure};
 use super::reference::{Evidence, select_rows};
-use super::{applied, update};
+use super::diagnosis::applied;
+use super::update;
 use crate::linalg::norms::frobenius;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@ use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::reference::Variant;
-use super::setting;
+use super::diagnosis::setting;
 use crate::error::Result;
 use serde::Serialize;
 
