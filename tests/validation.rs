@@ -46,7 +46,7 @@ fn right_steps_pass() {
             report.name,
             report.first_failure()
         );
-        assert_eq!(report.rungs.len(), 7);
+        assert_eq!(report.rungs.len(), 8);
         assert!(shares.iter().all(|s| *s < 0.8), "{}: {shares:?}", report.name);
         let checked = report.rungs.iter().filter(|r| !r.tensors.is_empty()).count();
         assert!(checked >= 3, "{}: only {checked} rungs had something to measure", report.name);
@@ -203,4 +203,83 @@ fn a_common_factor_shows_below_the_noise_of_single_tensors() {
     assert_eq!(failed, ["gradient scale"]);
     let [only] = &report.diagnoses[..] else { panic!("{:?}", report.diagnoses) };
     assert!(only.complete && only.fault == "constant-factor" && only.what.contains("0.95"), "{only:?}");
+}
+
+/// What happens between backward and optimizer is checked by itself: clipping is right, anything else is named.
+#[test]
+fn what_the_optimizer_saw_follows_from_the_gradients() {
+    let changed = |scale: f64, change: &dyn Fn(&str, f64) -> f64| {
+        let mut case = case(&dumps("clean/lora-f32"));
+        case.loss.scale = scale;
+        // Only this rung is looked at: the update was made with the right gradients.
+        case.trainer.after.clear();
+        for (name, gradient) in case.trainer.gradients.clone() {
+            let mut seen = gradient;
+            seen.values.mapv_inplace(|x| change(&name, x));
+            case.trainer.applied.insert(name, seen);
+        }
+        let report = validate(&case, &Silent).unwrap();
+        (report.passed, report.diagnoses.iter().map(|d| d.fault.clone()).collect::<Vec<_>>())
+    };
+    let norm = {
+        let case = case(&dumps("clean/lora-f32"));
+        case.trainer.gradients.values().flat_map(|g| g.values.iter()).map(|x| x * x).sum::<f64>().sqrt()
+    };
+    assert!(changed(1.0, &|_, x| x * (0.05 / norm)).0, "clipped by norm");
+    assert!(changed(1.0, &|_, x| x.clamp(-0.01, 0.01)).0, "clipped by value");
+    for (scale, factor, name) in [
+        (1.0, 1.0 / 65536.0, "unscaled-twice"),
+        (1024.0, 1.0 / 1024.0, "unscaled-twice"),
+        (1024.0, 1024.0, "never-unscaled"),
+        (1024.0, 0.5 / 1024.0 / norm, "clip-before-unscale"),
+        (1.0, -1.0, "applied-not-gradient"),
+        (1.0, 3.0, "applied-not-gradient"),
+    ] {
+        assert_eq!(changed(scale, &|_, x| x * factor), (false, vec![name.to_string()]), "{scale} {factor}");
+    }
+    let zero_in_one = |name: &str, x: f64| if name.contains("q_proj") { 0.0 } else { x };
+    assert_eq!(changed(1.0, &zero_in_one), (false, vec!["applied-not-gradient".to_string()]));
+}
+
+/// A step that cannot be compared is not given a fault's name.
+#[test]
+fn what_cannot_be_judged_is_said_in_words() {
+    let disturbed = || {
+        let mut case = case(&dumps("clean/lora-f32"));
+        for gradient in case.trainer.gradients.values_mut() {
+            gradient.values.indexed_iter_mut().for_each(|((i, j), x)| *x *= 1.0 + 0.3 * ((i * 7 + j * 3) as f64).sin());
+        }
+        case.trainer.after.clear();
+        case
+    };
+    let mut dropout = disturbed();
+    dropout.trainer.setting.dropout = vec!["lora_dropout 0.1".into()];
+    let report = validate(&dropout, &Silent).unwrap();
+    assert_eq!(report.diagnoses.iter().map(|d| d.fault.as_str()).collect::<Vec<_>>(), ["dropout-active"]);
+    assert!(report.diagnoses[0].what.contains("lora_dropout 0.1"));
+    // In eval mode the declaration is no fault.
+    let mut eval = case(&dumps("clean/lora-f32"));
+    eval.trainer.setting.dropout = vec!["lora_dropout 0.1".into()];
+    assert!(validate(&eval, &Silent).unwrap().passed);
+    let mut custom = disturbed();
+    custom.trainer.loss = custom.trainer.loss.map(|l| l + 0.7);
+    let refusal = validate(&custom, &Silent).unwrap_err().to_string();
+    assert!(refusal.contains("cross-entropy") && refusal.contains("another loss function"), "{refusal}");
+}
+
+/// Adapter tensors that are not trained, by module and by kind.
+#[test]
+fn frozen_adapters_are_named_and_frozen_kinds_are_not() {
+    let without = |gone: &dyn Fn(&str) -> bool| {
+        let mut case = case(&dumps("clean/lora-f32"));
+        let (frozen, trained) = case.trained.iter().cloned().partition::<Vec<_>, _>(|n| gone(n));
+        frozen.iter().for_each(|n| drop(case.trainer.gradients.remove(n)));
+        (case.trained, case.trainer.setting.frozen) = (trained, frozen);
+        validate(&case, &Silent).unwrap()
+    };
+    for report in [without(&|n| n.contains("layers.0.")), without(&|n| n.contains("v_proj")), without(&|_| true)] {
+        let names: Vec<&str> = report.diagnoses.iter().map(|d| d.fault.as_str()).collect();
+        assert!(!report.passed && names.first() == Some(&"frozen-adapters"), "{names:?}");
+    }
+    assert!(without(&|n| n.ends_with("lora_A")).passed);
 }

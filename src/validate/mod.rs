@@ -6,7 +6,6 @@
 //! When something fails, [`diagnosis`] tries known faults and names those that explain it. [`head`] does the same for one
 //! attention head.
 
-mod applied;
 pub mod diagnosis;
 pub mod dump;
 pub mod head;
@@ -18,7 +17,6 @@ mod names;
 mod precision;
 pub mod reference;
 mod report;
-mod setting;
 mod update;
 
 pub use names::{canonical_name, place_of};

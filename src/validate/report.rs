@@ -1,11 +1,11 @@
 //! A validation from beginning to end, and its result.
 
+use super::diagnosis::setting;
 use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::reference::Variant;
-use super::setting;
 use crate::error::Result;
 use serde::Serialize;
 

@@ -90,6 +90,23 @@ fn same_in_loss(context: &Context<'_>, c: f64, near: f64, diagnosis: &mut Diagno
     }
 }
 
+/// A factor that shows in the loss alone, gradients being rounded more: only one that counts of the batch explain.
+pub(super) fn factor_of_loss(context: &Context<'_>, tested: &mut Tested<'_>) {
+    let Some(loss) = context.case.trainer.loss.filter(|_| context.failed.iter().eq([&RungName::Loss])) else { return };
+    let c = loss / context.exact.loss;
+    let rounding = (context.rounded.loss / context.exact.loss - 1.0).abs();
+    let near = (2.0 * rounding).max(2e-4).max(context.case.rounding.coarsest().epsilon() / 4.0);
+    let agrees = context.mean_factor().is_none_or(|(mean, noise)| (mean - c).abs() < 4.0 * noise + near);
+    let (name, meaning, fix) = meaning(context, c, near, true);
+    if agrees && c.is_finite() && name == "loss-divisor" {
+        let what = format!("the loss is {c:.5} times the right one, and the gradients allow that{meaning}");
+        let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), 0, 0.0);
+        diagnosis.explains = vec![RungName::Loss];
+        diagnosis.complete = true;
+        tested.found.push(diagnosis);
+    }
+}
+
 /// A factor too near 1 to show in any single tensor.
 pub(super) fn common_factor(context: &Context<'_>, tested: &mut Tested<'_>) {
     let (true, Some((c, noise))) = (context.failed(RungName::Scale), context.mean_factor()) else { return };

@@ -1,6 +1,6 @@
 //! Faults that show in the gradients themselves: not finite, underflowing, zero, transposed, exchanged.
 
-use super::factors::{common_factor, factors};
+use super::factors::{common_factor, factor_of_loss, factors};
 use super::{Context, Fault, Tested};
 use crate::error::Result;
 use crate::validate::dump::Observed;
@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     if context.failing.is_empty() {
         common_factor(context, tested);
+        factor_of_loss(context, tested);
         return Ok(());
     }
     not_finite(context, tested);

@@ -187,8 +187,8 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         let predicted = smoothed(case, &targets, &parts, epsilon, None)?;
         let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding))?;
         tested.steps += 2;
-        // A common factor must leave clearly more.
-        if context.left_by(&predicted) > 0.6 * context.left_by(&context.common_factor()) {
+        // A common factor must leave more.
+        if context.left_by(&predicted) > 0.8 * context.left_by(&context.common_factor()) {
             continue;
         }
         if shift == 0 {

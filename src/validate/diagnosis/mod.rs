@@ -5,12 +5,14 @@
 //! reference again with the fault in it and compare everything that was dumped. A fault explains a failure when what it predicts is within the tolerances that the
 //! right step would have had.
 
+pub(super) mod applied;
 mod backward;
 mod factors;
 mod forward;
 mod gradient;
 mod loss;
 mod rows;
+pub(super) mod setting;
 mod slices;
 mod unjudged;
 mod update;
@@ -429,7 +431,7 @@ pub(super) fn diagnose(
         found.clear();
     }
     if let Some(rung) = rung_of(rungs, RungName::Applied).filter(|r| r.failed()) {
-        found.extend(super::applied::explain(case, rung));
+        found.extend(applied::explain(case, rung));
     }
     let other = found.iter().any(|d| d.fault == "other-adapter");
     if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed() && !other) {

@@ -165,12 +165,15 @@ fn best_rule<'a>(
     let scaled =
         |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| run(p, name, x, &(g * case.loss.scale));
     let climbing = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| run(p, name, x, &-g);
+    let step_flipped = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| {
+        Some(-undecayed(p, name, x, g)? - x * (p.lr * p.weight_decay))
+    };
     let wd = record.groups.first().map_or(0.0, |g| g.lr * g.weight_decay);
     let decay_text =
         format!("the decay multiplies the parameters by 1 - {decay:.4e} instead of 1 - lr wd = 1 - {wd:.4e}");
     let correct = "divide them by 1 - beta^t, t = 1 at the first step";
     let place = "p <- p - lr m^ / (sqrt(v^) + eps), m^ and v^ corrected for their start";
-    let rules: [(&'static str, &str, &'static str, Rule<'_>); 13] = [
+    let rules: [(&'static str, &str, &'static str, Rule<'_>); 14] = [
         (
             "weight-decay-coupled",
             "weight decay is added to the gradient (Adam with L2) instead of to the parameter (AdamW)",
@@ -198,6 +201,7 @@ fn best_rule<'a>(
         ),
         ("clipping-lost", "the update uses the gradient before clipping or unscaling", "step after them", &unclipped),
         ("update-sign", "the update climbs: its sign is flipped", "subtract the step", &climbing),
+        ("update-sign", "the update climbs: the step is added", "subtract the step", &step_flipped),
         ("weight-decay-factor", &decay_text, "p <- p - lr wd p", &factor),
     ];
     let before_it = |name: &str| rung.tensors.iter().find(|m| m.name == name).map_or(0.0, |m| m.share);

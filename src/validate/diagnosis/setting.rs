@@ -1,12 +1,12 @@
 //! What can be said without comparing numbers: adapters that are not trained, labels that were shifted before the loss
 //! shifts them, documents that attend to each other; and which steps cannot be judged.
 
-use super::diagnosis::Fault;
-use super::dump::Case;
-use super::ladder::{Outcome, Rung, RungName, rung_of};
-use super::names::place_of;
+use super::Fault;
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
+use crate::validate::dump::Case;
+use crate::validate::ladder::{Outcome, Rung, RungName, rung_of};
+use crate::validate::names::place_of;
 use std::collections::BTreeSet;
 
 /// Tensors of the adapter that are not trained; the kinds that are trained nowhere, if these are all.
@@ -32,7 +32,7 @@ fn frozen_by_kind(case: &Case) -> bool {
 }
 
 /// Whether the labels are the ids moved by one: label t is id t + 1.
-pub(super) fn labels_moved(case: &Case) -> bool {
+pub(in crate::validate) fn labels_moved(case: &Case) -> bool {
     let (ids, labels) = (&case.batch.input_ids, &case.batch.labels);
     let length = ids.ncols();
     let (mut moved, mut same, mut all) = (0, 0, 0);
@@ -47,7 +47,7 @@ pub(super) fn labels_moved(case: &Case) -> bool {
 }
 
 /// The case with labels moved back, so that the reference's shift makes of them what a loss without shift does.
-pub(super) fn with_labels_moved_back(case: &Case) -> Case {
+pub(in crate::validate) fn with_labels_moved_back(case: &Case) -> Case {
     let mut other = case.clone();
     let (rows, length) = other.batch.labels.dim();
     for b in 0..rows {
@@ -62,7 +62,7 @@ pub(super) fn with_labels_moved_back(case: &Case) -> Case {
 ///
 /// # Errors
 /// For packed rows that are kept apart, in words.
-pub(super) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<Fault>, Vec<String>)> {
+pub(in crate::validate) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<Fault>, Vec<String>)> {
     let (mut faults, mut remarks) = (Vec::new(), Vec::new());
     let outcome = |name| rung_of(rungs, name).map(|r| &r.outcome);
     let passed = |name| outcome(name) == Some(&Outcome::Pass);

@@ -1,12 +1,15 @@
 //! The rung between backward and optimizer: what the optimizer saw is what backward left, unscaled, times one clipping
 //! factor or clipped by value, and nothing else.
 
-use super::diagnosis::{Diagnosis, Fault};
-use super::dump::Case;
-use super::ladder::{Outcome, Rung, RungName};
-use super::measure::{dot, floor, measure};
+use super::{Diagnosis, Fault};
 use crate::linalg::norms::frobenius;
+use crate::validate::dump::Case;
+use crate::validate::ladder::{Outcome, Rung, RungName};
+use crate::validate::measure::{dot, floor, measure};
+use crate::validate::precision::Precision;
+use crate::validate::update::group_of;
 use ndarray::Array2;
+use std::borrow::Cow;
 
 /// What happened between the two.
 struct Between {
@@ -20,30 +23,39 @@ struct Between {
     bound: Option<f64>,
 }
 
-fn pairs(case: &Case) -> Vec<(&String, &Array2<f64>, &super::dump::Observed)> {
-    let trainer = &case.trainer;
-    let both = |(name, seen)| {
-        let left = trainer.gradients.get(name).filter(|g| g.values.dim() == seen_dim(seen))?;
-        Some((name, &left.values, seen))
-    };
-    trainer.applied.iter().filter_map(both).collect()
-}
+/// Name, gradient of backward, what the optimizer saw and its format.
+type Pair<'a> = (&'a String, &'a Array2<f64>, Cow<'a, Array2<f64>>, Precision);
 
-fn seen_dim(seen: &super::dump::Observed) -> (usize, usize) {
-    seen.values.dim()
+/// Both gradients of every parameter that the optimizer holds; one that is not dumped apart was seen as backward left it,
+/// the loss scale included.
+fn pairs(case: &Case) -> Vec<Pair<'_>> {
+    let trainer = &case.trainer;
+    let held = |name: &str| case.optimizer.as_ref().is_none_or(|record| group_of(record, name).is_some());
+    let mut all: Vec<Pair<'_>> = Vec::new();
+    for (name, left) in &trainer.gradients {
+        match trainer.applied.get(name) {
+            Some(seen) if seen.values.dim() == left.values.dim() => {
+                all.push((name, &left.values, Cow::Borrowed(&seen.values), seen.precision));
+            }
+            None if held(name) && left.values.iter().any(|x| x.abs() > 0.0) => {
+                all.push((name, &left.values, Cow::Owned(&left.values * case.loss.scale), left.precision));
+            }
+            _ => {}
+        }
+    }
+    all
 }
 
 fn between(case: &Case) -> Option<Between> {
     let pairs = pairs(case);
-    let sum =
-        |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2.values)).sum() };
+    let sum = |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2)).sum() };
     let (left, seen, along) = (sum(&|g, _| dot(g, g)), sum(&|_, a| dot(a, a)), sum(&|g, a| dot(g, a)));
     if !(left > 0.0) || !left.is_finite() || !seen.is_finite() {
         return None;
     }
-    let bound = pairs.iter().flat_map(|p| p.2.values.iter()).fold(0.0f64, |m, x| m.max(x.abs()));
+    let bound = pairs.iter().flat_map(|p| p.2.iter()).fold(0.0f64, |m, x| m.max(x.abs()));
     let at_bound = |x: &&f64| x.abs() >= bound * (1.0 - 1e-6);
-    let many = pairs.iter().flat_map(|p| p.2.values.iter()).filter(at_bound).count() > 1;
+    let many = pairs.iter().flat_map(|p| p.2.iter()).filter(at_bound).count() > 1;
     let clipped = |g: &Array2<f64>| g.mapv(|x| x.clamp(-bound, bound));
     let by_value = sum(&|g, a| frobenius(&(&clipped(g) - a).view()).powi(2));
     let factor = along / left;
@@ -62,7 +74,7 @@ fn is_setting(x: f64) -> bool {
 }
 
 /// The rung.
-pub(super) fn rung(case: &Case) -> Rung {
+pub(in crate::validate) fn rung(case: &Case) -> Rung {
     let name = RungName::Applied;
     if case.trainer.applied.is_empty() {
         return Rung::skipped(name, "the optimizer saw the gradients as backward left them");
@@ -71,16 +83,16 @@ pub(super) fn rung(case: &Case) -> Rung {
         return Rung::skipped(name, "nothing to compare with the gradients of backward");
     };
     let mut tensors = Vec::new();
-    for (name, left, seen) in pairs(case) {
+    for (name, left, seen, format) in pairs(case) {
         let expected = match between.bound {
             Some(bound) => left.mapv(|x| x.clamp(-bound, bound)),
             None => left * between.factor,
         };
         let mut rounded = expected.clone();
-        seen.precision.round_array(&mut rounded);
-        let unit = floor(seen.precision).max(2e-5);
+        format.round_array(&mut rounded);
+        let unit = floor(format).max(2e-5);
         let scale = between.seen.max(f64::MIN_POSITIVE);
-        tensors.push(measure(name, &seen.values, &expected, &rounded, unit, scale));
+        tensors.push(measure(name, &seen, &expected, &rounded, unit, scale));
     }
     let mut rung = Rung::of(name, tensors);
     if !rung.failed() {
@@ -109,8 +121,8 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
     if between.bound.is_some() {
         return None;
     }
-    if c < 0.0 {
-        let what = format!("the optimizer saw the gradients times {c:.4e}: their sign is flipped after backward");
+    if c <= 0.0 {
+        let what = format!("the optimizer saw the gradients times {c:.4e}: zeros, or another sign than backward's");
         return Some(Fault::new(
             "applied-not-gradient",
             what,
@@ -151,7 +163,7 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
 }
 
 /// What happened to the gradients, where the rung failed.
-pub(super) fn explain(case: &Case, rung: &Rung) -> Vec<Diagnosis> {
+pub(in crate::validate) fn explain(case: &Case, rung: &Rung) -> Vec<Diagnosis> {
     let Some(between) = between(case) else { return Vec::new() };
     let wrong = rung.tensors.iter().filter(|m| !m.passes()).count();
     let fault = if wrong == 0 { suspicion(case, &between) } else { None };
