@@ -16,19 +16,6 @@ pub fn on_three() {
     assert_eq!(out.matches("all refused").count(), 3, "{out}");
 }
 
-/// Processes that a launcher started but whose MPI library does not see each other.
-pub fn strangers() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
-    alone.args(["--out", folder.path().to_str().unwrap()]).env(launch::ROLE, "grid").env("SLURM_STEP_NUM_TASKS", "2");
-    alone.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-    let output = launch::finish(launch::start(alone));
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{text}");
-    assert!(text.contains("started 2 processes") && text.contains("sees 1"), "{text}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was written");
-}
-
 pub fn rank() -> ExitCode {
     let job = Job::launched().unwrap().expect("under mpirun");
     let ranks = job.ranks();

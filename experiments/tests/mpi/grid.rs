@@ -191,3 +191,16 @@ pub fn killed_and_resumed() {
     launch::succeeds(run(0, "grid", alone.path(), &[], "0"));
     assert_eq!(table(folder, "table.csv"), table(alone.path(), "table.csv"));
 }
+
+/// Processes that a launcher started but whose MPI library does not see each other.
+pub fn strangers() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+    alone.args(["--out", folder.path().to_str().unwrap()]).env(launch::ROLE, "grid").env("SLURM_STEP_NUM_TASKS", "2");
+    alone.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let output = launch::finish(launch::start(alone));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("started 2 processes") && text.contains("sees 1"), "{text}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing was written");
+}
