@@ -277,6 +277,8 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
             model.trainable.lm_head = true;
         } else if name.ends_with("norm.weight") {
             model.trainable.norms = true;
+        } else if name.ends_with("_proj.bias") {
+            model.trainable.biases = true;
         } else if let Some((layer, p)) = projection() {
             let projection = model.layers[layer].projection_mut(p);
             if projection.is_trainable() {

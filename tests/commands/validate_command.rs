@@ -129,14 +129,6 @@ fn bad_input_is_refused_by_name() {
     refused(&[text(&copy("deep-dump", &|m| m["model"] = text(&deep).into()))], &parts);
     refused(&[], &["required"]);
     refused(&["--model", text(&dump)], &["--reference"]);
-    let packed = folder.path().join("packed.safetensors");
-    let mut writer = TensorWriter::new();
-    let ids = |v: [f64; 4]| Array2::from_shape_vec((1, 4), v.to_vec()).unwrap();
-    writer.matrix("input_ids", ids([1.0, 2.0, 3.0, 4.0]).view()).matrix("labels", ids([1.0, 2.0, 3.0, 4.0]).view());
-    writer.matrix("position_ids", ids([0.0, 1.0, 0.0, 1.0]).view());
-    writer.write(&packed).unwrap();
-    let base = data("dumps/models/f32");
-    refused(&["--model", text(&base), "--reference", text(&packed)], &["position_ids", "packed sequences"]);
 }
 
 /// Heads: the fixtures' own gradients pass in double precision, the reference rounded to a half format passes as such, faults are

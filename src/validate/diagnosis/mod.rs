@@ -263,7 +263,7 @@ impl Context<'_> {
             |r: &Rung| r.tensors.iter().all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)));
         // "No fault" must leave clearly more.
         let better = |r: &Rung| {
-            let share = rung_of(self.rungs, r.name).map_or(0.0, |b| finite_share(b));
+            let share = rung_of(self.rungs, r.name).map_or(0.0, finite_share);
             // Without gradients there is no common factor of them.
             let none = r.tensors.is_empty()
                 && r.name == RungName::Scale

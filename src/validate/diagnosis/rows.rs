@@ -310,7 +310,8 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
     {
         return Ok(());
     }
-    let (hidden, logits): (RefCell<Vec<Array2<f64>>>, RefCell<Vec<Array2<f64>>>) = Default::default();
+    let hidden: RefCell<Vec<Array2<f64>>> = RefCell::default();
+    let logits: RefCell<Vec<Array2<f64>>> = RefCell::default();
     let tap = |place: Place, x: &mut Array2<f64>| match (place.point, place.gradient) {
         (Point::FinalNorm, false) => hidden.borrow_mut().push(x.clone()),
         (Point::Logits, true) => logits.borrow_mut().push(x.clone()),
