@@ -149,7 +149,7 @@ impl Figure {
     /// Draws the figure to `folder/name.svg` and `folder/name.png`; returns both paths.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io), [`Error::Draw`](crate::Error::Draw). Neither file is left
+    /// [`Error::Io`], [`Error::Draw`]. Neither file is left
     /// half-written.
     pub fn write(&self, folder: &Path, name: &str) -> Result<[PathBuf; 2]> {
         let scene = self.scene();
