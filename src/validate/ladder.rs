@@ -1,9 +1,9 @@
 //! The ladder: shapes and names, loss, logits, hidden states, gradients, parameters after the step.
 
+use super::diagnosis::applied;
 use super::dump::{Case, Observed};
 use super::measure::{Measure, floor, measure};
 use super::reference::{Evidence, select_rows};
-use super::diagnosis::applied;
 use super::update;
 use crate::linalg::norms::frobenius;
 use serde::Serialize;

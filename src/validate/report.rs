@@ -1,11 +1,11 @@
 //! A validation from beginning to end, and its result.
 
+use super::diagnosis::setting;
 use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::reference::Variant;
-use super::diagnosis::setting;
 use crate::error::Result;
 use serde::Serialize;
 
@@ -88,11 +88,13 @@ impl Watch for Silent {
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let report = judge(case, watch)?;
     // Labels that the collator moved, with a loss that does not move them again, are right.
-    if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case) {
+    if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case)
+    {
         let mut other = judge(&setting::with_labels_moved_back(case), watch)?;
         if other.passed {
             if let Some(loss) = other.rungs.iter_mut().find(|r| r.name == RungName::Loss) {
-                loss.problems.push("the labels are the ids moved by one, and the loss does not shift them again".into());
+                loss.problems
+                    .push("the labels are the ids moved by one, and the loss does not shift them again".into());
             }
             return Ok(other);
         }

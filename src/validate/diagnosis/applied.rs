@@ -2,12 +2,12 @@
 //! factor or clipped by value, and nothing else.
 
 use super::{Diagnosis, Fault};
+use crate::linalg::norms::frobenius;
 use crate::validate::dump::Case;
 use crate::validate::ladder::{Outcome, Rung, RungName};
 use crate::validate::measure::{dot, floor, measure};
 use crate::validate::precision::Precision;
 use crate::validate::update::group_of;
-use crate::linalg::norms::frobenius;
 use ndarray::Array2;
 use std::borrow::Cow;
 
@@ -123,10 +123,15 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
     }
     if c <= 0.0 {
         let what = format!("the optimizer saw the gradients times {c:.4e}: zeros, or another sign than backward's");
-        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+        return Some(Fault::new(
+            "applied-not-gradient",
+            what,
+            "step with the gradients of backward, unscaled and clipped",
+        ));
     }
     if scaled && near(scale) {
-        let what = format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
+        let what =
+            format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
         return Some(Fault::new("never-unscaled", what, "step through the scaler: scaler.step(optimizer)"));
     }
     let log = c.log2();
@@ -141,13 +146,18 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
     if scaled && c < 0.999 && is_setting(between.seen * scale) && !is_setting(between.seen) {
         let what = format!(
             "gradients were clipped to norm {:.4e} while they carried the loss scale {scale:e}, then unscaled: the optimizer saw a norm of {:.4e}",
-            between.seen * scale, between.seen
+            between.seen * scale,
+            between.seen
         );
         return Some(Fault::new("clip-before-unscale", what, "call scaler.unscale_(optimizer) before clipping"));
     }
     if c > 1.001 {
         let what = format!("the optimizer saw {c:.4e} times the gradients of backward; clipping only shortens");
-        return Some(Fault::new("applied-not-gradient", what, "step with the gradients of backward, unscaled and clipped"));
+        return Some(Fault::new(
+            "applied-not-gradient",
+            what,
+            "step with the gradients of backward, unscaled and clipped",
+        ));
     }
     None
 }

@@ -160,7 +160,6 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             (mask, "the tokens that are not padding"),
             (rows as f64, "the B sequences"),
             (before_shift, "the labels counted before the shift"),
-            (before_shift - 1.0, "the labels but one"),
         ] {
             let text = format!(": the loss is divided by {of} ({n}) instead of the {counted} counted ones");
             candidates.push((counted / n, wrong, text, averaging));
@@ -184,7 +183,9 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
         let fix = "divide by the tokens of all ranks and sum over ranks, or by a rank's own and average: not both";
         let n = log.abs().round().exp2();
         let text = if c < 1.0 {
-            format!(": divided by {n} once too often, as when the tokens of all {n} ranks divide the loss and ranks are averaged")
+            format!(
+                ": divided by {n} once too often, as when the tokens of all {n} ranks divide the loss and ranks are averaged"
+            )
         } else {
             format!(": {n} times too much, as when {n} ranks are summed instead of averaged")
         };
@@ -203,7 +204,10 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
         }
     }
     if power && !(-6.5..1.5).contains(&log) {
-        let text = format!(" (2^{}): a loss scale that was not divided out, or ranks that are summed and not averaged", log.round());
+        let text = format!(
+            " (2^{}): a loss scale that was not divided out, or ranks that are summed and not averaged",
+            log.round()
+        );
         let loss_scale = (c, "loss-scale", text, "unscale the gradients before they are used");
         // The forward being right, a factor of the loss is likelier than one of the rank.
         let rank = candidates.iter().position(|c| c.2.contains(": alpha is")).unwrap_or(candidates.len());

@@ -99,7 +99,12 @@ fn bases(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             }
         }
         if any && !tested.settled() {
-            context.test(Fault::new(name, what, fix), &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)?;
+            context.test(
+                Fault::new(name, what, fix),
+                &Variant { forward: Some(&model), ..Variant::default() },
+                |_| (),
+                tested,
+            )?;
         }
     }
     Ok(())
@@ -112,13 +117,14 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
     let low_rank = |l: usize, p: Projection| {
         matches!(model.layers[l].projection(p).method, Method::Lora(_) | Method::Dora(_) | Method::Moslora(_))
     };
-    let places: Vec<(usize, Projection)> =
-        (0..model.layers.len()).flat_map(|l| Projection::ALL.map(|p| (l, p))).filter(|&(l, p)| low_rank(l, p)).collect();
+    let places: Vec<(usize, Projection)> = (0..model.layers.len())
+        .flat_map(|l| Projection::ALL.map(|p| (l, p)))
+        .filter(|&(l, p)| low_rank(l, p))
+        .collect();
     if places.is_empty() || (context.case.trainer.hidden.is_empty() && context.case.trainer.logits.is_none()) {
         return Ok(());
     }
-    let kinds: Vec<Projection> =
-        Projection::ALL.into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
+    let kinds: Vec<Projection> = Projection::ALL.into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
     let group = |what: usize, (l, p): (usize, Projection)| match what {
         0 => 0,
         1 => kinds.iter().position(|q| *q == p).unwrap_or(0),
@@ -154,10 +160,16 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
         let all = off.len() == count && factors.iter().all(|f| (f / factors[0] - 1.0).abs() < 0.01);
         let name = if all { "adapter-scaling" } else { "adapter-scaling-some" };
         let sentence = format!("adapters act with another scaling than the declared one: {}", each.join(", "));
-        let fix = "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own config, in every module";
+        let fix =
+            "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own config, in every module";
         let changed = scaled(&factors);
         if !off.is_empty() {
-            context.test(Fault::new(name, sentence, fix), &Variant { forward: Some(&changed), ..Variant::default() }, |_| (), tested)?;
+            context.test(
+                Fault::new(name, sentence, fix),
+                &Variant { forward: Some(&changed), ..Variant::default() },
+                |_| (),
+                tested,
+            )?;
         }
     }
     Ok(())
@@ -298,7 +310,8 @@ fn frequencies(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     }
     if !tested.settled() {
         let what = "rotary positions, frequencies and angles are computed in a half format, which is wrong from a few hundred tokens on";
-        let fault = Fault::new("rotary-precision", what, "compute angles in float32 (autocast off), and cast cos and sin only");
+        let fault =
+            Fault::new("rotary-precision", what, "compute angles in float32 (autocast off), and cast cos and sin only");
         turned(context, fault, &best(&plain, false), &parts, tested)?;
     }
     Ok(())
@@ -315,7 +328,9 @@ fn angles(context: &Context<'_>, frequencies: &[f64], exact: bool) -> Array2<f64
         Some(positions) => f64::from(positions[[i / length, i % length]]),
         None => (i % length) as f64,
     };
-    Array2::from_shape_fn((rows * length, frequencies.len()), |(i, j)| round(round(position(i)) * round(frequencies[j])))
+    Array2::from_shape_fn((rows * length, frequencies.len()), |(i, j)| {
+        round(round(position(i)) * round(frequencies[j]))
+    })
 }
 
 /// The step with other rotary angles.
@@ -416,7 +431,10 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     *to += from;
                 }
             }
-            let what = format!("micro-batch {k} of {} runs with the parameters of the step before, the others with the present ones", parts.len());
+            let what = format!(
+                "micro-batch {k} of {} runs with the parameters of the step before, the others with the present ones",
+                parts.len()
+            );
             context.propose(Fault::new("stale-weight", what, fix), &predicted, tested);
         }
     }

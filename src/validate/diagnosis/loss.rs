@@ -4,9 +4,9 @@ use super::{Context, Fault, Tested};
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::Result;
 use crate::model::{Place, Point};
+use crate::validate::dump::Case;
 use crate::validate::ladder::{Rung, RungName, climb};
 use crate::validate::manifest::Reduction;
-use crate::validate::dump::Case;
 use crate::validate::reference::{Evidence, Rounding, Variant};
 use ndarray::Array2;
 use std::cell::RefCell;
@@ -81,11 +81,7 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         .flat_map(|b| (1..length).map(move |t| (b, t)))
         .map(|(b, t)| (b * length + t - 1, label(b, t)))
         .collect();
-    let cut: Vec<(usize, usize)> = cut
-        .windows(2)
-        .filter(|w| w[1].1 >= 0)
-        .map(|w| (w[0].0, w[1].1 as usize))
-        .collect();
+    let cut: Vec<(usize, usize)> = cut.windows(2).filter(|w| w[1].1 >= 0).map(|w| (w[0].0, w[1].1 as usize)).collect();
     let across = "labels-across-rows";
     let fix = "shift within each row (logits[:, :-1], labels[:, 1:]) before flattening, and once";
     let once = "logits and labels are flattened before the shift: the end of a row predicts the beginning of the next";
@@ -196,8 +192,9 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
             continue;
         }
         if shift == 0 {
-            let what =
-                format!("labels are not shifted: each position predicts its own token (with label smoothing {epsilon:.3})");
+            let what = format!(
+                "labels are not shifted: each position predicts its own token (with label smoothing {epsilon:.3})"
+            );
             let fix = "position t predicts label t + 1, also in a loss of one's own";
             let diagnosis = context.judge(Fault::new("labels-not-shifted", what, fix), &predicted, &rounded);
             tested.found.push(diagnosis);
@@ -206,7 +203,8 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         let mut rungs = climb(case, &predicted, &rounded);
         if rungs.iter().filter(|r| r.name.is_of_the_step()).all(|r| !r.failed()) {
             if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Loss) {
-                let why = format!("label smoothing {epsilon:.4}, found out, not declared: all below is checked with it");
+                let why =
+                    format!("label smoothing {epsilon:.4}, found out, not declared: all below is checked with it");
                 *rung = Rung::skipped(RungName::Loss, why);
             }
             return Ok(Some(rungs));

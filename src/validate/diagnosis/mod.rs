@@ -200,7 +200,11 @@ impl Context<'_> {
     /// `rungs` are the measures under the fault, whose rounding may be larger.
     fn account(&self, predicted: &Evidence, rungs: &[Rung]) -> Option<Account> {
         let (mut along, mut fault, mut gap, mut left) = (0.0, 0.0, 0.0, 0.0);
-        let mut add = |rung: RungName, name: &str, got: &ndarray::Array2<f64>, right: &ndarray::Array2<f64>, faulty: &ndarray::Array2<f64>| {
+        let mut add = |rung: RungName,
+                       name: &str,
+                       got: &ndarray::Array2<f64>,
+                       right: &ndarray::Array2<f64>,
+                       faulty: &ndarray::Array2<f64>| {
             let measured = rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let Some(m) = measured.filter(|m| m.share.is_finite()) else { return };
             if got.dim() != right.dim() || faulty.dim() != right.dim() {
@@ -208,7 +212,8 @@ impl Context<'_> {
             }
             let norm = crate::linalg::norms::frobenius(&right.view());
             let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
-            let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance)) * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
+            let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance))
+                * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
             let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
             ndarray::Zip::from(got).and(right).and(faulty).for_each(|&g, &r, &f| {
                 along += weight * (g - r) * (f - r);
@@ -229,10 +234,17 @@ impl Context<'_> {
         for (name, r) in &self.exact.gradients {
             let zero = || ndarray::Array2::zeros(r.dim());
             if let Some(f) = predicted.gradients.get(name).filter(|_| self.case.trained.contains(name)) {
-                add(RungName::Gradients, name, &trainer.gradients.get(name).map_or_else(zero, |o| o.values.clone()), r, f);
+                add(
+                    RungName::Gradients,
+                    name,
+                    &trainer.gradients.get(name).map_or_else(zero, |o| o.values.clone()),
+                    r,
+                    f,
+                );
             }
         }
-        (fault > 1e-12 * gap && fault > 0.0 && gap > 0.0).then(|| Account { amplitude: along / fault, left: left / gap })
+        (fault > 1e-12 * gap && fault > 0.0 && gap > 0.0)
+            .then(|| Account { amplitude: along / fault, left: left / gap })
     }
 
     /// Everything dumped against what a fault predicts, exactly and rounded.
@@ -247,14 +259,15 @@ impl Context<'_> {
             let share = before(rung, &m.name);
             m.share <= EXPLAINED || (share.is_finite() && m.share * REDUCTION <= share)
         };
-        let fine = |r: &Rung| {
-            r.tensors.iter().all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)))
-        };
+        let fine =
+            |r: &Rung| r.tensors.iter().all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)));
         // "No fault" must leave clearly more.
         let better = |r: &Rung| {
             let share = rung_of(self.rungs, r.name).map_or(0.0, |b| finite_share(b));
             // Without gradients there is no common factor of them.
-            let none = r.tensors.is_empty() && r.name == RungName::Scale && rung_of(&rungs, RungName::Gradients).is_some_and(fine);
+            let none = r.tensors.is_empty()
+                && r.name == RungName::Scale
+                && rung_of(&rungs, RungName::Gradients).is_some_and(fine);
             none || (!r.tensors.is_empty() && finite_share(r) <= LEFT_OVER * share)
         };
         let account = self.account(predicted, &rungs);
@@ -269,8 +282,10 @@ impl Context<'_> {
         let spoiled = predicts().any(|r| !self.failed(r.name) && !fine(r));
         let failing: BTreeSet<&str> = self.failing.iter().map(|m| m.name.as_str()).collect();
         let mine: Vec<&Measure> = gradients_of(&rungs).iter().filter(|m| failing.contains(m.name.as_str())).collect();
-        let explained =
-            mine.iter().filter(|m| close(RungName::Gradients, m) && m.share <= LEFT_OVER * before(RungName::Gradients, &m.name)).count();
+        let explained = mine
+            .iter()
+            .filter(|m| close(RungName::Gradients, m) && m.share <= LEFT_OVER * before(RungName::Gradients, &m.name))
+            .count();
         let share = predicts().map(Rung::share).fold(0.0, f64::max);
         let targets = self.failed.iter().filter(|name| name.is_of_the_step()).count();
         Diagnosis {
@@ -286,7 +301,9 @@ impl Context<'_> {
 
     /// Whether a gradient that failed is within `share` of what a fault predicts.
     pub fn accounts_for(&self, failed: &Measure, share: f64) -> bool {
-        share <= LEFT_OVER * failed.share && failed.share.is_finite() && (share <= EXPLAINED || share * REDUCTION <= failed.share)
+        share <= LEFT_OVER * failed.share
+            && failed.share.is_finite()
+            && (share <= EXPLAINED || share * REDUCTION <= failed.share)
     }
 
     /// Judges what a fault was found to predict.

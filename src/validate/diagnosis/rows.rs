@@ -63,7 +63,9 @@ impl Context<'_> {
     /// One over the square of each gradient's size, so that all count alike.
     fn weights(&self) -> BTreeMap<String, f64> {
         let scale = gradient_scale(&self.exact.gradients);
-        let usable = |name: &&String| self.case.trainer.gradients.get(*name).is_some_and(|o| o.values.iter().all(|x| x.is_finite()));
+        let usable = |name: &&String| {
+            self.case.trainer.gradients.get(*name).is_some_and(|o| o.values.iter().all(|x| x.is_finite()))
+        };
         let weight = |name: &String| {
             let want = self.exact.gradients.get(name)?;
             let same = self.case.trainer.gradients.get(name)?.values.dim() == want.dim();
@@ -78,7 +80,9 @@ impl Context<'_> {
     pub(super) fn amplitude(&self, from: &Evidence, to: &Evidence) -> f64 {
         let (mut along, mut square) = (0.0, 0.0);
         for (name, w) in self.weights() {
-            let (Some(p), Some(f), Some(g)) = (from.gradients.get(&name), to.gradients.get(&name), self.observed(&name)) else {
+            let (Some(p), Some(f), Some(g)) =
+                (from.gradients.get(&name), to.gradients.get(&name), self.observed(&name))
+            else {
                 continue;
             };
             let direction = f - p;
@@ -281,7 +285,11 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     super::gradient::some(&changed)
                 );
                 let fix = "all-reduce the gradients of replicated factors over the sequence- or tensor-parallel group";
-                context.propose(Fault::new("sequence-shard-only", what, fix), &context.with_gradients(gradients), tested);
+                context.propose(
+                    Fault::new("sequence-shard-only", what, fix),
+                    &context.with_gradients(gradients),
+                    tested,
+                );
             }
         }
     }
@@ -295,7 +303,11 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
     let (Some(got), Some(want)) = (context.observed(name), context.exact.gradients.get(name)) else { return Ok(()) };
     let alone = context.failing.iter().all(|m| m.name == name);
     let tokens = case.batch.counted();
-    if got.precision.epsilon() < 1e-4 || !alone || got.values.dim() != want.dim() || want.len() * tokens > MOST_ENTRIES * 16 {
+    if got.precision.epsilon() < 1e-4
+        || !alone
+        || got.values.dim() != want.dim()
+        || want.len() * tokens > MOST_ENTRIES * 16
+    {
         return Ok(());
     }
     let (hidden, logits): (RefCell<Vec<Array2<f64>>>, RefCell<Vec<Array2<f64>>>) = Default::default();
@@ -309,7 +321,8 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
     case.run(&Variant { tap: Some(&tap), rounding: Some(case.rounding), ..Variant::default() })?;
     let (hidden, logits) = (hidden.into_inner(), logits.into_inner());
     let [hidden] = &hidden[..] else { return Ok(()) };
-    let targets = crate::blocks::cross_entropy::prediction_targets(case.batch.labels.view(), case.model.config.vocab_size)?;
+    let targets =
+        crate::blocks::cross_entropy::prediction_targets(case.batch.labels.view(), case.model.config.vocab_size)?;
     let lines: Vec<(&Array2<f64>, usize)> = logits.iter().flat_map(|c| (0..c.nrows()).map(move |i| (c, i))).collect();
     if lines.len() != targets.len() {
         return Ok(());

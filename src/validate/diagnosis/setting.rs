@@ -2,11 +2,11 @@
 //! shifts them, documents that attend to each other; and which steps cannot be judged.
 
 use super::Fault;
+use crate::blocks::cross_entropy::IGNORED_LABEL;
+use crate::error::{Error, Result};
 use crate::validate::dump::Case;
 use crate::validate::ladder::{Outcome, Rung, RungName, rung_of};
 use crate::validate::names::place_of;
-use crate::blocks::cross_entropy::IGNORED_LABEL;
-use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 
 /// Tensors of the adapter that are not trained; the kinds that are trained nowhere, if these are all.

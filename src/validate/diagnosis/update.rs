@@ -131,15 +131,15 @@ fn best_rule<'a>(
         }
     }
     let decay = if square > 0.0 { along / square } else { 0.0 };
-    let factor = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| {
-        Some(undecayed(p, name, x, g)? - x * decay)
-    };
-    let adam = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>, rule: &dyn Fn(f64, f64, f64, f64) -> f64| {
-        let (m, v, t) = moments(case, p, name, g)?;
-        let (c1, c2) = (1.0 - p.beta1.powi(t), 1.0 - p.beta2.powi(t));
-        let step = Zip::from(&m).and(&v).map_collect(|m, v| rule(*m, *v, c1, c2));
-        Some(step * -p.lr - x * (p.lr * p.weight_decay))
-    };
+    let factor =
+        |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| Some(undecayed(p, name, x, g)? - x * decay);
+    let adam =
+        |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>, rule: &dyn Fn(f64, f64, f64, f64) -> f64| {
+            let (m, v, t) = moments(case, p, name, g)?;
+            let (c1, c2) = (1.0 - p.beta1.powi(t), 1.0 - p.beta2.powi(t));
+            let step = Zip::from(&m).and(&v).map_collect(|m, v| rule(*m, *v, c1, c2));
+            Some(step * -p.lr - x * (p.lr * p.weight_decay))
+        };
     let uncorrected = |p: OptimizerParams, n: &str, x: &Array2<f64>, g: &Array2<f64>| {
         adam(p, n, x, g, &|m, v, _, _| m / (v.sqrt() + p.eps))
     };
@@ -162,15 +162,15 @@ fn best_rule<'a>(
         case.trainer.applied.get(name)?;
         run(p, name, x, &case.trainer.gradients.get(name)?.values)
     };
-    let scaled = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| {
-        run(p, name, x, &(g * case.loss.scale))
-    };
+    let scaled =
+        |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| run(p, name, x, &(g * case.loss.scale));
     let climbing = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| run(p, name, x, &-g);
     let step_flipped = |p: OptimizerParams, name: &str, x: &Array2<f64>, g: &Array2<f64>| {
         Some(-undecayed(p, name, x, g)? - x * (p.lr * p.weight_decay))
     };
     let wd = record.groups.first().map_or(0.0, |g| g.lr * g.weight_decay);
-    let decay_text = format!("the decay multiplies the parameters by 1 - {decay:.4e} instead of 1 - lr wd = 1 - {wd:.4e}");
+    let decay_text =
+        format!("the decay multiplies the parameters by 1 - {decay:.4e} instead of 1 - lr wd = 1 - {wd:.4e}");
     let correct = "divide them by 1 - beta^t, t = 1 at the first step";
     let place = "p <- p - lr m^ / (sqrt(v^) + eps), m^ and v^ corrected for their start";
     let rules: [(&'static str, &str, &'static str, Rule<'_>); 14] = [
@@ -193,7 +193,12 @@ fn best_rule<'a>(
         ("eps-placement", "eps stands inside the square root", place, &eps_inside),
         ("eps-placement", "eps stands inside the square root, before the correction", place, &eps_inside_early),
         ("eps-placement", "eps is added before the second moment is corrected", place, &eps_early),
-        ("never-unscaled", "the update uses gradients that still carry the loss scale", "step through the scaler", &scaled),
+        (
+            "never-unscaled",
+            "the update uses gradients that still carry the loss scale",
+            "step through the scaler",
+            &scaled,
+        ),
         ("clipping-lost", "the update uses the gradient before clipping or unscaling", "step after them", &unclipped),
         ("update-sign", "the update climbs: its sign is flipped", "subtract the step", &climbing),
         ("update-sign", "the update climbs: the step is added", "subtract the step", &step_flipped),
