@@ -160,7 +160,6 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
             (mask, "the tokens that are not padding"),
             (rows as f64, "the B sequences"),
             (before_shift, "the labels counted before the shift"),
-            (before_shift - 1.0, "the labels but one"),
         ] {
             let text = format!(": the loss is divided by {of} ({n}) instead of the {counted} counted ones");
             candidates.push((counted / n, wrong, text, averaging));
