@@ -1,7 +1,9 @@
 //! Dumps of real trainers (tests/data/dumps, made by PyTorch): right steps pass, each planted fault is named.
 
+use peft_limits::Error;
 use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
+use peft_limits::validate::reference::Variant;
 use peft_limits::validate::{Report, Silent, validate};
 use std::path::{Path, PathBuf};
 
@@ -107,6 +109,28 @@ fn a_step_of_every_family_is_judged() {
         }
     }
     assert!(judged >= 50, "{judged} steps");
+}
+
+/// Rows of several documents, without a mask: kept apart they pass; attended over the row, the dump does not say which was
+/// meant, and that is what is said.
+#[test]
+fn what_positions_that_start_again_mean_is_asked() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/llama_packed");
+    let dump = family_dump(&path, false, false).unwrap();
+    let mut case = case(dump.path());
+    let mut over_rows = case.clone();
+    over_rows.batch.documents = None;
+    let evidence = over_rows.run(&Variant::default()).unwrap();
+    case.trainer.loss = Some(evidence.loss);
+    for (name, gradient) in evidence.gradients {
+        case.trainer.gradients.get_mut(&name).unwrap().values = gradient;
+    }
+    match validate(&case, &Silent) {
+        Err(Error::InvalidParam { name, requirement, .. }) => {
+            assert!(name == "position_ids" && requirement.contains("use_cache=False"), "{name}: {requirement}");
+        }
+        other => panic!("{:?}", other.map(|report| report.passed)),
+    }
 }
 
 /// (folder, fault that must be named first).

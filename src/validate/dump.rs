@@ -319,7 +319,7 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
             return Err(file.malformed("tensor position_ids", "positions of at least 0", bad.to_string()));
         }
         let positions = positions.mapv(|x| x as u32);
-        // Without a mask Transformers keeps documents apart whose positions start again; a mask of ones switches that off.
+        // Positions that start again without a mask: documents that are kept apart, unless the step says otherwise.
         if batch.attention_mask.is_none()
             && let Some(documents) = Batch::documents_of_positions(&positions)
         {

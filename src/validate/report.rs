@@ -84,9 +84,12 @@ impl Watch for Silent {
 ///
 /// # Errors
 /// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged: another loss than cross-entropy,
-/// packed documents that are kept apart, noise on the embeddings.
+/// noise on the embeddings, or rows of several documents that are right only if these may attend to each other.
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let report = judge(case, watch)?;
+    if !report.passed && case.batch.documents.is_some() && judge(&setting::as_one_document(case), watch)?.passed {
+        return Err(setting::ambiguous_documents());
+    }
     // Labels that the collator moved, with a loss that does not move them again, are right.
     if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case)
     {

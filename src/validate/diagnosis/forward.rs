@@ -517,13 +517,6 @@ fn attention(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         let fault = Fault::new("causal-leak", text, "key j is visible to query i when j <= i");
         context.test(fault, &Variant { ahead, ..Variant::default() }, |_| (), tested)?;
     }
-    if context.case.batch.documents.is_some() && !tested.settled() {
-        let batch = Batch { documents: None, ..context.case.batch.clone() };
-        let what = "documents packed in one row attend to those before them: they leak into each other";
-        let fix = "pass positions that start again without an attention_mask, or a block-diagonal mask";
-        let variant = Variant { batch: Some(&batch), ..Variant::default() };
-        context.test(Fault::new("packing-leak", what, fix), &variant, |_| (), tested)?;
-    }
     if context.case.batch.attention_mask.is_some() && !tested.settled() {
         let batch = Batch { attention_mask: None, ..context.case.batch.clone() };
         let fault = Fault::new(

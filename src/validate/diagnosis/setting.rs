@@ -58,10 +58,26 @@ pub(in crate::validate) fn with_labels_moved_back(case: &Case) -> Case {
     other
 }
 
+/// The case with each row taken for one document.
+pub(in crate::validate) fn as_one_document(case: &Case) -> Case {
+    let mut other = case.clone();
+    other.batch.documents = None;
+    other
+}
+
+/// Positions that start again, no mask, and attention over the row: a leak or meant so, which the dump does not say.
+/// Transformers 5 keeps such documents apart without a cache (`use_cache=False`) only.
+pub(in crate::validate) fn ambiguous_documents() -> Error {
+    let what = "positions start again inside rows (packed documents) and no mask says what that means. The step is right if \
+                later documents may attend to earlier ones; if not, they leak into each other (Transformers keeps them \
+                apart without a cache only: use_cache=False). Pass a mask: ones for one document a row";
+    Error::invalid("position_ids", "packed", what)
+}
+
 /// Faults of the setting, and sentences that are none.
 ///
 /// # Errors
-/// For packed rows that are kept apart, in words.
+/// For packed rows that a mask says are one document and the trainer kept apart, in words.
 pub(in crate::validate) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<Fault>, Vec<String>)> {
     let (mut faults, mut remarks) = (Vec::new(), Vec::new());
     let outcome = |name| rung_of(rungs, name).map(|r| &r.outcome);
@@ -82,14 +98,15 @@ pub(in crate::validate) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<
     }
     if case.trainer.setting.packed {
         if !passed(RungName::Hidden) && !passed(RungName::Logits) {
-            let what = "rows whose positions start again (packed documents) are not implemented: the reference lets all tokens \
-                        of a row attend to those before them, and the trainer did not; dump one document in a row";
+            let what = "positions start again inside rows (packed documents), and with the dump's mask of ones the reference \
+                        lets all tokens of a row attend to those before them, which the trainer did not; leave the \
+                        attention_mask out of the dump, or dump one document in a row";
             return Err(Error::invalid("position_ids", "packed", what));
         }
         let what = "positions start again inside rows, yet later documents attend to earlier ones: packed documents leak \
                     into each other";
-        let fix = "pass no attention_mask with restarting position_ids (a mask of ones switches their separation off), or a \
-                   block-diagonal one";
+        let fix = "pass a block-diagonal mask, or restarting position_ids with no attention_mask and use_cache=False (a mask of \
+                   ones switches their separation off)";
         faults.push(Fault::new("packing-leak", what, fix));
     }
     Ok((faults, remarks))
