@@ -15,6 +15,7 @@
 //! of 2,048 tokens. Timed: run it alone.
 
 use crate::harness::{Experiment, Point, Profile, head_files, heads_folder, interrupted};
+use crate::real_heads::model_of;
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::factorization::{Scores, build};
 use peft_limits::attention::{AttentionProblem, Gradients, Mask, Request, chained, file};
@@ -75,11 +76,6 @@ fn grid(profile: Profile, _: u64) -> Vec<Point> {
         return vec![none.with("halvings", 0u64).with("turns", 1u64)];
     }
     points
-}
-
-/// Name of the model in a head's name: all before the layer.
-fn model_of(head: &str) -> &str {
-    head.rsplit_once("_l").map_or(head, |(model, _)| model)
 }
 
 fn spec(step: i32, search: &str) -> String {

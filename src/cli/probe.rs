@@ -162,20 +162,17 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         streamed.seconds,
     ));
     for (_, outcome) in &outcomes {
-        match outcome {
-            Ok(t) => {
-                let flops = t.cost.flops() as f64;
-                table.push(&row(
-                    &t.certificate.spec,
-                    Some(t.certificate.rank),
-                    Some(t.gradient_error),
-                    t.certificate.exp_error_bound,
-                    flops,
-                    flops / streaming_flops,
-                    t.seconds,
-                ));
-            }
-            Err(_) => {}
+        if let Ok(t) = outcome {
+            let flops = t.cost.flops() as f64;
+            table.push(&row(
+                &t.certificate.spec,
+                Some(t.certificate.rank),
+                Some(t.gradient_error),
+                t.certificate.exp_error_bound,
+                flops,
+                flops / streaming_flops,
+                t.seconds,
+            ));
         }
     }
     print!("{}", table.to_text(usize::MAX));
