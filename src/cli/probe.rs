@@ -258,7 +258,7 @@ impl Answer {
         match &self.cheapest {
             None => format!("  {percent}% gradient error: no method that was tried; take the exact gradient"),
             Some((spec, flops, seconds)) => {
-                let advice = if *flops < 1.0 { "" } else { "; take the exact gradient" };
+                let advice = if flops.max(*seconds) < 1.0 { "" } else { "; take the exact gradient" };
                 format!(
                     "  {percent}% gradient error: {spec}, {flops:.2} times the operations of the exact gradient and ~{seconds:.2} times its time{advice}"
                 )

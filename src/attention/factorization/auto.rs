@@ -84,10 +84,11 @@ impl Auto {
         cost.product(query.nrows(), query.ncols(), key.nrows());
         cost.exponentials += exact.len() as u64;
         let mut offered = Vec::new();
-        let pairs = visible_pairs(scores);
+        let (pairs, most) = (visible_pairs(scores), self.exact_multiply_adds(scores));
         for family in self.families(&pilot, scores)? {
             let mut reached = 0;
-            for step in family {
+            // What costs more than the exact gradient is not even tried.
+            for step in family.into_iter().filter(|step| step.multiply_adds < most) {
                 let Some((predicted_error, kept)) = error_of(&step.pilot, &pilot, &exact, cost)? else { continue };
                 if predicted_error <= self.eps {
                     let predicted_multiply_adds = step.multiply_adds + kept * pairs * step.for_each_pair;
@@ -334,16 +335,10 @@ impl<T: Real> SoftmaxFactorization<T> for Auto {
                 return Ok(Box::new(Chosen { map, certificate }));
             }
         }
-        let why = match candidates.first() {
-            Some(cheapest) if cheapest.predicted_multiply_adds >= exact_multiply_adds => format!(
-                "{} would take {:.1e} multiply-adds on this head, the exact gradient {exact_multiply_adds:.1e}; take the exact gradient",
-                cheapest.spec, cheapest.predicted_multiply_adds
-            ),
-            _ => format!(
-                "no factorization with at most {} columns reaches it on this head at less than the exact cost; take the exact gradient",
-                MOST_COLUMNS.min(scores.key.nrows())
-            ),
-        };
+        let why = format!(
+            "no factorization is predicted to reach it on this head with fewer than the {exact_multiply_adds:.1e} multiply-adds of the exact gradient; \
+             take the exact gradient"
+        );
         Err(Error::invalid("eps", self.eps, why))
     }
 }

@@ -34,6 +34,10 @@ pub(super) trait Collector<T>: Send {
 
     /// Takes a visible key with its logit.
     fn offer(&mut self, key: u32, logit: T);
+
+    /// Is told the logit of a visible key that will be offered later.
+    #[inline(always)]
+    fn seed(&mut self, _logit: T) {}
 }
 
 /// Keys by blocks of [`WIDTH`], each transposed; missing keys are zero and numbered `u32::MAX`.
@@ -61,12 +65,30 @@ impl<T: Real> Blocks<T> {
         (self.origin.len() / WIDTH - 1) as u32
     }
 
-    /// Offers the keys of a block that lie below `end` and reach the threshold.
+    /// The products of a block with a query.
     #[inline(always)]
-    fn visit<C: Collector<T>>(&self, block: usize, query: &[T], end: u32, collector: &mut C) {
+    fn logits(&self, block: usize, query: &[T]) -> [T; WIDTH] {
         let size = self.head_dim * WIDTH;
         let mut logits = [T::zero(); WIDTH];
         add_products(&self.entries[block * size..][..size], query, &mut logits);
+        logits
+    }
+
+    /// Tells the collector the logits of a block's visible keys.
+    #[inline(always)]
+    fn seed<C: Collector<T>>(&self, block: usize, query: &[T], end: u32, collector: &mut C) {
+        let logits = self.logits(block, query);
+        for (&j, &x) in self.origin[block * WIDTH..][..WIDTH].iter().zip(&logits) {
+            if j < end {
+                collector.seed(x);
+            }
+        }
+    }
+
+    /// Offers the keys of a block that lie below `end` and reach the threshold.
+    #[inline(always)]
+    fn visit<C: Collector<T>>(&self, block: usize, query: &[T], end: u32, collector: &mut C) {
+        let logits = self.logits(block, query);
         let value = |x: T| if C::BOTH_SIGNS { x.abs() } else { x };
         let mut any = false;
         for &x in &logits {
@@ -391,11 +413,12 @@ impl<T: Real, C: Collector<T>> Kernel for SearchTile<'_, '_, T, C> {
             match self.index {
                 Index::Scan(blocks) => {
                     let count = (end as usize).div_ceil(WIDTH);
-                    // The last keys first: in trained heads they raise the threshold early.
-                    for block in (0..count).rev() {
+                    // The last keys are often the largest: known first, they keep others from being offered.
+                    blocks.seed(count - 1, &query, end, collector);
+                    for block in 0..count {
                         blocks.visit(block, &query, end, collector);
                     }
-                    looked.blocks += count as u64;
+                    looked.blocks += count as u64 + 1;
                 }
                 Index::Tree(tree) => {
                     let wide: Array1<f64> = query.iter().map(|x| x.widen()).collect();

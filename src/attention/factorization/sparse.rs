@@ -19,6 +19,7 @@ use crate::attention::shards::WholeHead;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::linalg::elementwise::{Kernel, row_exp_sum, vectorized};
 use ndarray::{ArrayView2, ArrayViewMut2};
 use std::fmt;
 
@@ -119,9 +120,8 @@ impl<T: Real> SoftmaxFactorization<T> for Sparse {
             Some(degree) => remainder(scores, &rows, degree, certificate, cost),
             None => {
                 let row_shift: Vec<T> = rows.iter().map(|row| row.log_sum).collect();
-                let values: Vec<Vec<(u32, T)>> = rows.into_iter().map(|row| row.values()).collect();
+                let values: Vec<Vec<(u32, T)>> = rows.into_iter().map(|row| row.pairs).collect();
                 let sparse = SparseCorrection::from_rows(&values, scores.key.nrows())?;
-                cost.exponentials += sparse.len() as u64;
                 cost.hold(2 * sparse.len() + row_shift.len());
                 let certificate = Certificate { corrected_pairs: sparse.len() as u64, ..certificate };
                 Ok(Box::new(SparseMap { sparse, row_shift, certificate }))
@@ -151,21 +151,12 @@ fn visible<T>(scores: &Scores<T>, query: usize) -> usize {
 
 /// The kept entries of one query.
 struct Row<T> {
-    /// (key, logit), by rising key.
+    /// (key, probability), by rising key.
     pairs: Vec<(u32, T)>,
-    /// Logarithm of the sum of their exponentials.
+    /// Logarithm of the sum of the kept exponentials.
     log_sum: T,
     /// Bound on every dropped exponential, relative to that sum.
     largest_dropped: T,
-}
-
-impl<T: Real> Row<T> {
-    /// exp(s - log_sum): the probabilities.
-    fn values(mut self) -> Vec<(u32, T)> {
-        let shift = self.log_sum;
-        self.pairs.iter_mut().for_each(|(_, s)| *s = (*s - shift).exp_lane());
-        self.pairs
-    }
 }
 
 /// Collects the largest entries e^s of a row: the most that satisfy, in falling order, e_m >= E (e_1 + ... + e_m) and m <= K.
@@ -176,7 +167,10 @@ struct Largest<T> {
     share: T,
     log_share: T,
     most: usize,
-    found: Vec<(u32, T)>,
+    /// What was found: keys, logits, and e^(s - top), which a cut fills.
+    keys: Vec<u32>,
+    logits: Vec<T>,
+    weights: Vec<T>,
     top: T,
     threshold: T,
     /// Number of entries at which the list is cut to what may still be kept.
@@ -194,20 +188,26 @@ impl<T: Real> Collector<T> for Largest<T> {
 
     #[inline(always)]
     fn offer(&mut self, key: u32, logit: T) {
-        self.found.push((key, logit));
+        self.keys.push(key);
+        self.logits.push(logit);
+        self.seed(logit);
+        if self.keys.len() >= self.cut_at {
+            self.cut();
+            self.cut_at = (2 * self.keys.len()).max(FIRST_CUT);
+        }
+    }
+
+    #[inline(always)]
+    fn seed(&mut self, logit: T) {
         if logit > self.top {
             self.top = logit;
             self.threshold = self.threshold.max(self.lowered(logit + self.log_share));
-        }
-        if self.found.len() >= self.cut_at {
-            self.cut();
-            self.cut_at = (2 * self.found.len()).max(FIRST_CUT);
         }
     }
 }
 
 /// Entries that are collected before the first cut.
-const FIRST_CUT: usize = 48;
+const FIRST_CUT: usize = 128;
 
 impl<T: Real> Largest<T> {
     fn new(share: f64, most: usize) -> Self {
@@ -216,7 +216,9 @@ impl<T: Real> Largest<T> {
             share,
             log_share: share.ln(),
             most,
-            found: Vec::new(),
+            keys: Vec::with_capacity(FIRST_CUT),
+            logits: Vec::with_capacity(FIRST_CUT),
+            weights: Vec::new(),
             top: T::neg_infinity(),
             threshold: T::neg_infinity(),
             cut_at: FIRST_CUT,
@@ -233,44 +235,103 @@ impl<T: Real> Largest<T> {
     /// Cuts the list to the stretch that is kept, raises the threshold, and returns the sum of e^(s - top).
     #[inline(never)]
     fn cut(&mut self) -> T {
-        let threshold = self.threshold;
-        self.found.retain(|f| f.1 >= threshold);
-        let mut entries: Vec<(T, T, u32)> =
-            self.found.iter().map(|&(key, s)| ((s - self.top).exp_lane(), s, key)).collect();
-        self.exponentials += entries.len() as u64;
-        entries.sort_unstable_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(std::cmp::Ordering::Equal).then(a.2.cmp(&b.2)));
-        let mut sum = T::zero();
-        let mut kept = 0;
-        for &(e, ..) in entries.iter().take(self.most) {
-            if kept > 0 && e < self.share * (sum + e) {
+        self.weights.clear();
+        self.weights.extend_from_slice(&self.logits);
+        self.exponentials += self.weights.len() as u64;
+        // Sure to be kept: at least E of everything. Sure to be dropped: below E of those.
+        let (all, mut sum) = vectorized(Weights { entries: &mut self.weights, top: self.top, share: self.share });
+        let (low, high) = (self.share * sum, self.share * all);
+        let mut between: Vec<(T, u32)> = Vec::new();
+        for (&key, &e) in self.keys.iter().zip(&self.weights) {
+            if e >= low && e < high {
+                between.push((e, key));
+            }
+        }
+        between.sort_unstable_by(|a, b| falling(a.0, b.0).then(a.1.cmp(&b.1)));
+        let mut last = (high, u32::MAX);
+        for &(e, key) in &between {
+            if e < self.share * (sum + e) {
                 break;
             }
             sum += e;
-            kept += 1;
+            last = (e, key);
         }
-        self.found.clear();
-        self.found.extend(entries[..kept].iter().map(|&(_, s, key)| (key, s)));
+        self.keep_up_to(last);
         let mut threshold = self.lowered(self.top + self.log_share + sum.ln());
-        if kept == self.most {
+        if self.keys.len() > self.most {
+            let mut all: Vec<(T, u32)> = self.weights.iter().copied().zip(self.keys.iter().copied()).collect();
+            let order = |a: &(T, u32), b: &(T, u32)| falling(a.0, b.0).then(a.1.cmp(&b.1));
+            let last = *all.select_nth_unstable_by(self.most - 1, order).1;
+            self.keep_up_to(last);
+            sum = self.weights.iter().fold(T::zero(), |sum, &e| sum + e);
             // An entry equal to the last one may still replace it, by its lower key.
-            threshold = threshold.max(entries[kept - 1].1);
+            threshold = threshold.max(self.lowered(self.top + last.0.ln()));
         }
         self.threshold = self.threshold.max(threshold);
         sum
     }
 
+    /// Leaves out what comes after `last` (weight, key) in falling order.
+    fn keep_up_to(&mut self, last: (T, u32)) {
+        let mut count = 0;
+        for i in 0..self.keys.len() {
+            let (key, e) = (self.keys[i], self.weights[i]);
+            (self.keys[count], self.logits[count], self.weights[count]) = (key, self.logits[i], e);
+            count += usize::from(e > last.0 || (e == last.0 && key <= last.1));
+        }
+        self.keys.truncate(count);
+        self.logits.truncate(count);
+        self.weights.truncate(count);
+    }
+
     fn finish(mut self, cost: &mut Cost) -> Row<T> {
         let sum = self.cut();
-        self.found.sort_unstable_by_key(|f| f.0);
-        let last = self.found.iter().fold(self.top, |low, f| low.min(f.1));
         // Dropped for the share: below it times the sum with itself, so below E / (1 - E) of the kept sum. Dropped for
         // the number: at most the last kept one.
-        let full = self.found.len() == self.most;
-        let largest_dropped =
-            if full { (last - self.top).exp_lane() / sum } else { self.share / (T::one() - self.share) };
+        let mut largest_dropped = self.share / (T::one() - self.share);
+        if self.keys.len() == self.most {
+            let last = self.weights.iter().fold(T::one(), |low, &e| low.min(e));
+            largest_dropped = largest_dropped.max(last / sum);
+        }
+        let inverse = T::one() / sum;
+        let mut pairs: Vec<(u32, T)> =
+            self.keys.iter().zip(&self.weights).map(|(&key, &e)| (key, e * inverse)).collect();
+        if !pairs.is_sorted_by_key(|f| f.0) {
+            pairs.sort_unstable_by_key(|f| f.0);
+        }
         cost.exponentials += self.exponentials;
-        cost.elementwise += 4 * self.exponentials;
-        Row { log_sum: self.top + sum.ln(), pairs: self.found, largest_dropped }
+        cost.elementwise += 6 * self.exponentials;
+        Row { log_sum: self.top + sum.ln(), pairs, largest_dropped }
+    }
+}
+
+fn falling<T: Real>(a: T, b: T) -> std::cmp::Ordering {
+    b.partial_cmp(&a).unwrap_or(std::cmp::Ordering::Equal)
+}
+
+/// Replaces logits by e^(s - top); returns their sum, and the sum of those that are at least `share` of it.
+struct Weights<'a, T> {
+    entries: &'a mut [T],
+    top: T,
+    share: T,
+}
+
+impl<T: Real> Kernel for Weights<'_, T> {
+    type Output = (T, T);
+
+    #[inline(always)]
+    fn run(self) -> (T, T) {
+        let all = row_exp_sum(self.entries, self.top);
+        let high = self.share * all;
+        let mut lanes = [T::zero(); 8];
+        let add = |lane: &mut T, e: T| *lane += if e >= high { e } else { T::zero() };
+        let mut chunks = self.entries.chunks_exact(8);
+        for chunk in &mut chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, &e)| add(lane, e));
+        }
+        lanes.iter_mut().zip(chunks.remainder()).for_each(|(lane, &e)| add(lane, e));
+        let [a, b, c, d, e, f, g, h] = lanes;
+        (all, ((a + e) + (b + f)) + ((c + g) + (d + h)))
     }
 }
 
