@@ -74,7 +74,11 @@ impl<T: Real> SparseCorrection<T> {
             *end += row.len();
             Some(*end)
         }));
-        let (indices, values) = rows.iter().flatten().copied().unzip();
+        let (mut indices, mut values) = (Vec::with_capacity(pairs), Vec::with_capacity(pairs));
+        for row in rows {
+            indices.extend(row.iter().map(|f| f.0));
+            values.extend(row.iter().map(|f| f.1));
+        }
         let by_row = Compressed { starts, indices, values };
         Ok(Self { by_row, by_column: OnceLock::new(), columns })
     }

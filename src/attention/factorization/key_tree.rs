@@ -25,7 +25,10 @@ const ROWS: usize = 64;
 const LEAST_VARIANCE: f64 = 1e-6;
 
 /// What a search looks for.
-pub(super) trait Collector<T>: Send {
+pub(super) trait Collector<T> {
+    /// What is found for one query.
+    type Found: Send;
+
     /// Whether large negative logits are wanted too: bounds and logits are then magnitudes.
     const BOTH_SIGNS: bool;
 
@@ -34,6 +37,9 @@ pub(super) trait Collector<T>: Send {
 
     /// Takes a visible key with its logit.
     fn offer(&mut self, key: u32, logit: T);
+
+    /// Hands over what was found for a query, adds its operations, and is as new for the next one.
+    fn finish(&mut self, cost: &mut Cost) -> Self::Found;
 
     /// Is told the logit of a visible key that will be offered later.
     #[inline(always)]
@@ -90,17 +96,17 @@ impl<T: Real> Blocks<T> {
     fn visit<C: Collector<T>>(&self, block: usize, query: &[T], end: u32, collector: &mut C) {
         let logits = self.logits(block, query);
         let value = |x: T| if C::BOTH_SIGNS { x.abs() } else { x };
-        let mut any = false;
-        for &x in &logits {
-            any |= value(x) >= collector.threshold();
+        let threshold = collector.threshold();
+        let mut reached = 0u32;
+        for (w, &x) in logits.iter().enumerate() {
+            reached |= u32::from(value(x) >= threshold) << w;
         }
-        if !any {
-            return;
-        }
-        let origin = &self.origin[block * WIDTH..][..WIDTH];
-        for (&j, &x) in origin.iter().zip(&logits) {
-            if j < end && value(x) >= collector.threshold() {
-                collector.offer(j, x);
+        while reached != 0 {
+            let w = reached.trailing_zeros() as usize;
+            reached &= reached - 1;
+            let key = self.origin[block * WIDTH + w];
+            if key < end && value(logits[w]) >= collector.threshold() {
+                collector.offer(key, logits[w]);
             }
         }
     }
@@ -109,7 +115,25 @@ impl<T: Real> Blocks<T> {
 /// out += query (a row) times a `d x WIDTH` block.
 #[inline(always)]
 fn add_products<T: Real>(block: &[T], query: &[T], out: &mut [T; WIDTH]) {
-    for (row, &q) in block.chunks_exact(WIDTH).zip(query) {
+    // Eight rows at a time with known bounds: the loops below are then straight code.
+    const ROWS: usize = 8;
+    let whole = query.len() / ROWS * ROWS;
+    let (blocks, rest) = block.split_at(whole * WIDTH);
+    for (block, query) in blocks.chunks_exact(ROWS * WIDTH).zip(query.chunks_exact(ROWS)) {
+        let mut other = [T::zero(); WIDTH];
+        for r in 0..ROWS / 2 {
+            for w in 0..WIDTH {
+                out[w] = query[2 * r].mul_add(block[2 * r * WIDTH + w], out[w]);
+            }
+            for w in 0..WIDTH {
+                other[w] = query[2 * r + 1].mul_add(block[(2 * r + 1) * WIDTH + w], other[w]);
+            }
+        }
+        for w in 0..WIDTH {
+            out[w] += other[w];
+        }
+    }
+    for (row, &q) in rest.chunks_exact(WIDTH).zip(&query[whole..]) {
         for (o, &x) in out.iter_mut().zip(row) {
             *o = q.mul_add(x, *o);
         }
@@ -341,46 +365,33 @@ impl<T: Real> Index<T> {
         }
     }
 
-    /// The results of `finish` on a collector of each query, in order, with the share of visible keys looked at.
-    pub fn collect<C: Collector<T>, R: Send>(
+    /// What collectors find for each query, in order, with the share of visible keys looked at.
+    pub fn collect<C: Collector<T>>(
         &self,
         scores: &Scores<T>,
         queries: &[usize],
         collector: impl Fn() -> C + Sync,
-        finish: impl Fn(C, &mut Cost) -> R + Sync,
         cost: &mut Cost,
-    ) -> (Vec<R>, f64) {
-        let outcomes: Vec<(Vec<C>, Looked)> = queries
+    ) -> (Vec<C::Found>, f64) {
+        let outcomes: Vec<(Vec<C::Found>, Looked, Cost)> = queries
             .par_chunks(ROWS)
-            .map(|queries| {
-                let collectors = queries.iter().map(|_| collector()).collect();
-                vectorized(SearchTile { index: self, scores, queries, collectors })
-            })
+            .map(|queries| vectorized(SearchTile { index: self, scores, queries, collector: collector() }))
             .collect();
         let d = scores.query.ncols() as u64;
         let width = WIDTH as u64;
         let mut visited = 0u64;
-        for (_, looked) in &outcomes {
+        let mut all = Vec::with_capacity(queries.len());
+        for (found, looked, operations) in outcomes {
+            cost.add_operations(&operations);
             cost.multiply_adds += width * d * (looked.blocks + 2 * looked.nodes);
             cost.elementwise += width * (looked.blocks + 2 * looked.nodes);
             visited += looked.blocks * width;
+            all.extend(found);
         }
         if matches!(self, Index::Tree(_)) {
             cost.multiply_adds += queries.len() as u64 * d * d;
         }
-        let results: Vec<(Vec<R>, Cost)> = outcomes
-            .into_par_iter()
-            .map(|(collectors, _)| {
-                let mut cost = Cost::default();
-                (collectors.into_iter().map(|c| finish(c, &mut cost)).collect(), cost)
-            })
-            .collect();
-        let visible: u64 = queries.iter().map(|&i| end_of(scores, i) as u64).sum();
-        let mut all = Vec::with_capacity(queries.len());
-        for (part, operations) in results {
-            cost.add_operations(&operations);
-            all.extend(part);
-        }
+        let visible: u64 = queries.iter().map(|&i| u64::from(end_of(scores, i))).sum();
         (all, visited as f64 / visible.max(1) as f64)
     }
 }
@@ -395,19 +406,22 @@ struct SearchTile<'a, 'b, T, C> {
     index: &'a Index<T>,
     scores: &'a Scores<'b, T>,
     queries: &'a [usize],
-    collectors: Vec<C>,
+    collector: C,
 }
 
 impl<T: Real, C: Collector<T>> Kernel for SearchTile<'_, '_, T, C> {
-    type Output = (Vec<C>, Looked);
+    type Output = (Vec<C::Found>, Looked, Cost);
 
     #[inline(always)]
     fn run(mut self) -> Self::Output {
         let scores = self.scores;
         let beta = T::of(scores.beta);
         let mut looked = Looked::default();
+        let mut cost = Cost::default();
         let mut stack = Vec::new();
-        for (&i, collector) in self.queries.iter().zip(&mut self.collectors) {
+        let mut found = Vec::with_capacity(self.queries.len());
+        let collector = &mut self.collector;
+        for &i in self.queries {
             let end = end_of(scores, i);
             let query: Vec<T> = scores.query.row(i).iter().map(|&x| beta * x).collect();
             match self.index {
@@ -431,7 +445,8 @@ impl<T: Real, C: Collector<T>> Kernel for SearchTile<'_, '_, T, C> {
                     looked.blocks += part.blocks;
                 }
             }
+            found.push(collector.finish(&mut cost));
         }
-        (self.collectors, looked)
+        (found, looked, cost)
     }
 }

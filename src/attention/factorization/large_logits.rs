@@ -40,11 +40,7 @@ fn search<T: Real>(
     cost: &mut Cost,
 ) -> (LargeLogits<T>, f64) {
     let collector = || Above { threshold: T::of(threshold), found: Vec::new() };
-    let finish = |mut above: Above<T>, _: &mut Cost| {
-        above.found.sort_unstable_by_key(|f| f.0);
-        above.found
-    };
-    index.collect(scores, queries, collector, finish, cost)
+    index.collect(scores, queries, collector, cost)
 }
 
 /// Keeps what is above a fixed threshold in magnitude.
@@ -54,6 +50,7 @@ struct Above<T> {
 }
 
 impl<T: Real> Collector<T> for Above<T> {
+    type Found = Vec<(u32, T)>;
     const BOTH_SIGNS: bool = true;
 
     #[inline(always)]
@@ -66,6 +63,11 @@ impl<T: Real> Collector<T> for Above<T> {
         if logit.abs() > self.threshold {
             self.found.push((key, logit));
         }
+    }
+
+    fn finish(&mut self, _: &mut Cost) -> Self::Found {
+        self.found.sort_unstable_by_key(|f| f.0);
+        std::mem::take(&mut self.found)
     }
 }
 

@@ -140,7 +140,7 @@ impl Sparse {
         cost.hold(index.len());
         let all: Vec<usize> = (0..scores.query.nrows()).collect();
         let collector = || Largest::new(self.threshold, self.keys.unwrap_or(usize::MAX));
-        Ok(index.collect(scores, &all, collector, |largest, cost| largest.finish(cost), cost).0)
+        Ok(index.collect(scores, &all, collector, cost).0)
     }
 }
 
@@ -179,6 +179,7 @@ struct Largest<T> {
 }
 
 impl<T: Real> Collector<T> for Largest<T> {
+    type Found = Row<T>;
     const BOTH_SIGNS: bool = false;
 
     #[inline(always)]
@@ -203,6 +204,31 @@ impl<T: Real> Collector<T> for Largest<T> {
             self.top = logit;
             self.threshold = self.threshold.max(self.lowered(logit + self.log_share));
         }
+    }
+
+    fn finish(&mut self, cost: &mut Cost) -> Row<T> {
+        let sum = self.cut();
+        // Dropped for the share: below it times the sum with itself, so below E / (1 - E) of the kept sum. Dropped for
+        // the number: at most the last kept one.
+        let mut largest_dropped = self.share / (T::one() - self.share);
+        if self.keys.len() == self.most {
+            let last = self.weights.iter().fold(T::one(), |low, &e| low.min(e));
+            largest_dropped = largest_dropped.max(last / sum);
+        }
+        let inverse = T::one() / sum;
+        let mut pairs: Vec<(u32, T)> =
+            self.keys.iter().zip(&self.weights).map(|(&key, &e)| (key, e * inverse)).collect();
+        if !pairs.is_sorted_by_key(|f| f.0) {
+            pairs.sort_unstable_by_key(|f| f.0);
+        }
+        cost.exponentials += self.exponentials;
+        cost.elementwise += 6 * self.exponentials;
+        let row = Row { log_sum: self.top + sum.ln(), pairs, largest_dropped };
+        self.keys.clear();
+        self.logits.clear();
+        self.exponentials = 0;
+        (self.top, self.threshold, self.cut_at) = (T::neg_infinity(), T::neg_infinity(), FIRST_CUT);
+        row
     }
 }
 
@@ -282,26 +308,6 @@ impl<T: Real> Largest<T> {
         self.keys.truncate(count);
         self.logits.truncate(count);
         self.weights.truncate(count);
-    }
-
-    fn finish(mut self, cost: &mut Cost) -> Row<T> {
-        let sum = self.cut();
-        // Dropped for the share: below it times the sum with itself, so below E / (1 - E) of the kept sum. Dropped for
-        // the number: at most the last kept one.
-        let mut largest_dropped = self.share / (T::one() - self.share);
-        if self.keys.len() == self.most {
-            let last = self.weights.iter().fold(T::one(), |low, &e| low.min(e));
-            largest_dropped = largest_dropped.max(last / sum);
-        }
-        let inverse = T::one() / sum;
-        let mut pairs: Vec<(u32, T)> =
-            self.keys.iter().zip(&self.weights).map(|(&key, &e)| (key, e * inverse)).collect();
-        if !pairs.is_sorted_by_key(|f| f.0) {
-            pairs.sort_unstable_by_key(|f| f.0);
-        }
-        cost.exponentials += self.exponentials;
-        cost.elementwise += 6 * self.exponentials;
-        Row { log_sum: self.top + sum.ln(), pairs, largest_dropped }
     }
 }
 
