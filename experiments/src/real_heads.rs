@@ -150,6 +150,10 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
                     .with("Gamma", threshold.gamma)
                     .with("c", threshold.ratio)
                     .with("largest logit", threshold.largest_logit)
+                    .with(
+                        "sqrt(largest logit / ln L)",
+                        (threshold.largest_logit / (threshold.tokens as f64).ln()).sqrt(),
+                    )
                     .with("effective keys", keys)
                     .with("||G|| / ||O||", amplification)
                     .with("family", family)

@@ -1,7 +1,7 @@
-//! Claim: the heads of a trained decoder lie far on the sparse side of the threshold of \[CL-LoRA\] (c above 10), so that a
+//! Claim: the heads of a trained decoder lie far above the threshold of \[CL-LoRA\] (c = 5 to 21) and are sparse, so that a
 //! gradient from the largest probabilities alone beats the exact streaming one at 1% gradient error, in counted operations and
-//! in time, with the search for those entries paid for. Encoder heads (c = 3 to 6) are measured beside them. How much of an oracle's gain a search leaves is the question that the lower bound
-//! (\[AS23\], \[CL-LoRA\] section 5) poses.
+//! in time, with the search for those entries paid for. Encoder heads (c = 3 to 6) are measured beside them. How much of an
+//! oracle's gain a search leaves is the question that the lower bound (\[AS23\], \[CL-LoRA\] section 5) poses.
 //!
 //! Measured on the first L/8, L/4, L/2 and L tokens of each head file of a folder (`--heads DIR`, made by
 //! python/dump_heads.py): the threshold of `sparse` that reaches 10% and 1% gradient error (f64 against dense), the entries
@@ -277,9 +277,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         });
     }
-    let figure = Figure::new("Entries that a trained head needs", panels).caption(
-        "Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.",
-    );
+    let figure = Figure::new("Entries that a trained head needs", panels)
+        .caption("Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.");
     figures.push(NamedFigure::new("entries", figure));
     Ok(figures)
 }
