@@ -17,6 +17,7 @@ mod names;
 mod precision;
 pub mod reference;
 mod report;
+mod stacked;
 mod update;
 
 pub use names::{canonical_name, place_of};

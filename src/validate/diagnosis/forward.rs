@@ -18,8 +18,8 @@ fn for_each_low_rank(
 ) -> bool {
     let mut any = false;
     for layer in &mut model.layers {
-        for p in Projection::ALL {
-            any |= match &mut layer.projection_mut(p).method {
+        for (_, projection) in layer.projections_mut() {
+            any |= match &mut projection.method {
                 Method::Lora(m) => {
                     change(&mut m.scaling, &mut m.a, &mut m.b);
                     true
@@ -89,8 +89,7 @@ fn bases(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         let mut model = context.case.model.clone();
         let mut any = false;
         for layer in &mut model.layers {
-            for p in Projection::ALL {
-                let projection = layer.projection_mut(p);
+            for (_, projection) in layer.projections_mut() {
                 if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
                     let delta = projection.effective_weight()? - &projection.base.dense();
                     *projection.base.dense_mut("base")? += &(delta * sign);
@@ -118,13 +117,14 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
         matches!(model.layers[l].projection(p).method, Method::Lora(_) | Method::Dora(_) | Method::Moslora(_))
     };
     let places: Vec<(usize, Projection)> = (0..model.layers.len())
-        .flat_map(|l| Projection::ALL.map(|p| (l, p)))
+        .flat_map(|l| model.config.projections(l).into_iter().map(move |p| (l, p)))
         .filter(|&(l, p)| low_rank(l, p))
         .collect();
     if places.is_empty() || (context.case.trainer.hidden.is_empty() && context.case.trainer.logits.is_none()) {
         return Ok(());
     }
-    let kinds: Vec<Projection> = Projection::ALL.into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
+    let kinds: Vec<Projection> =
+        model.config.all_projections().into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
     let group = |what: usize, (l, p): (usize, Projection)| match what {
         0 => 0,
         1 => kinds.iter().position(|q| *q == p).unwrap_or(0),
@@ -153,7 +153,7 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
         let off: Vec<usize> = (0..count).filter(|&i| (factors[i] - 1.0).abs() > 0.01).collect();
         let named = |i: &usize| match what {
             0 => "every adapter".to_string(),
-            1 => kinds[*i].path().to_string(),
+            1 => model.config.options.path(kinds[*i]).into_owned(),
             _ => format!("layer {i}"),
         };
         let each: Vec<String> = off.iter().map(|i| format!("{} {:.4} times", named(i), factors[*i])).collect();
@@ -375,8 +375,7 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut old = case.model.clone();
     let mut any = false;
     for layer in &mut old.layers {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (_, projection) in layer.projections_mut() {
             if let Method::Paca(m) = &mut projection.method
                 && m.active
                 && let Some(columns) = m.inactive.clone()
@@ -446,8 +445,8 @@ fn scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let specs: Vec<crate::adapters::lora::LoraSpec> = model
         .layers
         .iter()
-        .flat_map(|l| Projection::ALL.map(|p| l.projection(p)))
-        .filter_map(|p| match &p.method {
+        .flat_map(|l| l.projections())
+        .filter_map(|(_, p)| match &p.method {
             Method::Lora(m) => Some(m.spec),
             Method::Dora(m) => Some(m.spec),
             Method::Moslora(m) => Some(m.spec),
@@ -680,8 +679,7 @@ fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut merged = context.case.model.clone();
     let mut any = false;
     for (layer, old) in merged.layers.iter_mut().zip(&previous.layers) {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (p, projection) in layer.projections_mut() {
             if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
                 let present = projection.effective_weight()?;
                 let base = projection.base.dense_mut("stale weight")?;
