@@ -45,7 +45,7 @@ impl Activation {
             }
             Self::Gelu => {
                 let x = g.widen();
-                let phi = 0.5 * (1.0 + statrs::function::erf::erf(x * std::f64::consts::FRAC_1_SQRT_2));
+                let phi = 0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
                 let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
                 (T::of(x * phi), T::of(phi + x * density))
             }

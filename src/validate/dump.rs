@@ -239,7 +239,9 @@ fn declared_dropout(paths: &DumpPaths) -> Vec<String> {
     };
     let on = |(key, value): (String, serde_json::Value)| {
         let rate = value.as_f64().filter(|rate| *rate > 0.0)?;
-        (key.contains("drop")).then(|| format!("{key} {rate}"))
+        // Those of heads for other tasks never act on a language model.
+        let elsewhere = key.starts_with("classifier_") || key.starts_with("summary_");
+        (key.contains("drop") && !elsewhere).then(|| format!("{key} {rate}"))
     };
     files.into_iter().flatten().filter_map(read).flatten().filter_map(on).collect()
 }

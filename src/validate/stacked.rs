@@ -86,7 +86,11 @@ pub(super) fn names_of(raw: &str, model: &Model<f64>) -> Vec<String> {
 
 /// The name of a tensor that is not a stack; a tied head is the embedding.
 fn own_name(raw: &str, model: &Model<f64>) -> String {
-    let (name, options) = (canonical_name(raw), &model.config.options);
+    let (mut name, options) = (canonical_name(raw), &model.config.options);
+    // Transformers' name of every output projection in memory, whatever files call it.
+    if let Some(tensor) = name.strip_prefix("lm_head.") {
+        name = options.outside_tensor(Outside::Head, tensor);
+    }
     let tied = model.config.tie_word_embeddings && name == options.outside_tensor(Outside::Head, "weight");
     if tied { options.outside_tensor(Outside::Embedding, "weight") } else { name }
 }

@@ -24,7 +24,7 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 
 fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let Some(parts) = one_part(context) else { return Ok(()) };
-    let table = whole_table(context, context.case.model.config.rope_theta)?;
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
     for (times, name, what) in [
         (
             1,
@@ -158,7 +158,8 @@ fn stale(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 
 /// RMSNorm whose root mean square is taken for a constant: dx = s g dy without the term along x.
 fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
-    if tested.settled() {
+    let options = &context.case.model.config.options;
+    if tested.settled() || options.layer_norm || options.unit_gain || options.parallel {
         return Ok(());
     }
     let model = &context.case.model;

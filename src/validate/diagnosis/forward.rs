@@ -2,7 +2,7 @@
 
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
-use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
+use crate::blocks::rope::{RopeTable, Rotary, rope_backward, rope_forward};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::{Batch, Model, Place, Point, Projection};
@@ -49,19 +49,22 @@ pub(super) fn one_part(context: &Context<'_>) -> Option<Vec<(Range<usize>, f64)>
 }
 
 /// Angles of the whole batch.
-pub(super) fn whole_table(context: &Context<'_>, theta: f64) -> Result<RopeTable<f64>> {
+pub(super) fn whole_table(context: &Context<'_>, theta: f64) -> Result<Option<RopeTable<f64>>> {
+    let config = &context.case.model.config;
+    let Some(rotary) = config.options.rotaries.first() else { return Ok(None) };
     let (rows, length) = context.case.batch.input_ids.dim();
     let positions: Vec<u32> = match &context.case.batch.position_ids {
         Some(positions) => positions.iter().copied().collect(),
         None => (0..rows).flat_map(|_| 0..length as u32).collect(),
     };
-    RopeTable::of(&context.case.model.config.options.rotaries[0], &positions, context.case.model.config.head_dim, theta)
+    RopeTable::of(rotary, &positions, config.head_dim, theta).map(Some)
 }
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     scaling(context, tested)?;
     attention(context, tested)?;
     rotary(context, tested)?;
+    super::families::test(context, tested)?;
     stale(context, tested)?;
     weights(context, tested)?;
     bases(context, tested)?;
@@ -263,6 +266,10 @@ fn fit(
 fn frequencies(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let config = &context.case.model.config;
     let (half, theta) = (config.head_dim / 2, config.rope_theta);
+    // What follows takes whole heads with frequencies that nothing scales.
+    if config.options.rotaries.first() != Some(&Rotary::default()) {
+        return Ok(());
+    }
     let Some(parts) = one_part(context) else { return Ok(()) };
     let plain: Vec<f64> = (0..half).map(|j| theta.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
     let llama3 = |factor: f64, low: f64, high: f64, original: f64| -> Vec<f64> {
@@ -341,7 +348,7 @@ fn turned(
     parts: &[(Range<usize>, f64)],
     tested: &mut Tested<'_>,
 ) -> Result<()> {
-    let table = whole_table(context, context.case.model.config.rope_theta)?;
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
     let half = angles.ncols();
     let turn = |x: &mut Array2<f64>, direction: f64| {
         for (mut row, angle) in x.rows_mut().into_iter().zip(angles.rows()) {
@@ -602,7 +609,7 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let rotated = |place: Place| matches!(place.point, Point::RotatedQuery | Point::RotatedKey) && !place.gradient;
     let turned_back = |place: Place| matches!(place.point, Point::Query | Point::Key) && place.gradient;
     if let (Some(parts), false) = (one_part(context), tested.settled()) {
-        let table = whole_table(context, config.rope_theta)?;
+        let Some(table) = whole_table(context, config.rope_theta)? else { return Ok(()) };
         let undo = |x: &mut Array2<f64>| drop(rope_backward(&mut x.view_mut(), &table, &mut Cost::default()));
         let redo = |x: &mut Array2<f64>| drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default()));
         let missing = |place: Place, x: &mut Array2<f64>| {
@@ -619,6 +626,9 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         );
         let variant = Variant { tap: Some(&missing), parts: Some(parts.clone()), ..Variant::default() };
         context.test(fault, &variant, |_| (), tested)?;
+        if config.options.rotaries[0].share.is_some() {
+            return Ok(());
+        }
         let neighbours = |place: Place, x: &mut Array2<f64>| {
             if rotated(place) {
                 undo(x);
