@@ -80,7 +80,7 @@ pub struct Rotary {
 
 impl Rotary {
     /// Entries of a head that are rotated.
-    fn width(&self, head_dim: usize) -> usize {
+    pub fn width(&self, head_dim: usize) -> usize {
         self.share.map_or(head_dim, |share| (share * head_dim as f64) as usize)
     }
 

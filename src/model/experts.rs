@@ -3,6 +3,9 @@
 //!
 //! A weight multiplies the input of its expert's down projection. That is the same number as at its output, and its
 //! gradient then needs no output: it is the product of that input's gradient with the input before the weight.
+//!
+//! An expert's matrices have as many rows as the batch happens to send it: they are dropped, not kept for the next step, which
+//! will ask for other sizes.
 
 use super::instruments::Point;
 use super::layer::{LayerNeeds, take};
@@ -83,7 +86,7 @@ pub(super) fn experts_forward<E: Ops>(
         let (first, last) = (Projection::ExpertGateUp(expert as u16), Projection::ExpertDown(expert as u16));
         let seen = e.dispatch(normed, &routing, expert)?;
         let joined = project.run(first, &seen, None, e)?;
-        let [mut gate, mut up] = split_parts(joined, [experts.inner; 2], pieces(experts), e);
+        let ([mut gate, mut up], _) = split_parts(joined, [experts.inner; 2], pieces(experts), e);
         context.tap(Point::Gate, &mut gate);
         context.tap(Point::Up, &mut up);
         let mut gated = e.gated(activation, &gate, &up)?;
@@ -97,13 +100,7 @@ pub(super) fn experts_forward<E: Ops>(
         }
         sum = e.combine(sum, y, &routing, expert)?;
         let whole = |p| project.save && layer.get(p).is_some_and(|l| l.method.input_need() == InputNeed::Whole);
-        let mut retain = |wanted: bool, x: E::Matrix| {
-            if wanted {
-                return Some(x);
-            }
-            e.release(x);
-            None
-        };
+        let retain = |wanted: bool, x: E::Matrix| wanted.then_some(x);
         let (seen, weighted) = (retain(whole(first), seen), retain(whole(last), weighted));
         let gate_and_up = match (retain(wanted, gate), retain(wanted, up)) {
             (Some(gate), Some(up)) => Some((gate, up)),
@@ -148,30 +145,29 @@ pub(super) fn experts_backward<E: Ops>(
         }
         let wanted = InputGradient::fresh_if(needs.gated);
         let dweighted = project.without_bias(last, &dy, kept.weighted.as_ref(), wanted, e)?;
-        kept.weighted.into_iter().for_each(|x| e.release(x));
         let Some(dweighted) = dweighted else { continue };
         let (gate, up) = take(kept.gate_and_up, "gate and up")?;
         let gated = e.gated(options.activation, &gate, &up)?;
         let mut dots = e.row_dots(&dweighted, &gated);
-        e.release(gated);
+        drop(gated);
         if let Some(bias) = bias {
             let bias = column(bias, e);
             let more = e.product_with_backward(&dy, &bias, None);
             let more = e.reshape(more, (1, rows));
             dots = e.add(dots, more, 1.0);
         }
-        e.release(dy);
+        drop((dy, kept.weighted));
         dweights.push(dots);
         let mut dgated = e.scale_rows(dweighted, &weights, false);
         context.tap_gradient(Point::Gated, &mut dgated);
         let (mut dgate, mut dup) = e.gated_backward(options.activation, &dgated, gate, up)?;
-        e.release(dgated);
+        drop(dgated);
         context.tap_gradient(Point::Gate, &mut dgate);
         context.tap_gradient(Point::Up, &mut dup);
         let joined = join_parts(vec![dgate, dup], pieces, e)?;
         let wanted = InputGradient::fresh_if(needs.normed_middle);
         let dseen = project.run(first, &joined, kept.seen.as_ref(), wanted, e)?;
-        [Some(joined), kept.seen].into_iter().flatten().for_each(|x| e.release(x));
+        drop((joined, kept.seen));
         if let (Some(sum), Some(dseen)) = (dnormed.take(), dseen) {
             dnormed = Some(e.combine(sum, dseen, &routing, expert)?);
         }

@@ -121,13 +121,18 @@ impl<E: Ops> GradientsOn<E> {
         all
     }
 
-    /// Calls `change` on every sink.
+    /// Calls `change` on every sink, in the same order.
     pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
         self.embedding.iter_mut().chain(&mut self.positions).for_each(&mut change);
         for layer in &mut self.layers {
-            layer.projections.values_mut().flatten().for_each(&mut change);
-            layer.biases.values_mut().chain(&mut layer.sinks).for_each(&mut change);
-            layer.norms.iter_mut().flat_map(|n| n.gain.iter_mut().chain(&mut n.bias)).for_each(&mut change);
+            let [first, rest @ ..] = &mut layer.norms;
+            first.gain.iter_mut().chain(&mut first.bias).for_each(&mut change);
+            for p in layer.names.keys() {
+                layer.projections.get_mut(p).into_iter().flatten().for_each(&mut change);
+                layer.biases.get_mut(p).into_iter().for_each(&mut change);
+            }
+            layer.sinks.iter_mut().for_each(&mut change);
+            rest.iter_mut().flat_map(|n| n.gain.iter_mut().chain(&mut n.bias)).for_each(&mut change);
         }
         let last = &mut self.final_norm;
         last.gain.iter_mut().chain(&mut last.bias).chain(&mut self.lm_head).for_each(&mut change);
@@ -140,7 +145,7 @@ impl<T: Real> Gradients<T> {
         self.sinks().into_iter().map(|(name, array)| (name, array.view())).collect()
     }
 
-    /// Calls `change` on every buffer.
+    /// Calls `change` on every buffer, in the same order.
     pub fn for_each_mut(&mut self, change: impl FnMut(&mut Array2<T>)) {
         self.for_each_sink(change);
     }

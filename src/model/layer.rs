@@ -457,7 +457,9 @@ fn query_key_value<E: Ops>(
     } else {
         1
     };
-    Ok(split_parts(joined, widths, groups, e))
+    let (parts, joined) = split_parts(joined, widths, groups, e);
+    e.release(joined);
+    Ok(parts)
 }
 
 pub(super) fn take<M>(field: Option<M>, name: &str) -> Result<M> {

@@ -126,13 +126,14 @@ impl<E: Ops> Unprojecting<'_, '_, E> {
     }
 }
 
-/// The parts of rows that hold several of them side by side: once, or in each of `groups` pieces.
+/// The parts of rows that hold several of them side by side, once or in each of `groups` pieces; and the rows themselves, in
+/// another shape.
 pub(super) fn split_parts<E: Ops, const N: usize>(
     joined: E::Matrix,
     widths: [usize; N],
     groups: usize,
     e: &mut E,
-) -> [E::Matrix; N] {
+) -> ([E::Matrix; N], E::Matrix) {
     let (rows, columns) = E::shape(&joined);
     let joined = if groups > 1 { e.reshape(joined, (rows * groups, columns / groups)) } else { joined };
     let mut start = 0;
@@ -142,8 +143,7 @@ pub(super) fn split_parts<E: Ops, const N: usize>(
         let part = e.select_range(&joined, range);
         if groups > 1 { e.reshape(part, (rows, width)) } else { part }
     });
-    e.release(joined);
-    parts
+    (parts, joined)
 }
 
 /// The reverse of [`split_parts`].

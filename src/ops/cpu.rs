@@ -248,7 +248,6 @@ impl<T: Real> Ops for Cpu<T> {
             let columns = start..start + part.ncols();
             start = columns.end;
             all.slice_mut(s![.., columns]).assign(&part);
-            self.scratch.keep(part);
         }
         Ok(all)
     }
@@ -613,7 +612,6 @@ impl<T: Real> Ops for Cpu<T> {
             let mut row = sum.row_mut(i);
             row += &y;
         });
-        self.scratch.keep(y);
         Ok(sum)
     }
 

@@ -92,9 +92,9 @@ pub(crate) fn loss_chunk(rows: usize, width: usize, vocabulary: usize, bytes: us
 }
 
 impl Sizes {
-    /// A batch of numbers of so many bytes, with tables of so many kinds of rotary angles.
-    pub fn inputs(&self, shape: AttentionShape, kinds: usize, bytes: usize) -> SizeInputs {
-        SizeInputs { shape, bytes, angles: self.fresh((kinds * shape.length, shape.head_dim)) }
+    /// A batch of numbers of so many bytes, with so many rotary angles for each position.
+    pub fn inputs(&self, shape: AttentionShape, angles: usize, bytes: usize) -> SizeInputs {
+        SizeInputs { shape, bytes, angles: self.fresh((shape.length, angles)) }
     }
 
     /// Most numbers held at a time since the step began.
@@ -259,9 +259,7 @@ impl Ops for Sizes {
 
     fn concat(&mut self, parts: Vec<Buffer>) -> Result<Buffer> {
         let rows = parts.first().map_or(0, |part| part.shape.0);
-        let all = self.take((rows, parts.iter().map(|part| part.shape.1).sum()));
-        parts.into_iter().for_each(|part| self.release(part));
-        Ok(all)
+        Ok(self.take((rows, parts.iter().map(|part| part.shape.1).sum())))
     }
 
     fn add_sinks(&mut self, attended: (Buffer, Saved), _: &Buffer, _: &SizeInputs) -> Result<(Buffer, Saved)> {
@@ -311,8 +309,7 @@ impl Ops for Sizes {
         Ok(self.take((routing.seen(expert), x.shape.1)))
     }
 
-    fn combine(&mut self, sum: Buffer, y: Buffer, _: &SizedRouting, _: usize) -> Result<Buffer> {
-        self.release(y);
+    fn combine(&mut self, sum: Buffer, _: Buffer, _: &SizedRouting, _: usize) -> Result<Buffer> {
         Ok(sum)
     }
 

@@ -109,9 +109,10 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
     let instruments = InstrumentsOn::default();
     let mut saved = Vec::new();
     let attention = attention_shape(config, (shape.batch, shape.length));
+    let angles = config.options.rotaries.iter().map(|rotary| rotary.width(config.head_dim)).sum();
     // Buffers settle in two steps.
     for _ in 0..3 {
-        let inputs = engine.inputs(attention, config.options.rotaries.len(), shape.bytes);
+        let inputs = engine.inputs(attention, angles, shape.bytes);
         let pass = model.forward_on(inputs, shape.checkpointing, &instruments, &mut gradients)?;
         saved = pass.saved_by_name();
         model.backward_on(pass, &instruments, &mut gradients)?;
