@@ -201,6 +201,11 @@ impl<T: Real> AdaptedLinear<T> {
             return Ok(weight);
         }
         match &self.method {
+            Method::Lora(lora) if lora.bias.is_some() => {
+                let requirement =
+                    "has a bias of its own (lora_bias), which a weight cannot hold: keep the adapter apart";
+                return Err(Error::invalid("method", "lora", requirement));
+            }
             Method::Lora(lora) => lora.add_delta(&mut weight.view_mut(), &mut cost),
             Method::Moslora(moslora) => moslora.add_delta(&mut weight.view_mut(), &mut cost),
             Method::Dora(dora) => return dora.merged_weight(&mut Cpu::default(), &self.base),

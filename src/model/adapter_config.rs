@@ -1,6 +1,7 @@
 //! `adapter_config.json`: which method, rank and scaling each projection has.
 
 use super::config::ModelConfig;
+use super::names::Outside;
 use super::parameters::Projection;
 use crate::adapters::lora::LoraSpec;
 pub use crate::adapters::stored::AdapterKind;
@@ -42,6 +43,12 @@ pub(super) struct AdapterConfig {
     /// `target_parameters`: parameters that are not a module's weight, as experts are.
     parameters: Vec<String>,
     layers: Option<Vec<usize>>,
+    /// `modules_to_save`: modules that are trained whole.
+    pub saved: Vec<String>,
+    /// `bias: all`: every bias of the model is trained.
+    pub biases: bool,
+    /// `lora_bias`: each update has a bias of its own.
+    pub own_bias: bool,
 }
 
 /// PEFT's rule for a key of `rank_pattern` and `alpha_pattern`: a regular expression that matches the whole name or its end
@@ -56,9 +63,7 @@ fn target_matches(name: &str, target: &str) -> bool {
 }
 
 /// Keys that change what the adapter computes and are not implemented: they must be absent, null, false or empty.
-const UNSUPPORTED: [&str; 10] = [
-    "modules_to_save",
-    "lora_bias",
+const UNSUPPORTED: [&str; 8] = [
     "use_qalora",
     "use_bdlora",
     "trainable_token_indices",
@@ -122,8 +127,23 @@ impl AdapterConfig {
                 return Err(key(name, "null or false (not implemented)"));
             }
         }
-        if map.get("bias").and_then(Value::as_str).unwrap_or("none") != "none" {
-            return Err(key("bias", "\"none\""));
+        let biases = match map.get("bias").and_then(Value::as_str).unwrap_or("none") {
+            "none" => false,
+            "all" if kind.is_peft() => true,
+            _ => return Err(key("bias", "\"none\" or, for LoRA and DoRA, \"all\"")),
+        };
+        let names = |name: &str| match map.get(name) {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(Value::Array(list)) => {
+                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
+                names.ok_or_else(|| key(name, "a list of names"))
+            }
+            Some(_) => Err(key(name, "a list of names")),
+        };
+        let saved = names("modules_to_save")?;
+        let own_bias = flag("lora_bias");
+        if own_bias && kind != AdapterKind::Lora {
+            return Err(key("lora_bias", "false: only plain LoRA has a bias of its own"));
         }
         let mut spec = LoraSpec { rank_stabilized: flag("use_rslora"), ..LoraSpec::default() };
         if kind.has_factors() {
@@ -154,14 +174,7 @@ impl AdapterConfig {
             }
             _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
         };
-        let parameters = match map.get("target_parameters") {
-            None | Some(Value::Null) => Vec::new(),
-            Some(Value::Array(list)) => {
-                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
-                names.ok_or_else(|| key("target_parameters", "a list of parameter names"))?
-            }
-            Some(_) => return Err(key("target_parameters", "a list of parameter names")),
-        };
+        let parameters = names("target_parameters")?;
         if !parameters.is_empty() && kind != AdapterKind::Lora {
             return Err(key("target_parameters", "null: only plain LoRA acts on them"));
         }
@@ -182,7 +195,20 @@ impl AdapterConfig {
         }
         let path = path.to_path_buf();
         let true_derivative = flag("dora_true_derivative");
-        Ok(Self { path, kind, spec, true_derivative, ranks, alphas, targets, parameters, layers })
+        Ok(Self {
+            path,
+            kind,
+            spec,
+            true_derivative,
+            ranks,
+            alphas,
+            targets,
+            parameters,
+            layers,
+            saved,
+            biases,
+            own_bias,
+        })
     }
 
     /// Settings of one projection, or `None` if it is not adapted.
@@ -196,25 +222,39 @@ impl AdapterConfig {
             (true, Targets::All) => false,
             (_, targets) => targets.name(&name),
         };
-        if !wanted {
-            return None;
-        }
-        let find = |patterns: &BTreeMap<String, f64>| {
-            patterns.iter().find(|(k, _)| pattern_matches(&name, k)).map(|(_, &v)| v)
-        };
-        Some(LoraSpec {
+        wanted.then(|| self.settings(&name))
+    }
+
+    /// Settings of a module outside the layers, or `None` if it is not adapted. PEFT's `all-linear` leaves the output
+    /// projection out.
+    pub fn spec_outside(&self, name: &str) -> Option<LoraSpec> {
+        let wanted = self.layers.is_none() && !matches!(self.targets, Targets::All) && self.targets.name(name);
+        wanted.then(|| self.settings(name))
+    }
+
+    /// Rank and alpha of a module by its name.
+    fn settings(&self, name: &str) -> LoraSpec {
+        let find =
+            |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| pattern_matches(name, k)).map(|(_, &v)| v);
+        LoraSpec {
             rank: find(&self.ranks).map_or(self.spec.rank, |r| r as usize),
             alpha: find(&self.alphas).unwrap_or(self.spec.alpha),
             rank_stabilized: self.spec.rank_stabilized,
-        })
+        }
+    }
+
+    /// Whether `modules_to_save` names a module, by its name or the end of it.
+    pub fn saves(&self, name: &str) -> bool {
+        self.saved.iter().any(|saved| name.ends_with(saved.as_str()))
     }
 
     /// A target that no module of the model has, if there is one.
     pub fn unknown_target(&self, config: &ModelConfig) -> Option<String> {
         let Targets::Names(names) = &self.targets else { return None };
         let layers = 0..config.num_hidden_layers;
-        let all: Vec<String> =
+        let mut all: Vec<String> =
             layers.flat_map(|l| config.projections(l).into_iter().map(move |p| peft_name(config, l, p))).collect();
+        all.extend([Outside::Embedding, Outside::Head].map(|module| config.options.outside(module).to_string()));
         names.iter().find(|target| !all.iter().any(|name| target_matches(name, target))).cloned()
     }
 }
@@ -237,14 +277,34 @@ impl Template {
         entries: &[(usize, Projection, LoraSpec)],
         model: &ModelConfig,
         dora: bool,
+        beside: &Beside,
     ) -> bool {
         let config = &self.config;
         let settings = kind == config.kind && (kind != AdapterKind::Dora || config.true_derivative == dora);
         let mut places =
             (0..model.num_hidden_layers).flat_map(|l| model.projections(l).into_iter().map(move |p| (l, p)));
         let given: BTreeMap<_, _> = entries.iter().map(|&(l, p, spec)| ((l, p), spec)).collect();
-        settings && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
+        let outside = [Outside::Embedding, Outside::Head].map(|module| model.options.outside(module));
+        let same_outside = outside.iter().all(|name| {
+            config.spec_outside(name) == beside.adapted.get(*name).copied()
+                && config.saves(name) == beside.saved.iter().any(|saved| saved == name)
+        });
+        let same = config.biases == beside.biases && config.own_bias == beside.own_bias && same_outside;
+        settings && same && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
     }
+}
+
+/// What an adapter trains beside the projections of layers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Beside {
+    /// Modules outside the layers with low-rank updates.
+    pub adapted: BTreeMap<String, LoraSpec>,
+    /// Modules that are trained whole.
+    pub saved: Vec<String>,
+    /// Whether every bias is trained.
+    pub biases: bool,
+    /// Whether updates have a bias of their own.
+    pub own_bias: bool,
 }
 
 /// The text of an `adapter_config.json`; `entries` are the adapted projections. Keys of `like` that are not set
@@ -254,10 +314,11 @@ pub(super) fn compose(
     entries: &[(usize, Projection, LoraSpec)],
     model: &ModelConfig,
     true_derivative: bool,
+    beside: &Beside,
     like: Option<&Template>,
 ) -> String {
     if let Some(like) = like
-        && like.describes(kind, entries, model, true_derivative)
+        && like.describes(kind, entries, model, true_derivative, beside)
     {
         return like.text.clone();
     }
@@ -269,29 +330,40 @@ pub(super) fn compose(
     let named = |p: Projection| kinds.contains(&model.options.module_kind(p));
     let meant =
         (0..model.num_hidden_layers).flat_map(|l| model.projections(l)).filter(|&p| !p.of_experts() && named(p));
-    let targets: Vec<String> = if linear.len() == meant.count() {
+    let mut targets: Vec<String> = if linear.len() == meant.count() {
         kinds.into_iter().collect()
     } else {
         linear.iter().map(|&(l, p, _)| module_name(l, p)).collect()
     };
+    targets.extend(beside.adapted.keys().cloned());
     let parameters: BTreeSet<String> = own.iter().map(|&(l, p, _)| module_name(l, p)).collect();
-    let main = entries.first().map(|&(_, _, spec)| spec).unwrap_or_default();
+    let main =
+        entries.first().map(|&(_, _, spec)| spec).or(beside.adapted.values().next().copied()).unwrap_or_default();
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
-    for &(l, p, spec) in entries {
+    let named = entries.iter().map(|&(l, p, spec)| (module_name(l, p), spec));
+    for (name, spec) in named.chain(beside.adapted.iter().map(|(name, spec)| (name.clone(), *spec))) {
         if spec.rank != main.rank {
-            ranks.insert(module_name(l, p), json!(spec.rank));
+            ranks.insert(name.clone(), json!(spec.rank));
         }
         if spec.alpha.to_bits() != main.alpha.to_bits() {
-            alphas.insert(module_name(l, p), json!(spec.alpha));
+            alphas.insert(name, json!(spec.alpha));
         }
     }
     let mut value = json!({
         "peft_type": kind.peft_type(),
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "bias": "none",
+        "bias": if beside.biases { "all" } else { "none" },
         "inference_mode": true,
     });
+    if let Some(map) = value.as_object_mut() {
+        if !beside.saved.is_empty() {
+            map.insert("modules_to_save".into(), json!(beside.saved));
+        }
+        if beside.own_bias {
+            map.insert("lora_bias".into(), json!(true));
+        }
+    }
     if let (Some(map), false) = (value.as_object_mut(), parameters.is_empty()) {
         map.insert("target_parameters".into(), json!(parameters));
     }

@@ -14,8 +14,8 @@
 
 pub use super::adapter_config::AdapterKind;
 use super::adapter_config::{AdapterConfig, compose};
+use super::adapter_experts::{ExpertPart, expert_stacks, stack_prefix, write_stacks};
 use super::config::ModelConfig;
-use super::layer::Layer;
 use super::parameters::{Model, Projection, TrainableParts};
 use super::s2ft::{LayerOrder, side_of};
 use crate::adapters::Method;
@@ -33,7 +33,7 @@ pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 pub(super) const CONFIG: &str = "adapter_config.json";
 
 /// What PEFT writes before every name.
-const PREFIX: &str = "base_model.model";
+pub(super) const PREFIX: &str = "base_model.model";
 
 /// A layer's name in an adapter file.
 pub(super) fn layer_prefix(config: &ModelConfig, layer: usize) -> String {
@@ -75,7 +75,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
+    pub(super) fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
         self.file.malformed(format!("tensor {name}"), expected, found)
     }
 
@@ -89,7 +89,7 @@ impl<'a> Reader<'a> {
         Ok(array)
     }
 
-    fn vector<T: Real>(&mut self, name: &str) -> Result<Vec<T>> {
+    pub(super) fn vector<T: Real>(&mut self, name: &str) -> Result<Vec<T>> {
         let values = self.file.vector::<T>(name, format!("{CONFIG} asks for it").as_str())?;
         self.taken.insert(name.to_string());
         Ok(values.to_vec())
@@ -170,82 +170,6 @@ impl<T: Real> WriteTensors<T> for Written<'_> {
     }
 }
 
-/// The two parameters that hold all experts of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum ExpertPart {
-    GateUp,
-    Down,
-}
-
-impl ExpertPart {
-    fn of(self, expert: u16) -> Projection {
-        match self {
-            Self::GateUp => Projection::ExpertGateUp(expert),
-            Self::Down => Projection::ExpertDown(expert),
-        }
-    }
-
-    fn of_projection(p: Projection) -> Option<(Self, usize)> {
-        match p {
-            Projection::ExpertGateUp(expert) => Some((Self::GateUp, usize::from(expert))),
-            Projection::ExpertDown(expert) => Some((Self::Down, usize::from(expert))),
-            _ => None,
-        }
-    }
-}
-
-/// Where PEFT keeps the factors of a layer's experts: it wraps their module once for each parameter, in the order of the
-/// parameters, and the last wrapper has the shortest name.
-fn stack_prefix(config: &ModelConfig, layer: usize, part: ExpertPart, parts: usize) -> String {
-    let inner = if part == ExpertPart::GateUp && parts == 2 { ".base_layer" } else { "" };
-    format!("{}.mlp.experts{inner}", layer_prefix(config, layer))
-}
-
-/// The experts' parameters that an adapter acts on, each with its settings and number of experts.
-fn expert_stacks(wanted: &[(Projection, LoraSpec)]) -> BTreeMap<ExpertPart, (LoraSpec, usize)> {
-    let mut stacks = BTreeMap::new();
-    for &(p, spec) in wanted {
-        if let Some((part, _)) = ExpertPart::of_projection(p) {
-            stacks.entry(part).or_insert((spec, 0)).1 += 1;
-        }
-    }
-    stacks
-}
-
-/// Writes the factors of a layer's experts as PEFT stacks them.
-fn write_stacks<T: Real>(
-    writer: &mut TensorWriter,
-    layer: &Layer<T>,
-    config: &ModelConfig,
-    number: usize,
-) -> Result<Vec<(usize, Projection, LoraSpec)>> {
-    let mut factors: BTreeMap<ExpertPart, Vec<&Lora<T>>> = BTreeMap::new();
-    let mut entries = Vec::new();
-    for (p, projection) in layer.projections() {
-        if let (Some((part, _)), Method::Lora(lora)) = (ExpertPart::of_projection(p), &projection.method) {
-            factors.entry(part).or_default().push(lora);
-            entries.push((number, p, lora.spec));
-        }
-    }
-    let experts = config.options.experts_of(number).map_or(0, |experts| experts.count);
-    for (part, loras) in &factors {
-        let prefix = stack_prefix(config, number, *part, factors.len());
-        if loras.len() != experts || loras.iter().any(|lora| lora.spec != loras[0].spec) {
-            let requirement = "PEFT adapts all experts of a layer alike";
-            return Err(Error::invalid(prefix, format!("{} of {experts} experts", loras.len()), requirement));
-        }
-        let ((rank, input), out) = (loras[0].a.dim(), loras[0].b.nrows());
-        let mut a = Array2::zeros((experts * rank, input));
-        let mut b = Array2::zeros((out, rank * experts));
-        for (expert, lora) in loras.iter().enumerate() {
-            a.slice_mut(s![expert * rank..(expert + 1) * rank, ..]).assign(&lora.a);
-            b.slice_mut(s![.., expert..; experts]).assign(&lora.b);
-        }
-        write_factors(writer, &prefix, &a, &b);
-    }
-    Ok(entries)
-}
-
 impl<T: Real> Model<T> {
     /// Reads an adapter folder onto this model, whose projections must be frozen where the adapter acts.
     ///
@@ -315,6 +239,7 @@ impl<T: Real> Model<T> {
                 projection.method = Method::Lora(Lora::from_factors(spec, projection.shape(), a, b)?);
             }
         }
+        adapted += self.read_outside(&mut reader, &config)?;
         if adapted == 0 {
             return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
         }
@@ -331,7 +256,8 @@ impl<T: Real> Model<T> {
         spec: LoraSpec,
     ) -> Result<()> {
         let mut from = Projected { reader, prefix: module_prefix(&self.config, l, p) };
-        let settings = Settings { spec, true_derivative: config.true_derivative, side: side_of(p) };
+        let settings =
+            Settings { spec, true_derivative: config.true_derivative, bias: config.own_bias, side: side_of(p) };
         let projection = self.layers[l].projection_mut(p);
         projection.method = Method::load(config.kind, &settings, &mut projection.base, &mut from)?;
         Ok(())
@@ -354,8 +280,15 @@ impl<T: Real> Model<T> {
     /// As [`Model::write_adapter`]; [`Error::Io`] and [`Error::Format`] for a `like` that cannot be read.
     pub fn write_adapter_like(&self, folder: &Path, like: Option<&Path>) -> Result<()> {
         let parts = self.trainable;
-        if parts != TrainableParts::default() {
-            return Err(Error::invalid("trainable", format!("{parts:?}"), "an adapter holds projections only"));
+        let held = TrainableParts {
+            embedding: parts.embedding,
+            lm_head: parts.lm_head,
+            biases: parts.biases,
+            ..Default::default()
+        };
+        if parts != held {
+            let requirement = "an adapter holds projections, biases, the embedding and the output projection only";
+            return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
         let mut writer = TensorWriter::new();
         writer.metadata("format", "pt");
@@ -398,11 +331,20 @@ impl<T: Real> Model<T> {
                 );
             }
         }
+        let beside = self.write_outside(&mut writer);
+        let kind = kind.or((!beside.adapted.is_empty()).then_some(AdapterKind::Lora));
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
+        if !kind.is_peft() && (parts != TrainableParts::default() || !beside.adapted.is_empty()) {
+            return Err(Error::invalid(
+                "trainable",
+                format!("{parts:?}"),
+                "an adapter of this method holds projections only",
+            ));
+        }
         let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
-        let text = compose(kind, &entries, &self.config, true_derivative, like.as_ref());
+        let text = compose(kind, &entries, &self.config, true_derivative, &beside, like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }

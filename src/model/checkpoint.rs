@@ -207,7 +207,16 @@ impl<T: Real> Model<T> {
             let expected = format!("the tensors of a {}-layer {family}", config.num_hidden_layers);
             return Err(shards.file(extra).malformed(format!("tensor {extra}"), expected, "an unknown name"));
         }
-        Ok(Self { config, embedding, positions, layers, final_norm, lm_head, trainable: TrainableParts::default() })
+        Ok(Self {
+            config,
+            embedding,
+            positions,
+            layers,
+            final_norm,
+            lm_head,
+            trainable: TrainableParts::default(),
+            adapters: Default::default(),
+        })
     }
 
     /// Writes a checkpoint folder that Transformers reads, with every adapter folded into its weight and every
@@ -223,7 +232,12 @@ impl<T: Real> Model<T> {
         let vector = |writer: &mut TensorWriter, name: &str, values: &Array1<T>| {
             writer.tensor(name, &[values.len()], values.iter().copied());
         };
-        writer.matrix(&outside(Outside::Embedding, "weight"), self.embedding.view());
+        let tied = self.lm_head.is_none();
+        if tied && (self.adapters.head.is_some() || self.adapters.embedding.is_some()) {
+            let requirement = "embedding and output projection are one tensor: merging an update into it would change both; keep the adapter apart, or untie the model first";
+            return Err(Error::invalid("tie_word_embeddings", true, requirement));
+        }
+        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding().view());
         if let Some(table) = &self.positions {
             writer.matrix(&outside(Outside::Positions, "weight"), table.view());
         }
@@ -246,8 +260,8 @@ impl<T: Real> Model<T> {
         }
         let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
         norm(&mut writer, names, &self.final_norm);
-        if let Some(head) = &self.lm_head {
-            writer.matrix(&outside(Outside::Head, "weight"), head.view());
+        if self.lm_head.is_some() {
+            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head().view());
         }
         writer.write(&weights_path(folder))?;
         let dtype = if T::NAME == f32::NAME { "float32" } else { "float64" };

@@ -3,6 +3,7 @@
 use super::names::Outside;
 use super::norm::NormSinks;
 use super::options::{Norm, Options};
+use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideSinks};
 use super::parameters::{ModelOn, Projection};
 use crate::linalg::scratch::fill_zero;
 use crate::linalg::{Real, Scratch, on_workers};
@@ -37,6 +38,8 @@ pub struct GradientsOn<E: Ops> {
     pub final_norm: NormSinks<E>,
     /// Output projection when not tied.
     pub lm_head: Option<E::Sink>,
+    /// Low-rank updates of embedding and output projection.
+    pub outside: OutsideSinks<E>,
     /// What names the tensors.
     options: Options,
     /// The engine with its working memory, kept for the next step.
@@ -88,7 +91,8 @@ impl<E: Ops> GradientsOn<E> {
             (table(parts.embedding, Some(&model.embedding)), table(parts.lm_head, model.lm_head.as_ref()));
         let positions = table(parts.positions, model.positions.as_ref());
         let final_norm = norm(Some(config.hidden_size));
-        Self { embedding, positions, layers, final_norm, lm_head, options, engine }
+        let outside = model.adapters.sinks(&engine);
+        Self { embedding, positions, layers, final_norm, lm_head, outside, options, engine }
     }
 
     /// Every sink with its tensor's name, in the order of [`ModelOn::for_each_trainable_on`].
@@ -97,6 +101,8 @@ impl<E: Ops> GradientsOn<E> {
         let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let mut all: Vec<(String, &E::Sink)> = Vec::new();
         all.extend(self.embedding.as_ref().map(|g| (outside(Outside::Embedding, "weight"), g)));
+        let names = EMBEDDING_FACTORS.map(|name| outside(Outside::Embedding, name));
+        all.extend(names.into_iter().zip(self.outside.embedding.iter().flatten()));
         all.extend(self.positions.as_ref().map(|g| (outside(Outside::Positions, "weight"), g)));
         for (l, layer) in self.layers.iter().enumerate() {
             let norm = |norm: Norm| {
@@ -118,12 +124,15 @@ impl<E: Ops> GradientsOn<E> {
         all.extend(self.final_norm.gain.as_ref().map(|g| (outside(Outside::FinalNorm, "weight"), g)));
         all.extend(self.final_norm.bias.as_ref().map(|g| (outside(Outside::FinalNorm, "bias"), g)));
         all.extend(self.lm_head.as_ref().map(|g| (outside(Outside::Head, "weight"), g)));
+        let names = HEAD_FACTORS.map(|name| outside(Outside::Head, name));
+        all.extend(names.into_iter().zip(self.outside.head.iter().flatten()));
         all
     }
 
     /// Calls `change` on every sink, in the same order.
     pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
-        self.embedding.iter_mut().chain(&mut self.positions).for_each(&mut change);
+        self.embedding.iter_mut().for_each(&mut change);
+        self.outside.embedding.iter_mut().flatten().chain(&mut self.positions).for_each(&mut change);
         for layer in &mut self.layers {
             let [first, rest @ ..] = &mut layer.norms;
             first.gain.iter_mut().chain(&mut first.bias).for_each(&mut change);
@@ -136,6 +145,7 @@ impl<E: Ops> GradientsOn<E> {
         }
         let last = &mut self.final_norm;
         last.gain.iter_mut().chain(&mut last.bias).chain(&mut self.lm_head).for_each(&mut change);
+        self.outside.head.iter_mut().flatten().for_each(&mut change);
     }
 }
 

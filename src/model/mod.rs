@@ -39,7 +39,9 @@
 //! only if some trainable tensor's gradient needs it.
 
 mod adapter_config;
+mod adapter_experts;
 pub mod adapter_folder;
+mod adapter_outside;
 mod attach;
 mod batch;
 mod calibration;
@@ -55,6 +57,7 @@ mod mlp;
 mod names;
 mod norm;
 pub mod options;
+mod outside_adapters;
 mod parameters;
 mod projecting;
 pub mod s2ft;
@@ -72,6 +75,7 @@ pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
 pub use mlp::MlpCacheOn;
 pub use names::Outside;
 pub use norm::{NormOn, NormSinks};
+pub use outside_adapters::{OutsideAdapters, OutsideSinks};
 pub use parameters::{Input, Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
 pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};

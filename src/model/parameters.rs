@@ -6,6 +6,8 @@ use super::layer::{Layer, LayerOn};
 use super::names::Outside;
 use super::norm::NormOn;
 use super::options::Norm;
+use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideAdapters};
+use crate::adapters::lora::LoraOn;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -181,6 +183,8 @@ pub struct ModelOn<E: Ops> {
     pub lm_head: Option<E::Matrix>,
     /// What is trained outside the projections.
     pub trainable: TrainableParts,
+    /// Low-rank updates of embedding and output projection.
+    pub adapters: OutsideAdapters<E>,
 }
 
 /// A decoder with its adapters on the processor.
@@ -269,6 +273,8 @@ impl<E: Ops> ModelOn<E> {
         numbers += if parts.embedding { elements(&self.embedding) } else { 0 };
         numbers += if parts.positions { self.positions.as_ref().map_or(0, elements) } else { 0 };
         numbers += if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
+        let outside = self.adapters.named().into_iter().filter_map(|(lora, _)| lora.as_ref());
+        numbers += outside.map(|lora| elements(&lora.a) + elements(&lora.b)).sum::<usize>();
         let projections = self.layers.iter().flat_map(|layer| layer.projections());
         numbers +=
             projections.flat_map(|(_, p)| p.trainable_shapes()).map(|(rows, columns)| rows * columns).sum::<usize>();
@@ -308,6 +314,11 @@ impl<E: Ops> ModelOn<E> {
         if parts.embedding {
             see(e, &outside(Outside::Embedding, "weight"), Trained::Matrix(&mut self.embedding))?;
         }
+        if let Some(lora) = &mut self.adapters.embedding {
+            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(EMBEDDING_FACTORS) {
+                see(e, &outside(Outside::Embedding, name), Trained::Matrix(factor))?;
+            }
+        }
         if let (Some(table), true) = (&mut self.positions, parts.positions) {
             see(e, &outside(Outside::Positions, "weight"), Trained::Matrix(table))?;
         }
@@ -338,6 +349,11 @@ impl<E: Ops> ModelOn<E> {
         if let (Some(head), true) = (&mut self.lm_head, parts.lm_head) {
             see(e, &outside(Outside::Head, "weight"), Trained::Matrix(head))?;
         }
+        if let Some(lora) = &mut self.adapters.head {
+            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(HEAD_FACTORS) {
+                see(e, &outside(Outside::Head, name), Trained::Matrix(factor))?;
+            }
+        }
         Ok(())
     }
 
@@ -353,6 +369,13 @@ impl<E: Ops> ModelOn<E> {
         if parts.embedding {
             all.push((outside(Outside::Embedding, "weight"), self.embedding.clone()));
         }
+        let factors = |lora: &Option<LoraOn<E>>, module: Outside, names: [&str; 2]| {
+            let [a, b] = names.map(|name| outside(module, name));
+            lora.iter()
+                .flat_map(move |lora| [(a.clone(), lora.a.clone()), (b.clone(), lora.b.clone())])
+                .collect::<Vec<_>>()
+        };
+        all.extend(factors(&self.adapters.embedding, Outside::Embedding, EMBEDDING_FACTORS));
         if parts.positions {
             all.extend(self.positions.as_ref().map(|table| (outside(Outside::Positions, "weight"), table.clone())));
         }
@@ -383,6 +406,7 @@ impl<E: Ops> ModelOn<E> {
         if parts.lm_head {
             all.extend(self.lm_head.as_ref().map(|head| (outside(Outside::Head, "weight"), head.clone())));
         }
+        all.extend(factors(&self.adapters.head, Outside::Head, HEAD_FACTORS));
         all
     }
 
@@ -421,6 +445,7 @@ impl<E: Ops> ModelOn<E> {
         self.trainable.embedding
             || (index > 0 && (self.trainable.norms || self.trainable.biases))
             || self.trainable.positions
+            || self.adapters.embedding.is_some()
             || (index > 0 && self.trainable.sinks && self.config.options.sinks)
             || self.layers[..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
     }
@@ -470,7 +495,16 @@ impl<T: Real> Model<T> {
         let positions = options.positions.map(|offset| normal((config.max_position_embeddings + offset, width), 0.02));
         let final_norm = norm(width);
         let lm_head = (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
-        Ok(Self { config, embedding, positions, layers, final_norm, lm_head, trainable: TrainableParts::default() })
+        Ok(Self {
+            config,
+            embedding,
+            positions,
+            layers,
+            final_norm,
+            lm_head,
+            trainable: TrainableParts::default(),
+            adapters: Default::default(),
+        })
     }
 
     /// Zeroed sinks for every trainable tensor.
@@ -541,6 +575,8 @@ impl<T: Real> Model<T> {
             + self.layers.iter().map(LayerOn::vectors).sum::<usize>();
         let projections = || self.layers.iter().flat_map(|l| l.projections());
         let weights: usize = projections().map(|(_, p)| p.base.bytes()).sum();
-        (outside * single + weights, projections().map(|(_, p)| p.held()).sum::<usize>() * single)
+        let factors: usize =
+            self.adapters.named().iter().filter_map(|(l, _)| l.as_ref()).map(|l| l.a.len() + l.b.len()).sum();
+        (outside * single + weights, (factors + projections().map(|(_, p)| p.held()).sum::<usize>()) * single)
     }
 }

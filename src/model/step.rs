@@ -87,6 +87,7 @@ impl<E: Ops> ModelOn<E> {
     /// The embedded tokens, with positions where they are learned.
     fn embedded(&self, e: &mut E, inputs: &E::Inputs) -> Result<E::Matrix> {
         let x = e.embed(inputs, &self.embedding)?;
+        let x = self.embedding_update(x, inputs, e)?;
         let x = self.multiplied(x, self.config.options.embedding_multiplier, e);
         let (Some(table), Some(offset)) = (&self.positions, self.config.options.positions) else { return Ok(x) };
         let positions = e.embed_positions(inputs, table, offset)?;
@@ -160,14 +161,25 @@ impl<E: Ops> ModelOn<E> {
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
         let wanted = self.trained_below(self.layers.len()) || self.trainable.norms || self.trainable.biases;
         let cap = options.logit_cap;
-        let sink = if self.lm_head.is_some() { lm_head } else { embedding }.as_mut();
+        let head = self.head_with_update(e);
+        let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));
+        let own = if self.lm_head.is_some() { lm_head } else { embedding };
+        let sink = whole.as_mut().or(own.as_mut());
         let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
-        let (loss, mut dnormed) = e.loss(&normed, self.head(), &inputs, sink, cap, wanted, &observe)?;
+        let (loss, mut dnormed) =
+            e.loss(&normed, head.as_ref().unwrap_or(self.head()), &inputs, sink, cap, wanted, &observe)?;
         if let Some(dnormed) = &mut dnormed {
             instruments.tap(None, Point::FinalNorm, true, dnormed);
         }
         e.release(normed);
         let last = if wanted { keep(true, x, rest, e) } else { None };
+        if let Some(whole) = whole {
+            let whole = e.sunk(whole)?;
+            if let Some(own) = own {
+                e.accumulate(own, 1.0, &whole);
+            }
+            self.head_factors_backward(&whole, gradients);
+        }
         Ok(PassOn { loss, inputs, layers, last, dnormed })
     }
 
@@ -183,7 +195,7 @@ impl<E: Ops> ModelOn<E> {
     ) -> Result<E::Loss> {
         let PassOn { loss, inputs, layers, last, dnormed } = pass;
         let (Some((x, stats)), Some(dnormed)) = (last, dnormed) else { return Ok(loss) };
-        let GradientsOn { embedding, positions, layers: layer_sinks, final_norm, engine: e, .. } = gradients;
+        let GradientsOn { embedding, positions, layers: layer_sinks, final_norm, outside, engine: e, .. } = gradients;
         if layer_sinks.len() != self.layers.len() {
             return Err(Error::invalid("gradients", layer_sinks.len(), "made for another number of layers"));
         }
@@ -215,8 +227,9 @@ impl<E: Ops> ModelOn<E> {
         if let (Some(sink), Some(offset)) = (positions, self.config.options.positions) {
             e.embed_positions_backward(&inputs, &dx, offset, sink)?;
         }
+        let dx = self.multiplied(dx, self.config.options.embedding_multiplier, e);
+        self.embedding_factors_backward(&dx, &inputs, outside, e)?;
         if let Some(sink) = embedding {
-            let dx = self.multiplied(dx, self.config.options.embedding_multiplier, e);
             e.embed_backward(&inputs, &dx, (sink, E::shape(&self.embedding)))?;
         }
         Ok(loss)
@@ -278,7 +291,8 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
     pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
-        let mut logits = linear_forward(self.hidden(batch, instruments, cost)?.view(), self.head().view(), cost)?;
+        let mut logits =
+            linear_forward(self.hidden(batch, instruments, cost)?.view(), self.acting_head().view(), cost)?;
         self.config.options.cap_logits(&mut logits);
         instruments.tap(None, Point::Logits, false, &mut logits);
         Ok(logits)
@@ -293,7 +307,8 @@ impl<T: Real> Model<T> {
         let divisor = divisor(&StepOptions::default(), targets.len())?;
         on_workers(|| {
             let hidden = self.hidden(batch, &Instruments::default(), cost)?;
-            let (hidden, head, cap) = (hidden.view(), self.head().view(), self.config.options.logit_cap);
+            let head = self.acting_head();
+            let (hidden, head, cap) = (hidden.view(), head.view(), self.config.options.logit_cap);
             cross_entropy_observed(hidden, head, &targets, (divisor, cap), None, &|_, _| (), cost)
         })
     }

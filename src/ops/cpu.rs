@@ -240,6 +240,25 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(x)
     }
 
+    fn add_matrix_row(&mut self, mut y: Array2<T>, row: &Array2<T>, s: f64) -> Result<Array2<T>> {
+        self.cost.elementwise += 2 * y.len() as u64;
+        y += &(row * T::of(s));
+        Ok(y)
+    }
+
+    fn row_sum(&mut self, x: &Array2<T>) -> Result<Array2<T>> {
+        self.cost.elementwise += x.len() as u64;
+        Ok(x.sum_axis(Axis(0)).insert_axis(Axis(0)))
+    }
+
+    fn transposed(&mut self, x: &Array2<T>) -> Result<Array2<T>> {
+        Ok(x.t().as_standard_layout().into_owned())
+    }
+
+    fn sunk(&mut self, sink: Array2<T>) -> Result<Array2<T>> {
+        Ok(sink)
+    }
+
     fn concat(&mut self, parts: Vec<Array2<T>>) -> Result<Array2<T>> {
         let rows = parts.first().map_or(0, Array2::nrows);
         let mut all = self.scratch.array((rows, parts.iter().map(Array2::ncols).sum()));

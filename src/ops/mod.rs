@@ -209,6 +209,34 @@ pub trait Ops: Clone + Debug + Sized {
     fn center(&mut self, _x: Self::Matrix) -> Result<Self::Matrix> {
         Err(lacking("layer norms"))
     }
+    /// y + s row, a `1 x n` matrix, to every row of y.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn add_matrix_row(&mut self, _y: Self::Matrix, _row: &Self::Matrix, _s: f64) -> Result<Self::Matrix> {
+        Err(lacking("biases of adapters"))
+    }
+    /// The sum of the rows, `1 x n`.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn row_sum(&mut self, _x: &Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("biases of adapters"))
+    }
+    /// The transpose.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn transposed(&mut self, _x: &Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("an adapter of the embedding"))
+    }
+    /// What a sink holds.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn sunk(&mut self, _sink: Self::Sink) -> Result<Self::Matrix> {
+        Err(lacking("adapters outside the layers"))
+    }
     /// Matrices of the same rows, side by side; they are given up.
     ///
     /// # Errors

@@ -257,6 +257,22 @@ impl Ops for Sizes {
         Ok(x)
     }
 
+    fn add_matrix_row(&mut self, y: Buffer, _: &Buffer, _: f64) -> Result<Buffer> {
+        Ok(y)
+    }
+
+    fn row_sum(&mut self, x: &Buffer) -> Result<Buffer> {
+        Ok(self.fresh((1, x.shape.1)))
+    }
+
+    fn transposed(&mut self, x: &Buffer) -> Result<Buffer> {
+        Ok(self.fresh((x.shape.1, x.shape.0)))
+    }
+
+    fn sunk(&mut self, sink: Buffer) -> Result<Buffer> {
+        Ok(sink)
+    }
+
     fn concat(&mut self, parts: Vec<Buffer>) -> Result<Buffer> {
         let rows = parts.first().map_or(0, |part| part.shape.0);
         Ok(self.take((rows, parts.iter().map(|part| part.shape.1).sum())))

@@ -215,7 +215,7 @@ impl Case {
                     (Point::FinalNorm, None) => {
                         if let Some(all) = &mut evidence.logits
                             && let Ok(mut logits) =
-                                linear_forward(tensor.view(), forward.head().view(), &mut Cost::default())
+                                linear_forward(tensor.view(), forward.acting_head().view(), &mut Cost::default())
                         {
                             forward.config.options.cap_logits(&mut logits);
                             if let Some(rounding) = &variant.rounding {

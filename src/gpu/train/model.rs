@@ -95,7 +95,7 @@ fn upload_projection<T: Real, B: Engine>(
         Method::Full => MethodOn::Full,
         Method::Lora(m) => {
             let (a, b) = (put("lora_A", &m.a)?, put("lora_B", &m.b)?);
-            MethodOn::Lora(LoraOn { a, b, spec: m.spec, scaling: m.scaling })
+            MethodOn::Lora(LoraOn { a, b, bias: None, spec: m.spec, scaling: m.scaling })
         }
         Method::Dora(m) => {
             let (a, b) = (put("lora_A", &m.a)?, put("lora_B", &m.b)?);
@@ -140,6 +140,12 @@ impl<B: Engine> DeviceModel<B> {
             && options.query_key_value == QkvStorage::Separate
             && options.mlp == MlpKind::Gated
             && options.rotaries.iter().all(|rotary| rotary.share.is_none());
+        let biased = |projection: &AdaptedLinear<T>| matches!(&projection.method, Method::Lora(m) if m.bias.is_some());
+        let outside = model.adapters.head.is_some() || model.adapters.embedding.is_some();
+        if outside || model.layers.iter().flat_map(|l| l.projections()).any(|(_, p)| biased(p)) {
+            let requirement = "adapts the head or the embedding, or has lora_bias, which a device does not train yet; use --device cpu";
+            return Err(Error::invalid("adapter", "lora", requirement));
+        }
         if !llama {
             let requirement = "is not built of LLaMA's blocks, which are what a device has; use --device cpu";
             return Err(Error::invalid("model", options.family.model_type(), requirement));
@@ -171,6 +177,7 @@ impl<B: Engine> DeviceModel<B> {
             final_norm: gain("model.norm.weight", &model.final_norm.gain)?,
             lm_head: head.transpose()?,
             trainable: model.trainable,
+            adapters: Default::default(),
         };
         Ok(Self { on: on.clone(), model: there })
     }

@@ -7,7 +7,7 @@
 //! | `slice_rows` or `slice_columns` | k, increasing; rows or columns of the checkpoint's weight |
 //! | `slice_delta` | k x in or out x k: trained - base |
 
-use super::super::adapter_config::{AdapterConfig, AdapterKind, compose, read_object};
+use super::super::adapter_config::{AdapterConfig, AdapterKind, Beside, compose, read_object};
 use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices};
 use super::super::config::ModelConfig;
 use super::super::parameters::{Model, Projection};
@@ -119,7 +119,7 @@ impl<T: Real> ModelUpdate<T> {
             entries.push((l, p, lora.spec));
         }
         let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
-        let text = compose(AdapterKind::Lora, &entries, config, false, like.as_ref());
+        let text = compose(AdapterKind::Lora, &entries, config, false, &Beside::default(), like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }

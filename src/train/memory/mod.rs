@@ -218,6 +218,7 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
         final_norm: norm(config.hidden_size),
         lm_head: (!config.tie_word_embeddings).then(table),
         trainable: TrainableParts::default(),
+        adapters: Default::default(),
     };
     if method.name == MethodName::Full && method.targets.is_none() {
         model.train_fully();
@@ -250,7 +251,7 @@ fn sized_projection(
         Some(MethodSpec::Full) => MethodOn::Full,
         Some(MethodSpec::Lora(spec)) => {
             let (a, b, scaling) = factors(spec)?;
-            MethodOn::Lora(LoraOn { a, b, spec, scaling })
+            MethodOn::Lora(LoraOn { a, b, bias: None, spec, scaling })
         }
         Some(MethodSpec::Dora { spec, true_derivative }) => {
             let (a, b, scaling) = factors(spec)?;

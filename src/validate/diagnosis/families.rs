@@ -89,10 +89,10 @@ const FAULTS: [(&str, &str, &str, Change); 24] = [
         },
     ),
     ("rotary-scaling-missing", "rotary frequencies are not scaled", "config.json declares a scaling", |m| {
-        m.config.options.rotaries.iter_mut().fold(false, |any, r| reset(&mut r.scaling, Scaling::None) || any)
+        m.config.options.rotaries.iter_mut().map(|r| reset(&mut r.scaling, Scaling::None)).filter(|c| *c).count() > 0
     }),
     ("rotary-share", "the whole head is rotated", "rotate partial_rotary_factor of each head only", |m| {
-        m.config.options.rotaries.iter_mut().fold(false, |any, r| reset(&mut r.share, None) || any)
+        m.config.options.rotaries.iter_mut().map(|r| reset(&mut r.share, None)).filter(|c| *c).count() > 0
     }),
     ("rotary-everywhere", "layers without rotary embedding are rotated", "no_rope_layers says which are not", |m| {
         let without = m.config.options.rotary_of.contains(&None) && !m.config.options.rotaries.is_empty();
@@ -106,7 +106,7 @@ const FAULTS: [(&str, &str, &str, Change); 24] = [
         "attention-sink-dropped",
         "the softmax lacks the attention sinks",
         "add exp(sink) to each head's denominator",
-        |m| m.config.options.sinks && m.layers.iter_mut().fold(false, |any, layer| layer.sinks.take().is_some() || any),
+        |m| m.config.options.sinks && m.layers.iter_mut().filter_map(|layer| layer.sinks.take()).count() > 0,
     ),
     (
         "router-not-renormalised",
