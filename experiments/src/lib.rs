@@ -26,15 +26,17 @@ pub mod rank_map;
 pub mod real_heads;
 pub mod s2ft_selection;
 pub mod sequence_limit;
+pub mod sparse_heads;
 pub mod speed_accuracy;
 
 /// Every experiment that needs no device, in the order of the index page.
-pub const ALL: [harness::Experiment; 17] = [
+pub const ALL: [harness::Experiment; 18] = [
     phase_transition::EXPERIMENT,
     crossover::EXPERIMENT,
     speed_accuracy::EXPERIMENT,
     rank_map::EXPERIMENT,
     real_heads::EXPERIMENT,
+    sparse_heads::EXPERIMENT,
     factorizations::EXPERIMENT,
     bounds::EXPERIMENT,
     hardness::EXPERIMENT,
