@@ -6,6 +6,7 @@ pub mod exponent;
 pub mod guard;
 pub mod hardness;
 pub mod oracle;
+pub mod phase_diagram;
 pub mod prefixes;
 pub mod rank;
 pub mod threshold;
