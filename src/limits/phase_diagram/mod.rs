@@ -12,6 +12,7 @@ pub mod law;
 mod one_sided_jacobi;
 pub mod polynomials;
 pub mod rank;
+pub mod sample;
 pub mod sparsity;
 
 pub use energies::{MAX_THETA, energies};

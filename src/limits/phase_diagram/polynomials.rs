@@ -18,9 +18,38 @@ pub fn all_monomials_exponent(p: &[f64], kappa: f64) -> f64 {
     monomials_exponent(kappa * mean, kappa)
 }
 
+/// Energy of d coordinates by total degree, mode n of one counted as degree n; degrees that hold nothing are left out.
+pub fn energy_by_degree(p: &[f64], d: usize) -> Vec<f64> {
+    let mut law = vec![1.0];
+    for _ in 0..d {
+        let mut next = vec![0.0; law.len() + p.len() - 1];
+        for (i, a) in law.iter().enumerate() {
+            next[i..].iter_mut().zip(p).for_each(|(n, p)| *n += a * p);
+        }
+        let used = next.iter().rposition(|e| *e > 1e-30).unwrap_or(0);
+        next.truncate(used + 1);
+        law = next;
+    }
+    law
+}
+
 /// Every monomial up to the degree whose Chebyshev error on \[-Gamma^2, Gamma^2\] is L^-q e^(-Gamma^2).
 pub fn certified_exponent(c: f64, kappa: f64, q: f64) -> f64 {
     monomials_exponent(certified_degree(c * c, q), kappa)
+}
+
+/// Largest q at which [`certified_exponent`] stays below 1; negative if it does at no q.
+pub fn largest_power(c: f64, kappa: f64) -> f64 {
+    let (mut low, mut high) = (0.0, 1.0);
+    while monomials_exponent(high, kappa) < 1.0 {
+        high *= 2.0;
+    }
+    for _ in 0..100 {
+        let middle = (low + high) / 2.0;
+        if monomials_exponent(middle, kappa) < 1.0 { low = middle } else { high = middle }
+    }
+    let b = c * c;
+    low * (low / b).asinh() - low.hypot(b) - b
 }
 
 /// a with sqrt(a^2 + b^2) - a asinh(a / b) = -(error + b): the degree whose Chebyshev error for exp on \[-b, b\] is
@@ -54,6 +83,18 @@ mod tests {
         assert!(monomials_exponent(0.0, 2.0).abs() < 1e-300);
     }
 
+    #[test]
+    fn degrees_of_signs_are_binomial() {
+        let law = energy_by_degree(&[0.9, 0.1], 20);
+        let mut expected = 0.9f64.powi(20);
+        for (n, found) in law.iter().enumerate() {
+            assert!((found / expected - 1.0).abs() < 1e-12, "{n}");
+            expected *= (20 - n) as f64 / (n + 1) as f64 / 9.0;
+        }
+        assert_eq!(law.len(), 21);
+        assert_eq!(energy_by_degree(&[1.0], 9), [1.0]);
+    }
+
     /// The computed degree of an interval and the leading order approach each other.
     #[test]
     fn the_degree_is_the_computed_one_to_leading_order() {
@@ -62,6 +103,15 @@ mod tests {
             let leading = certified_degree(b, error);
             assert!((computed - leading).abs() < 0.5 * (leading + 2.0).ln() + 1.0, "{b} {error}: {computed} {leading}");
         }
+    }
+
+    #[test]
+    fn the_largest_power_is_where_the_exponent_passes_one() {
+        for (c, kappa) in [(0.1, 1.0), (0.3, 0.5), (0.2, 2.0)] {
+            let q = largest_power(c, kappa);
+            assert!((certified_exponent(c, kappa, q) - 1.0).abs() < 1e-9, "{c} {kappa} {q}");
+        }
+        assert!(largest_power(1.0, 1.0) < 0.0);
     }
 
     #[test]

@@ -42,84 +42,120 @@ fn tilt(p: &[f64], divergence: f64) -> Option<Vec<f64>> {
     Some(tilted(high))
 }
 
+/// Largest q at which the rank at eps = L^-q is still sub-quadratic: kappa H(p_s) = 1 at q = kappa KL(p_s, p) / 2. 0 if it is
+/// quadratic at any fixed eps, infinite if no eps makes it so.
+pub fn largest_power(p: &[f64], kappa: f64) -> f64 {
+    if kappa * entropy(p) >= 1.0 {
+        return 0.0;
+    }
+    let (mut low, mut high) = (0.0, kappa * 1e-3);
+    while exponent(p, kappa, high).is_some_and(|e| e < 1.0) {
+        (low, high) = (high, 2.0 * high);
+    }
+    if exponent(p, kappa, high).is_none() && kappa * (p.len() as f64).ln() < 1.0 {
+        return f64::INFINITY;
+    }
+    for _ in 0..60 {
+        let middle = (low + high) / 2.0;
+        if exponent(p, kappa, middle).is_some_and(|e| e < 1.0) { low = middle } else { high = middle }
+    }
+    low
+}
+
 fn entropy_of(p: &[f64]) -> f64 {
     p.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum()
 }
 
-/// Width in nats of the bins of [`ln_finite_rank`].
+/// Width in nats of the bins of [`Levels`].
 pub const BIN: f64 = 0.02;
 /// Bins of the first attempt.
 const BINS: usize = 3000;
 /// Bins that are not exceeded.
 const MOST_BINS: usize = 1 << 20;
 
-/// ln of the least number of products p_n1 ... p_nd that hold 1 - eps^2 of the sum of all, whole numbers interpolated.
+/// The products p_n1 ... p_nd of the energies of d coordinates, by size.
 ///
-/// -ln p is rounded to multiples of [`BIN`] and the products are counted by convolution. Each rounding is off by at most
-/// half a bin, so that eps^2 and the count are right within a factor e^(d BIN / 2) each; as roundings differ in sign, far closer.
-///
-/// # Errors
-/// [`Error::InvalidParam`] for eps outside (0, 1) or d = 0; [`Error::TooLarge`] where the products spread over more than
-/// 20,000 nats.
-pub fn ln_finite_rank(p: &[f64], d: usize, eps: f64) -> Result<f64> {
-    if !(eps > 0.0 && eps < 1.0) {
-        return Err(Error::invalid("eps", eps, "must lie between 0 and 1"));
-    }
-    if d == 0 {
-        return Err(Error::invalid("d", d, "must be at least 1"));
-    }
-    let mut size = BINS;
-    loop {
+/// -ln p is rounded to multiples of [`BIN`] and the products are collected by convolution. Each rounding is off by at most
+/// half a bin, so that eps^2 and a count are right within a factor e^(d BIN / 2) each; as roundings differ in sign, far closer.
+#[derive(Debug, Clone)]
+pub struct Levels {
+    /// Sum of the products of each bin, relative to the sum of all.
+    pub(super) energy: Vec<f64>,
+    /// A product in bin b is e^(-b BIN - normaliser).
+    pub(super) normaliser: f64,
+}
+
+impl Levels {
+    /// Products of d energies, down to those that together hold less than a part in 10^9 of `smallest_eps`^2.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for eps outside (0, 1) or d = 0; [`Error::TooLarge`] where the products spread over more
+    /// than 20,000 nats.
+    pub fn new(p: &[f64], d: usize, smallest_eps: f64) -> Result<Self> {
+        check(smallest_eps)?;
+        if d == 0 {
+            return Err(Error::invalid("d", d, "must be at least 1"));
+        }
         let bins: Vec<usize> = p.iter().map(|p| (-p.ln() / BIN).round_ties_even() as usize).collect();
         let shares: Vec<f64> = bins.iter().map(|&b| (-(b as f64) * BIN).exp()).collect();
         let total: f64 = shares.iter().sum();
-        let mut energy = vec![0.0; size];
-        energy[0] = 1.0;
-        for _ in 0..d {
-            let mut next = vec![0.0; size];
-            for (&bin, share) in bins.iter().zip(&shares).take_while(|(b, _)| **b < size) {
-                next[bin..].iter_mut().zip(&energy).for_each(|(n, e)| *n += e * share / total);
+        let mut size = BINS;
+        while size <= MOST_BINS {
+            let mut energy = vec![0.0; size];
+            energy[0] = 1.0;
+            for _ in 0..d {
+                let mut next = vec![0.0; size];
+                for (&bin, share) in bins.iter().zip(&shares).take_while(|(b, _)| **b < size) {
+                    next[bin..].iter_mut().zip(&energy).for_each(|(n, e)| *n += e * share / total);
+                }
+                energy = next;
             }
-            energy = next;
-        }
-        let held: f64 = energy.iter().rev().sum();
-        // What fell off the end must not matter to the count.
-        if 1.0 - held > 1e-9 * eps * eps + 1e-12 {
-            if 2 * size > MOST_BINS {
-                let (needed, limit) = (2 * size as u128, MOST_BINS as u128);
-                return Err(Error::TooLarge {
-                    what: "counting products of energies".into(),
-                    needed,
-                    limit,
-                    unit: "bins",
-                });
+            let held: f64 = energy.iter().rev().sum();
+            // What fell off the end must not matter to the count.
+            if 1.0 - held <= 1e-9 * smallest_eps * smallest_eps + 1e-12 {
+                energy.iter_mut().for_each(|e| *e /= held);
+                return Ok(Self { energy, normaliser: d as f64 * total.ln() });
             }
             size *= 2;
-            continue;
         }
-        return Ok(ln_count(&energy, d as f64 * total.ln(), eps * eps * held));
+        let (needed, limit) = (size as u128, MOST_BINS as u128);
+        Err(Error::TooLarge { what: "counting products of energies".into(), needed, limit, unit: "bins" })
+    }
+
+    /// ln of the least number of products that hold 1 - eps^2 of the sum of all, whole numbers interpolated.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for eps outside (0, 1).
+    pub fn ln_rank(&self, eps: f64) -> Result<f64> {
+        check(eps)?;
+        let allowed = eps * eps;
+        let (mut outside, mut last) = (0.0, 0);
+        for (bin, e) in self.energy.iter().enumerate().rev() {
+            if outside + e > allowed {
+                last = bin;
+                break;
+            }
+            outside += e;
+        }
+        let ln_products = |bin: usize, e: f64| e.ln() + bin as f64 * BIN + self.normaliser;
+        let before = self.energy[..last].iter().enumerate().filter(|(_, e)| **e > 0.0);
+        let mut terms: Vec<f64> = before.map(|(b, &e)| ln_products(b, e)).collect();
+        terms.push(ln_products(last, self.energy[last] + outside - allowed));
+        let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Ok(largest + terms.iter().map(|t| (t - largest).exp()).sum::<f64>().ln())
     }
 }
 
-/// ln of the number of products in the leading bins that leave `allowed` outside; a product in bin b has the energy
-/// e^(-b BIN - normaliser).
-fn ln_count(energy: &[f64], normaliser: f64, allowed: f64) -> f64 {
-    let mut outside = 0.0;
-    let mut last = 0;
-    for (bin, e) in energy.iter().enumerate().rev() {
-        if outside + e > allowed {
-            last = bin;
-            break;
-        }
-        outside += e;
-    }
-    let ln_products = |bin: usize, e: f64| e.ln() + bin as f64 * BIN + normaliser;
-    let part = energy[last] + outside - allowed;
-    let mut terms: Vec<f64> =
-        energy[..last].iter().enumerate().filter(|(_, e)| **e > 0.0).map(|(b, &e)| ln_products(b, e)).collect();
-    terms.push(ln_products(last, part));
-    let largest = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    largest + terms.iter().map(|t| (t - largest).exp()).sum::<f64>().ln()
+/// [`Levels::ln_rank`] of d coordinates.
+///
+/// # Errors
+/// As [`Levels::new`].
+pub fn ln_finite_rank(p: &[f64], d: usize, eps: f64) -> Result<f64> {
+    Levels::new(p, d, eps)?.ln_rank(eps)
+}
+
+fn check(eps: f64) -> Result<()> {
+    if eps > 0.0 && eps < 1.0 { Ok(()) } else { Err(Error::invalid("eps", eps, "must lie between 0 and 1")) }
 }
 
 #[cfg(test)]
@@ -187,6 +223,10 @@ mod tests {
         // The flattest tilt is uniform: KL = ln of (1/4) over geometric mean.
         assert!(tilt(&p, 10.0).is_none() && exponent(&[1.0], 1.0, 1.0).is_none());
         assert!((exponent(&p, 2.0, 0.0).unwrap() - 2.0 * entropy(&p)).abs() < 1e-15);
+        // The power at which the exponent passes 1, or whether it always or never does.
+        let q = largest_power(&p, 0.8);
+        assert!((exponent(&p, 0.8, q).unwrap() - 1.0).abs() < 1e-9 && q > 0.0);
+        assert!(largest_power(&p, 2.0) <= 0.0 && largest_power(&p, 0.5).is_infinite());
     }
 
     #[test]
