@@ -1,6 +1,7 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
 use super::manifest::{Loss, Manifest, OptimizerRecord};
+use super::own_forward::OwnForward;
 use super::precision::Precision;
 use super::reference::Rounding;
 use super::stacked::{names_of, placed};
@@ -61,6 +62,8 @@ pub struct Setting {
     pub adapter_name: Option<String>,
     /// Whether positions start again inside a row: several documents in it.
     pub packed: bool,
+    /// Backward against differences of the trainer's own forward.
+    pub own_forward: Option<OwnForward>,
 }
 
 /// Everything that validation needs.
@@ -161,6 +164,7 @@ impl Case {
             frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
             adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
             packed: starts_again(&batch) && batch.documents.is_none(),
+            own_forward: manifest.and_then(|m| m.check.clone()),
         };
         Ok(Self {
             name: name.to_string(),

@@ -1,6 +1,6 @@
 """Dumps one training step of a PyTorch model for `peft-limits validate`. Needs torch and safetensors, nothing else.
 
-    from peft_limits_dump import dump_step
+    from peft_limits import dump_step
 
     with dump_step(model, "dump"):
         loss = model(input_ids=ids, labels=labels).loss
@@ -30,6 +30,7 @@ of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the fil
         autocast=None        "bfloat16" or "float16"; found out by itself when the model is called inside autocast
         internals=None       precision of norms, rotary angles, softmax and loss: "float32" in Transformers whatever the weights
         logits=True, hidden=True    whether to keep them
+        check=False          True, or options of check_step as a dict: backward against differences of the step's own forward
     )
 """
 
@@ -43,19 +44,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from safetensors.torch import save_file
 
+from .calls import dtype_name, plain, unwrap
+from .differences import check_step
+
 VERSION = 1
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
-
-
-def plain(name):
-    """A parameter's name without the prefixes of wrappers."""
-    for wrapper in WRAPPERS:
-        while name.startswith(wrapper):
-            name = name[len(wrapper):]
-        name = name.replace("." + wrapper, ".")
-    return name
 
 
 def full(tensor):
@@ -64,14 +58,6 @@ def full(tensor):
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True).contiguous()
-
-
-def unwrap(model):
-    while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, torch.nn.Module):
-            return model
-        model = inner
 
 
 def trainable_snapshot(model):
@@ -91,10 +77,6 @@ def whole(model):
     return contextlib.nullcontext()
 
 
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 def jsonable(value):
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
@@ -112,7 +94,7 @@ class dump_step:
 
     def __init__(self, model, folder, *, labels=None, reduction="mean", rename=None, config=None, model_path=None,
                  adapter_path=None, adapter_config=None, adapter_tensors=None, previous=None, scaler=None,
-                 autocast=None, internals=None, logits=True, hidden=True):
+                 autocast=None, internals=None, logits=True, hidden=True, check=False):
         if reduction not in ("mean", "sum", "micro_mean"):
             raise ValueError(f"reduction={reduction!r}: must be mean, sum or micro_mean")
         if os.path.exists(folder):
@@ -126,6 +108,7 @@ class dump_step:
         self.micro, self.inside, self.handles = [], False, []
         self.gradients, self.applied, self.before = {}, {}, {}
         self.optimizer, self.state, self.loss = None, {}, None
+        self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
 
     # What the training loop may say by hand.
 
@@ -163,11 +146,15 @@ class dump_step:
             if parameter.requires_grad and parameter.is_leaf:
                 hook(parameter.register_post_accumulate_grad_hook(self.accumulated))
         hook(register_optimizer_step_pre_hook(self.before_update))
+        if self.check:
+            self.check.__enter__()
         return self
 
     def __exit__(self, kind, error, trace):
         for handle in self.handles:
             handle.remove()
+        if self.check:
+            self.check.stop()
         if kind is not None:
             shutil.rmtree(self.writing, ignore_errors=True)
             return
@@ -384,7 +371,7 @@ class dump_step:
         manifest = {
             "format": "peft-limits-dump",
             "version": VERSION,
-            "made_by": f"peft_limits_dump.py, torch {torch.__version__.split('+')[0]}",
+            "made_by": f"peft_limits, torch {torch.__version__.split('+')[0]}",
             "model": self.model_path or "model",
             "adapter": (self.adapter_path or "adapter") if self.has_adapter else None,
             "trained": trained,
@@ -393,6 +380,8 @@ class dump_step:
                      "scale": self.scale},
             "optimizer": self.optimizer,
         }
+        if self.check:
+            manifest["check"] = self.check.compare()
         save_file({n: t.contiguous() for n, t in tensors.items()}, os.path.join(self.writing, "step.safetensors"))
         self.write_json("manifest.json", manifest)
         os.replace(self.writing, self.folder)
