@@ -19,4 +19,4 @@ srun target/release/examples/long_sequence --tokens 10000000 --repeats 3
 
 # An experiment, its points handed out to the ranks as they become free. If a node dies, Slurm ends the step: submit
 # the job again, and --resume measures only what is missing. The output folder must be one that all nodes see.
-srun target/release/phase_transition --profile full --out results/phase_transition --resume
+srun target/release/solvable_model --profile full --out results/solvable_model --resume

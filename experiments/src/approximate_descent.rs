@@ -151,11 +151,15 @@ fn of_most(losses: &[f64]) -> Summary {
     if 2 * all.n > losses.len() { all } else { Summary::of(&[]) }
 }
 
-/// Per seed: loss over the start's, so that seeds can be averaged.
+/// Per seed: how much of the way from the start to the lowest loss that any run of this head reached is left. The target's noise
+/// leaves a floor of a quarter to a third of the start, which would hide what separates the sources.
 fn relative(table: &Table, c: f64, source: &str) -> Result<Vec<(f64, Summary, f64)>> {
-    let of = table.filter_eq("c", c).filter_eq("gradients", source);
+    let at_c = table.filter_eq("c", c);
+    let of = at_c.filter_eq("gradients", source);
     let mut steps: Vec<(f64, Vec<f64>, Vec<f64>)> = Vec::new();
-    for (_, run) in of.group_by(&["seed"])? {
+    for (seed, run) in of.group_by(&["seed"])? {
+        let floor =
+            at_c.filter_eq("seed", seed[0].clone()).floats("true loss")?.into_iter().fold(f64::INFINITY, f64::min);
         let start = run.rows().find(|r| r.f64("step") < 0.5).map_or(f64::NAN, |r| r.f64("true loss"));
         for row in run.rows() {
             let step = row.f64("step");
@@ -167,7 +171,7 @@ fn relative(table: &Table, c: f64, source: &str) -> Result<Vec<(f64, Summary, f6
                     &mut steps[last]
                 }
             };
-            entry.1.push(row.f64("true loss") / start);
+            entry.1.push((row.f64("true loss") - floor) / (start - floor));
             entry.2.push(row.f64("seconds"));
         }
     }
@@ -191,14 +195,14 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             panels.push(LineChart {
                 title: format!("c = {c} at the start"),
                 x: Axis::linear(if against_time { "seconds" } else { "step" }),
-                y: Axis::linear("true loss over its start").range(0.0, 1.5),
+                y: Axis::log10("share of the way left").range(1e-4, 3.0),
                 series,
                 references: Vec::new(),
             });
         }
     }
     let mut figure = Figure::new("Descent with approximate gradients", panels).columns(RATIOS.len()).caption(format!(
-        "{FEATURES}; guard at a certified {:.0}% and c = {LARGEST_RATIO}; median and quartiles over five heads whose target is a noisy teacher with other adapters; AdamW at 0.02. A line that ends: \
+        "True loss above the lowest that any run of the head reached, over that of the start. {FEATURES}; guard at a certified {:.0}% and c = {LARGEST_RATIO}; median and quartiles over five heads whose target is a noisy teacher with other adapters; AdamW at 0.02. A line that ends: \
          most runs have no chained gradient any more (denominators are not positive).",
         100.0 * TOLERANCE
     ));
@@ -230,12 +234,15 @@ fn findings(table: &Table) -> Result<Vec<String>> {
                 String::new()
             };
             words.push(if loss.is_finite() {
-                format!("{source} {loss:.3} in {seconds:.2} s{exact}{stopped}")
+                format!("{source} {loss:.1e} in {seconds:.2} s{exact}{stopped}")
             } else {
                 format!("{source} none{stopped}")
             });
         }
-        lines.push(format!("c = {c}: loss over its start after the last step: {}.", words.join("; ")));
+        lines.push(format!(
+            "c = {c}: share of the way to the lowest loss of any run that is left after the last step: {}.",
+            words.join("; ")
+        ));
     }
     let later = table.filter(|r| r.f64("step") > 0.5 && r.text("gradients") == "exact");
     let growth = Summary::of(&later.rows().map(|r| r.f64("c now") / r.f64("c")).collect::<Vec<_>>());
@@ -250,11 +257,44 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let mut guarded = true;
     for c in RATIOS {
         let (exact, ours) = (end(table, c, "exact")?.0, end(table, c, "guarded")?.0);
-        guarded &= ours <= 1.05 * exact + 1e-3;
+        guarded &= ours <= exact + 0.01;
     }
     let (low, high) = (end(table, RATIOS[0], "guarded")?.2, end(table, RATIOS[3], "guarded")?.2);
     Ok(vec![
-        ("guarded training ends within 5% of exact training at every c".into(), guarded),
+        ("guarded training ends within 1% of the way of exact training at every c".into(), guarded),
         ("the guard is exact more often at the largest c than at the smallest".into(), high > low),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made-up runs that end at the given losses; the start is 4 and the lowest loss 1.
+    fn made_up(guarded: f64, shares: [f64; 2]) -> Table {
+        let mut table = Table::default();
+        for c in RATIOS {
+            for seed in 0..5u64 {
+                for (source, end) in [("exact", 1.0), ("chained", 1.0), ("guarded", guarded)] {
+                    let share = if c < 0.4 { shares[0] } else { shares[1] };
+                    for (step, loss) in [(0u64, 4.0), (10, end)] {
+                        let row =
+                            Row::new().with("c", c).with("gradients", source).with("seed", seed).with("step", step);
+                        let row = row.with("true loss", loss).with("seconds", 1.0).with("c now", c);
+                        table.push(&row.with("exact share", share).with("failed", false));
+                    }
+                }
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        let outcome = |table: Table| checks(&table).unwrap().iter().map(|c| c.1).collect::<Vec<_>>();
+        assert_eq!(outcome(made_up(1.0, [0.5, 1.0])), [true, true]);
+        // A twentieth of the way is left; the guard does not care about c.
+        assert_eq!(outcome(made_up(1.15, [0.5, 1.0])), [false, true]);
+        assert_eq!(outcome(made_up(1.0, [1.0, 1.0])), [true, false]);
+    }
 }

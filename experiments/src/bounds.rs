@@ -146,6 +146,18 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     Ok(found)
 }
 
+/// A configuration in words.
+fn title(spec: &str) -> &str {
+    match spec {
+        "chebyshev:degree=4,check=scan" => "Chebyshev, degree 4, interval of the logits",
+        "chebyshev:degree=8,check=scan" => "Chebyshev, degree 8, interval of the logits",
+        "chebyshev:degree=8" => "Chebyshev, degree 8, interval Γ²",
+        "nystrom:rank=64" => "coreset of 64 keys",
+        "support-basis:degree=6,threshold=0.5" => "logits above 0.5 exact, degree 6",
+        other => other,
+    }
+}
+
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let mut panels = Vec::new();
     for spec in SPECS {
@@ -158,7 +170,7 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
                 .collect())
         };
         panels.push(LineChart {
-            title: spec.to_string(),
+            title: title(spec).into(),
             x: Axis::log10("c = Γ / √ln L"),
             y: Axis::log10("relative gradient error").range(1e-12, 1e6),
             series: vec![
@@ -180,7 +192,7 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
                 let s = Summary::of(&of.floats(&format!("looseness {link}")).unwrap_or_default());
                 Bar { value: s.median, interval: s.quartiles() }
             });
-            BarSeries { name: spec.into(), bars: bars.collect() }
+            BarSeries { name: title(spec).into(), bars: bars.collect() }
         })
         .collect();
     let chart = BarChart {

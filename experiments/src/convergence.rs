@@ -8,7 +8,9 @@
 //! the slope of its logarithms with an interval over five seeds, and the theorem's bound.
 //! Measured, 2: training loss of AdamW on fresh rows against the step, with the slope of logarithms over the second half.
 //!
-//! Refuted if PaCA's slope in 1 were separated above full fine-tuning's by more than 0.25, or if the bound failed.
+//! The theorem's bound holds for every such eta (sum the inequality), so that it is below the theorem's bound is no finding.
+//!
+//! Refuted if PaCA's slope in 1 were separated above full fine-tuning's by more than 0.25.
 //!
 //! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full 38 minutes beside other work on two
 //! cores.
@@ -29,7 +31,7 @@ pub const EXPERIMENT: Experiment = Experiment {
     name: "convergence",
     title: "Order at which the loss falls, by method",
     claim: "Gradient descent on a subset of connections converges at the order of full fine-tuning, 1 / T in the mean squared gradient (PaCA).",
-    refuted_by: "a slope of PaCA's mean squared gradient separated above full fine-tuning's by more than 0.25; a bound that fails",
+    refuted_by: "a slope of PaCA's mean squared gradient separated above full fine-tuning's by more than 0.25",
     doubt: "Full-batch descent in double precision for a few hundred steps: the slope of a finite run is not the order of the limit.",
     grid,
     measure,
@@ -265,11 +267,32 @@ fn gap(table: &Table) -> Result<(f64, f64, f64)> {
 }
 
 fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
-    let descent = table.filter_eq("kind", DESCENT);
-    let bound = descent.rows().all(|r| r.f64("mean squared gradient") <= r.f64("bound") * (1.0 + 1e-6));
     let (_, low, _) = gap(table)?;
-    Ok(vec![
-        ("PaCA's slope is not separated above full fine-tuning's by more than 0.25".into(), low <= 0.25),
-        ("the mean squared gradient is below the theorem's bound at every T".into(), bound),
-    ])
+    Ok(vec![("PaCA's slope is not separated above full fine-tuning's by more than 0.25".into(), low <= 0.25)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made-up descents with mean squared gradients that fall like a power of T.
+    fn made_up(paca: f64, full: f64) -> Table {
+        let mut table = Table::default();
+        for (method, power) in [("paca", paca), ("full", full)] {
+            for seed in 0..SEEDS {
+                for step in [1u64, 2, 4, 8, 16, 32, 64] {
+                    let square = (step as f64).powf(power + 0.01 * seed as f64);
+                    let row = Row::new().with("kind", DESCENT).with("method", method).with("seed", seed);
+                    table.push(&row.with("step", step as f64).with("mean squared gradient", square));
+                }
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert!(checks(&made_up(-0.9, -1.0)).unwrap().iter().all(|c| c.1));
+        assert!(!checks(&made_up(-0.5, -1.0)).unwrap()[0].1);
+    }
 }

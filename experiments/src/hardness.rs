@@ -3,7 +3,7 @@
 //!
 //! Measured: planted and null instances embedded at entries bounded by Gamma = c sqrt(ln L); the share that each factorization with
 //! k = L^0.5 or L^0.75 columns decides rightly, from the output and from dB_Q alone, with 95% Clopper-Pearson intervals; the exact
-//! gradient beside them. A method without an answer (a denominator that is not positive) counts as wrong.
+//! gradient beside them. Shares are of the instances that a method answers: without a positive denominator it has no answer.
 //!
 //! Refuted if the exact oracle erred where the promise decides, or a method of linear cost were right at every c.
 //!
@@ -18,7 +18,7 @@ use peft_limits::limits::hardness::accuracy::clopper_pearson;
 use peft_limits::limits::hardness::decision::{Oracle, guaranteed, has_near_pair};
 use peft_limits::limits::hardness::embedding::{Embedding, HEAD_DIM};
 use peft_limits::limits::hardness::instance::Instance;
-use peft_limits::report::{Axis, Cell, Figure, LineChart, NamedFigure, Reference, Row, Series, Table};
+use peft_limits::report::{Axis, Cell, Figure, LineChart, NamedFigure, PlotPoint, Reference, Row, Series, Table};
 use peft_limits::{Error, Result};
 use rand::Rng;
 
@@ -125,16 +125,34 @@ fn is_true(row: &peft_limits::report::RowView, column: &str) -> bool {
     row.text(column) == "true"
 }
 
-/// (c, share right, interval) of a family.
-fn accuracy(table: &Table, exponent: f64, family: &str, oracle: &str) -> Result<Vec<(f64, f64, f64, f64)>> {
+/// What a family answers at one c.
+struct Answers {
+    c: f64,
+    /// Share right of those answered, with its interval.
+    right: (f64, f64, f64),
+    /// Share of the instances that have an answer.
+    answered: f64,
+    /// The same answer for every instance: right on half of them without having looked.
+    constant: bool,
+}
+
+/// Answers of a family by c.
+fn answers(table: &Table, exponent: f64, family: &str, oracle: &str) -> Result<Vec<Answers>> {
     let chosen = table.filter_eq("exponent", exponent).filter_eq("family", family).filter_eq("oracle", oracle);
     chosen
         .group_by(&["c"])?
         .into_iter()
         .map(|(key, rows)| {
-            let (right, n) = (rows.rows().filter(|r| is_true(r, "right")).count() as u64, rows.len() as u64);
-            let (low, high) = clopper_pearson(right, n, 0.95)?;
-            Ok((key[0].as_f64().unwrap_or(f64::NAN), right as f64 / n as f64, low, high))
+            let answered = rows.filter(|r| is_true(&r, "answered"));
+            let (right, n) = (answered.rows().filter(|r| is_true(r, "right")).count() as u64, answered.len() as u64);
+            let (low, high) = if n > 0 { clopper_pearson(right, n, 0.95)? } else { (f64::NAN, f64::NAN) };
+            let near = answered.rows().filter(|r| is_true(r, "right") == is_true(r, "planted")).count() as u64;
+            Ok(Answers {
+                c: key[0].as_f64().unwrap_or(f64::NAN),
+                right: (right as f64 / n as f64, low, high),
+                answered: n as f64 / rows.len() as f64,
+                constant: n > 1 && (near == 0 || near == n),
+            })
         })
         .collect()
 }
@@ -153,7 +171,15 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
                 table.filter_eq("exponent", exponent).floats("columns k")?.first().copied().unwrap_or(f64::NAN);
             let mut series = Vec::new();
             for family in FAMILIES {
-                let points = accuracy(table, exponent, family, oracle)?;
+                // Where fewer than half of the instances are answered the line ends; a constant answer has no interval.
+                let points: Vec<PlotPoint> = answers(table, exponent, family, oracle)?
+                    .into_iter()
+                    .map(|a| PlotPoint {
+                        x: a.c,
+                        y: if a.answered >= 0.5 { a.right.0 } else { f64::NAN },
+                        interval: (!a.constant).then_some((a.right.1, a.right.2)),
+                    })
+                    .collect();
                 if !points.is_empty() {
                     series.push(Series::new(family, points));
                 }
@@ -173,8 +199,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         }
     }
     let figure = Figure::new("Planted and null nearest-neighbour instances", panels).columns(2).caption(
-        "95% Clopper-Pearson intervals over instances. Right of the dashed line an exact oracle is right on every instance that keeps the promise. Methods whose smallest \
-         member has more columns than the budget have no line; support-basis finds the near pair by its search for large logits, at the cost in the findings.",
+        "Shares of the instances answered, 95% Clopper-Pearson intervals; no interval where a method gives every instance the same answer, no point where it answers fewer than half (denominators not positive). Right of \
+         the dashed line an exact oracle is right whenever the promise holds. Methods whose smallest member exceeds the budget have no line; support-basis pays for its search (findings).",
     );
     Ok(vec![NamedFigure::new("hardness", figure)])
 }
@@ -188,12 +214,15 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             let mut words = Vec::new();
             for family in FAMILIES {
                 let above: Vec<_> =
-                    accuracy(table, exponent, family, oracle)?.into_iter().filter(|p| p.0 >= c).collect();
+                    answers(table, exponent, family, oracle)?.into_iter().filter(|a| a.c >= c).collect();
                 if above.is_empty() {
                     words.push(format!("{family} has no member this small"));
                     continue;
                 }
-                let share = above.iter().map(|p| p.1).sum::<f64>() / above.len() as f64;
+                let answering: Vec<f64> = above.iter().map(|a| a.right.0).filter(|x| x.is_finite()).collect();
+                let share = answering.iter().sum::<f64>() / answering.len() as f64;
+                let constant = above.iter().all(|a| a.constant || a.answered <= 0.0);
+                let answered = above.iter().map(|a| a.answered).sum::<f64>() / above.len() as f64;
                 let rows =
                     table.filter_eq("exponent", exponent).filter_eq("family", family).filter_eq("oracle", oracle);
                 let rows = rows.filter(|r| r.f64("c") >= c);
@@ -203,7 +232,13 @@ fn findings(table: &Table) -> Result<Vec<String>> {
                 words.push(if cost.is_empty() {
                     format!("{family} gives no answer (denominators are not positive)")
                 } else {
-                    format!("{family} {:.0}% right at {mean:.2} of the exact operations", 100.0 * share)
+                    let what = if constant { "by the same answer to every instance" } else { "of its answers" };
+                    let silent = if answered < 1.0 {
+                        format!(", {:.0}% without an answer", 100.0 * (1.0 - answered))
+                    } else {
+                        String::new()
+                    };
+                    format!("{family} {:.0}% right {what}{silent} at {mean:.2} of the exact operations", 100.0 * share)
                 });
             }
             lines.push(format!("There, with k = L^{exponent}: {}.", words.join("; ")));
@@ -219,8 +254,9 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         let c = guarantee(table, oracle);
         for exponent in EXPONENTS {
             for family in ["fitted", "positive-features", "tensor-sketch"] {
-                let points = accuracy(table, exponent, family, oracle)?;
-                cheap_fail &= points.iter().filter(|p| p.0 >= c).all(|p| p.1 < 0.9);
+                // No answer is no success either.
+                let points = answers(table, exponent, family, oracle)?;
+                cheap_fail &= points.iter().filter(|a| a.c >= c).all(|a| !(a.right.0 * a.answered >= 0.9));
             }
         }
     }

@@ -4,6 +4,7 @@
 //! `generalization`.
 
 pub mod harness;
+pub mod random_head;
 pub mod two_layer;
 
 pub mod adapter_serving;
@@ -21,17 +22,21 @@ pub mod hardness;
 pub mod norm_control;
 pub mod peft_accuracy;
 pub mod peft_cost;
-pub mod phase_transition;
+pub mod phase_diagram;
 pub mod rank_map;
 pub mod real_heads;
 pub mod s2ft_selection;
 pub mod sequence_limit;
+pub mod solvable_model;
 pub mod sparse_heads;
 pub mod speed_accuracy;
+pub mod theorem_limits;
 
 /// Every experiment that needs no device, in the order of the index page.
-pub const ALL: [harness::Experiment; 18] = [
-    phase_transition::EXPERIMENT,
+pub const ALL: [harness::Experiment; 20] = [
+    phase_diagram::EXPERIMENT,
+    solvable_model::EXPERIMENT,
+    theorem_limits::EXPERIMENT,
     crossover::EXPERIMENT,
     speed_accuracy::EXPERIMENT,
     rank_map::EXPERIMENT,

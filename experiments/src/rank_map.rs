@@ -16,7 +16,7 @@ use peft_limits::attention::synthetic::{Entries, SyntheticHead};
 use peft_limits::cost::Cost;
 use peft_limits::limits::rank::frobenius_ranks;
 use peft_limits::limits::threshold::Threshold;
-use peft_limits::report::{ColourScale, Figure, HeatAxis, HeatMap, NamedFigure, Row, Table};
+use peft_limits::report::{Axis, Figure, HeatAxis, HeatMap, LineStyle, NamedFigure, Row, Series, Table};
 use rand::Rng;
 
 /// The experiment.
@@ -103,6 +103,20 @@ fn median(table: &Table, kind: &str, c: f64, tokens: f64, column: &str) -> Resul
     Ok(v.get(v.len() / 2).copied().unwrap_or(f64::NAN))
 }
 
+/// Shares of L whose contours are drawn.
+const CONTOURS: [(f64, &str, LineStyle); 2] =
+    [(0.1, "k = L / 10", LineStyle::Solid), (0.5, "k = L / 2", LineStyle::Dashed)];
+
+/// c at which a rising row passes a share, between measured c on their logarithms; NaN if it does not.
+fn reached(ratios: &[f64], row: &[f64], share: f64) -> f64 {
+    let pairs = ratios.windows(2).zip(row.windows(2));
+    let crossing = pairs.into_iter().find_map(|(c, v)| {
+        let part = (share - v[0]) / (v[1] - v[0]);
+        (v[0] < share && v[1] >= share).then(|| c[0] * (c[1] / c[0]).powf(part))
+    });
+    crossing.unwrap_or(f64::NAN)
+}
+
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let (ratios, sizes) = (numbers(table, "c")?, numbers(table, "tokens")?);
     let mut panels = Vec::new();
@@ -114,18 +128,24 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
                     ratios.iter().map(|&c| median(table, kind, c, tokens, column)).collect::<Result<Vec<f64>>>()?,
                 );
             }
-            let x = HeatAxis::categories("c = Γ / √ln L", ratios.iter().map(f64::to_string));
-            let y = HeatAxis::categories("L (tokens)", sizes.iter().map(f64::to_string));
+            let x = HeatAxis::numbers(
+                Axis::log10("c = Γ / √ln L").ticks([0.25, 0.5, 1.0, 2.0, 4.0].map(|c| (c, format!("{c}")))),
+                ratios.clone(),
+            );
+            let y = HeatAxis::numbers(Axis::log2("L (tokens)"), sizes.clone());
+            let contours = CONTOURS.map(|(share, name, line)| {
+                let points = sizes.iter().zip(&values).map(|(&l, row)| (reached(&ratios, row, share), l));
+                Series { line, markers: false, ..Series::new(name, points) }
+            });
             let mut map = HeatMap::new(format!("{matrix}, {kind} entries"), x, y, values, "eps-rank / L");
-            map.colours = ColourScale::Linear;
             map.range = Some((0.0, 1.0));
-            map.annotate = true;
+            map.curves = contours.into();
             panels.push(map);
         }
     }
     let figure = Figure::new("Rank fraction of the attention probabilities and of the score gradient", panels)
         .columns(2)
-        .caption("Smallest rank with 1% relative Frobenius error, divided by L; medians of 5 seeds; d = ceil(ln L), beta = 1/d. Low (dark) means that a chain of low-rank factors can work.");
+        .caption("Smallest rank with 1% relative Frobenius error, divided by L; medians of 5 seeds; d = ceil(ln L), beta = 1/d. Right of the solid contour the rank exceeds a tenth of L, right of the dashed one half of it: both move right as L grows.");
     Ok(vec![NamedFigure::new("rank_map", figure)])
 }
 

@@ -11,6 +11,7 @@ mod gradient;
 mod gradient_over_ranks;
 mod memory;
 mod output;
+mod phase;
 mod prefixes;
 mod probe;
 mod size;
@@ -52,6 +53,8 @@ enum Command {
     Devices(devices::DevicesArgs),
     /// Measure a head's norms against the threshold, and each factorization's error and cost on it
     Probe(probe::ProbeArgs),
+    /// What a random head costs at a norm, in closed form: exponents and eps-ranks
+    Phase(phase::PhaseArgs),
     /// Predict the memory of a training step, and the longest sequence that fits
     Memory(memory::MemoryArgs),
     /// Pretrain or fine-tune a small model; checkpoints in Hugging Face layout
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Gradient(args) => gradient::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Phase(args) => phase::run(&args),
         Command::Memory(args) => memory::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Validate(args) => validate::run(&args),

@@ -7,6 +7,7 @@ pub mod guard;
 pub mod hardness;
 pub mod head_phase;
 pub mod oracle;
+pub mod phase_diagram;
 pub mod prefixes;
 pub mod rank;
 pub mod threshold;

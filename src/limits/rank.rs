@@ -27,6 +27,33 @@ pub fn frobenius_rank(singular_values: &[f64], eps: f64) -> usize {
     0
 }
 
+/// [`frobenius_rank`] with the last value taken in part: the real number k at which the held energy is 1 - eps^2, for comparison
+/// with a predicted count. 0 for a zero matrix.
+///
+/// ```
+/// use peft_limits::limits::rank::interpolated_rank;
+/// // The energies are 16 and 9 of 25: half of the second is needed to hold 20.5.
+/// assert!((interpolated_rank(&[4.0, 3.0], (4.5f64 / 25.0).sqrt()) - 1.5).abs() < 1e-12);
+/// ```
+pub fn interpolated_rank(singular_values: &[f64], eps: f64) -> f64 {
+    let total: f64 = singular_values.iter().map(|s| s * s).sum();
+    interpolated_rank_of(singular_values, eps, total).unwrap_or(0.0)
+}
+
+/// [`interpolated_rank`] from the leading singular values and the energy of all; `None` if they do not reach it.
+pub fn interpolated_rank_of(leading: &[f64], eps: f64, total_energy: f64) -> Option<f64> {
+    let wanted = (1.0 - eps * eps) * total_energy;
+    let mut held = 0.0;
+    for (k, s) in leading.iter().enumerate() {
+        let energy = s * s;
+        if energy > 0.0 && held + energy >= wanted {
+            return Some(k as f64 + (wanted - held) / energy);
+        }
+        held += energy;
+    }
+    None
+}
+
 /// [`frobenius_rank`] of a matrix for several eps, by one decomposition.
 ///
 /// # Errors

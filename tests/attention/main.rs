@@ -11,3 +11,4 @@ mod gradient_finite_differences;
 mod gradient_properties;
 mod hardness;
 mod naive;
+mod phase_diagram;

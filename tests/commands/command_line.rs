@@ -312,6 +312,66 @@ fn probe_plots_the_cost_over_prefixes() {
     assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(2), 0), "refused before anything is printed");
 }
 
+/// The object that scripts read, against a copy of the reference numbers.
+#[test]
+fn phase_as_json_holds_exponents_and_ranks() {
+    let json = |arguments: &[&str]| -> serde_json::Value { serde_json::from_str(&succeeds(arguments)).unwrap() };
+    let path = data("phase_diagram.json");
+    let reference: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let found = json(&["phase", "--law", "sign", "--kappa", "1", "--c", "0.25,0.5", "--json"]);
+    assert_eq!(found.as_object().unwrap().keys().collect::<Vec<_>>(), ["exponents", "finite"]);
+    assert_eq!(found["finite"], serde_json::json!([]));
+    let rows = reference["exponents"].as_array().unwrap();
+    for ours in found["exponents"].as_array().unwrap() {
+        let theirs = rows.iter().find(|r| r["law"] == "sign" && r["kappa"] == 1.0 && r["c"] == ours["c"]).unwrap();
+        for (key, value) in ours.as_object().unwrap() {
+            match (value.as_f64(), theirs[key].as_f64()) {
+                (Some(a), Some(b)) => assert!((a - b).abs() < 1e-6, "{key}: {a} {b}"),
+                (a, b) => assert_eq!(a, b, "{key}"),
+            }
+        }
+    }
+    // Null where the reference has it: no rank of signs reaches 1/L at c = 0.5.
+    assert!(found["exponents"][1]["rank_error_1_over_L"].is_null());
+    let found = json(&["phase", "--c", "1", "--length", "2^20", "--eps", "0.1", "--json"]);
+    let finite = &found["finite"][0];
+    let theirs = reference["finite"].as_array().unwrap();
+    let theirs = theirs.iter().find(|r| r["L"] == finite["L"] && r["c"] == 1.0 && r["eps"] == 0.1).unwrap();
+    assert_eq!(finite["d"], theirs["d"]);
+    assert!((finite["k"].as_f64().unwrap() / theirs["k"].as_f64().unwrap() - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn phase_reads_laws_draws_and_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let (law, plot) = (folder.path().join("law.txt"), folder.path().join("phases.svg"));
+    std::fs::write(&law, "1 -1\n").unwrap();
+    let sampled = succeeds(&["phase", "--law", text(&law), "--c", "0.7,2", "--json", "--plot", text(&plot)]);
+    let number = |text: &str, key: &str| {
+        serde_json::from_str::<serde_json::Value>(text).unwrap()["exponents"][0][key].as_f64().unwrap()
+    };
+    let sign = succeeds(&["phase", "--law", "sign", "--c", "0.7,2", "--json"]);
+    for key in ["rank", "support", "certified"] {
+        assert!((number(&sampled, key) - number(&sign, key)).abs() < 1e-12, "{key}");
+    }
+    assert!(std::fs::read_to_string(&plot).unwrap().contains("best rank"));
+    assert!(succeeds(&["phase"]).contains("condenses on O(1) keys"));
+    std::fs::write(&law, "1 -1\n0.5 two\n").unwrap();
+    let other = folder.path().join("other.svg");
+    for (arguments, fragments) in [
+        (vec!["phase", "--law", text(&law)], vec!["law.txt", "line 2", "two"]),
+        (vec!["phase", "--law", "gaussian"], vec!["gaussian"]),
+        (vec!["phase", "--c", "0"], vec!["c = 0", "positive"]),
+        (vec!["phase", "--c", "1e3"], vec!["c = 1000", "at most"]),
+        (vec!["phase", "--kappa", "nan"], vec!["kappa"]),
+        (vec!["phase", "--length", "1"], vec!["from 2"]),
+        (vec!["phase", "--length", "512", "--eps", "1"], vec!["eps = 1"]),
+        (vec!["phase", "--plot", "a.pdf"], vec!["--plot"]),
+    ] {
+        refused(&arguments, &other, &fragments);
+    }
+}
+
 #[test]
 fn help_shows_examples() {
     let commands = ["gradient", "probe", "memory", "train", "validate", "adapter", "completions"];

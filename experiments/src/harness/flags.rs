@@ -127,7 +127,7 @@ pub(super) fn parse_reproduce(
             "Examples:\n  \
              # every experiment on its small grid, into figures/quick\n  cargo run --release\n  \
              # two of them as published\n  \
-             cargo run --release -- --profile full --only phase_transition,crossover\n  \
+             cargo run --release -- --profile full --only phase_diagram,crossover\n  \
              # figures, findings and pages again, from the saved tables\n  \
              cargo run --release -- --profile full --plot-only\n\n{EXIT_CODES}\n\nExperiments:{list}"
         ))
