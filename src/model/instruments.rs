@@ -29,6 +29,8 @@ pub enum Point {
     Middle,
     /// Normalised input of gate and up.
     NormedMiddle,
+    /// Scores of the experts, `N x E`.
+    Router,
     /// Output of the gate projection.
     Gate,
     /// Output of the up projection.

@@ -4,6 +4,7 @@ use super::manifest::{Loss, Manifest, OptimizerRecord};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
 use super::reference::Rounding;
+use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
 use crate::error::{Error, Result};
@@ -87,6 +88,8 @@ pub struct Case {
     pub rounding: Rounding,
     /// The trainer's results.
     pub trainer: Trainer,
+    /// Which of two experts a token goes to, where rounding alone decides.
+    pub ties: Vec<Tie>,
 }
 
 /// Where the parts of a dump are.
@@ -176,6 +179,7 @@ impl Case {
             trained,
             rounding,
             trainer,
+            ties: Vec::new(),
         })
     }
 

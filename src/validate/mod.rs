@@ -18,6 +18,7 @@ pub mod own_forward;
 mod precision;
 pub mod reference;
 mod report;
+pub mod routing;
 mod stacked;
 mod update;
 

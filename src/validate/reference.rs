@@ -205,6 +205,7 @@ impl Case {
                 if place.gradient {
                     return;
                 }
+                super::routing::settle_scores(&self.ties, place, first, tensor);
                 let mut evidence = record.borrow_mut();
                 match (place.point, place.layer) {
                     (Point::Output, Some(layer)) => {

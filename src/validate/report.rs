@@ -89,7 +89,21 @@ impl Watch for Silent {
 /// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged: another loss than cross-entropy,
 /// noise on the embeddings, or rows of several documents that are right only if these may attend to each other.
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
-    let report = judge(case, watch)?;
+    let tied = super::routing::with_ties(case)?;
+    let case = tied.as_ref().unwrap_or(case);
+    let mut report = judge(case, watch)?;
+    if !report.passed
+        && !case.ties.is_empty()
+        && let Some((other, moved)) = super::routing::as_trainer(case, watch)?
+    {
+        report = judge(&other, watch)?;
+        if let Some(names) = report.rungs.iter_mut().find(|r| r.name == RungName::Names) {
+            names.problems.push(format!(
+                "{moved} of {} tokens that stand between two experts within rounding go to the other one in the trainer",
+                case.ties.len()
+            ));
+        }
+    }
     if !report.passed && case.batch.documents.is_some() && judge(&setting::as_one_document(case), watch)?.passed {
         return Err(setting::ambiguous_documents());
     }
