@@ -2,10 +2,11 @@
 
 use super::config::ModelConfig;
 use super::gradients::LayerGradientsOn;
-use super::instruments::{InstrumentsOn, Point};
+use super::instruments::{InstrumentsOn, Masked, Point};
 use super::options::Norm;
 use super::parameters::{ModelOn, Projection};
-use crate::adapters::{InputNeed, LinearOn};
+use crate::adapters::full::Frozen;
+use crate::adapters::{Adaptation, InputNeed, LinearOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::ops::{Cpu, InputGradient, Ops, Scoring};
@@ -114,6 +115,20 @@ impl<E: Ops> Context<'_, E> {
             ahead: self.instruments.ahead,
             window: options.window(self.layer),
         }
+    }
+
+    /// A copy of x under the dropout mask of a projection's adapter, or under what the mask takes away; `None` without mask.
+    fn masked(
+        &self,
+        place: (usize, Projection),
+        at: Masked,
+        rest: bool,
+        x: &E::Matrix,
+        e: &mut E,
+    ) -> Option<E::Matrix> {
+        let mask = self.instruments.mask?;
+        let mut x = e.copy(x);
+        mask(place, at, rest, &mut x).then_some(x)
     }
 
     /// Rows of one head each where a norm is of heads.
@@ -358,7 +373,18 @@ struct Projecting<'a, 'b, E: Ops> {
 impl<E: Ops> Projecting<'_, '_, E> {
     fn run(&mut self, p: Projection, x: &E::Matrix, add_to: Option<E::Matrix>, e: &mut E) -> Result<E::Matrix> {
         let projection = self.layer.projection(p);
-        let (mut y, kept) = projection.forward(e, x, add_to, self.save)?;
+        // With x' = m o x in the adapter: y = W x + D x' = (W + D) x' + W (x - x').
+        let place = (self.context.layer, p);
+        let (mut y, kept) = match self.context.masked(place, Masked::Input, false, x, e) {
+            Some(masked) => {
+                let (y, kept) = projection.forward(e, &masked, add_to, self.save)?;
+                match self.context.masked(place, Masked::Input, true, x, e) {
+                    Some(rest) => (e.product(&rest, &projection.base, Some(y)), kept),
+                    None => (y, kept),
+                }
+            }
+            None => projection.forward(e, x, add_to, self.save)?,
+        };
         self.saved[p as usize] = (projection.method.adaptation().saved_name(), kept);
         if let Some(add) = self.context.instruments.extra {
             add(e, (self.context.layer, p), x, &mut y)?;
@@ -495,7 +521,25 @@ pub(super) fn layer_backward<E: Ops>(
                 e.add_row_sums(dy, sink);
             }
             let saved = saved[p as usize].1.take();
-            layer.projection(p).backward(e, dy, x, saved, &mut projection_sinks[p as usize], dx)
+            let (projection, sinks) = (layer.projection(p), &mut projection_sinks[p as usize]);
+            let place = (context.layer, p);
+            let masked = x.and_then(|x| context.masked(place, Masked::SavedInput, false, x, e));
+            let Some(masked) = masked else { return projection.backward(e, dy, x, saved, sinks, dx) };
+            // dx = W^T dy + m o D^T dy = m o (W + D)^T dy + (1 - m) o W^T dy
+            let wanted = InputGradient::fresh_if(!matches!(dx, InputGradient::Skip));
+            let own = projection.backward(e, dy, Some(&masked), saved, sinks, wanted)?;
+            let Some(own) = own else { return Ok(None) };
+            let frozen =
+                Frozen.backward(e, &projection.base, dy, None, None, &mut [], InputGradient::fresh_if(true))?;
+            let own = context.masked(place, Masked::InputGradient, false, &own, e).unwrap_or(own);
+            let sum = match frozen.and_then(|f| context.masked(place, Masked::InputGradient, true, &f, e)) {
+                Some(rest) => e.add(own, rest, 1.0),
+                None => own,
+            };
+            Ok(Some(match dx {
+                AddTo(dx) => e.add(dx, sum, 1.0),
+                _ => sum,
+            }))
         };
     // The gradient of h starts as that of the output (residual path) and collects the rest in place.
     let mut dx = dout;

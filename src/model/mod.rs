@@ -59,7 +59,7 @@ pub use batch::{Batch, StepOptions, StepOutput};
 pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use gradients::{Gradients, GradientsOn, LayerGradients, LayerGradientsOn};
-pub use instruments::{AddToOutput, Instruments, InstrumentsOn, Place, Point, Tap, TapOn};
+pub use instruments::{AddToOutput, Instruments, InstrumentsOn, MaskOn, Masked, Place, Point, Tap, TapOn};
 pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
 pub use parameters::{Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
 pub(crate) use step::attention_shape;
