@@ -14,6 +14,7 @@ pub mod manifest;
 pub mod measure;
 pub mod memory;
 mod names;
+pub mod objective;
 pub mod own_forward;
 mod precision;
 pub mod reference;
