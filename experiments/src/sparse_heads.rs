@@ -278,7 +278,7 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         });
     }
     let figure = Figure::new("Entries that a trained head needs", panels).caption(
-        "Median and quartiles over heads. The entries needed grow more slowly than the keys that a query sees.",
+        "Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.",
     );
     figures.push(NamedFigure::new("entries", figure));
     Ok(figures)
