@@ -102,14 +102,18 @@ fn factorization_case(spec: &str, repeats: usize) {
     let prepare =
         time(repeats, || map = Some(method.prepare(&scores, &mut Default::default()).expect("fits the head")));
     let Some(map) = map else { return };
-    let mut failed = false;
+    let mut counted = None;
     let chain = time(repeats, || {
         let done = chained::with_map(&problem, &projected, map.as_ref(), Request::Adapters, Default::default());
-        failed = done.is_err();
+        counted = done.ok().map(|d| d.gradients.cost.multiply_adds as f64);
     });
+    let failed = counted.is_none();
     let (r, d) = (4, 16);
-    let floor = chained::predicted_multiply_adds(8192, map.rank() as u128, d, 2 * r, 2 * r) / rate;
-    let columns = map.rank() as f64;
+    // Without columns the work is in the pairs: a column is then one pair a query.
+    let (columns, floor) = match map.rank() {
+        0 => ((map.certificate().corrected_pairs / 8192) as f64, counted.unwrap_or(f64::NAN) / rate),
+        k => (k as f64, chained::predicted_multiply_adds(8192, k as u128, d, 2 * r, 2 * r) / rate),
+    };
     println!(
         "features  f32 L=  8192 d= 16 r=4 {spec:44} k={:5}: chain {:6.2} us a column, ratio {:.2}  prepare {:6.2} us a column  both {:.2}{}",
         map.rank(),
@@ -131,6 +135,8 @@ fn factorization_cases() {
         "tensor-sketch:degree=4,rank=300,nonnegative=true",
         "nystrom:rank=256",
         "support-basis:degree=2,threshold=0.6",
+        "sparse:keys=64",
+        "sparse:keys=64,search=tree",
     ] {
         factorization_case(spec, 9);
     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of peft_limits_dump.py with real trainers: every dump must pass `peft-limits validate`.
+"""Tests of dump_step with real trainers: every dump must pass `peft-limits validate`.
 
     PEFT_LIMITS=target/release/peft-limits python python/test_dump.py
 
@@ -19,7 +19,7 @@ import torch.distributed
 import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from peft_limits_dump import dump_step, trainable_snapshot  # noqa: E402
+from peft_limits import dump_step, trainable_snapshot  # noqa: E402
 
 BINARY = os.environ.get("PEFT_LIMITS", "target/release/peft-limits")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -160,6 +160,30 @@ class DumpTest(unittest.TestCase):
         report = self.verdict(code=1)
         self.assertEqual([d["fault"] for d in report["diagnoses"]], ["loss-scale"])
 
+    def test_the_check_of_the_own_forward_joins_the_report(self):
+        options = {"seconds": 20, "directions": 1}
+        m = model(lora_dropout=0.2)
+        self.step(m, batch(), check=options)
+        done = subprocess.run([BINARY, "validate", self.folder], capture_output=True, text=True)
+        self.assertRegex(done.stdout, "own forward +pass")
+        self.setUp()
+        # A backward that the reference would find as well: both say so.
+        m = model()
+        m.base_model.model.model.layers[1].self_attn.o_proj.lora_B.default.weight.register_hook(lambda g: g * 1.5)
+        self.step(m, batch(), check=options)
+        own = self.verdict(code=1)["own_forward"]
+        self.assertEqual([t["name"].split(".")[-5:-2] for t in own["tensors"] if t["status"] == "wrong"],
+                         [["self_attn", "o_proj", "lora_B"]])
+        self.setUp()
+        # A model that the reference does not have: the verdict stands all the same.
+        config = transformers.GPTNeoXConfig(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+                                            num_attention_heads=4, max_position_embeddings=64)
+        m = peft.get_peft_model(transformers.GPTNeoXForCausalLM(config), peft.LoraConfig(target_modules=["query_key_value"]))
+        self.step(m, batch(), check=options)
+        done = subprocess.run([BINARY, "validate", self.folder], capture_output=True, text=True)
+        if done.returncode == 2:
+            self.assertIn("own forward        pass", done.stderr)
+
     def test_refusals_leave_nothing(self):
         m = model()
         with self.assertRaisesRegex(ValueError, "not called"):
@@ -181,4 +205,5 @@ class DumpTest(unittest.TestCase):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     unittest.main()

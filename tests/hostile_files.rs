@@ -298,7 +298,7 @@ fn adapter_folders() {
             });
         }
         let update = ModelUpdate::of_adapters(&adapted).unwrap();
-        update.write(folder.path(), 3, None).unwrap();
+        update.write(folder.path(), &base.config, None).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             let read = |folder: &Path| ModelUpdate::read(folder, &base).map(drop);
             attack_file(&format!("{name} update {file}"), folder.path(), file, read);
@@ -314,7 +314,7 @@ fn kept_slices() {
     model::<f32>(3).write(&root).unwrap();
     let (_, mut adapted) = every_method::<f32>().into_iter().find(|(n, _)| *n == "paca").unwrap();
     leave_the_start(&mut adapted);
-    ModelUpdate::of_adapters(&adapted).unwrap().write(&adapter, 3, None).unwrap();
+    ModelUpdate::of_adapters(&adapted).unwrap().write(&adapter, &adapted.config, None).unwrap();
     peft_limits::model::update::switch_on_on_disk(&root, &adapter).unwrap();
     attack_file("kept slices", &root, KEPT, |root| switch_off_on_disk(root).map(drop));
 }

@@ -147,7 +147,15 @@ fn every_family() {
         family("olmo2", ""),
         family("granite", ", \"residual_multiplier\": 0.5, \"embedding_multiplier\": 3.0"),
         family("smollm3", ""),
+        family("phi3", ", \"partial_rotary_factor\": 0.5"),
+        family("gpt_neox", ""),
+        family("opt", ", \"ffn_dim\": 344"),
+        family("gpt2", ", \"n_embd\": 128, \"n_head\": 4, \"n_layer\": 3"),
+        family("mixtral", ", \"num_local_experts\": 4"),
+        family("qwen3_moe", ", \"num_experts\": 4, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 96"),
+        family("gpt_oss", ", \"num_local_experts\": 4, \"num_experts_per_tok\": 2"),
     ];
+    let mut failures = Vec::new();
     for config in families {
         for name in [MethodName::Full, MethodName::Lora] {
             let method = MethodParams::named(name);
@@ -160,9 +168,14 @@ fn every_family() {
             assert_eq!((memory.gradients, memory.trained), (ledger.gradients, ledger.trained), "{what:?}");
             assert_eq!(memory.activations, ledger.activations, "{what:?}");
             let gap = memory.total() as f64 / got as f64 - 1.0;
-            assert!(gap.abs() < 0.01, "{what:?}: {gap}");
+            // A batch does not send every expert the same number of rows, which the prediction takes for granted.
+            let allowed = if config.options.experts.is_some() { 0.04 } else { 0.01 };
+            if gap.abs() >= allowed {
+                failures.push((what, gap));
+            }
         }
     }
+    assert!(failures.is_empty(), "{failures:?}");
 }
 
 /// Starts the thread pool and multiplies on each thread by either kernel: its memory and the matrix libraries' are not a step's.

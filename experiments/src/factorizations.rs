@@ -51,7 +51,7 @@ const SEEDS: u64 = 5;
 const TARGETS: [f64; 3] = [0.1, 0.01, 0.001];
 /// Columns a token above which a method has lost to the exact gradient many times over.
 const MOST_PER_TOKEN: usize = 8;
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 11] = [
     "taylor",
     "chebyshev",
     "fitted",
@@ -61,6 +61,7 @@ const FAMILIES: [&str; 10] = [
     "tensor-sketch (nonnegative)",
     "nystrom",
     "support-basis",
+    "sparse",
     "truncated-svd",
 ];
 
@@ -110,6 +111,7 @@ fn ladder(family: &str, head_dim: usize, keys: usize, seed: u64) -> Vec<String> 
             .collect(),
         "nystrom" => ranks(8, keys).map(|k| format!("{family}:rank={k},seed={seed}")).collect(),
         "support-basis" => [2.0, 1.0, 0.5, 0.25, 0.1].map(|t| format!("{family}:degree=1,threshold={t}")).to_vec(),
+        "sparse" => [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003].map(|e| format!("{family}:threshold={e}")).to_vec(),
         _ => Vec::new(),
     }
 }
@@ -165,7 +167,7 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     };
     for family in FAMILIES {
         // On a given head these are the same for every seed.
-        let fixed = ["taylor", "chebyshev", "support-basis", "truncated-svd"].contains(&family);
+        let fixed = ["taylor", "chebyshev", "support-basis", "sparse", "truncated-svd"].contains(&family);
         if fixed && !first_seed && point.f64("c").is_err() {
             continue;
         }

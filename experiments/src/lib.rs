@@ -28,11 +28,12 @@ pub mod real_heads;
 pub mod s2ft_selection;
 pub mod sequence_limit;
 pub mod solvable_model;
+pub mod sparse_heads;
 pub mod speed_accuracy;
 pub mod theorem_limits;
 
 /// Every experiment that needs no device, in the order of the index page.
-pub const ALL: [harness::Experiment; 19] = [
+pub const ALL: [harness::Experiment; 20] = [
     phase_diagram::EXPERIMENT,
     solvable_model::EXPERIMENT,
     theorem_limits::EXPERIMENT,
@@ -40,6 +41,7 @@ pub const ALL: [harness::Experiment; 19] = [
     speed_accuracy::EXPERIMENT,
     rank_map::EXPERIMENT,
     real_heads::EXPERIMENT,
+    sparse_heads::EXPERIMENT,
     factorizations::EXPERIMENT,
     bounds::EXPERIMENT,
     hardness::EXPERIMENT,

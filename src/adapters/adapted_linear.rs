@@ -58,21 +58,34 @@ impl<E: Ops> LinearOn<E> {
         add_to: Option<E::Matrix>,
         save: bool,
     ) -> Result<(E::Matrix, Option<E::Matrix>)> {
+        let (y, saved) = self.forward_without_bias(e, x, add_to, save)?;
+        Ok(match &self.bias {
+            Some(bias) => (e.add_row(y, bias), saved),
+            None => (y, saved),
+        })
+    }
+
+    /// As [`LinearOn::forward`] without the bias.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_without_bias(
+        &self,
+        e: &mut E,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        save: bool,
+    ) -> Result<(E::Matrix, Option<E::Matrix>)> {
         let (out, width) = self.shape();
         let rows = E::shape(x).0;
         require("x", E::shape(x), (rows, width))?;
         if let Some(y) = &add_to {
             require("y", E::shape(y), (rows, out))?;
         }
-        let (y, saved) = if self.is_merged() {
-            (e.product(x, &self.base, add_to), None)
-        } else {
-            self.method.adaptation().forward(e, &self.base, x, add_to, save)?
-        };
-        Ok(match &self.bias {
-            Some(bias) => (e.add_row(y, bias), saved),
-            None => (y, saved),
-        })
+        if self.is_merged() {
+            return Ok((e.product(x, &self.base, add_to), None));
+        }
+        self.method.adaptation().forward(e, &self.base, x, add_to, save)
     }
 
     /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`MethodOn::trainable_names`]) and returns that
@@ -188,6 +201,11 @@ impl<T: Real> AdaptedLinear<T> {
             return Ok(weight);
         }
         match &self.method {
+            Method::Lora(lora) if lora.bias.is_some() => {
+                let requirement =
+                    "has a bias of its own (lora_bias), which a weight cannot hold: keep the adapter apart";
+                return Err(Error::invalid("method", "lora", requirement));
+            }
             Method::Lora(lora) => lora.add_delta(&mut weight.view_mut(), &mut cost),
             Method::Moslora(moslora) => moslora.add_delta(&mut weight.view_mut(), &mut cost),
             Method::Dora(dora) => return dora.merged_weight(&mut Cpu::default(), &self.base),

@@ -64,6 +64,8 @@ pub struct LoraOn<E: Ops> {
     pub a: E::Matrix,
     /// B, `out x r`.
     pub b: E::Matrix,
+    /// Bias of the update, `1 x out`, also times s (`lora_bias`).
+    pub bias: Option<E::Matrix>,
     /// Settings.
     pub spec: LoraSpec,
     /// s.
@@ -86,11 +88,12 @@ impl<E: Ops> Adaptation<E> for LoraOn<E> {
     }
 
     fn trained_names(&self) -> &'static [&'static str] {
-        &["lora_A", "lora_B"]
+        if self.bias.is_some() { &["lora_A", "lora_B", "lora_B_bias"] } else { &["lora_A", "lora_B"] }
     }
 
     fn trained_shapes(&self, _: (usize, usize)) -> Vec<(usize, usize)> {
-        vec![E::shape(&self.a), E::shape(&self.b)]
+        let factors = [E::shape(&self.a), E::shape(&self.b)];
+        factors.into_iter().chain(self.bias.as_ref().map(E::shape)).collect()
     }
 
     fn input_need(&self) -> InputNeed {
@@ -109,7 +112,10 @@ impl<E: Ops> Adaptation<E> for LoraOn<E> {
         add_to: Option<E::Matrix>,
         save: bool,
     ) -> Result<(E::Matrix, Option<E::Matrix>)> {
-        let (y, z) = e.low_rank(&self.beside(weight), x, add_to);
+        let (mut y, z) = e.low_rank(&self.beside(weight), x, add_to);
+        if let Some(bias) = &self.bias {
+            y = e.add_matrix_row(y, bias, self.scaling)?;
+        }
         Ok((y, save.then_some(z)))
     }
 
@@ -128,16 +134,24 @@ impl<E: Ops> Adaptation<E> for LoraOn<E> {
         let (outer, da, dx) = e.low_rank_backward(&self.beside(weight), dy, x, &z, dx);
         e.accumulate(&mut sinks[0], 1.0, &da);
         e.accumulate(&mut sinks[1], self.scaling, &outer);
+        if let Some(sink) = sinks.get_mut(2) {
+            let sum = e.row_sum(dy)?;
+            e.accumulate(sink, self.scaling, &sum);
+        }
         Ok(dx)
     }
 
     fn values(&self, _: &mut E, _: &E::Weight) -> Vec<E::Matrix> {
-        vec![self.a.clone(), self.b.clone()]
+        [&self.a, &self.b].into_iter().chain(&self.bias).cloned().collect()
     }
 
     fn update(&mut self, _: &mut E, _: &mut E::Weight, change: Change<'_, E>) -> Result<()> {
         change("lora_A", &mut self.a)?;
-        change("lora_B", &mut self.b)
+        change("lora_B", &mut self.b)?;
+        match &mut self.bias {
+            Some(bias) => change("lora_B_bias", bias),
+            None => Ok(()),
+        }
     }
 }
 
@@ -149,7 +163,13 @@ impl<T: Real> Lora<T> {
     pub fn init(spec: LoraSpec, shape: (usize, usize), rng: &mut impl Rng) -> Result<Self> {
         let scaling = spec.scaling(shape)?;
         let (out, width) = shape;
-        Ok(Self { a: kaiming_uniform(spec.rank, width, rng), b: Array2::zeros((out, spec.rank)), spec, scaling })
+        Ok(Self {
+            a: kaiming_uniform(spec.rank, width, rng),
+            b: Array2::zeros((out, spec.rank)),
+            bias: None,
+            spec,
+            scaling,
+        })
     }
 
     /// From given factors, for instance of a file.
@@ -160,7 +180,7 @@ impl<T: Real> Lora<T> {
         let scaling = spec.scaling(shape)?;
         crate::blocks::require_shape("lora", "lora_A", &a.view(), (spec.rank, shape.1))?;
         crate::blocks::require_shape("lora", "lora_B", &b.view(), (shape.0, spec.rank))?;
-        Ok(Self { a, b, spec, scaling })
+        Ok(Self { a, b, bias: None, spec, scaling })
     }
 
     /// y += s (x A^T) B^T, without the weight under it.
@@ -180,11 +200,19 @@ impl<T: Real> Stored<T> for Lora<T> {
     fn save(&self, _: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) {
         to.matrix("lora_A.weight", self.a.view());
         to.matrix("lora_B.weight", self.b.view());
+        if let Some(bias) = self.bias.as_ref().and_then(|bias| bias.as_slice()) {
+            to.vector("lora_B.bias", bias);
+        }
     }
 
     fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
         let (a, b) = read_factors(&settings.spec, base.shape(), from)?;
-        Self::from_factors(settings.spec, base.shape(), a, b)
+        let mut lora = Self::from_factors(settings.spec, base.shape(), a, b)?;
+        if settings.bias {
+            let bias = from.vector("lora_B.bias", base.shape().0)?;
+            lora.bias = Some(ndarray::Array1::from(bias).insert_axis(ndarray::Axis(0)));
+        }
+        Ok(lora)
     }
 }
 

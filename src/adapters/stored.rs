@@ -60,6 +60,8 @@ pub struct Settings {
     pub spec: LoraSpec,
     /// DoRA: differentiate the norm.
     pub true_derivative: bool,
+    /// LoRA: whether the update has a bias of its own.
+    pub bias: bool,
     /// S2FT: which side of this projection its slice cuts.
     pub side: Side,
 }

@@ -8,10 +8,12 @@
 //! which the operation counter shows. What a backward needs of its forward is an argument, so the saved set
 //! is explicit. Derivations: `paper-notes/transformer.md`.
 
+pub mod attention_sinks;
 pub mod base_weight;
 pub mod causal_attention;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod experts;
 pub mod linear;
 pub(crate) mod low_rank;
 pub mod rms_norm;

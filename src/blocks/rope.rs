@@ -74,9 +74,16 @@ pub struct Rotary {
     pub theta: Option<f64>,
     /// Change of the frequencies.
     pub scaling: Scaling,
+    /// Share of a head, from its first entry on, that is rotated; all of it when absent.
+    pub share: Option<f64>,
 }
 
 impl Rotary {
+    /// Entries of a head that are rotated.
+    pub fn width(&self, head_dim: usize) -> usize {
+        self.share.map_or(head_dim, |share| (share * head_dim as f64) as usize)
+    }
+
     /// (frequencies of the d/2 pairs, factor of cos and sin) for positions below `length`.
     ///
     /// # Errors
@@ -135,9 +142,10 @@ impl Rotary {
     }
 }
 
-/// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2, computed in double precision.
+/// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2 with d the rotated part of a head, computed in double precision.
 #[derive(Debug, Clone)]
 pub struct RopeTable<T> {
+    head_dim: usize,
     cos: Array2<T>,
     sin: Array2<T>,
 }
@@ -168,11 +176,17 @@ impl<T: Real> RopeTable<T> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::invalid("head_dim", head_dim, "rotary embedding needs a positive even head width"));
         }
+        let width = rotary.width(head_dim);
+        if width == 0 || !width.is_multiple_of(2) {
+            let requirement = format!("must leave a positive even part of a head of {head_dim} entries");
+            return Err(Error::invalid("partial_rotary_factor", rotary.share.unwrap_or(1.0), requirement));
+        }
         let length = positions.iter().max().map_or(0, |last| *last as usize + 1);
-        let (frequencies, scale) = rotary.frequencies(head_dim, theta, length)?;
+        let (frequencies, scale) = rotary.frequencies(width, theta, length)?;
         let angle = |(t, j): (usize, usize)| f64::from(positions[t]) * frequencies[j];
-        let shape = (positions.len(), head_dim / 2);
+        let shape = (positions.len(), width / 2);
         Ok(Self {
+            head_dim,
             cos: Array2::from_shape_fn(shape, |i| T::of(scale * angle(i).cos())),
             sin: Array2::from_shape_fn(shape, |i| T::of(scale * angle(i).sin())),
         })
@@ -220,12 +234,12 @@ pub fn rope_backward<T: Real>(dx: &mut ArrayViewMut2<T>, table: &RopeTable<T>, c
 
 fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T, cost: &mut Cost) -> Result<()> {
     let (rows, width) = x.dim();
-    let (length, half) = table.cos.dim();
-    if length == 0 || !rows.is_multiple_of(length) || !width.is_multiple_of(2 * half) {
+    let ((length, half), head_dim) = (table.cos.dim(), table.head_dim);
+    if length == 0 || !rows.is_multiple_of(length) || !width.is_multiple_of(head_dim) {
         return Err(Error::ShapeMismatch {
             op: "rope",
             arg: "x".into(),
-            expected: format!("(multiple of {length}, multiple of {})", 2 * half),
+            expected: format!("(multiple of {length}, multiple of {head_dim})"),
             got: format!("({rows}, {width})"),
         });
     }
@@ -241,8 +255,8 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
                 for (i, row) in rows.chunks_exact_mut(width).enumerate() {
                     let t = (task * ROWS_PER_TASK + i) % length;
                     let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
-                    for head in row.chunks_exact_mut(2 * half) {
-                        let (first, second) = head.split_at_mut(half);
+                    for head in row.chunks_exact_mut(head_dim) {
+                        let (first, second) = head[..2 * half].split_at_mut(half);
                         for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                             let s = direction * s;
                             let rotated = *a * c - *b * s;

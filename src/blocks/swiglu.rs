@@ -1,4 +1,4 @@
-//! The gated unit a = act(gate) o up, where act is silu(g) = g / (1 + e^(-g)) or the tanh form of gelu.
+//! The gated unit a = act(gate) o up, and act alone for an MLP without gate.
 
 use super::{ROWS_PER_TASK, numbers, numbers_mut, require_shape};
 use crate::cost::Cost;
@@ -8,14 +8,72 @@ use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-/// Of the gate. Both are g sigmoid(z) with z a function of g.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// The activation of an MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Activation {
-    /// z = g.
+    /// g sigmoid(g).
     #[default]
     Silu,
-    /// z = sqrt(8 / pi) (g + 0.044715 g^3): 0.5 g (1 + tanh(z / 2)).
+    /// The tanh form of gelu: g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
     GeluTanh,
+    /// g Phi(g), with the normal distribution function.
+    Gelu,
+    /// max(g, 0).
+    Relu,
+    /// g sigmoid(alpha g) with g clamped from above; up is clamped on both sides and one is added to it.
+    ClampedSwish {
+        /// Factor inside the sigmoid.
+        alpha: f64,
+        /// Where gate and up are clamped.
+        limit: f64,
+    },
+}
+
+impl Activation {
+    /// act(g) and its derivative.
+    #[inline(always)]
+    fn at<T: Real>(self, g: T) -> (T, T) {
+        match self {
+            Self::Silu => {
+                let s = sigmoid(g);
+                (g * s, s + g * s * (T::one() - s))
+            }
+            Self::GeluTanh => {
+                let (z, slope) = gelu_argument(g);
+                let s = sigmoid(z);
+                (g * s, s + g * s * (T::one() - s) * slope)
+            }
+            Self::Gelu => {
+                let x = g.widen();
+                let phi = 0.5 * (1.0 + libm::erf(x * std::f64::consts::FRAC_1_SQRT_2));
+                let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+                (T::of(x * phi), T::of(phi + x * density))
+            }
+            Self::Relu => {
+                let on = if g > T::zero() { T::one() } else { T::zero() };
+                (g * on, on)
+            }
+            Self::ClampedSwish { alpha, limit } => {
+                let (alpha, limit) = (T::of(alpha), T::of(limit));
+                let (g, on) = if g > limit { (limit, T::zero()) } else { (g, T::one()) };
+                let s = sigmoid(alpha * g);
+                (g * s, on * (s + alpha * g * s * (T::one() - s)))
+            }
+        }
+    }
+
+    /// What multiplies act(g), and its derivative: u itself, but for a clamped unit.
+    #[inline(always)]
+    fn of_up<T: Real>(self, u: T) -> (T, T) {
+        match self {
+            Self::ClampedSwish { limit, .. } => {
+                let limit = T::of(limit);
+                let on = if u < -limit || u > limit { T::zero() } else { T::one() };
+                (u.max(-limit).min(limit) + T::one(), on)
+            }
+            _ => (u, T::one()),
+        }
+    }
 }
 
 /// sqrt(8 / pi) and the cubic term of the tanh form of gelu.
@@ -89,6 +147,7 @@ pub fn gated_forward<T: Real>(
                         Activation::GeluTanh => {
                             each.for_each(|((a, &g), &u)| *a = g * sigmoid(gelu_argument(g).0) * u);
                         }
+                        other => each.for_each(|((a, &g), &u)| *a = other.at(g).0 * other.of_up(u).0),
                     }
                 },
             );
@@ -151,10 +210,54 @@ pub fn gated_backward<T: Real>(
                             *g = d * *u * (s + gelu * (T::one() - s) * slope);
                             *u = d * gelu;
                         }),
+                        other => each.for_each(|((g, u), &d)| {
+                            let ((act, slope), (factor, on)) = (other.at(*g), other.of_up(*u));
+                            *g = d * factor * slope;
+                            *u = d * act * on;
+                        }),
                     }
                 },
             );
         },
     );
+    Ok(())
+}
+
+/// a = act(x).
+pub fn activation_forward<T: Real>(
+    activation: Activation,
+    x: ArrayView2<T>,
+    scratch: &mut Scratch<T>,
+    cost: &mut Cost,
+) -> Array2<T> {
+    cost.exponentials += x.len() as u64;
+    cost.elementwise += 4 * x.len() as u64;
+    let x = x.as_standard_layout();
+    let mut a = scratch.array(x.dim());
+    let task = ROWS_PER_TASK * x.ncols().max(1);
+    numbers_mut(&mut a).par_chunks_mut(task).zip(numbers(&x).par_chunks(task)).for_each(|(a, x)| {
+        a.iter_mut().zip(x).for_each(|(a, &x)| *a = activation.at(x).0);
+    });
+    a
+}
+
+/// dx = da act'(x), in place: on entry `x` holds the forward's input.
+///
+/// # Errors
+/// [`Error::ShapeMismatch`].
+pub fn activation_backward<T: Real>(
+    activation: Activation,
+    da: ArrayView2<T>,
+    x: &mut Array2<T>,
+    cost: &mut Cost,
+) -> Result<()> {
+    require_shape("activation_backward", "da", &da, x.dim())?;
+    cost.exponentials += x.len() as u64;
+    cost.elementwise += 5 * x.len() as u64;
+    let da = da.as_standard_layout();
+    let task = ROWS_PER_TASK * x.ncols().max(1);
+    numbers_mut(x).par_chunks_mut(task).zip(numbers(&da).par_chunks(task)).for_each(|(x, da)| {
+        x.iter_mut().zip(da).for_each(|(x, &d)| *x = d * activation.at(*x).1);
+    });
     Ok(())
 }

@@ -197,7 +197,6 @@ fn export<T: Real>(args: &Export) -> Result<ExitCode> {
     let sources = [adapter, trained, run].into_iter().flatten();
     check_output(&args.output, &args.model, sources)?;
     let base = Model::<T>::read(&args.model)?;
-    let layers = base.layers.len();
     let (update, trained) = match (&args.source.adapter, &args.source.trained, &args.source.run) {
         (Some(folder), ..) => (ModelUpdate::read(folder, &base)?, None),
         (_, Some(folder), _) => {
@@ -211,7 +210,7 @@ fn export<T: Real>(args: &Export) -> Result<ExitCode> {
         let (exact, all) = update.exact_numbers(&base, &trained)?;
         println!("{exact} of {all} trained numbers come back bit for bit, the others within one rounding");
     }
-    write(&update, &args.output, layers, args.source.adapter.as_deref())
+    write(&update, &args.output, &base.config, args.source.adapter.as_deref())
 }
 
 /// The update of a run's latest checkpoint, and the trained model where it is no adapter's.
@@ -244,12 +243,17 @@ fn of_run<T: Real>(folder: &Path, base: &Model<T>) -> Result<(ModelUpdate<T>, Op
     Ok((ModelUpdate::of_adapters(&trainer.model)?, None))
 }
 
-fn write<T: Real>(update: &ModelUpdate<T>, output: &Output, layers: usize, like: Option<&Path>) -> Result<ExitCode> {
+fn write<T: Real>(
+    update: &ModelUpdate<T>,
+    output: &Output,
+    config: &ModelConfig,
+    like: Option<&Path>,
+) -> Result<ExitCode> {
     let factors = if output.low_rank { Some(update.to_low_rank()?) } else { None };
     let update = factors.as_ref().unwrap_or(update);
     // The configuration of another method's folder says nothing about factors.
     let like = like.filter(|folder| crate::model::adapter_folder::is_lora(folder).unwrap_or(false));
-    update.write(&output.out, layers, like)?;
+    update.write(&output.out, config, like)?;
     let slices = update.entries.values().filter(|u| matches!(u, WeightUpdate::Slice(_))).count();
     println!(
         "{} projections ({slices} slices, {} low-rank), {} numbers, {:.1} KiB; wrote {}",
@@ -282,7 +286,7 @@ fn fuse<T: Real>(args: &Fuse) -> Result<ExitCode> {
     let base = Model::<T>::read(&args.model)?;
     let updates = named.iter().map(|(path, _)| ModelUpdate::read(path, &base)).collect::<Result<Vec<_>>>()?;
     let parts: Vec<(f64, &ModelUpdate<T>)> = named.iter().map(|(_, w)| *w).zip(&updates).collect();
-    write(&ModelUpdate::fuse(&parts)?, &args.output, base.layers.len(), None)
+    write(&ModelUpdate::fuse(&parts)?, &args.output, &base.config, None)
 }
 
 fn switch(args: &Switch) -> Result<ExitCode> {

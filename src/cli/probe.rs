@@ -4,13 +4,13 @@ use super::devices::{DEVICE_HELP, PRODUCTS_HELP};
 use super::gradient::products_need_a_gpu;
 use super::prefixes;
 use super::{INPUT_HELP, features_help};
-use crate::attention::exact::{dense, streaming};
+use crate::attention::exact::streaming;
 use crate::attention::factorization::{SoftmaxFactorization, build};
 use crate::attention::{AttentionProblem, Gradients, Mask, Request, SoftmaxKind, file};
 use crate::cost::Cost;
 use crate::device::{DeviceChoice, ProductPrecision};
 use crate::error::Result;
-use crate::limits::rank::frobenius_ranks;
+use crate::limits::head_phase::{Phase, Sides, effective_keys, sides};
 use crate::limits::threshold::Threshold;
 #[cfg(feature = "gpu")]
 use crate::limits::trial::trial_of;
@@ -48,7 +48,7 @@ pub(super) struct ProbeArgs {
 }
 
 /// Tried when no `--features` is given.
-const SURVEY: [&str; 19] = [
+const SURVEY: [&str; 20] = [
     "taylor:degree=1",
     "taylor:degree=2",
     "taylor:degree=3",
@@ -65,6 +65,7 @@ const SURVEY: [&str; 19] = [
     "nystrom:rank=128",
     "support-basis:degree=1,threshold=1",
     "auto:eps=0.1",
+    "auto:eps=0.01",
     "truncated-svd:rank=8",
     "truncated-svd:rank=32",
     "truncated-svd:rank=128",
@@ -72,6 +73,11 @@ const SURVEY: [&str; 19] = [
 
 /// The survey leaves out what would need more feature columns than this many times the tokens.
 const SURVEY_RANK_PER_TOKEN: usize = 16;
+
+/// Gradient errors that the answer is given for.
+const TARGETS: [f64; 2] = [0.1, 0.01];
+/// Thresholds of `sparse` that the survey chooses from, by a tenth of a decade.
+const SPARSE_STEPS: std::ops::RangeInclusive<i32> = 3..=60;
 
 /// eps of the reported eps-ranks.
 const RANK_EPS: [f64; 3] = [0.1, 0.01, 0.001];
@@ -94,12 +100,8 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let request = natural_request(&problem);
     let exact = reference(&problem, request)?;
     let streamed = on.streaming(&problem, &exact, request)?;
-    let ranks = if threshold.tokens <= RANK_TOKENS {
-        let matrices = dense::matrices(&problem, &projected.qkv);
-        Some((frobenius_ranks(matrices.P.view(), &RANK_EPS)?, frobenius_ranks(matrices.dS.view(), &RANK_EPS)?))
-    } else {
-        None
-    };
+    let keys = effective_keys(&problem, &projected);
+    let sides = if threshold.tokens <= RANK_TOKENS { sides(&problem, &projected, request, &RANK_EPS)? } else { vec![] };
     let mut outcomes: Vec<(String, Result<Trial>)> = Vec::new();
     for (spec, method) in specs.iter().zip(&methods) {
         if survey && survey_rank(spec, &threshold) > (SURVEY_RANK_PER_TOKEN * threshold.tokens) as u128 {
@@ -107,9 +109,17 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         }
         outcomes.push((spec.clone(), on.trial(&problem, &exact, method.as_ref(), request)));
     }
+    if survey && on.name().is_none() {
+        outcomes.extend(sparse_trials(&problem, &exact, request)?);
+    }
+    let answers = TARGETS.map(|target| Answer::new(target, &outcomes, &streamed));
     let streaming_flops = streamed.flops;
     if args.json {
-        let mut value = to_json(args, &problem, &threshold, ranks.as_ref(), &streamed, &on, &outcomes);
+        let mut value = to_json(args, &problem, &threshold, &streamed, &on, &outcomes);
+        value["phase"] = phase_of(&sides).map_or(Value::Null, Value::from);
+        value["effective_keys"] = json!(keys);
+        value["eps_rank"] = ranks_to_json(&sides);
+        value["answers"] = answers.iter().map(Answer::to_json).collect();
         if let (Some(growth), Some(path)) = (&growth, &args.plot) {
             growth.draw(&args.input, path)?;
             value["prefixes"] = growth.to_json();
@@ -120,17 +130,24 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     if let (Some(growth), Some(path)) = (&growth, &args.plot) {
         growth.draw(&args.input, path)?;
     }
-    print_head(args, &problem, &threshold);
+    println!("{}", args.input.display());
+    println!("{}", phase_line(&sides, keys, threshold.tokens));
+    answers.iter().for_each(|answer| println!("{}", answer.line()));
+    println!();
+    print_head(&problem, &threshold);
     if let Some(name) = on.name() {
         println!("  streaming and chained gradients in f32 on {name}, against the processor's f64");
     }
-    if let Some((p, ds)) = &ranks {
-        println!("\neps-rank (relative Frobenius)   {}", RANK_EPS.map(|e| format!("{e:>8}")).join(""));
-        for (name, ranks) in [("P ", p), ("dS", ds)] {
-            println!(
-                "  {name}                            {}",
-                ranks.iter().map(|k| format!("{k:>8}")).collect::<String>()
-            );
+    if !sides.is_empty() {
+        println!("\nerror (relative Frobenius)      {}", RANK_EPS.map(|e| format!("{e:>8}")).join(""));
+        type Column = fn(&Sides) -> usize;
+        let rows: [(&str, Column); 3] = [
+            ("eps-rank of P", |s| s.rank_probabilities),
+            ("eps-rank of dS", |s| s.rank_scores),
+            ("entries of P for dS (oracle)", |s| s.entries),
+        ];
+        for (name, column) in rows {
+            println!("  {name:<30}{}", sides.iter().map(|s| format!("{:>8}", column(s))).collect::<String>());
         }
     }
     println!();
@@ -144,21 +161,18 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         1.0,
         streamed.seconds,
     ));
-    for (spec, outcome) in &outcomes {
-        match outcome {
-            Ok(t) => {
-                let flops = t.cost.flops() as f64;
-                table.push(&row(
-                    &t.certificate.spec,
-                    Some(t.certificate.rank),
-                    Some(t.gradient_error),
-                    t.certificate.exp_error_bound,
-                    flops,
-                    flops / streaming_flops,
-                    t.seconds,
-                ));
-            }
-            Err(_) => table.push(&Row::new().with("method", spec.as_str())),
+    for (_, outcome) in &outcomes {
+        if let Ok(t) = outcome {
+            let flops = t.cost.flops() as f64;
+            table.push(&row(
+                &t.certificate.spec,
+                Some(t.certificate.rank),
+                Some(t.gradient_error),
+                t.certificate.exp_error_bound,
+                flops,
+                flops / streaming_flops,
+                t.seconds,
+            ));
         }
     }
     print!("{}", table.to_text(usize::MAX));
@@ -167,9 +181,10 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         print!("{}", growth.table().to_text(usize::MAX));
         println!("drawn to {}", path.display());
     }
+    let mut failed = Vec::new();
     for (spec, outcome) in &outcomes {
         match outcome {
-            Err(error) => println!("note: {error}"),
+            Err(error) => failed.push((spec.as_str(), error.to_string())),
             Ok(t) => {
                 if let Some(s) = &t.certificate.selection {
                     println!(
@@ -182,7 +197,123 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
             }
         }
     }
+    match &failed[..] {
+        [] => {}
+        [(_, error)] => println!("note: {error}"),
+        [(_, first), ..] => {
+            let names: Vec<&str> = failed.iter().map(|f| f.0).collect();
+            println!("note: no gradient from {} methods ({}); the first: {first}", failed.len(), names.join(", "));
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// For each target the largest threshold of `sparse` that reaches it, with both searches that can be paid for.
+fn sparse_trials(
+    problem: &AttentionProblem<f64>,
+    exact: &Gradients<f64>,
+    request: Request,
+) -> Result<Vec<(String, Result<Trial>)>> {
+    let run = |step: i32, search: &str| -> Result<(String, Result<Trial>)> {
+        let spec = format!("sparse:threshold={}{search}", short_float(10f64.powf(-0.1 * f64::from(step))));
+        let outcome = trial(problem, exact, build(&spec)?.as_ref(), request);
+        Ok((spec, outcome))
+    };
+    let mut found = Vec::new();
+    for target in TARGETS {
+        let (mut low, mut high) = (*SPARSE_STEPS.start(), *SPARSE_STEPS.end());
+        while low < high {
+            let middle = (low + high) / 2;
+            let reached = matches!(run(middle, "")?.1, Ok(t) if t.gradient_error <= target);
+            if reached { high = middle } else { low = middle + 1 }
+        }
+        found.push(run(high, "")?);
+        found.push(run(high, ",search=tree")?);
+    }
+    Ok(found)
+}
+
+/// The cheapest method that reaches a gradient error.
+struct Answer {
+    target: f64,
+    /// Spec, operations and seconds relative to the exact gradient's.
+    cheapest: Option<(String, f64, f64)>,
+}
+
+impl Answer {
+    /// By counted operations, among what was tried; oracles do not take part.
+    fn new(target: f64, outcomes: &[(String, Result<Trial>)], streamed: &Streamed) -> Self {
+        let reached = |(_, outcome): &(String, Result<Trial>)| {
+            let t = outcome.as_ref().ok().filter(|t| t.gradient_error <= target)?;
+            let spec = &t.certificate.spec;
+            let oracle = spec.starts_with("truncated-svd") || spec.contains("search=oracle");
+            (!oracle).then(|| (spec.clone(), t.cost.flops() as f64 / streamed.flops, t.seconds / streamed.seconds))
+        };
+        let cheapest = outcomes.iter().filter_map(reached).min_by(|a, b| a.1.total_cmp(&b.1));
+        Self { target, cheapest }
+    }
+
+    fn line(&self) -> String {
+        let percent = 100.0 * self.target;
+        match &self.cheapest {
+            None => format!("  {percent}% gradient error: no method that was tried; take the exact gradient"),
+            Some((spec, flops, seconds)) => {
+                let advice = if flops.max(*seconds) < 1.0 { "" } else { "; take the exact gradient" };
+                format!(
+                    "  {percent}% gradient error: {spec}, {flops:.2} times the operations of the exact gradient and ~{seconds:.2} times its time{advice}"
+                )
+            }
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "gradient_error": self.target,
+            "features": self.cheapest.as_ref().map(|c| &c.0),
+            "flops_relative": self.cheapest.as_ref().map(|c| c.1),
+            "seconds_relative": self.cheapest.as_ref().map(|c| c.2),
+        })
+    }
+}
+
+/// The phase at the errors of the answer: one word where they agree.
+fn phase_of(sides: &[Sides]) -> Option<String> {
+    let phases: Vec<(f64, Phase)> =
+        sides.iter().filter(|s| TARGETS.contains(&s.eps)).map(|s| (s.eps, s.phase())).collect();
+    let (first, rest) = phases.split_first()?;
+    if rest.iter().all(|p| p.1 == first.1) {
+        return Some(first.1.to_string());
+    }
+    Some(phases.iter().map(|(eps, phase)| format!("{phase} at {}%", 100.0 * eps)).collect::<Vec<_>>().join(", "))
+}
+
+fn phase_line(sides: &[Sides], keys: f64, tokens: usize) -> String {
+    match (phase_of(sides), sides.iter().find(|s| s.eps <= TARGETS[1])) {
+        (Some(phase), Some(at)) => format!(
+            "  phase: {phase}; {keys:.0} effective keys of {tokens}; at {}% the best rank is {}, the fewest entries {:.0} a query",
+            100.0 * at.eps,
+            at.rank_probabilities,
+            at.entries as f64 / tokens as f64
+        ),
+        _ => format!(
+            "  {keys:.0} effective keys of {tokens}; ranks, and with them the phase, are measured up to {RANK_TOKENS} tokens"
+        ),
+    }
+}
+
+fn ranks_to_json(sides: &[Sides]) -> Value {
+    if sides.is_empty() {
+        return Value::Null;
+    }
+    let column = |of: fn(&Sides) -> Value| sides.iter().map(of).collect::<Vec<_>>();
+    json!({
+        "eps": RANK_EPS,
+        "probabilities": column(|s| json!(s.rank_probabilities)),
+        "score_gradient": column(|s| json!(s.rank_scores)),
+        "entries": column(|s| json!(s.entries)),
+        "low_rank_cost": column(|s| json!(s.low_rank_cost)),
+        "sparse_cost": column(|s| json!(s.sparse_cost)),
+    })
 }
 
 /// Where the streaming and the chained gradients are computed.
@@ -297,11 +428,10 @@ fn row(
         .with("time (s)", seconds)
 }
 
-fn print_head(args: &ProbeArgs, problem: &AttentionProblem<f64>, t: &Threshold) {
+fn print_head(problem: &AttentionProblem<f64>, t: &Threshold) {
     let mask = if problem.mask() == Mask::Causal { "causal" } else { "full" };
     let softmax = if problem.softmax() == SoftmaxKind::One { "one" } else { "standard" };
     let f = short_float;
-    println!("{}", args.input.display());
     println!(
         "  L_q = {}, L_k = {}, d_h = {}, beta = {}, mask {mask}, softmax {softmax}",
         problem.num_queries(),
@@ -325,7 +455,6 @@ fn to_json(
     args: &ProbeArgs,
     problem: &AttentionProblem<f64>,
     t: &Threshold,
-    ranks: Option<&(Vec<usize>, Vec<usize>)>,
     streaming: &Streamed,
     on: &Place,
     outcomes: &[(String, Result<Trial>)],
@@ -375,7 +504,6 @@ fn to_json(
         "ratio": t.ratio.is_finite().then_some(t.ratio),
         "largest_logit": t.largest_logit,
         "norm_bound": t.norm_bound,
-        "eps_rank": ranks.map(|(p, ds)| json!({ "eps": RANK_EPS, "probabilities": p, "score_gradient": ds })),
         "streaming": {
             "flops": streaming.flops, "seconds": streaming.seconds, "gradient_error": streaming.gradient_error,
         },

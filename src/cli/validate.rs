@@ -6,8 +6,9 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::report::{ColourScale, Figure, HeatAxis, HeatMap, short_float};
 use crate::validate::dump::{Case, DumpPaths, PlainSettings};
-use crate::validate::ladder::Outcome;
+use crate::validate::ladder::{Outcome, Rung};
 use crate::validate::measure::{MULTIPLE, Measure};
+use crate::validate::own_forward::OwnForward;
 use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const FORMAT: &str = "\
-A dump is a folder that `python/peft_limits_dump.py` writes from any PyTorch trainer:
+A dump is a folder that the Python package peft_limits writes from any PyTorch trainer:
 
   with dump_step(model, \"dump\"):
       loss = model(**batch).loss; loss.backward(); optimizer.step()
@@ -154,7 +155,7 @@ fn must_be_a_dump(folder: &Path) -> Result<()> {
         "a folder without manifest.json"
     };
     let expected = "a dump: a folder with manifest.json and step.safetensors, one training step as \
-                    python/peft_limits_dump.py writes it with `with dump_step(model, \"dump\"): ...` around the step \
+                    the Python package writes it with `with dump_step(model, \"dump\"): ...` around the step \
                     (peft-limits validate --help has the whole format)";
     Err(Error::format(folder, "dump", expected, found))
 }
@@ -176,13 +177,17 @@ fn validate_step(args: &ValidateArgs) -> Result<Report> {
         _ => return Err(Error::invalid("--reference", "absent", "give a dump folder, or --model and --reference")),
     };
     let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
-    memory::require(&paths, manifest.as_ref(), limit)?;
     let spinner = Spinner::new();
     spinner.begins("reading");
     let plain = PlainSettings { dtype: args.dtype };
-    let case = Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
-    let report = validate(&case, &spinner);
+    let report = memory::require(&paths, manifest.as_ref(), limit)
+        .and_then(|_| Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain))
+        .and_then(|case| validate(&case, &spinner));
     spinner.0.finish_and_clear();
+    // What needs no reference is said of models that it does not have, too.
+    if let (Err(_), Some(own)) = (&report, manifest.and_then(|m| m.check)) {
+        eprintln!("{}", own.line().trim());
+    }
     report
 }
 
@@ -262,6 +267,10 @@ fn print(report: &Report, all: bool) {
             println!("  {:<18} and {} more (--all)", "", rung.problems.len() - shown);
         }
     }
+    if let Some(own) = &report.own_forward {
+        println!("{}", own.line());
+        print_wrong(own, all);
+    }
     print_tensors(report, all);
     println!();
     if report.passed {
@@ -273,6 +282,12 @@ fn print(report: &Report, all: bool) {
         return;
     }
     println!("FAIL");
+    if !report.rungs.iter().any(Rung::failed) {
+        println!(
+            "      The dumped numbers agree with the reference; the trainer's backward is not the derivative of its own forward."
+        );
+        return;
+    }
     for (i, d) in report.diagnoses.iter().enumerate() {
         let certain = if d.complete { "this explains every gap" } else { "this explains a part" };
         let (explained, failing) = d.tensors;
@@ -287,6 +302,16 @@ fn print(report: &Report, all: bool) {
         if let Some(lead) = report.lead() {
             println!("  Where to look: {lead}.");
         }
+    }
+}
+
+/// The gradients that are not the derivative of the trainer's own forward.
+fn print_wrong(own: &OwnForward, all: bool) {
+    let wrong: Vec<_> = own.tensors.iter().filter(|t| t.status == "wrong").collect();
+    let shown = if all { usize::MAX } else { 3 };
+    wrong.iter().take(shown).for_each(|t| println!("  {:<18} {}: {}", "", t.name, t.what));
+    if wrong.len() > shown {
+        println!("  {:<18} and {} more (--all)", "", wrong.len() - shown);
     }
 }
 

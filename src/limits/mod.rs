@@ -5,6 +5,7 @@ pub mod descent;
 pub mod exponent;
 pub mod guard;
 pub mod hardness;
+pub mod head_phase;
 pub mod oracle;
 pub mod phase_diagram;
 pub mod prefixes;

@@ -1,5 +1,7 @@
 //! `adapter_config.json`: which method, rank and scaling each projection has.
 
+use super::config::ModelConfig;
+use super::names::Outside;
 use super::parameters::Projection;
 use crate::adapters::lora::LoraSpec;
 pub use crate::adapters::stored::AdapterKind;
@@ -22,7 +24,7 @@ impl Targets {
     fn name(&self, module: &str) -> bool {
         match self {
             Targets::All => true,
-            Targets::Names(names) => names.iter().any(|target| matches(module, target)),
+            Targets::Names(names) => names.iter().any(|target| target_matches(module, target)),
             Targets::Pattern(pattern) => pattern.is_match(module),
         }
     }
@@ -38,28 +40,32 @@ pub(super) struct AdapterConfig {
     ranks: BTreeMap<String, f64>,
     alphas: BTreeMap<String, f64>,
     targets: Targets,
+    /// `target_parameters`: parameters that are not a module's weight, as experts are.
+    parameters: Vec<String>,
     layers: Option<Vec<usize>>,
+    /// `modules_to_save`: modules that are trained whole.
+    pub saved: Vec<String>,
+    /// `bias: all`: every bias of the model is trained.
+    pub biases: bool,
+    /// `lora_bias`: each update has a bias of its own.
+    pub own_bias: bool,
 }
 
-/// Full module name, as PEFT matches its patterns against.
-pub(super) fn module_name(layer: usize, p: Projection) -> String {
-    format!("model.layers.{layer}.{}", p.path())
+/// PEFT's rule for a key of `rank_pattern` and `alpha_pattern`: a regular expression that matches the whole name or its end
+/// after a dot.
+fn pattern_matches(name: &str, key: &str) -> bool {
+    Regex::new(&format!("^(?:.*\\.)?(?:{key})$")).is_ok_and(|pattern| pattern.is_match(name))
 }
 
-/// PEFT's rule for a pattern without wildcards: the whole name or its end after a dot.
-fn matches(name: &str, key: &str) -> bool {
-    let key = key.strip_prefix('^').unwrap_or(key).replace("\\.", ".");
-    name == key || name.strip_suffix(key.as_str()).is_some_and(|head| head.ends_with('.'))
+/// PEFT's rule for a target: the whole name or its end after a dot.
+fn target_matches(name: &str, target: &str) -> bool {
+    name == target || name.strip_suffix(target).is_some_and(|head| head.ends_with('.'))
 }
 
 /// Keys that change what the adapter computes and are not implemented: they must be absent, null, false or empty.
-const UNSUPPORTED: [&str; 12] = [
-    "fan_in_fan_out",
-    "modules_to_save",
-    "lora_bias",
+const UNSUPPORTED: [&str; 8] = [
     "use_qalora",
     "use_bdlora",
-    "target_parameters",
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
@@ -121,8 +127,23 @@ impl AdapterConfig {
                 return Err(key(name, "null or false (not implemented)"));
             }
         }
-        if map.get("bias").and_then(Value::as_str).unwrap_or("none") != "none" {
-            return Err(key("bias", "\"none\""));
+        let biases = match map.get("bias").and_then(Value::as_str).unwrap_or("none") {
+            "none" => false,
+            "all" if kind.is_peft() => true,
+            _ => return Err(key("bias", "\"none\" or, for LoRA and DoRA, \"all\"")),
+        };
+        let names = |name: &str| match map.get(name) {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(Value::Array(list)) => {
+                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
+                names.ok_or_else(|| key(name, "a list of names"))
+            }
+            Some(_) => Err(key(name, "a list of names")),
+        };
+        let saved = names("modules_to_save")?;
+        let own_bias = flag("lora_bias");
+        if own_bias && kind != AdapterKind::Lora {
+            return Err(key("lora_bias", "false: only plain LoRA has a bias of its own"));
         }
         let mut spec = LoraSpec { rank_stabilized: flag("use_rslora"), ..LoraSpec::default() };
         if kind.has_factors() {
@@ -148,15 +169,14 @@ impl AdapterConfig {
                 let whole = Regex::new(&format!("^(?:{pattern})$"));
                 Targets::Pattern(whole.map_err(|e| key("target_modules", &format!("a regular expression ({e})")))?)
             }
+            None | Some(Value::Null) if map.get("target_parameters").is_some_and(Value::is_array) => {
+                Targets::Names(Vec::new())
+            }
             _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
         };
-        if let Targets::Names(names) = &targets {
-            for target in names {
-                target.rsplit('.').next().unwrap_or("").parse::<Projection>().map_err(|_| {
-                    let known = Projection::ALL.map(Projection::module).join(", ");
-                    wrong("key target_modules".into(), &format!("modules among {known}"), target.clone())
-                })?;
-            }
+        let parameters = names("target_parameters")?;
+        if !parameters.is_empty() && kind != AdapterKind::Lora {
+            return Err(key("target_parameters", "null: only plain LoRA acts on them"));
         }
         let layers =
             match map.get("layers_to_transform") {
@@ -175,24 +195,77 @@ impl AdapterConfig {
         }
         let path = path.to_path_buf();
         let true_derivative = flag("dora_true_derivative");
-        Ok(Self { path, kind, spec, true_derivative, ranks, alphas, targets, layers })
+        Ok(Self {
+            path,
+            kind,
+            spec,
+            true_derivative,
+            ranks,
+            alphas,
+            targets,
+            parameters,
+            layers,
+            saved,
+            biases,
+            own_bias,
+        })
     }
 
     /// Settings of one projection, or `None` if it is not adapted.
-    pub fn spec_of(&self, layer: usize, p: Projection) -> Option<LoraSpec> {
-        let name = module_name(layer, p);
+    pub fn spec_of(&self, config: &ModelConfig, layer: usize, p: Projection) -> Option<LoraSpec> {
         if self.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
             return None;
         }
-        if !self.targets.name(&name) {
-            return None;
-        }
-        let find = |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| matches(&name, k)).map(|(_, &v)| v);
-        Some(LoraSpec {
+        let name = peft_name(config, layer, p);
+        let wanted = match (p.of_experts(), &self.targets) {
+            (true, _) if self.kind.is_peft() => self.parameters.iter().any(|target| target_matches(&name, target)),
+            (true, Targets::All) => false,
+            (_, targets) => targets.name(&name),
+        };
+        wanted.then(|| self.settings(&name))
+    }
+
+    /// Settings of a module outside the layers, or `None` if it is not adapted. PEFT's `all-linear` leaves the output
+    /// projection out.
+    pub fn spec_outside(&self, name: &str) -> Option<LoraSpec> {
+        let wanted = self.layers.is_none() && !matches!(self.targets, Targets::All) && self.targets.name(name);
+        wanted.then(|| self.settings(name))
+    }
+
+    /// Rank and alpha of a module by its name.
+    fn settings(&self, name: &str) -> LoraSpec {
+        let find =
+            |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| pattern_matches(name, k)).map(|(_, &v)| v);
+        LoraSpec {
             rank: find(&self.ranks).map_or(self.spec.rank, |r| r as usize),
             alpha: find(&self.alphas).unwrap_or(self.spec.alpha),
             rank_stabilized: self.spec.rank_stabilized,
-        })
+        }
+    }
+
+    /// Whether `modules_to_save` names a module, by its name or the end of it.
+    pub fn saves(&self, name: &str) -> bool {
+        self.saved.iter().any(|saved| name.ends_with(saved.as_str()))
+    }
+
+    /// A target that no module of the model has, if there is one.
+    pub fn unknown_target(&self, config: &ModelConfig) -> Option<String> {
+        let Targets::Names(names) = &self.targets else { return None };
+        let layers = 0..config.num_hidden_layers;
+        let mut all: Vec<String> =
+            layers.flat_map(|l| config.projections(l).into_iter().map(move |p| peft_name(config, l, p))).collect();
+        all.extend([Outside::Embedding, Outside::Head].map(|module| config.options.outside(module).to_string()));
+        names.iter().find(|target| !all.iter().any(|name| target_matches(name, target))).cloned()
+    }
+}
+
+/// The name under which PEFT knows a projection: a module's, or a parameter's where experts stand in one tensor.
+pub(super) fn peft_name(config: &ModelConfig, layer: usize, p: Projection) -> String {
+    let options = &config.options;
+    match p {
+        Projection::ExpertGateUp(_) | Projection::ExpertDown(_) => format!("{}.{}", options.layer(layer), p.path()),
+        Projection::Router => format!("{}.weight", options.module(layer, p)),
+        _ => options.module(layer, p),
     }
 }
 
@@ -202,15 +275,36 @@ impl Template {
         &self,
         kind: AdapterKind,
         entries: &[(usize, Projection, LoraSpec)],
-        layers: usize,
+        model: &ModelConfig,
         dora: bool,
+        beside: &Beside,
     ) -> bool {
         let config = &self.config;
         let settings = kind == config.kind && (kind != AdapterKind::Dora || config.true_derivative == dora);
-        let mut places = (0..layers).flat_map(|l| Projection::ALL.map(|p| (l, p)));
+        let mut places =
+            (0..model.num_hidden_layers).flat_map(|l| model.projections(l).into_iter().map(move |p| (l, p)));
         let given: BTreeMap<_, _> = entries.iter().map(|&(l, p, spec)| ((l, p), spec)).collect();
-        settings && places.all(|(l, p)| config.spec_of(l, p) == given.get(&(l, p)).copied())
+        let outside = [Outside::Embedding, Outside::Head].map(|module| model.options.outside(module));
+        let same_outside = outside.iter().all(|name| {
+            config.spec_outside(name) == beside.adapted.get(*name).copied()
+                && config.saves(name) == beside.saved.iter().any(|saved| saved == name)
+        });
+        let same = config.biases == beside.biases && config.own_bias == beside.own_bias && same_outside;
+        settings && same && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
     }
+}
+
+/// What an adapter trains beside the projections of layers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Beside {
+    /// Modules outside the layers with low-rank updates.
+    pub adapted: BTreeMap<String, LoraSpec>,
+    /// Modules that are trained whole.
+    pub saved: Vec<String>,
+    /// Whether every bias is trained.
+    pub biases: bool,
+    /// Whether updates have a bias of their own.
+    pub own_bias: bool,
 }
 
 /// The text of an `adapter_config.json`; `entries` are the adapted projections. Keys of `like` that are not set
@@ -218,39 +312,64 @@ impl Template {
 pub(super) fn compose(
     kind: AdapterKind,
     entries: &[(usize, Projection, LoraSpec)],
-    layers: usize,
+    model: &ModelConfig,
     true_derivative: bool,
+    beside: &Beside,
     like: Option<&Template>,
 ) -> String {
     if let Some(like) = like
-        && like.describes(kind, entries, layers, true_derivative)
+        && like.describes(kind, entries, model, true_derivative, beside)
     {
         return like.text.clone();
     }
-    let modules: BTreeSet<Projection> = entries.iter().map(|&(_, p, _)| p).collect();
-    let everywhere = entries.len() == modules.len() * layers;
-    let targets: Vec<String> = if everywhere {
-        modules.iter().map(|p| p.module().to_string()).collect()
+    let module_name = |l, p| peft_name(model, l, p);
+    let (own, linear): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, p, _)| kind.is_peft() && p.of_experts());
+    let modules: BTreeSet<Projection> = linear.iter().map(|&(_, p, _)| p).collect();
+    let kinds: BTreeSet<String> = modules.iter().map(|&p| model.options.module_kind(p)).collect();
+    // A short name must mean nothing else.
+    let named = |p: Projection| kinds.contains(&model.options.module_kind(p));
+    let meant =
+        (0..model.num_hidden_layers).flat_map(|l| model.projections(l)).filter(|&p| !p.of_experts() && named(p));
+    let mut targets: Vec<String> = if linear.len() == meant.count() {
+        kinds.into_iter().collect()
     } else {
-        entries.iter().map(|&(l, p, _)| module_name(l, p)).collect()
+        linear.iter().map(|&(l, p, _)| module_name(l, p)).collect()
     };
-    let main = entries.first().map(|&(_, _, spec)| spec).unwrap_or_default();
+    targets.extend(beside.adapted.keys().cloned());
+    let parameters: BTreeSet<String> = own.iter().map(|&(l, p, _)| module_name(l, p)).collect();
+    let main =
+        entries.first().map(|&(_, _, spec)| spec).or(beside.adapted.values().next().copied()).unwrap_or_default();
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
-    for &(l, p, spec) in entries {
+    let named = entries.iter().map(|&(l, p, spec)| (module_name(l, p), spec));
+    for (name, spec) in named.chain(beside.adapted.iter().map(|(name, spec)| (name.clone(), *spec))) {
         if spec.rank != main.rank {
-            ranks.insert(module_name(l, p), json!(spec.rank));
+            ranks.insert(name.clone(), json!(spec.rank));
         }
         if spec.alpha.to_bits() != main.alpha.to_bits() {
-            alphas.insert(module_name(l, p), json!(spec.alpha));
+            alphas.insert(name, json!(spec.alpha));
         }
     }
     let mut value = json!({
         "peft_type": kind.peft_type(),
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "bias": "none",
+        "bias": if beside.biases { "all" } else { "none" },
         "inference_mode": true,
     });
+    if let Some(map) = value.as_object_mut() {
+        if !beside.saved.is_empty() {
+            map.insert("modules_to_save".into(), json!(beside.saved));
+        }
+        if beside.own_bias {
+            map.insert("lora_bias".into(), json!(true));
+        }
+    }
+    if let (Some(map), false) = (value.as_object_mut(), parameters.is_empty()) {
+        map.insert("target_parameters".into(), json!(parameters));
+    }
+    if let (Some(map), true) = (value.as_object_mut(), model.options.transposed) {
+        map.insert("fan_in_fan_out".into(), json!(true));
+    }
     if let (Some(map), true) = (value.as_object_mut(), kind.has_factors()) {
         map.insert("r".into(), json!(main.rank));
         map.insert("lora_alpha".into(), json!(main.alpha));

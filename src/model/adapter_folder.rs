@@ -14,24 +14,35 @@
 
 pub use super::adapter_config::AdapterKind;
 use super::adapter_config::{AdapterConfig, compose};
-use super::parameters::{Model, Projection};
+use super::adapter_experts::{ExpertPart, expert_stacks, stack_prefix, write_stacks};
+use super::config::ModelConfig;
+use super::parameters::{Model, Projection, TrainableParts};
 use super::s2ft::{LayerOrder, side_of};
 use crate::adapters::Method;
-use crate::adapters::lora::LoraSpec;
+use crate::adapters::lora::{Lora, LoraSpec};
 use crate::adapters::stored::{ReadTensors, Settings, WriteTensors};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::{TensorFile, TensorWriter};
-use ndarray::{Array2, ArrayView2};
-use std::collections::BTreeSet;
+use ndarray::{Array2, ArrayView2, s};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 pub(super) const CONFIG: &str = "adapter_config.json";
 
-pub(super) fn layer_prefix(layer: usize) -> String {
-    format!("base_model.model.model.layers.{layer}")
+/// What PEFT writes before every name.
+pub(super) const PREFIX: &str = "base_model.model";
+
+/// A layer's name in an adapter file.
+pub(super) fn layer_prefix(config: &ModelConfig, layer: usize) -> String {
+    format!("{PREFIX}.{}", config.options.layer(layer))
+}
+
+/// A projection's name in an adapter file.
+pub(super) fn module_prefix(config: &ModelConfig, layer: usize, p: Projection) -> String {
+    format!("{PREFIX}.{}", config.options.module(layer, p))
 }
 
 /// Whether a folder holds a plain LoRA adapter.
@@ -64,7 +75,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
+    pub(super) fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
         self.file.malformed(format!("tensor {name}"), expected, found)
     }
 
@@ -78,7 +89,7 @@ impl<'a> Reader<'a> {
         Ok(array)
     }
 
-    fn vector<T: Real>(&mut self, name: &str) -> Result<Vec<T>> {
+    pub(super) fn vector<T: Real>(&mut self, name: &str) -> Result<Vec<T>> {
         let values = self.file.vector::<T>(name, format!("{CONFIG} asks for it").as_str())?;
         self.taken.insert(name.to_string());
         Ok(values.to_vec())
@@ -171,19 +182,28 @@ impl<T: Real> Model<T> {
         let file = TensorFile::open(folder.join(WEIGHTS))?;
         let mut reader = Reader::new(&file);
         let mut adapted = 0;
+        if let Some(target) = config.unknown_target(&self.config) {
+            let known: BTreeSet<String> =
+                self.config.all_projections().iter().map(|&p| self.config.options.module_kind(p)).collect();
+            let known: Vec<String> = known.into_iter().collect();
+            let expected = format!("modules among {}", known.join(", "));
+            return Err(Error::format(&config.path, "key target_modules", expected, target));
+        }
         for l in 0..self.layers.len() {
-            let wanted: Vec<_> = Projection::ALL.into_iter().filter_map(|p| Some((p, config.spec_of(l, p)?))).collect();
+            let there = self.config.projections(l).into_iter();
+            let wanted: Vec<_> = there.filter_map(|p| Some((p, config.spec_of(&self.config, l, p)?))).collect();
             if wanted.is_empty() {
                 continue;
             }
             if let Some(&(p, _)) = wanted.iter().find(|(p, _)| self.layers[l].projection(*p).is_trainable()) {
                 let name = self.layers[l].projection(p).method.name();
-                return Err(Error::invalid(super::adapter_config::module_name(l, p), name, "already adapted"));
+                return Err(Error::invalid(self.config.options.module(l, p), name, "already adapted"));
             }
             if config.kind == AdapterKind::S2ft {
+                let prefix = layer_prefix(&self.config, l);
                 let (groups, channels) = (
-                    reader.indices(format!("{}.s2ft_groups", layer_prefix(l)))?,
-                    reader.indices(format!("{}.s2ft_channels", layer_prefix(l)))?,
+                    reader.indices(format!("{prefix}.s2ft_groups"))?,
+                    reader.indices(format!("{prefix}.s2ft_channels"))?,
                 );
                 let expected = (self.config.num_key_value_heads, self.config.intermediate_size);
                 if (groups.len(), channels.len()) != expected {
@@ -193,11 +213,33 @@ impl<T: Real> Model<T> {
                 }
                 self.layers[l].co_permute(&LayerOrder { groups, channels }, &self.config)?;
             }
+            let stacks = if config.kind == AdapterKind::Lora { expert_stacks(&wanted) } else { BTreeMap::new() };
+            let mut factors = BTreeMap::new();
+            for (part, (spec, experts)) in &stacks {
+                let prefix = stack_prefix(&self.config, l, *part, stacks.len());
+                let (out, input) = self.config.projection_shape(part.of(0));
+                let rows = spec.rank * experts;
+                let a = reader.matrix::<T>(format!("{prefix}.lora_A.weight"), (rows, input))?;
+                let b = reader.matrix::<T>(format!("{prefix}.lora_B.weight"), (out, rows))?;
+                factors.insert(*part, (a, b, *experts));
+            }
             for (p, spec) in wanted {
-                self.read_one(&mut reader, &config, l, p, spec)?;
                 adapted += 1;
+                let stacked =
+                    ExpertPart::of_projection(p).and_then(|(part, expert)| Some((factors.get(&part)?, expert)));
+                let Some(((a, b, experts), expert)) = stacked else {
+                    self.read_one(&mut reader, &config, l, p, spec)?;
+                    continue;
+                };
+                // PEFT's stacks: A by expert, B with the expert as the fastest index of a column.
+                let rows = expert * spec.rank..(expert + 1) * spec.rank;
+                let a = a.slice(s![rows, ..]).to_owned();
+                let b = b.slice(s![.., expert..; *experts]).to_owned();
+                let projection = self.layers[l].projection_mut(p);
+                projection.method = Method::Lora(Lora::from_factors(spec, projection.shape(), a, b)?);
             }
         }
+        adapted += self.read_outside(&mut reader, &config)?;
         if adapted == 0 {
             return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
         }
@@ -213,8 +255,9 @@ impl<T: Real> Model<T> {
         p: Projection,
         spec: LoraSpec,
     ) -> Result<()> {
-        let mut from = Projected { reader, prefix: format!("{}.{}", layer_prefix(l), p.path()) };
-        let settings = Settings { spec, true_derivative: config.true_derivative, side: side_of(p) };
+        let mut from = Projected { reader, prefix: module_prefix(&self.config, l, p) };
+        let settings =
+            Settings { spec, true_derivative: config.true_derivative, bias: config.own_bias, side: side_of(p) };
         let projection = self.layers[l].projection_mut(p);
         projection.method = Method::load(config.kind, &settings, &mut projection.base, &mut from)?;
         Ok(())
@@ -237,17 +280,28 @@ impl<T: Real> Model<T> {
     /// As [`Model::write_adapter`]; [`Error::Io`] and [`Error::Format`] for a `like` that cannot be read.
     pub fn write_adapter_like(&self, folder: &Path, like: Option<&Path>) -> Result<()> {
         let parts = self.trainable;
-        if parts.embedding || parts.norms || parts.lm_head {
-            return Err(Error::invalid("trainable", format!("{parts:?}"), "an adapter holds projections only"));
+        let held = TrainableParts {
+            embedding: parts.embedding,
+            lm_head: parts.lm_head,
+            biases: parts.biases,
+            ..Default::default()
+        };
+        if parts != held {
+            let requirement = "an adapter holds projections, biases, the embedding and the output projection only";
+            return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
         let mut writer = TensorWriter::new();
         writer.metadata("format", "pt");
         let mut kind: Option<AdapterKind> = None;
         let (mut entries, mut true_derivative) = (Vec::new(), false);
         for (l, layer) in self.layers.iter().enumerate() {
-            for p in Projection::ALL {
-                let projection = layer.projection(p);
-                let prefix = format!("{}.{}", layer_prefix(l), p.path());
+            entries.extend(write_stacks(&mut writer, layer, &self.config, l)?);
+            kind = kind.or((!entries.is_empty()).then_some(AdapterKind::Lora));
+            for (p, projection) in layer.projections() {
+                if ExpertPart::of_projection(p).is_some() && matches!(projection.method, Method::Lora(_)) {
+                    continue;
+                }
+                let prefix = module_prefix(&self.config, l, p);
                 let mut to = Written { writer: &mut writer, prefix: &prefix };
                 let written = projection.method.save(&projection.base, &mut to);
                 let written = written.map_err(|_| {
@@ -269,15 +323,28 @@ impl<T: Real> Model<T> {
                 entries.push((l, p, spec));
             }
             if let (Some(order), Some(AdapterKind::S2ft)) = (&layer.order, kind) {
-                write_indices(&mut writer, &format!("{}.s2ft_groups", layer_prefix(l)), &order.groups);
-                write_indices(&mut writer, &format!("{}.s2ft_channels", layer_prefix(l)), &order.channels);
+                write_indices(&mut writer, &format!("{}.s2ft_groups", layer_prefix(&self.config, l)), &order.groups);
+                write_indices(
+                    &mut writer,
+                    &format!("{}.s2ft_channels", layer_prefix(&self.config, l)),
+                    &order.channels,
+                );
             }
         }
+        let beside = self.write_outside(&mut writer);
+        let kind = kind.or((!beside.adapted.is_empty()).then_some(AdapterKind::Lora));
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
+        if !kind.is_peft() && (parts != TrainableParts::default() || !beside.adapted.is_empty()) {
+            return Err(Error::invalid(
+                "trainable",
+                format!("{parts:?}"),
+                "an adapter of this method holds projections only",
+            ));
+        }
         let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
-        let text = compose(kind, &entries, self.layers.len(), true_derivative, like.as_ref());
+        let text = compose(kind, &entries, &self.config, true_derivative, &beside, like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }
@@ -287,7 +354,7 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// As there.
     pub fn merge(&mut self) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|l| Projection::ALL.iter().try_for_each(|&p| l.projection_mut(p).merge()))
+        self.layers.iter_mut().try_for_each(|l| l.projections_mut().try_for_each(|(_, p)| p.merge()))
     }
 
     /// Undoes [`Model::merge`] bit for bit; takes PaCA and S2FT out of effect.
@@ -295,7 +362,7 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`Error::InvalidParam`] where a projection is fine-tuned in full.
     pub fn unmerge(&mut self) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|l| Projection::ALL.iter().try_for_each(|&p| l.projection_mut(p).unmerge()))
+        self.layers.iter_mut().try_for_each(|l| l.projections_mut().try_for_each(|(_, p)| p.unmerge()))
     }
 }
 

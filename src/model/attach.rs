@@ -10,6 +10,7 @@ use crate::adapters::{AdaptedLinear, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use rand::Rng;
+use std::collections::BTreeSet;
 
 /// A method with its settings, before it meets a weight. S2FT ties projections together and is attached by
 /// [`Model::attach_s2ft`].
@@ -86,12 +87,25 @@ impl<T: Real> Model<T> {
                 let requirement = format!("the model has {} layers", all.end);
                 return Err(Error::invalid("layers", format!("{layers:?}"), requirement));
             }
-            for l in layers {
+            let mut placed = BTreeSet::new();
+            for l in layers.clone() {
                 let statistics = calibration.and_then(|c| c.layers.get(l));
                 for &p in projections {
-                    let scores = statistics.map_or_else(ColumnScores::default, |s| s[p as usize].column_scores());
-                    attach_one(self.layers[l].projection_mut(p), *spec, &scores, rng)?;
+                    let found = statistics.and_then(|s| s.get(&p));
+                    let scores = found.map_or_else(ColumnScores::default, |s| s.column_scores());
+                    if let Some(projection) = self.layers[l].get_mut(p) {
+                        attach_one(projection, *spec, &scores, rng)?;
+                        placed.insert(p);
+                    }
                 }
+            }
+            // A mixture may have a projection in some layers only; one that no layer has is a mistake.
+            if let Some(&p) = projections.iter().find(|p| !layers.is_empty() && !placed.contains(p)) {
+                let known = self.config.all_projections();
+                let known: BTreeSet<String> = known.iter().map(|&p| self.config.options.module_kind(p)).collect();
+                let known: Vec<String> = known.into_iter().collect();
+                let requirement = format!("the layers of this model have {}", known.join(", "));
+                return Err(Error::invalid("target module", p.module(), requirement));
             }
         }
         Ok(())

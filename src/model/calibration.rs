@@ -1,13 +1,14 @@
 //! Activation and gradient norms on a few batches, by which sparse methods choose what to train.
 
 use super::batch::{Batch, StepOptions};
-use super::parameters::{Model, Projection, TrainableParts};
+use super::parameters::{Input, Model, Projection, TrainableParts};
 use crate::adapters::Method;
 use crate::adapters::selection::ColumnScores;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{ArrayView2, Axis};
+use std::collections::BTreeMap;
 
 /// Norms of one projection.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,11 +28,11 @@ impl<T> ProjectionStatistics<T> {
     }
 }
 
-/// Norms of every projection, by layer in the order of [`Projection::ALL`].
+/// Norms of every projection, by layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Calibration<T> {
     /// One entry per layer.
-    pub layers: Vec<[ProjectionStatistics<T>; 7]>,
+    pub layers: Vec<BTreeMap<Projection, ProjectionStatistics<T>>>,
 }
 
 fn squares<T: Real>(a: ArrayView2<T>, axis: Axis) -> Vec<f64> {
@@ -48,33 +49,33 @@ impl<T: Real> Model<T> {
         let mut probe = self.clone();
         probe.trainable = TrainableParts::default();
         for layer in &mut probe.layers {
-            for p in Projection::ALL {
-                let weight = layer.projection(p).effective_weight()?;
-                let bias = layer.projection_mut(p).bias.take();
-                *layer.projection_mut(p) = crate::adapters::AdaptedLinear::frozen(weight);
-                layer.projection_mut(p).method = Method::Full;
-                layer.projection_mut(p).bias = bias;
+            for (_, projection) in layer.projections_mut() {
+                let (weight, bias) = (projection.effective_weight()?, projection.bias.take());
+                *projection = crate::adapters::AdaptedLinear::frozen(weight);
+                projection.method = Method::Full;
+                projection.bias = bias;
             }
         }
         let mut gradients = probe.zero_gradients();
-        let mut inputs: Vec<[Vec<f64>; 7]> = vec![Default::default(); self.layers.len()];
+        let mut inputs: Vec<BTreeMap<Projection, Vec<f64>>> = vec![Default::default(); self.layers.len()];
         for batch in batches {
             let pass = probe.forward(batch, &StepOptions::default(), &mut gradients, cost)?;
             for (l, sums) in inputs.iter_mut().enumerate() {
                 let Some(cache) = pass.layer_cache(l) else { continue };
-                let mut add = |ps: &[Projection], x: &Option<Array2<T>>| {
-                    let Some(x) = x else { return };
-                    let columns = squares(x.view(), Axis(1));
-                    for &p in ps {
-                        let sum = &mut sums[p as usize];
-                        sum.resize(columns.len(), 0.0);
-                        sum.iter_mut().zip(&columns).for_each(|(s, c)| *s += c);
+                for (p, projection) in self.layers[l].projections() {
+                    // Experts see rows of their own, which the mixture keeps to itself.
+                    let x = match p.input() {
+                        _ if p.of_experts() => None,
+                        Input::Normed => cache.normed_input.as_ref(),
+                        Input::Attended => cache.attention_output.as_ref(),
+                        Input::NormedMiddle => cache.normed_middle.as_ref(),
+                        Input::Gated => cache.mlp.gated.as_ref(),
+                    };
+                    let sum = sums.entry(p).or_insert_with(|| vec![0.0; projection.shape().1]);
+                    if let Some(x) = x {
+                        sum.iter_mut().zip(squares(x.view(), Axis(1))).for_each(|(s, c)| *s += c);
                     }
-                };
-                add(&[Projection::Query, Projection::Key, Projection::Value], &cache.normed_input);
-                add(&[Projection::Output], &cache.attention_output);
-                add(&[Projection::Gate, Projection::Up], &cache.normed_middle);
-                add(&[Projection::Down], &cache.gated);
+                }
             }
             probe.backward(pass, &mut gradients, cost)?;
         }
@@ -84,14 +85,16 @@ impl<T: Real> Model<T> {
             .iter()
             .zip(&inputs)
             .map(|(gradients, inputs)| {
-                Projection::ALL.map(|p| {
-                    let gradient = gradients.projections[p as usize][0].view();
-                    ProjectionStatistics {
-                        input: root(&inputs[p as usize]),
+                let of = |(&p, inputs): (&Projection, &Vec<f64>)| {
+                    let gradient = gradients.projections.get(&p)?.first()?.view();
+                    let statistics = ProjectionStatistics {
+                        input: root(inputs),
                         gradient_rows: root(&squares(gradient, Axis(0))),
                         gradient_columns: root(&squares(gradient, Axis(1))),
-                    }
-                })
+                    };
+                    Some((p, statistics))
+                };
+                inputs.iter().filter_map(of).collect()
             })
             .collect();
         Ok(Calibration { layers })

@@ -2,12 +2,15 @@
 
 use super::config::ModelConfig;
 use super::layer::Layer;
-use super::options::Norm;
-use super::parameters::{Model, Projection, TrainableParts};
-use crate::adapters::AdaptedLinear;
+use super::layout::{read_projections, write_projections};
+use super::names::Outside;
+use super::norm::NormOn;
+use super::options::{Family, Norm, Options};
+use super::parameters::{Model, TrainableParts};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::ops::Cpu;
 use crate::tensor_file::{TensorFile, TensorWriter};
 use ndarray::{Array1, Array2};
 use std::collections::{BTreeMap, BTreeSet};
@@ -75,7 +78,28 @@ impl Shards {
         &self.files[self.place.get(name).copied().unwrap_or(0)]
     }
 
-    fn matrix<T: Real>(&self, name: &str, expected: (usize, usize)) -> Result<Array2<T>> {
+    /// The name by which a tensor is there: hubs hold some models without what stands before the first dot.
+    fn actual<'a>(&self, name: &'a str) -> &'a str {
+        match name.split_once('.') {
+            Some((_, rest)) if !self.place.contains_key(name) && self.place.contains_key(rest) => rest,
+            _ => name,
+        }
+    }
+
+    /// A tensor of a known shape.
+    pub(super) fn tensor<T: Real>(&self, name: &str, expected: &[usize]) -> Result<(Vec<usize>, Vec<T>)> {
+        let name = self.actual(name);
+        let file = self.file(name);
+        let (shape, values) = file.tensor::<T>(name, "config.json asks for it")?;
+        if shape == expected {
+            return Ok((shape, values));
+        }
+        let (expected, found) = (format!("shape {expected:?} (from config.json)"), format!("{shape:?}"));
+        Err(file.malformed(format!("tensor {name}"), expected, found))
+    }
+
+    pub(super) fn matrix<T: Real>(&self, name: &str, expected: (usize, usize)) -> Result<Array2<T>> {
+        let name = self.actual(name);
         let file = self.file(name);
         let array = file.matrix::<T>(name, "config.json asks for it")?;
         if array.dim() == expected {
@@ -85,7 +109,28 @@ impl Shards {
         Err(file.malformed(format!("tensor {name}"), expected, found))
     }
 
-    fn vector<T: Real>(&self, name: &str, expected: usize) -> Result<Array1<T>> {
+    /// A norm, its names added to those that are known.
+    fn norm<T: Real>(
+        &self,
+        names: [String; 2],
+        width: usize,
+        options: &Options,
+        known: &mut BTreeSet<String>,
+    ) -> Result<NormOn<Cpu<T>>> {
+        let [gain, bias] = names;
+        let norm = NormOn {
+            gain: self.vector(&gain, width)?,
+            bias: if options.layer_norm { Some(self.vector(&bias, width)?) } else { None },
+        };
+        known.insert(gain);
+        if options.layer_norm {
+            known.insert(bias);
+        }
+        Ok(norm)
+    }
+
+    pub(super) fn vector<T: Real>(&self, name: &str, expected: usize) -> Result<Array1<T>> {
+        let name = self.actual(name);
         let file = self.file(name);
         let array = file.vector::<T>(name, "config.json asks for it")?;
         if array.len() == expected {
@@ -107,50 +152,71 @@ impl<T: Real> Model<T> {
         let shards = Shards::open(folder)?;
         let width = config.hidden_size;
         let table = (config.vocab_size, width);
-        let embedding = shards.matrix("model.embed_tokens.weight", table)?;
-        let mut known: BTreeSet<String> =
-            ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"].map(String::from).into();
+        let options = &config.options;
+        let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
+        let embedding = shards.matrix(&outside(Outside::Embedding, "weight"), table)?;
+        let mut known: BTreeSet<String> = [Outside::Embedding, Outside::Head].map(|m| outside(m, "weight")).into();
+        let positions = match options.positions {
+            Some(offset) => {
+                let name = outside(Outside::Positions, "weight");
+                let table = shards.matrix(&name, (config.max_position_embeddings + offset, width))?;
+                known.insert(name);
+                Some(table)
+            }
+            None => None,
+        };
         // Not sized in advance: the config's number of layers is a claim until their tensors are found.
         let mut layers = Vec::new();
         for l in 0..config.num_hidden_layers {
-            let prefix = format!("model.layers.{l}");
-            let mut projections = Vec::with_capacity(7);
-            for p in Projection::ALL {
-                let name = format!("{prefix}.{}.weight", p.path());
-                let shape = config.projection_shape(p);
-                let mut projection = AdaptedLinear::frozen(shards.matrix(&name, shape)?);
-                known.insert(name);
-                if config.options.biases[p as usize] {
-                    let name = format!("{prefix}.{}.bias", p.path());
-                    projection.bias = Some(shards.vector(&name, shape.0)?);
-                    known.insert(name);
-                }
-                projections.push(projection);
-            }
-            let Ok(projections) = <[AdaptedLinear<T>; 7]>::try_from(projections) else {
-                unreachable!("one push per projection")
-            };
+            let projections = read_projections(&shards, &config, l, &mut known)?;
             let mut norms = [const { None }; 6];
             for norm in Norm::ALL {
-                let (Some(name), Some(width)) = (config.options.norm_name(norm), config.norm_width(norm)) else {
-                    continue;
-                };
-                let name = format!("{prefix}.{name}.weight");
-                norms[norm as usize] = Some(shards.vector(&name, width)?);
-                known.insert(name);
+                if let (Some(_), Some(width)) = (options.norm_name(norm), config.norm_width(norm)) {
+                    let names = ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+                    norms[norm as usize] = Some(shards.norm(names, width, options, &mut known)?);
+                }
             }
-            layers.push(Layer::new(projections, norms));
-            // Old checkpoints carry the rotary frequencies, which follow from the config.
-            known.insert(format!("{prefix}.self_attn.rotary_emb.inv_freq"));
+            let sinks = if options.sinks {
+                let name = options.sinks_name(l);
+                let sinks = shards.vector(&name, config.num_attention_heads)?;
+                known.insert(name);
+                Some(sinks)
+            } else {
+                None
+            };
+            layers.push(Layer::new(projections, norms, sinks));
+            // Old checkpoints carry the rotary frequencies and the causal mask, which follow from the config.
+            let attention = match options.family {
+                Family::Gpt2 => "attn",
+                Family::GptNeoX => "attention",
+                _ => "self_attn",
+            };
+            let left = ["rotary_emb.inv_freq", "bias", "masked_bias"];
+            known.extend(left.map(|name| format!("{}.{attention}.{name}", options.layer(l))));
         }
-        let final_norm = shards.vector("model.norm.weight", width)?;
-        let lm_head = if config.tie_word_embeddings { None } else { Some(shards.matrix("lm_head.weight", table)?) };
-        if let Some(extra) = shards.place.keys().find(|name| !known.contains(*name)) {
+        let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
+        let final_norm = shards.norm(names, width, options, &mut known)?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(shards.matrix(&outside(Outside::Head, "weight"), table)?)
+        };
+        let known: BTreeSet<&str> = known.iter().map(|name| shards.actual(name)).collect();
+        if let Some(extra) = shards.place.keys().find(|name| !known.contains(name.as_str())) {
             let family = config.options.family.model_type();
             let expected = format!("the tensors of a {}-layer {family}", config.num_hidden_layers);
             return Err(shards.file(extra).malformed(format!("tensor {extra}"), expected, "an unknown name"));
         }
-        Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
+        Ok(Self {
+            config,
+            embedding,
+            positions,
+            layers,
+            final_norm,
+            lm_head,
+            trainable: TrainableParts::default(),
+            adapters: Default::default(),
+        })
     }
 
     /// Writes a checkpoint folder that Transformers reads, with every adapter folded into its weight and every
@@ -161,26 +227,41 @@ impl<T: Real> Model<T> {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let mut writer = TensorWriter::new();
         writer.metadata("format", "pt");
-        writer.matrix("model.embed_tokens.weight", self.embedding.view());
+        let options = &self.config.options;
+        let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
+        let vector = |writer: &mut TensorWriter, name: &str, values: &Array1<T>| {
+            writer.tensor(name, &[values.len()], values.iter().copied());
+        };
+        let tied = self.lm_head.is_none();
+        if tied && (self.adapters.head.is_some() || self.adapters.embedding.is_some()) {
+            let requirement = "embedding and output projection are one tensor: merging an update into it would change both; keep the adapter apart, or untie the model first";
+            return Err(Error::invalid("tie_word_embeddings", true, requirement));
+        }
+        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding().view());
+        if let Some(table) = &self.positions {
+            writer.matrix(&outside(Outside::Positions, "weight"), table.view());
+        }
+        let norm = |writer: &mut TensorWriter, names: [String; 2], norm: &NormOn<Cpu<T>>| {
+            vector(writer, &names[0], &norm.gain);
+            if let Some(bias) = &norm.bias {
+                vector(writer, &names[1], bias);
+            }
+        };
         for (l, layer) in self.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            for p in Projection::ALL {
-                let weight = layer.checkpoint_weight(p, &self.config)?;
-                writer.matrix(&format!("{prefix}.{}.weight", p.path()), weight.view());
-                if let Some(bias) = layer.checkpoint_bias(p, &self.config) {
-                    writer.tensor(&format!("{prefix}.{}.bias", p.path()), &[bias.len()], bias.iter().copied());
+            write_projections(&mut writer, layer, &self.config, l)?;
+            for of in Norm::ALL {
+                if let Some(vectors) = layer.checkpoint_norm(of, &self.config) {
+                    norm(&mut writer, ["weight", "bias"].map(|tensor| options.norm_tensor(l, of, tensor)), &vectors);
                 }
             }
-            for norm in Norm::ALL {
-                let (Some(name), Some(gain)) = (self.config.options.norm_name(norm), layer.gain(norm)) else {
-                    continue;
-                };
-                writer.tensor(&format!("{prefix}.{name}.weight"), &[gain.len()], gain.iter().copied());
+            if let Some(sinks) = layer.checkpoint_sinks(&self.config) {
+                vector(&mut writer, &options.sinks_name(l), &sinks);
             }
         }
-        writer.tensor("model.norm.weight", &[self.final_norm.len()], self.final_norm.iter().copied());
-        if let Some(head) = &self.lm_head {
-            writer.matrix("lm_head.weight", head.view());
+        let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
+        norm(&mut writer, names, &self.final_norm);
+        if self.lm_head.is_some() {
+            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head().view());
         }
         writer.write(&weights_path(folder))?;
         let dtype = if T::NAME == f32::NAME { "float32" } else { "float64" };

@@ -152,9 +152,6 @@ impl<'a> Keys<'a> {
     /// The scaling of an object `rope_parameters` or `rope_scaling`, and its base.
     pub fn scaling(&self, theta: f64, sizes: &Sizes) -> Result<(Scaling, f64)> {
         let theta = self.positive("rope_theta", theta)?;
-        if self.value("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
-            return Err(self.wrong("partial_rotary_factor", "1 (not implemented)"));
-        }
         let key = if self.value("rope_type").is_some() { "rope_type" } else { "type" };
         let original = || self.size("original_max_position_embeddings", Some(sizes.max_position_embeddings));
         let kind = self.value(key).and_then(Value::as_str).unwrap_or("default");
@@ -224,33 +221,43 @@ impl ModelConfig {
                 keys.wrong("model_type", &format!("one of {}", Family::ALL.map(Family::model_type).join(", ")))
             })?,
         };
-        let (hidden_size, heads) = (keys.size("hidden_size", None)?, keys.size("num_attention_heads", None)?);
-        let head_dim = match (keys.value("head_dim"), family.default_head_dim()) {
-            (Some(_), _) => keys.size("head_dim", None)?,
-            (None, Some(width)) => width,
-            (None, None) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-            (None, None) => {
-                let expected = format!("a divisor of hidden_size = {hidden_size}");
-                return Err(keys.wrong("num_attention_heads", &expected));
-            }
+        let size = |key: &'static str, default: Option<usize>| match (family.key(key), default) {
+            (None, Some(default)) => Ok(default),
+            (own, default) => keys.size(own.unwrap_or(key), default),
         };
-        let layers = keys.size("num_hidden_layers", None)?;
+        let (hidden_size, heads) = (size("hidden_size", None)?, size("num_attention_heads", None)?);
+        let head_dim =
+            match (keys.value("head_dim").filter(|_| family.key("head_dim").is_some()), family.default_head_dim()) {
+                (Some(_), _) => keys.size("head_dim", None)?,
+                (None, Some(width)) => width,
+                (None, None) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+                (None, None) => {
+                    let expected = format!("a divisor of hidden_size = {hidden_size}");
+                    return Err(keys.wrong("num_attention_heads", &expected));
+                }
+            };
+        let layers = size("num_hidden_layers", None)?;
         if layers > MOST_LAYERS {
-            return Err(keys.wrong("num_hidden_layers", &format!("at most {MOST_LAYERS} layers")));
+            return Err(keys
+                .wrong(family.key("num_hidden_layers").unwrap_or_default(), &format!("at most {MOST_LAYERS} layers")));
         }
-        let max_position_embeddings = keys.size("max_position_embeddings", Some(2048))?;
+        let max_position_embeddings =
+            size("max_position_embeddings", Some(if family == Family::Gpt2 { 1024 } else { 2048 }))?;
         let sizes = Sizes { hidden_size, layers, max_position_embeddings };
         let (options, rope_theta) = Options::resolve(family, &keys, &sizes)?;
         let config = Self {
             vocab_size: keys.size("vocab_size", None)?,
             hidden_size,
-            intermediate_size: keys.size("intermediate_size", None)?,
+            intermediate_size: size("intermediate_size", (family == Family::Gpt2).then_some(4 * hidden_size))?,
             num_hidden_layers: layers,
             num_attention_heads: heads,
-            num_key_value_heads: keys.size("num_key_value_heads", Some(heads))?,
+            num_key_value_heads: size("num_key_value_heads", Some(heads))?,
             head_dim,
             max_position_embeddings,
-            rms_norm_eps: keys.positive("rms_norm_eps", family.default_eps())?,
+            rms_norm_eps: match family.key("rms_norm_eps") {
+                Some(key) => keys.positive(key, family.default_eps())?,
+                None => family.default_eps(),
+            },
             rope_theta,
             tie_word_embeddings: keys.flag("tie_word_embeddings", family.tied_by_default())?,
             options,
@@ -294,7 +301,8 @@ impl ModelConfig {
                 ("head_dim", self.head_dim),
                 ("max_position_embeddings", self.max_position_embeddings),
             ];
-            map.extend(sizes.map(|(key, size)| (key.to_string(), json!(size))));
+            let own = |(key, size)| Some((self.options.family.key(key)?.to_string(), json!(size)));
+            map.extend(sizes.into_iter().filter_map(own));
             map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
             for key in ["dtype", "torch_dtype"].into_iter().filter(|key| source.contains_key(*key)) {
                 map.insert(key.into(), json!(dtype));
@@ -325,17 +333,36 @@ impl ModelConfig {
         format!("{value:#}\n")
     }
 
+    /// The projections of a layer, in the order in which they are updated.
+    pub fn projections(&self, layer: usize) -> Vec<Projection> {
+        self.options.projections(layer)
+    }
+
+    /// Every projection that some layer has.
+    pub fn all_projections(&self) -> Vec<Projection> {
+        let mut all: Vec<Projection> = (0..self.num_hidden_layers).flat_map(|l| self.projections(l)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
     /// Shape (out, in) of a projection.
-    pub fn projection_shape(&self, projection: super::Projection) -> (usize, usize) {
-        use super::Projection::*;
+    pub fn projection_shape(&self, projection: Projection) -> (usize, usize) {
+        use Projection::*;
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (query, key) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let (experts, expert) = self.options.experts.as_ref().map_or((0, 0), |e| (e.count, e.inner));
         match projection {
             Query => (query, hidden),
             Key | Value => (key, hidden),
+            QueryKeyValue => (query + 2 * key, hidden),
             Output => (hidden, query),
             Gate | Up => (inner, hidden),
+            GateUp => (2 * inner, hidden),
             Down => (hidden, inner),
+            Router => (experts, hidden),
+            ExpertGateUp(_) => (2 * expert, hidden),
+            ExpertDown(_) => (hidden, expert),
         }
     }
 
@@ -358,27 +385,34 @@ impl ModelConfig {
 
     /// Number of weights; `None` if it overflows, which the sizes of an unchecked file may make it.
     fn counted_parameters(&self) -> Option<u128> {
-        let [heads, kv_heads, head_dim, hidden, inner, layers, vocabulary] = [
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_hidden_layers,
-            self.vocab_size,
-        ]
-        .map(|n| n as u128);
-        // q, o; k, v; gate, up, down: out times in of `projection_shape`.
-        let attention = 2 * (heads + kv_heads);
-        let attention = attention.checked_mul(head_dim)?.checked_mul(hidden)?;
-        let projections = attention.checked_add(3 * inner.checked_mul(hidden)?)?;
-        let tables: u128 = if self.tie_word_embeddings { 1 } else { 2 };
-        let outside = hidden.checked_add(tables * vocabulary.checked_mul(hidden)?)?;
-        let mut vectors: u128 = Norm::ALL.iter().filter_map(|&norm| self.norm_width(norm)).map(|n| n as u128).sum();
-        for p in Projection::ALL.into_iter().filter(|&p| self.options.biases[p as usize]) {
-            vectors = vectors.checked_add(self.projection_shape(p).0 as u128)?;
+        let [hidden, vocabulary] = [self.hidden_size, self.vocab_size].map(|n| n as u128);
+        let product = |a: usize, b: usize| (a as u128).checked_mul(b as u128);
+        // Sizes are below 2^40, so that sums of a few of them stay below 2^64.
+        let mut total = hidden.checked_mul(vocabulary)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
+        let norm = |width: usize| width as u128 * if self.options.layer_norm { 2 } else { 1 };
+        total = total.checked_add(norm(self.hidden_size))?;
+        if let Some(offset) = self.options.positions {
+            total = total.checked_add(product(self.max_position_embeddings + offset, self.hidden_size)?)?;
         }
-        layers.checked_mul(projections.checked_add(vectors)?)?.checked_add(outside)
+        let layer = |l: usize| -> Option<u128> {
+            let mut sum: u128 = Norm::ALL.iter().filter_map(|&of| self.norm_width(of)).map(norm).sum();
+            sum += if self.options.sinks { self.num_attention_heads as u128 } else { 0 };
+            for p in self.projections(l) {
+                let (out, input) = self.projection_shape(p);
+                sum = sum.checked_add(product(out, input)?)?;
+                sum += if self.options.has_bias(p) { out as u128 } else { 0 };
+            }
+            Some(sum)
+        };
+        // Layers are of at most two kinds: count one of each.
+        for dense in [true, false] {
+            let mut of_kind = (0..self.num_hidden_layers).filter(|&l| self.options.experts_of(l).is_none() == dense);
+            if let Some(first) = of_kind.next() {
+                let times = 1 + of_kind.count() as u128;
+                total = total.checked_add(layer(first)?.checked_mul(times)?)?;
+            }
+        }
+        Some(total)
     }
 }
 
@@ -418,7 +452,7 @@ mod tests {
             ("rope_scaling", json!({"type": "spiral", "factor": 4.0}), "longrope"),
             ("rope_parameters", json!({"rope_type": "llama3", "factor": 8.0}), "rope_parameters.low_freq_factor"),
             ("rope_parameters", json!({"rope_type": "longrope", "short_factor": [1.0]}), "long_factor"),
-            ("rope_parameters", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+            ("rope_parameters", json!({"partial_rotary_factor": 0.5}), "1 for this family"),
             ("rope_parameters", json!(3), "an object"),
             ("hidden_act", json!("gelu"), "silu"),
             ("attention_bias", json!("yes"), "true or false"),

@@ -1,23 +1,28 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
-use super::options::Norm;
+use super::names::Outside;
+use super::norm::NormSinks;
+use super::options::{Norm, Options};
+use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideSinks};
 use super::parameters::{ModelOn, Projection};
 use crate::linalg::scratch::fill_zero;
 use crate::linalg::{Real, Scratch, on_workers};
 use crate::ops::{Cpu, Ops};
 use ndarray::{Array2, ArrayView2};
+use std::collections::BTreeMap;
 
 /// Sinks of one layer.
 #[derive(Debug, Clone)]
 pub struct LayerGradientsOn<E: Ops> {
-    /// Gains in the order of [`Norm::ALL`], each `1 x` its width.
-    pub norms: [Option<E::Sink>; 6],
-    /// Biases in the order of [`Projection::ALL`], each `1 x out`.
-    pub biases: [Option<E::Sink>; 7],
-    /// Trainable tensors of each projection in the order of [`Projection::ALL`].
-    pub projections: [Vec<E::Sink>; 7],
-    names: [&'static [&'static str]; 7],
-    norm_names: [&'static str; 6],
+    /// Norms in the order of [`Norm::ALL`], each vector `1 x` its width.
+    pub norms: [NormSinks<E>; 6],
+    /// Attention sinks, `1 x H`.
+    pub sinks: Option<E::Sink>,
+    /// Biases of projections, each `1 x out`.
+    pub biases: BTreeMap<Projection, E::Sink>,
+    /// Trainable tensors of each trained projection.
+    pub projections: BTreeMap<Projection, Vec<E::Sink>>,
+    names: BTreeMap<Projection, &'static [&'static str]>,
 }
 
 /// Sinks of a model on some engine. They accumulate until they are zeroed or dropped.
@@ -25,12 +30,18 @@ pub struct LayerGradientsOn<E: Ops> {
 pub struct GradientsOn<E: Ops> {
     /// Embedding table (with the output projection's part when tied).
     pub embedding: Option<E::Sink>,
+    /// Table of learned positions.
+    pub positions: Option<E::Sink>,
     /// One entry per layer.
     pub layers: Vec<LayerGradientsOn<E>>,
-    /// Gain of the last norm, `1 x D`.
-    pub final_norm: Option<E::Sink>,
+    /// The last norm, each vector `1 x D`.
+    pub final_norm: NormSinks<E>,
     /// Output projection when not tied.
     pub lm_head: Option<E::Sink>,
+    /// Low-rank updates of embedding and output projection.
+    pub outside: OutsideSinks<E>,
+    /// What names the tensors.
+    options: Options,
     /// The engine with its working memory, kept for the next step.
     pub(crate) engine: E,
 }
@@ -46,70 +57,95 @@ impl<E: Ops> GradientsOn<E> {
     /// Zeroed sinks for what a model trains.
     pub(crate) fn zeros(model: &ModelOn<E>, engine: E) -> Self {
         let (config, parts) = (&model.config, model.trainable);
-        let gain = |width: usize| parts.norms.then(|| engine.sink((1, width)));
+        let options = config.options.clone();
+        let vector = |wanted: bool, width: usize| wanted.then(|| engine.sink((1, width)));
+        let norm = |width: Option<usize>| NormSinks {
+            gain: width.and_then(|width| vector(parts.norms, width)),
+            bias: width.filter(|_| options.layer_norm).and_then(|width| vector(parts.biases, width)),
+        };
         let layers = model
             .layers
             .iter()
             .map(|layer| LayerGradientsOn {
-                norms: Norm::ALL.map(|norm| config.norm_width(norm).and_then(gain)),
-                biases: Projection::ALL.map(|p| {
-                    let projection = layer.projection(p);
-                    let wanted = parts.biases && projection.bias.is_some();
-                    wanted.then(|| engine.sink((1, projection.shape().0)))
-                }),
-                norm_names: Norm::ALL.map(|norm| config.options.norm_name(norm).unwrap_or("")),
-                projections: Projection::ALL.map(|p| {
-                    layer.projection(p).trainable_shapes().into_iter().map(|shape| engine.sink(shape)).collect()
-                }),
-                names: Projection::ALL.map(|p| layer.projection(p).method.trainable_names()),
+                norms: Norm::ALL.map(|of| norm(config.norm_width(of))),
+                sinks: vector(parts.sinks && options.sinks, config.num_attention_heads),
+                biases: layer
+                    .projections()
+                    .filter(|(_, projection)| parts.biases && projection.bias.is_some())
+                    .map(|(p, projection)| (p, engine.sink((1, projection.shape().0))))
+                    .collect(),
+                projections: layer
+                    .projections()
+                    .filter(|(_, projection)| projection.is_trainable())
+                    .map(|(p, projection)| {
+                        (p, projection.trainable_shapes().into_iter().map(|shape| engine.sink(shape)).collect())
+                    })
+                    .collect(),
+                names: layer.projections().map(|(p, of)| (p, of.method.trainable_names())).collect(),
             })
             .collect();
-        let final_norm = gain(config.hidden_size);
         let table = |wanted: bool, table: Option<&E::Matrix>| {
             table.filter(|_| wanted).map(|table| engine.sink(E::shape(table)))
         };
         let (embedding, lm_head) =
             (table(parts.embedding, Some(&model.embedding)), table(parts.lm_head, model.lm_head.as_ref()));
-        Self { embedding, layers, final_norm, lm_head, engine }
+        let positions = table(parts.positions, model.positions.as_ref());
+        let final_norm = norm(Some(config.hidden_size));
+        let outside = model.adapters.sinks(&engine);
+        Self { embedding, positions, layers, final_norm, lm_head, outside, options, engine }
     }
 
     /// Every sink with its tensor's name, in the order of [`ModelOn::for_each_trainable_on`].
     pub(crate) fn sinks(&self) -> Vec<(String, &E::Sink)> {
+        let options = &self.options;
+        let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let mut all: Vec<(String, &E::Sink)> = Vec::new();
-        all.extend(self.embedding.as_ref().map(|g| ("model.embed_tokens.weight".into(), g)));
+        all.extend(self.embedding.as_ref().map(|g| (outside(Outside::Embedding, "weight"), g)));
+        let names = EMBEDDING_FACTORS.map(|name| outside(Outside::Embedding, name));
+        all.extend(names.into_iter().zip(self.outside.embedding.iter().flatten()));
+        all.extend(self.positions.as_ref().map(|g| (outside(Outside::Positions, "weight"), g)));
         for (l, layer) in self.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{l}");
             let norm = |norm: Norm| {
-                let name = format!("{prefix}.{}.weight", layer.norm_names[norm as usize]);
-                layer.norms[norm as usize].as_ref().map(|g| (name, g))
+                let sinks = &layer.norms[norm as usize];
+                let gain = sinks.gain.as_ref().map(|g| (options.norm_tensor(l, norm, "weight"), g));
+                let bias = sinks.bias.as_ref().map(|g| (options.norm_tensor(l, norm, "bias"), g));
+                gain.into_iter().chain(bias)
             };
             all.extend(norm(Norm::BeforeAttention));
-            for (i, p) in Projection::ALL.into_iter().enumerate() {
-                for (name, g) in layer.names[i].iter().zip(&layer.projections[i]) {
-                    all.push((format!("{prefix}.{}.{name}", p.path()), g));
-                }
-                all.extend(layer.biases[i].as_ref().map(|g| (format!("{prefix}.{}.bias", p.path()), g)));
+            for (&p, names) in &layer.names {
+                let module = options.module(l, p);
+                let sinks = layer.projections.get(&p).into_iter().flatten();
+                all.extend(names.iter().zip(sinks).map(|(name, g)| (format!("{module}.{name}"), g)));
+                all.extend(layer.biases.get(&p).map(|g| (format!("{module}.bias"), g)));
             }
-            all.extend(Norm::ALL[1..].iter().filter_map(|&of| norm(of)));
+            all.extend(layer.sinks.as_ref().map(|g| (options.sinks_name(l), g)));
+            all.extend(Norm::ALL[1..].iter().flat_map(|&of| norm(of)));
         }
-        all.extend(self.final_norm.as_ref().map(|g| ("model.norm.weight".into(), g)));
-        all.extend(self.lm_head.as_ref().map(|g| ("lm_head.weight".into(), g)));
+        all.extend(self.final_norm.gain.as_ref().map(|g| (outside(Outside::FinalNorm, "weight"), g)));
+        all.extend(self.final_norm.bias.as_ref().map(|g| (outside(Outside::FinalNorm, "bias"), g)));
+        all.extend(self.lm_head.as_ref().map(|g| (outside(Outside::Head, "weight"), g)));
+        let names = HEAD_FACTORS.map(|name| outside(Outside::Head, name));
+        all.extend(names.into_iter().zip(self.outside.head.iter().flatten()));
         all
     }
 
     /// Calls `change` on every sink, in the same order.
     pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
         self.embedding.iter_mut().for_each(&mut change);
+        self.outside.embedding.iter_mut().flatten().chain(&mut self.positions).for_each(&mut change);
         for layer in &mut self.layers {
             let [first, rest @ ..] = &mut layer.norms;
-            first.iter_mut().for_each(&mut change);
-            for (projection, bias) in layer.projections.iter_mut().zip(&mut layer.biases) {
-                projection.iter_mut().chain(bias).for_each(&mut change);
+            first.gain.iter_mut().chain(&mut first.bias).for_each(&mut change);
+            for p in layer.names.keys() {
+                layer.projections.get_mut(p).into_iter().flatten().for_each(&mut change);
+                layer.biases.get_mut(p).into_iter().for_each(&mut change);
             }
-            rest.iter_mut().flatten().for_each(&mut change);
+            layer.sinks.iter_mut().for_each(&mut change);
+            rest.iter_mut().flat_map(|n| n.gain.iter_mut().chain(&mut n.bias)).for_each(&mut change);
         }
-        self.final_norm.iter_mut().for_each(&mut change);
-        self.lm_head.iter_mut().for_each(&mut change);
+        let last = &mut self.final_norm;
+        last.gain.iter_mut().chain(&mut last.bias).chain(&mut self.lm_head).for_each(&mut change);
+        self.outside.head.iter_mut().flatten().for_each(&mut change);
     }
 }
 

@@ -1,21 +1,28 @@
-//! One decoder layer: h = x + o(attention(norm(x))), out = h + down(swiglu(norm(h))).
+//! One decoder layer: h = x + o(attention(norm(x))), out = h + mlp(norm(h)).
 
 use super::config::ModelConfig;
+use super::experts::{ExpertsCacheOn, experts_backward, experts_forward};
 use super::gradients::LayerGradientsOn;
 use super::instruments::{InstrumentsOn, Point};
+use super::mlp::{MlpCacheOn, mlp_backward, mlp_forward};
+use super::norm::{NormInput, NormOn, NormSinks, Rest, fork, keep, norm_backward, norm_forward};
 use super::options::Norm;
-use super::parameters::{ModelOn, Projection};
+use super::parameters::{Input, ModelOn, Projection};
+use super::projecting::{Joining, Projecting, Unprojecting, join_parts, split_parts};
 use crate::adapters::{InputNeed, LinearOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::ops::{Cpu, InputGradient, Ops, Scoring};
+use std::collections::BTreeMap;
 
 /// Weights of a layer, on some engine.
 #[derive(Debug, Clone)]
 pub struct LayerOn<E: Ops> {
-    projections: [LinearOn<E>; 7],
-    /// Gains in the order of [`Norm::ALL`]; `None` where the family has no norm.
-    pub norms: [Option<E::Vector>; 6],
+    pub(super) projections: BTreeMap<Projection, LinearOn<E>>,
+    /// Norms in the order of [`Norm::ALL`]; `None` where the family has none.
+    pub norms: [Option<NormOn<E>>; 6],
+    /// One more entry of each head's softmax, in families that have it.
+    pub sinks: Option<E::Vector>,
     /// How heads and channels are ordered relative to the checkpoint, after an S2FT co-permutation.
     pub order: Option<super::s2ft::LayerOrder>,
 }
@@ -24,40 +31,76 @@ pub struct LayerOn<E: Ops> {
 pub type Layer<T> = LayerOn<Cpu<T>>;
 
 impl<T: Real> Layer<T> {
-    /// Numbers of gains and biases.
+    /// Numbers of norms, biases and sinks.
     pub(crate) fn vectors(&self) -> usize {
-        let gains: usize = self.norms.iter().flatten().map(|gain| gain.len()).sum();
-        gains + self.projections.iter().filter_map(|p| p.bias.as_ref()).map(|bias| bias.len()).sum::<usize>()
+        let norm = |norm: &NormOn<Cpu<T>>| norm.gain.len() + norm.bias.as_ref().map_or(0, |bias| bias.len());
+        let norms: usize = self.norms.iter().flatten().map(norm).sum();
+        let biases: usize = self.projections.values().filter_map(|p| p.bias.as_ref()).map(|bias| bias.len()).sum();
+        norms + biases + self.sinks.as_ref().map_or(0, |sinks| sinks.len())
     }
 }
 
 impl<E: Ops> LayerOn<E> {
-    /// From projections in the order of [`Projection::ALL`] and gains in that of [`Norm::ALL`].
-    pub fn new(projections: [LinearOn<E>; 7], norms: [Option<E::Vector>; 6]) -> Self {
-        Self { projections, norms, order: None }
+    /// From a family's projections and norms, the latter in the order of [`Norm::ALL`].
+    pub fn new(
+        projections: impl IntoIterator<Item = (Projection, LinearOn<E>)>,
+        norms: [Option<NormOn<E>>; 6],
+        sinks: Option<E::Vector>,
+    ) -> Self {
+        Self { projections: projections.into_iter().collect(), norms, sinks, order: None }
     }
 
-    /// The gain of a norm, if there is one.
-    pub fn gain(&self, norm: Norm) -> Option<&E::Vector> {
+    /// A norm, if there is one.
+    pub fn norm(&self, norm: Norm) -> Option<&NormOn<E>> {
         self.norms[norm as usize].as_ref()
     }
 
+    /// Every projection, in the order in which they are updated.
+    pub fn projections(&self) -> impl Iterator<Item = (Projection, &LinearOn<E>)> {
+        self.projections.iter().map(|(&p, projection)| (p, projection))
+    }
+
+    /// Every projection, to be changed.
+    pub fn projections_mut(&mut self) -> impl Iterator<Item = (Projection, &mut LinearOn<E>)> {
+        self.projections.iter_mut().map(|(&p, projection)| (p, projection))
+    }
+
+    /// A projection, if the layer has it.
+    pub fn get(&self, p: Projection) -> Option<&LinearOn<E>> {
+        self.projections.get(&p)
+    }
+
+    /// A projection, if the layer has it, to be changed.
+    pub fn get_mut(&mut self, p: Projection) -> Option<&mut LinearOn<E>> {
+        self.projections.get_mut(&p)
+    }
+
     /// A projection.
+    ///
+    /// # Panics
+    /// If the layer does not have it: see [`LayerOn::get`].
     pub fn projection(&self, p: Projection) -> &LinearOn<E> {
-        &self.projections[p as usize]
+        &self.projections[&p]
     }
 
     /// A projection, to be changed.
+    ///
+    /// # Panics
+    /// As [`LayerOn::projection`].
     pub fn projection_mut(&mut self, p: Projection) -> &mut LinearOn<E> {
-        &mut self.projections[p as usize]
+        let found = self.projections.get_mut(&p);
+        found.unwrap_or_else(|| panic!("the layer has no {}", p.module()))
     }
 
-    fn trains(&self, ps: &[Projection]) -> bool {
-        ps.iter().any(|&p| self.projection(p).is_trainable())
+    fn trains(&self, input: Input) -> bool {
+        self.projections().any(|(p, projection)| p.input() == input && projection.is_trainable())
     }
 
-    fn needs_whole_input(&self, ps: &[Projection]) -> bool {
-        ps.iter().any(|&p| self.projection(p).method.input_need() == InputNeed::Whole)
+    /// Whether an input of projections must be kept whole. Experts keep the rows that they see themselves.
+    fn needs_whole(&self, input: Input) -> bool {
+        let own = |p: Projection| matches!(p, Projection::ExpertGateUp(_) | Projection::ExpertDown(_));
+        let whole = |projection: &LinearOn<E>| projection.method.input_need() == InputNeed::Whole;
+        self.projections().any(|(p, projection)| p.input() == input && !own(p) && whole(projection))
     }
 }
 
@@ -82,16 +125,15 @@ pub(super) struct LayerNeeds {
 
 impl LayerNeeds {
     pub fn of<E: Ops>(model: &ModelOn<E>, index: usize) -> Self {
-        use Projection::*;
         let (layer, parts) = (&model.layers[index], model.trainable);
         let norms = parts.norms || parts.biases;
         let input = model.trained_below(index);
         let normed_input = input || norms;
-        let attention = normed_input || layer.trains(&[Query, Key, Value]);
-        let middle = attention || layer.trains(&[Output]);
+        let attention = normed_input || layer.trains(Input::Normed);
+        let middle = attention || layer.trains(Input::Attended);
         let normed_middle = middle || norms;
-        let gated = normed_middle || layer.trains(&[Gate, Up]);
-        let any = gated || layer.trains(&[Down]);
+        let gated = normed_middle || layer.trains(Input::NormedMiddle);
+        let any = gated || layer.trains(Input::Gated);
         Self { input, normed_input, attention, middle, normed_middle, gated, any }
     }
 }
@@ -125,7 +167,7 @@ impl<E: Ops> Context<'_, E> {
     }
 
     /// The normalised rows, and what backward needs if `save`; x itself where the layer has no such norm.
-    fn norm(
+    pub fn norm(
         &self,
         layer: &LayerOn<E>,
         norm: Norm,
@@ -133,16 +175,12 @@ impl<E: Ops> Context<'_, E> {
         save: bool,
         e: &mut E,
     ) -> Result<(E::Matrix, Option<NormInput<E>>)> {
-        let Some(gain) = layer.gain(norm) else { return Ok((x, None)) };
+        let Some(vectors) = layer.norm(norm) else { return Ok((x, None)) };
         let shape = E::shape(&x);
         let x = self.norm_rows(norm, x, e);
-        let (y, stats) = rms_norm(&x, gain, self.config, e)?;
+        let (y, rest) = norm_forward(&x, vectors, self.config, e)?;
         let y = e.reshape(y, shape);
-        if save {
-            return Ok((y, Some((x, stats))));
-        }
-        e.release(x);
-        Ok((y, None))
+        Ok((y, keep(save, x, rest, e)))
     }
 
     /// The gradient of a norm's input from that of its output; dy itself where the layer has no such norm.
@@ -152,16 +190,16 @@ impl<E: Ops> Context<'_, E> {
         norm: Norm,
         dy: E::Matrix,
         saved: &mut Norms<E>,
-        sinks: &mut [Option<E::Sink>; 6],
+        sinks: &mut [NormSinks<E>; 6],
         e: &mut E,
     ) -> Result<E::Matrix> {
-        let Some(gain) = layer.gain(norm) else { return Ok(dy) };
+        let Some(vectors) = layer.norm(norm) else { return Ok(dy) };
         let shape = E::shape(&dy);
         let dy = self.norm_rows(norm, dy, e);
-        let mut dx = e.zeros(E::shape(&dy));
+        let dx = e.zeros(E::shape(&dy));
         let saved = take(saved[norm as usize].take(), "a norm's input")?;
-        rms_norm_backward(dy, saved, gain, self.config, sinks[norm as usize].as_mut(), Some(&mut dx), e)?;
-        Ok(e.reshape(dx, shape))
+        let dx = norm_backward(dy, saved, vectors, self.config, &mut sinks[norm as usize], Some(dx), e)?;
+        Ok(e.reshape(take(dx, "a norm's gradient")?, shape))
     }
 
     /// The gradient of a residual branch that is normalised or scaled before it joins; `None` where it is dx.
@@ -171,7 +209,7 @@ impl<E: Ops> Context<'_, E> {
         norm: Norm,
         dx: &E::Matrix,
         saved: &mut Norms<E>,
-        sinks: &mut [Option<E::Sink>; 6],
+        sinks: &mut [NormSinks<E>; 6],
         e: &mut E,
     ) -> Result<Option<E::Matrix>> {
         let options = &self.config.options;
@@ -183,26 +221,29 @@ impl<E: Ops> Context<'_, E> {
         self.norm_backward(layer, norm, dbranch, saved, sinks, e).map(Some)
     }
 
-    /// dx + the gradient that comes through the norm before a branch.
+    /// dx + the gradient that comes through the norm before a branch; without it if it is not wanted.
     fn enter_backward(
         &self,
         layer: &LayerOn<E>,
         norm: Norm,
         dnormed: E::Matrix,
-        mut dx: E::Matrix,
+        dx: E::Matrix,
         wanted: bool,
-        (saved, sinks): (&mut Norms<E>, &mut [Option<E::Sink>; 6]),
+        (saved, sinks): (&mut Norms<E>, &mut [NormSinks<E>; 6]),
         e: &mut E,
     ) -> Result<E::Matrix> {
-        let Some(gain) = layer.gain(norm) else { return Ok(e.add(dx, dnormed, 1.0)) };
+        let Some(vectors) = layer.norm(norm) else { return Ok(e.add(dx, dnormed, 1.0)) };
         let saved = take(saved[norm as usize].take(), "a norm's input")?;
-        let sink = sinks[norm as usize].as_mut();
-        rms_norm_backward(dnormed, saved, gain, self.config, sink, wanted.then_some(&mut dx), e)?;
-        Ok(dx)
+        let sinks = &mut sinks[norm as usize];
+        if !wanted {
+            norm_backward(dnormed, saved, vectors, self.config, sinks, None, e)?;
+            return Ok(dx);
+        }
+        take(norm_backward(dnormed, saved, vectors, self.config, sinks, Some(dx), e)?, "a norm's gradient")
     }
 
     /// Shows a tensor that has just been computed.
-    fn tap(&self, point: Point, tensor: &mut E::Matrix) {
+    pub fn tap(&self, point: Point, tensor: &mut E::Matrix) {
         self.instruments.tap(Some(self.layer), point, false, tensor);
     }
 
@@ -211,40 +252,6 @@ impl<E: Ops> Context<'_, E> {
         self.instruments.tap(Some(self.layer), point, true, tensor);
     }
 }
-
-/// A norm of whole rows, with the family's gain.
-pub(super) fn rms_norm<E: Ops>(
-    x: &E::Matrix,
-    gain: &E::Vector,
-    config: &ModelConfig,
-    e: &mut E,
-) -> Result<NormInput<E>> {
-    if !config.options.unit_gain {
-        return e.rms_norm(x, gain, config.rms_norm_eps);
-    }
-    let gain = e.one_plus(gain);
-    e.rms_norm(x, &gain, config.rms_norm_eps)
-}
-
-/// The backward of [`rms_norm`]: dx += the gradient of its input.
-pub(super) fn rms_norm_backward<E: Ops>(
-    dy: E::Matrix,
-    saved: NormInput<E>,
-    gain: &E::Vector,
-    config: &ModelConfig,
-    sink: Option<&mut E::Sink>,
-    dx: Option<&mut E::Matrix>,
-    e: &mut E,
-) -> Result<()> {
-    if !config.options.unit_gain {
-        return e.rms_norm_backward(dy, saved, gain, sink, dx);
-    }
-    let gain = e.one_plus(gain);
-    e.rms_norm_backward(dy, saved, &gain, sink, dx)
-}
-
-/// A matrix with the statistics of its rows, the input of a norm.
-pub(super) type NormInput<E> = (<E as Ops>::Matrix, <E as Ops>::RowStats);
 
 /// The inputs of a layer's norms, in the order of [`Norm::ALL`].
 type Norms<E> = [Option<NormInput<E>>; 6];
@@ -262,12 +269,12 @@ pub struct LayerCacheOn<E: Ops> {
     pub attention_output: Option<E::Matrix>,
     /// Normalised h, input of gate and up.
     pub normed_middle: Option<E::Matrix>,
-    /// Outputs of gate, before its activation, and of up.
-    pub gate_and_up: Option<(E::Matrix, E::Matrix)>,
-    /// act(gate) o up, input of down.
-    pub gated: Option<E::Matrix>,
+    /// What the MLP keeps.
+    pub mlp: MlpCacheOn<E>,
+    /// What the experts keep, where there are some.
+    pub experts: Option<ExpertsCacheOn<E>>,
     /// What each projection's method keeps beside its input, with its name.
-    pub projections: [(&'static str, Option<E::Matrix>); 7],
+    pub projections: BTreeMap<Projection, (&'static str, Option<E::Matrix>)>,
 }
 
 /// What a layer keeps on the processor.
@@ -292,18 +299,19 @@ impl<E: Ops> LayerCacheOn<E> {
         named.push(("attention_output", self.attention_output.as_ref().map(size)));
         named.extend([norm(Norm::AfterAttention), norm(Norm::BeforeMlp)]);
         named.push(("normed_middle", self.normed_middle.as_ref().map(size)));
-        named.push(("gate", self.gate_and_up.as_ref().map(|(gate, _)| size(gate))));
-        named.push(("up", self.gate_and_up.as_ref().map(|(_, up)| size(up))));
-        named.push(("gated", self.gated.as_ref().map(size)));
+        named.push(("gate", self.mlp.gate.as_ref().map(size)));
+        named.push(("up", self.mlp.up.as_ref().map(size)));
+        named.push(("gated", self.mlp.gated.as_ref().map(size)));
         named.push(norm(Norm::AfterMlp));
         let mut all: Vec<(String, usize)> =
             named.into_iter().filter_map(|(name, numbers)| Some((name.to_string(), numbers?))).collect();
         for (name, saved) in NORM_INPUTS.iter().zip(&self.norms) {
             all.extend(saved.as_ref().map(|(_, stats)| (format!("{name}_inverse_rms"), E::stats_length(stats))));
         }
-        for (p, (name, saved)) in Projection::ALL.into_iter().zip(&self.projections) {
+        for (p, (name, saved)) in &self.projections {
             all.extend(saved.as_ref().map(|x| (format!("{}.{name}", p.module()), size(x))));
         }
+        all.extend(self.experts.iter().flat_map(ExpertsCacheOn::saved_by_name));
         all
     }
 }
@@ -317,72 +325,17 @@ fn retain<E: Ops>(wanted: bool, x: E::Matrix, e: &mut E) -> Option<E::Matrix> {
     None
 }
 
-/// The input of a branch: its norm's output with the statistics of x, or a copy of x where it has no norm.
+/// The input of a branch: its norm's output and what is left of the norm, or a copy of x where it has none.
 fn enter<E: Ops>(
     layer: &LayerOn<E>,
     norm: Norm,
     x: &E::Matrix,
     config: &ModelConfig,
     e: &mut E,
-) -> Result<(E::Matrix, Option<E::RowStats>)> {
-    match layer.gain(norm) {
-        Some(gain) => rms_norm(x, gain, config, e).map(|(normed, stats)| (normed, Some(stats))),
+) -> Result<(E::Matrix, Option<Rest<E>>)> {
+    match layer.norm(norm) {
+        Some(vectors) => norm_forward(x, vectors, config, e).map(|(normed, rest)| (normed, Some(rest))),
         None => Ok((e.copy(x), None)),
-    }
-}
-
-/// x twice: to be kept, if backward needs it, and to be gone on with.
-fn fork<E: Ops>(
-    wanted: bool,
-    x: E::Matrix,
-    stats: Option<E::RowStats>,
-    e: &mut E,
-) -> (Option<NormInput<E>>, E::Matrix) {
-    match stats {
-        Some(stats) if wanted => {
-            let next = e.copy(&x);
-            (Some((x, stats)), next)
-        }
-        _ => (None, x),
-    }
-}
-
-/// The projections of a layer's forward under way, and what their methods keep.
-struct Projecting<'a, 'b, E: Ops> {
-    layer: &'a LayerOn<E>,
-    context: &'a Context<'b, E>,
-    save: bool,
-    saved: [(&'static str, Option<E::Matrix>); 7],
-}
-
-impl<E: Ops> Projecting<'_, '_, E> {
-    fn run(&mut self, p: Projection, x: &E::Matrix, add_to: Option<E::Matrix>, e: &mut E) -> Result<E::Matrix> {
-        let projection = self.layer.projection(p);
-        let (mut y, kept) = projection.forward(e, x, add_to, self.save)?;
-        self.saved[p as usize] = (projection.method.adaptation().saved_name(), kept);
-        if let Some(add) = self.context.instruments.extra {
-            add(e, (self.context.layer, p), x, &mut y)?;
-        }
-        Ok(y)
-    }
-
-    /// The last projection of a branch, joined to the residual path: in place, or after a norm and a factor.
-    fn join(
-        &mut self,
-        p: Projection,
-        norm: Norm,
-        x: &E::Matrix,
-        residual: E::Matrix,
-        wanted: bool,
-        e: &mut E,
-    ) -> Result<(E::Matrix, Option<NormInput<E>>)> {
-        let options = &self.context.config.options;
-        if options.plain_branch(norm) {
-            return Ok((self.run(p, x, Some(residual), e)?, None));
-        }
-        let branch = self.run(p, x, None, e)?;
-        let (branch, kept) = self.context.norm(self.layer, norm, branch, wanted, e)?;
-        Ok((e.add(residual, branch, options.residual_multiplier), kept))
     }
 }
 
@@ -394,20 +347,17 @@ pub(super) fn layer_forward<E: Ops>(
     needs: Option<LayerNeeds>,
     e: &mut E,
 ) -> Result<(E::Matrix, Option<LayerCacheOn<E>>)> {
-    use Projection::*;
     let keep = |wanted: fn(LayerNeeds) -> bool| needs.is_some_and(wanted);
     let (save, config, options) = (needs.is_some(), context.config, &context.config.options);
-    let mut project = Projecting { layer, context, save, saved: std::array::from_fn(|_| ("", None)) };
+    let mut project = Projecting { layer, context, save, saved: BTreeMap::new() };
 
-    let (mut normed, stats) = enter(layer, Norm::BeforeAttention, &x, config, e)?;
+    let (mut normed, rest) = enter(layer, Norm::BeforeAttention, &x, config, e)?;
     context.tap(Point::NormedInput, &mut normed);
-    let mut query = project.run(Query, &normed, None, e)?;
-    let mut key = project.run(Key, &normed, None, e)?;
-    let mut value = project.run(Value, &normed, None, e)?;
+    let [mut query, mut key, mut value] = query_key_value(&mut project, &normed, e)?;
     context.tap(Point::Query, &mut query);
     context.tap(Point::Key, &mut key);
     context.tap(Point::Value, &mut value);
-    let normed_input = retain(save && layer.needs_whole_input(&[Query, Key, Value]), normed, e);
+    let normed_input = retain(save && layer.needs_whole(Input::Normed), normed, e);
     let wants_attention = keep(|n| n.attention);
     let (mut query, query_rows) = context.norm(layer, Norm::Query, query, wants_attention, e)?;
     let (mut key, key_rows) = context.norm(layer, Norm::Key, key, wants_attention, e)?;
@@ -417,7 +367,11 @@ pub(super) fn layer_forward<E: Ops>(
     }
     context.tap(Point::RotatedQuery, &mut query);
     context.tap(Point::RotatedKey, &mut key);
-    let (mut attended, attention) = e.attention(query, key, value, context.inputs, &context.scoring())?;
+    let mut attention = e.attention(query, key, value, context.inputs, &context.scoring())?;
+    if let Some(sinks) = &layer.sinks {
+        attention = e.add_sinks(attention, sinks, context.inputs)?;
+    }
+    let (mut attended, attention) = attention;
     context.tap(Point::Attended, &mut attended);
     let attention = if wants_attention {
         Some(attention)
@@ -426,51 +380,89 @@ pub(super) fn layer_forward<E: Ops>(
         None
     };
 
-    let (input, residual) = fork(keep(|n| n.normed_input), x, stats, e);
-    let wanted = keep(|n| n.middle);
-    let (mut middle, attention_branch) = project.join(Output, Norm::AfterAttention, &attended, residual, wanted, e)?;
+    let (input, residual) = fork(keep(|n| n.normed_input), x, rest, e);
+    // In parallel with attention, the MLP reads the layer's input.
+    let beside = options.parallel.then(|| e.copy(&residual));
+    let joining = Joining { p: Projection::Output, norm: Norm::AfterAttention, wanted: keep(|n| n.middle) };
+    let (mut middle, attention_branch) = project.join(&joining, &attended, residual, e)?;
     context.tap(Point::Middle, &mut middle);
-    let keep_output = attention.is_some() || (save && layer.needs_whole_input(&[Output]));
+    let keep_output = attention.is_some() || (save && layer.needs_whole(Input::Attended));
     let attention_output = retain(keep_output, attended, e);
 
-    let (mut normed, stats) = enter(layer, Norm::BeforeMlp, &middle, config, e)?;
+    let (mut normed, rest) = enter(layer, Norm::BeforeMlp, beside.as_ref().unwrap_or(&middle), config, e)?;
     context.tap(Point::NormedMiddle, &mut normed);
-    let mut gate = project.run(Gate, &normed, None, e)?;
-    let mut up = project.run(Up, &normed, None, e)?;
-    context.tap(Point::Gate, &mut gate);
-    context.tap(Point::Up, &mut up);
-    let normed_middle = retain(save && layer.needs_whole_input(&[Gate, Up]), normed, e);
-    let mut gated = e.gated(options.activation, &gate, &up)?;
-    context.tap(Point::Gated, &mut gated);
-    let gate_and_up = if keep(|n| n.gated) {
-        Some((gate, up))
-    } else {
-        e.release(gate);
-        e.release(up);
-        None
+    let wants_middle = keep(|n| n.normed_middle);
+    let (read, residual) = match beside {
+        Some(beside) => {
+            let (read, rest) = fork(wants_middle, beside, rest, e);
+            e.release(rest);
+            (read, middle)
+        }
+        None => fork(wants_middle, middle, rest, e),
     };
-
-    let (middle, residual) = fork(keep(|n| n.normed_middle), middle, stats, e);
-    let (mut out, mlp_branch) = project.join(Down, Norm::AfterMlp, &gated, residual, keep(|n| n.any), e)?;
+    let (wants_gated, wants_any) = (keep(|n| n.gated), keep(|n| n.any));
+    let keep_middle = save && layer.needs_whole(Input::NormedMiddle);
+    let (mut mlp, mut experts) = (MlpCacheOn::default(), None);
+    let (mut out, normed_middle, mlp_branch);
+    if let Some(of) = options.experts_of(context.layer) {
+        let plain = options.plain_branch(Norm::AfterMlp);
+        let (onto, aside) = if plain { (residual, None) } else { (e.zeros(E::shape(&residual)), Some(residual)) };
+        let (sum, kept) = experts_forward(&mut project, of, &normed, onto, wants_gated, e)?;
+        experts = Some(kept);
+        normed_middle = retain(keep_middle, normed, e);
+        (out, mlp_branch) = match aside {
+            None => (sum, None),
+            Some(residual) => project.add(Norm::AfterMlp, sum, residual, wants_any, e)?,
+        };
+    } else {
+        let (gated, cache) = mlp_forward(&mut project, &normed, wants_gated, e)?;
+        normed_middle = retain(keep_middle, normed, e);
+        let joining = Joining { p: Projection::Down, norm: Norm::AfterMlp, wanted: wants_any };
+        (out, mlp_branch) = project.join(&joining, &gated, residual, e)?;
+        mlp = MlpCacheOn { gated: retain(save && layer.needs_whole(Input::Gated), gated, e), ..cache };
+    }
     context.tap(Point::Output, &mut out);
-    let gated = retain(save && layer.needs_whole_input(&[Down]), gated, e);
-    if needs.is_none_or(|n| !n.any) {
+    if !wants_any {
         return Ok((out, None));
     }
     let cache = LayerCacheOn {
-        norms: [input, query_rows, key_rows, attention_branch, middle, mlp_branch],
+        norms: [input, query_rows, key_rows, attention_branch, read, mlp_branch],
         normed_input,
         attention,
         attention_output,
         normed_middle,
-        gate_and_up,
-        gated,
+        mlp,
+        experts,
         projections: project.saved,
     };
     Ok((out, Some(cache)))
 }
 
-fn take<M>(field: Option<M>, name: &str) -> Result<M> {
+/// Query, key and value, however they are stored.
+fn query_key_value<E: Ops>(
+    project: &mut Projecting<'_, '_, E>,
+    normed: &E::Matrix,
+    e: &mut E,
+) -> Result<[E::Matrix; 3]> {
+    use Projection::*;
+    let config = project.context.config;
+    if config.options.query_key_value == super::options::QkvStorage::Separate {
+        let query = project.run(Query, normed, None, e)?;
+        return Ok([query, project.run(Key, normed, None, e)?, project.run(Value, normed, None, e)?]);
+    }
+    let joined = project.run(QueryKeyValue, normed, None, e)?;
+    let widths = [Query, Key, Value].map(|p| config.projection_shape(p).0);
+    let groups = if config.options.query_key_value == super::options::QkvStorage::PerHead {
+        config.num_attention_heads
+    } else {
+        1
+    };
+    let (parts, joined) = split_parts(joined, widths, groups, e);
+    e.release(joined);
+    Ok(parts)
+}
+
+pub(super) fn take<M>(field: Option<M>, name: &str) -> Result<M> {
     field.ok_or_else(|| Error::invalid(name, "absent", "the layer's forward must save it"))
 }
 
@@ -485,39 +477,22 @@ pub(super) fn layer_backward<E: Ops>(
     sinks: &mut LayerGradientsOn<E>,
     e: &mut E,
 ) -> Result<Option<E::Matrix>> {
-    use InputGradient::AddTo;
-    use Projection::*;
-    let (mut saved, mut norms, options) = (cache.projections, cache.norms, &context.config.options);
-    let LayerGradientsOn { projections: projection_sinks, norms: norm_sinks, biases, .. } = sinks;
-    let mut project =
-        |p: Projection, dy: &E::Matrix, x: Option<&E::Matrix>, dx: InputGradient<E::Matrix>, e: &mut E| {
-            if let Some(sink) = &mut biases[p as usize] {
-                e.add_row_sums(dy, sink);
-            }
-            let saved = saved[p as usize].1.take();
-            layer.projection(p).backward(e, dy, x, saved, &mut projection_sinks[p as usize], dx)
-        };
+    let (mut norms, options) = (cache.norms, &context.config.options);
+    let LayerGradientsOn { projections, norms: norm_sinks, biases, sinks: attention_sinks, .. } = sinks;
+    let mut project = Unprojecting { layer, context, saved: cache.projections, sinks: projections, biases };
     // The gradient of h starts as that of the output (residual path) and collects the rest in place.
     let mut dx = dout;
+    let beside = options.parallel.then(|| e.copy(&dx));
 
-    // out = h + down(gated), the branch perhaps normalised and scaled
+    // out = h + mlp(normed), the branch perhaps normalised and scaled
     let own = context.branch_backward(layer, Norm::AfterMlp, &dx, &mut norms, norm_sinks, e)?;
-    let wanted = InputGradient::fresh_if(needs.gated);
-    let dgated = project(Down, own.as_ref().unwrap_or(&dx), cache.gated.as_ref(), wanted, e)?;
-    [own, cache.gated].into_iter().flatten().for_each(|x| e.release(x));
-    let Some(mut dgated) = dgated else { return Ok(None) };
-    context.tap_gradient(Point::Gated, &mut dgated);
-    // gated = act(gate) o up
-    let (gate, up) = take(cache.gate_and_up, "gate and up")?;
-    let (mut dgate, mut dup) = e.gated_backward(options.activation, &dgated, gate, up)?;
-    context.tap_gradient(Point::Gate, &mut dgate);
-    context.tap_gradient(Point::Up, &mut dup);
-    e.release(dgated);
-    // gate = gate_proj(normed), up = up_proj(normed)
+    let upstream = own.as_ref().unwrap_or(&dx);
     let normed = cache.normed_middle.as_ref();
-    let dnormed = project(Gate, &dgate, normed, InputGradient::fresh_if(needs.normed_middle), e)?;
-    let dnormed = project(Up, &dup, normed, dnormed.map_or(InputGradient::Skip, AddTo), e)?;
-    [Some(dgate), Some(dup), cache.normed_middle].into_iter().flatten().for_each(|x| e.release(x));
+    let dnormed = match cache.experts {
+        Some(kept) => experts_backward(&mut project, kept, upstream, normed, needs, e)?,
+        None => mlp_backward(&mut project, cache.mlp, upstream, normed, needs, e)?,
+    };
+    [own, cache.normed_middle].into_iter().flatten().for_each(|x| e.release(x));
     // normed = norm(h)
     if let Some(mut dnormed) = dnormed {
         context.tap_gradient(Point::NormedMiddle, &mut dnormed);
@@ -529,15 +504,20 @@ pub(super) fn layer_backward<E: Ops>(
         return Ok(None);
     }
     // h = x + o(attended), the branch perhaps normalised and scaled
-    let own = context.branch_backward(layer, Norm::AfterAttention, &dx, &mut norms, norm_sinks, e)?;
+    let upstream = beside.as_ref().unwrap_or(&dx);
+    let own = context.branch_backward(layer, Norm::AfterAttention, upstream, &mut norms, norm_sinks, e)?;
+    let upstream = own.as_ref().unwrap_or(upstream);
     let wanted = InputGradient::fresh_if(needs.attention);
-    let dattended = project(Output, own.as_ref().unwrap_or(&dx), cache.attention_output.as_ref(), wanted, e)?;
-    own.into_iter().for_each(|x| e.release(x));
+    let dattended = project.run(Projection::Output, upstream, cache.attention_output.as_ref(), wanted, e)?;
+    [own, beside].into_iter().flatten().for_each(|x| e.release(x));
     let Some(mut dattended) = dattended else { return Ok(None) };
     context.tap_gradient(Point::Attended, &mut dattended);
     // attended = attention(rope(norm(q)), rope(norm(k)), v)
     let attention = take(cache.attention, "query, key, value")?;
     let attended = take(cache.attention_output, "attention_output")?;
+    if let (Some(numbers), Some(sink)) = (&layer.sinks, attention_sinks) {
+        e.sinks_backward(&dattended, (&attended, &attention), numbers, context.inputs, sink)?;
+    }
     let [mut dquery, mut dkey, mut dvalue] =
         e.attention_backward(dattended, attention, attended, context.inputs, &context.scoring())?;
     context.tap_gradient(Point::RotatedQuery, &mut dquery);
@@ -552,16 +532,45 @@ pub(super) fn layer_backward<E: Ops>(
     context.tap_gradient(Point::Query, &mut dquery);
     context.tap_gradient(Point::Key, &mut dkey);
     // q, k, v = projections of normed
-    let mut sum = InputGradient::fresh_if(needs.normed_input);
-    for (p, dy) in [(Query, &dquery), (Key, &dkey), (Value, &dvalue)] {
-        sum = project(p, dy, cache.normed_input.as_ref(), sum, e)?.map_or(InputGradient::Skip, AddTo);
-    }
-    [Some(dquery), Some(dkey), Some(dvalue), cache.normed_input].into_iter().flatten().for_each(|x| e.release(x));
+    let normed = cache.normed_input;
+    let wanted = InputGradient::fresh_if(needs.normed_input);
+    let dnormed = query_key_value_backward(&mut project, [dquery, dkey, dvalue], normed.as_ref(), wanted, e)?;
+    normed.into_iter().for_each(|x| e.release(x));
     // normed = norm(x)
-    if let AddTo(mut dnormed) = sum {
+    if let Some(mut dnormed) = dnormed {
         context.tap_gradient(Point::NormedInput, &mut dnormed);
         let state = (&mut norms, &mut *norm_sinks);
         dx = context.enter_backward(layer, Norm::BeforeAttention, dnormed, dx, needs.input, state, e)?;
     }
     Ok(needs.input.then_some(dx))
+}
+
+/// The backward of [`query_key_value`].
+fn query_key_value_backward<E: Ops>(
+    project: &mut Unprojecting<'_, '_, E>,
+    gradients: [E::Matrix; 3],
+    normed: Option<&E::Matrix>,
+    mut wanted: InputGradient<E::Matrix>,
+    e: &mut E,
+) -> Result<Option<E::Matrix>> {
+    use Projection::*;
+    let config = project.context.config;
+    let groups = match config.options.query_key_value {
+        super::options::QkvStorage::Separate => {
+            for (p, dy) in [Query, Key, Value].into_iter().zip(&gradients) {
+                wanted = project.run(p, dy, normed, wanted, e)?.map_or(InputGradient::Skip, InputGradient::AddTo);
+            }
+            gradients.into_iter().for_each(|dy| e.release(dy));
+            return Ok(match wanted {
+                InputGradient::AddTo(sum) => Some(sum),
+                _ => None,
+            });
+        }
+        super::options::QkvStorage::Blocks => 1,
+        super::options::QkvStorage::PerHead => config.num_attention_heads,
+    };
+    let joined = join_parts(gradients.into(), groups, e)?;
+    let dnormed = project.run(QueryKeyValue, &joined, normed, wanted, e)?;
+    e.release(joined);
+    Ok(dnormed)
 }

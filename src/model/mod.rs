@@ -39,17 +39,27 @@
 //! only if some trainable tensor's gradient needs it.
 
 mod adapter_config;
+mod adapter_experts;
 pub mod adapter_folder;
+mod adapter_outside;
 mod attach;
 mod batch;
 mod calibration;
 pub mod checkpoint;
 mod config;
+mod experts;
+mod families;
 mod gradients;
 mod instruments;
 mod layer;
+mod layout;
+mod mlp;
+mod names;
+mod norm;
 pub mod options;
+mod outside_adapters;
 mod parameters;
+mod projecting;
 pub mod s2ft;
 mod step;
 pub mod update;
@@ -58,10 +68,15 @@ pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
 pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
+pub use experts::ExpertsCacheOn;
 pub use gradients::{Gradients, GradientsOn, LayerGradients, LayerGradientsOn};
 pub use instruments::{AddToOutput, Instruments, InstrumentsOn, Place, Point, Tap, TapOn};
 pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
-pub use parameters::{Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
+pub use mlp::MlpCacheOn;
+pub use names::Outside;
+pub use norm::{NormOn, NormSinks};
+pub use outside_adapters::{OutsideAdapters, OutsideSinks};
+pub use parameters::{Input, Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
 pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]

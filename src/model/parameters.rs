@@ -3,7 +3,11 @@
 use super::config::ModelConfig;
 use super::gradients::Gradients;
 use super::layer::{Layer, LayerOn};
+use super::names::Outside;
+use super::norm::NormOn;
 use super::options::Norm;
+use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideAdapters};
+use crate::adapters::lora::LoraOn;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -12,7 +16,20 @@ use ndarray::{Array1, Array2};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// The seven projections of a layer.
+/// The inputs of a layer's projections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// The normalised input of the layer.
+    Normed,
+    /// The output of attention.
+    Attended,
+    /// The normalised input of the MLP.
+    NormedMiddle,
+    /// act(gate) o up.
+    Gated,
+}
+
+/// A projection of a layer. A family has some of them ([`ModelConfig::projections`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Projection {
     /// `self_attn.q_proj`.
@@ -21,18 +38,28 @@ pub enum Projection {
     Key,
     /// `self_attn.v_proj`.
     Value,
+    /// The three above stored as one, `self_attn.qkv_proj`.
+    QueryKeyValue,
     /// `self_attn.o_proj`.
     Output,
     /// `mlp.gate_proj`.
     Gate,
-    /// `mlp.up_proj`.
+    /// `mlp.up_proj`; the first of two where an MLP has no gate.
     Up,
+    /// Gate and up stored as one, `mlp.gate_up_proj`.
+    GateUp,
     /// `mlp.down_proj`.
     Down,
+    /// Scores of the experts, `mlp.gate`.
+    Router,
+    /// Gate and up of one expert.
+    ExpertGateUp(u16),
+    /// `down_proj` of one expert.
+    ExpertDown(u16),
 }
 
 impl Projection {
-    /// In the order in which a layer stores and updates them.
+    /// The seven of a LLaMA layer, in the order in which it stores and updates them.
     pub const ALL: [Projection; 7] = [
         Projection::Query,
         Projection::Key,
@@ -43,23 +70,57 @@ impl Projection {
         Projection::Down,
     ];
 
-    /// Path inside a layer, as in a Hugging Face checkpoint.
+    /// Those that [`Projection::parse`] knows by name beyond [`Projection::ALL`].
+    const JOINED: [Projection; 3] = [Projection::QueryKeyValue, Projection::GateUp, Projection::Router];
+
+    /// Path inside a layer in LLaMA's way of naming; a family's own is [`super::options::Options::path`].
     pub fn path(self) -> &'static str {
         match self {
             Projection::Query => "self_attn.q_proj",
             Projection::Key => "self_attn.k_proj",
             Projection::Value => "self_attn.v_proj",
+            Projection::QueryKeyValue => "self_attn.qkv_proj",
             Projection::Output => "self_attn.o_proj",
             Projection::Gate => "mlp.gate_proj",
             Projection::Up => "mlp.up_proj",
+            Projection::GateUp => "mlp.gate_up_proj",
             Projection::Down => "mlp.down_proj",
+            Projection::Router => "mlp.gate",
+            Projection::ExpertGateUp(_) => "mlp.experts.gate_up_proj",
+            Projection::ExpertDown(_) => "mlp.experts.down_proj",
         }
     }
 
-    /// PEFT's module name, for instance `q_proj`.
+    /// The last part of the path, for instance `q_proj`.
     pub fn module(self) -> &'static str {
         let path = self.path();
-        path.split_once('.').map_or(path, |(_, module)| module)
+        path.rsplit_once('.').map_or(path, |(_, module)| module)
+    }
+
+    /// Place in [`Projection::ALL`].
+    pub fn index(self) -> Option<usize> {
+        Self::ALL.iter().position(|&p| p == self)
+    }
+
+    /// Whether it ends a residual branch.
+    pub fn ends_branch(self) -> bool {
+        matches!(self, Projection::Output | Projection::Down | Projection::ExpertDown(_))
+    }
+
+    /// What it reads.
+    pub fn input(self) -> Input {
+        match self {
+            Projection::Query | Projection::Key | Projection::Value | Projection::QueryKeyValue => Input::Normed,
+            Projection::Output => Input::Attended,
+            Projection::Gate | Projection::Up | Projection::GateUp => Input::NormedMiddle,
+            Projection::Router | Projection::ExpertGateUp(_) => Input::NormedMiddle,
+            Projection::Down | Projection::ExpertDown(_) => Input::Gated,
+        }
+    }
+
+    /// Whether it belongs to the experts of a mixture, which PEFT takes for parameters, not modules.
+    pub fn of_experts(self) -> bool {
+        matches!(self, Projection::Router | Projection::ExpertGateUp(_) | Projection::ExpertDown(_))
     }
 }
 
@@ -67,7 +128,8 @@ impl std::str::FromStr for Projection {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Projection::ALL.into_iter().find(|p| p.module() == text || p.path() == text).ok_or_else(|| {
+        let mut all = Projection::ALL.into_iter().chain(Projection::JOINED);
+        all.find(|p| p.module() == text || p.path() == text).ok_or_else(|| {
             let known = Projection::ALL.map(Projection::module).join(", ");
             Error::invalid("target module", text, format!("must be one of {known}"))
         })
@@ -81,10 +143,21 @@ pub struct TrainableParts {
     pub embedding: bool,
     /// Every norm's gain.
     pub norms: bool,
-    /// Every projection's bias.
+    /// Every bias, of projections and of layer norms.
     pub biases: bool,
+    /// Attention sinks.
+    pub sinks: bool,
+    /// The table of learned positions.
+    pub positions: bool,
     /// The output projection; when tied it is the embedding and follows that flag.
     pub lm_head: bool,
+}
+
+impl TrainableParts {
+    /// All of them.
+    pub fn all() -> Self {
+        Self { embedding: true, norms: true, biases: true, sinks: true, positions: true, lm_head: true }
+    }
 }
 
 /// Gives a trained tensor's values by its name and shape.
@@ -100,14 +173,18 @@ pub struct ModelOn<E: Ops> {
     pub config: ModelConfig,
     /// Embedding table, `V x D`.
     pub embedding: E::Matrix,
+    /// Table of learned positions.
+    pub positions: Option<E::Matrix>,
     /// Layers.
     pub layers: Vec<LayerOn<E>>,
-    /// Gain of the last norm.
-    pub final_norm: E::Vector,
+    /// The last norm.
+    pub final_norm: NormOn<E>,
     /// Output projection, `V x D`; `None` when tied to the embedding.
     pub lm_head: Option<E::Matrix>,
     /// What is trained outside the projections.
     pub trainable: TrainableParts,
+    /// Low-rank updates of embedding and output projection.
+    pub adapters: OutsideAdapters<E>,
 }
 
 /// A decoder with its adapters on the processor.
@@ -126,21 +203,36 @@ pub struct Trainable<'a, T> {
 /// What holds trained tensors.
 enum Trained<'a, E: Ops> {
     Matrix(&'a mut E::Matrix),
-    Gain(&'a mut E::Vector),
+    Vector(&'a mut E::Vector),
     Projection(&'a mut LinearOn<E>),
 }
 
 /// Sees what holds trained tensors, by name.
 type See<'a, E> = &'a mut dyn FnMut(&mut E, &str, Trained<'_, E>) -> Result<()>;
 
+/// Shows a norm's vectors, as far as they are trained.
+fn see_norm<E: Ops>(
+    e: &mut E,
+    see: See<'_, E>,
+    parts: TrainableParts,
+    norm: &mut NormOn<E>,
+    names: [String; 2],
+) -> Result<()> {
+    if parts.norms {
+        see(e, &names[0], Trained::Vector(&mut norm.gain))?;
+    }
+    match &mut norm.bias {
+        Some(bias) if parts.biases => see(e, &names[1], Trained::Vector(bias)),
+        _ => Ok(()),
+    }
+}
+
 impl<E: Ops> ModelOn<E> {
     /// Full fine-tuning: every tensor is trained.
     pub fn train_fully(&mut self) {
-        self.trainable = TrainableParts { embedding: true, norms: true, biases: true, lm_head: true };
+        self.trainable = TrainableParts::all();
         for layer in &mut self.layers {
-            for p in Projection::ALL {
-                layer.projection_mut(p).method = MethodOn::Full;
-            }
+            layer.projections_mut().for_each(|(_, projection)| projection.method = MethodOn::Full);
         }
     }
 
@@ -148,10 +240,9 @@ impl<E: Ops> ModelOn<E> {
     pub fn freeze(&mut self) {
         self.trainable = TrainableParts::default();
         for layer in &mut self.layers {
-            for p in Projection::ALL {
-                let method = &mut layer.projection_mut(p).method;
-                if matches!(method, MethodOn::Full) {
-                    *method = MethodOn::Frozen;
+            for (_, projection) in layer.projections_mut() {
+                if matches!(projection.method, MethodOn::Full) {
+                    projection.method = MethodOn::Frozen;
                 }
             }
         }
@@ -169,21 +260,25 @@ impl<E: Ops> ModelOn<E> {
             let (rows, columns) = E::shape(x);
             rows * columns
         };
-        let widths: usize = Norm::ALL.iter().filter_map(|&norm| self.config.norm_width(norm)).sum();
-        let gains = if parts.norms { self.layers.len() * widths + self.config.hidden_size } else { 0 };
-        let biases = || Projection::ALL.into_iter().filter(|&p| self.config.options.biases[p as usize]);
-        let outs: usize = biases().map(|p| self.config.projection_shape(p).0).sum();
-        let gains = gains + if parts.biases { self.layers.len() * outs } else { 0 };
-        let table = if parts.embedding { elements(&self.embedding) } else { 0 };
-        let head = if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
-        let adapters: usize = self
-            .layers
-            .iter()
-            .flat_map(|layer| Projection::ALL.map(|p| layer.projection(p).trainable_shapes()))
-            .flatten()
-            .map(|(rows, columns)| rows * columns)
-            .sum();
-        gains + table + head + adapters
+        let (config, options) = (&self.config, &self.config.options);
+        let widths: usize = Norm::ALL.iter().filter_map(|&norm| config.norm_width(norm)).sum();
+        let norms = self.layers.len() * widths + config.hidden_size;
+        let mut numbers = if parts.norms { norms } else { 0 };
+        if parts.biases {
+            numbers += if options.layer_norm { norms } else { 0 };
+            let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(_, p)| p.bias.is_some());
+            numbers += biased.map(|(_, p)| p.shape().0).sum::<usize>();
+        }
+        numbers += if parts.sinks && options.sinks { self.layers.len() * config.num_attention_heads } else { 0 };
+        numbers += if parts.embedding { elements(&self.embedding) } else { 0 };
+        numbers += if parts.positions { self.positions.as_ref().map_or(0, elements) } else { 0 };
+        numbers += if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
+        let outside = self.adapters.named().into_iter().filter_map(|(lora, _)| lora.as_ref());
+        numbers += outside.map(|lora| elements(&lora.a) + elements(&lora.b)).sum::<usize>();
+        let projections = self.layers.iter().flat_map(|layer| layer.projections());
+        numbers +=
+            projections.flat_map(|(_, p)| p.trainable_shapes()).map(|(rows, columns)| rows * columns).sum::<usize>();
+        numbers
     }
 
     /// Calls `change` on every trainable tensor by name and puts the result in effect.
@@ -200,7 +295,7 @@ impl<E: Ops> ModelOn<E> {
     ) -> Result<()> {
         self.visit(e, &mut |e, name, tensor| match tensor {
             Trained::Matrix(values) => change(name, values),
-            Trained::Gain(gain) => {
+            Trained::Vector(gain) => {
                 let mut row = e.row(gain);
                 let outcome = change(name, &mut row);
                 e.put_row(gain, row);
@@ -215,34 +310,49 @@ impl<E: Ops> ModelOn<E> {
     /// Everything that holds trained tensors, in the order of [`ModelOn::for_each_trainable_on`].
     fn visit(&mut self, e: &mut E, see: See<'_, E>) -> Result<()> {
         let (parts, options) = (self.trainable, &self.config.options);
+        let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         if parts.embedding {
-            see(e, "model.embed_tokens.weight", Trained::Matrix(&mut self.embedding))?;
+            see(e, &outside(Outside::Embedding, "weight"), Trained::Matrix(&mut self.embedding))?;
+        }
+        if let Some(lora) = &mut self.adapters.embedding {
+            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(EMBEDDING_FACTORS) {
+                see(e, &outside(Outside::Embedding, name), Trained::Matrix(factor))?;
+            }
+        }
+        if let (Some(table), true) = (&mut self.positions, parts.positions) {
+            see(e, &outside(Outside::Positions, "weight"), Trained::Matrix(table))?;
         }
         for (l, layer) in self.layers.iter_mut().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            let norm_name = |norm: Norm| format!("{prefix}.{}.weight", options.norm_name(norm).unwrap_or(""));
-            if let (Some(gain), true) = (&mut layer.norms[0], parts.norms) {
-                see(e, &norm_name(Norm::BeforeAttention), Trained::Gain(gain))?;
+            let names = |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+            let [first, rest @ ..] = &mut layer.norms;
+            if let Some(first) = first {
+                see_norm(e, see, parts, first, names(Norm::BeforeAttention))?;
             }
-            for p in Projection::ALL {
-                let name = format!("{prefix}.{}", p.path());
-                let projection = layer.projection_mut(p);
+            for (&p, projection) in &mut layer.projections {
+                let name = options.module(l, p);
                 see(e, &name, Trained::Projection(projection))?;
                 if let (Some(bias), true) = (&mut projection.bias, parts.biases) {
-                    see(e, &format!("{name}.bias"), Trained::Gain(bias))?;
+                    see(e, &format!("{name}.bias"), Trained::Vector(bias))?;
                 }
             }
-            for norm in Norm::ALL.into_iter().skip(1).filter(|_| parts.norms) {
-                if let Some(gain) = &mut layer.norms[norm as usize] {
-                    see(e, &norm_name(norm), Trained::Gain(gain))?;
+            if let (Some(sinks), true) = (&mut layer.sinks, parts.sinks) {
+                see(e, &options.sinks_name(l), Trained::Vector(sinks))?;
+            }
+            for (of, vectors) in Norm::ALL.into_iter().skip(1).zip(rest) {
+                if let Some(vectors) = vectors {
+                    see_norm(e, see, parts, vectors, names(of))?;
                 }
             }
         }
-        if parts.norms {
-            see(e, "model.norm.weight", Trained::Gain(&mut self.final_norm))?;
-        }
+        let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
+        see_norm(e, see, parts, &mut self.final_norm, names)?;
         if let (Some(head), true) = (&mut self.lm_head, parts.lm_head) {
-            see(e, "lm_head.weight", Trained::Matrix(head))?;
+            see(e, &outside(Outside::Head, "weight"), Trained::Matrix(head))?;
+        }
+        if let Some(lora) = &mut self.adapters.head {
+            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(HEAD_FACTORS) {
+                see(e, &outside(Outside::Head, name), Trained::Matrix(factor))?;
+            }
         }
         Ok(())
     }
@@ -253,35 +363,50 @@ impl<E: Ops> ModelOn<E> {
         e: &mut E,
         values: impl Fn(&LinearOn<E>, &mut E) -> Vec<E::Matrix>,
     ) -> Vec<(String, E::Matrix)> {
-        let parts = self.trainable;
+        let (parts, options) = (self.trainable, &self.config.options);
+        let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let mut all = Vec::new();
         if parts.embedding {
-            all.push(("model.embed_tokens.weight".into(), self.embedding.clone()));
+            all.push((outside(Outside::Embedding, "weight"), self.embedding.clone()));
         }
+        let factors = |lora: &Option<LoraOn<E>>, module: Outside, names: [&str; 2]| {
+            let [a, b] = names.map(|name| outside(module, name));
+            lora.iter()
+                .flat_map(move |lora| [(a.clone(), lora.a.clone()), (b.clone(), lora.b.clone())])
+                .collect::<Vec<_>>()
+        };
+        all.extend(factors(&self.adapters.embedding, Outside::Embedding, EMBEDDING_FACTORS));
+        if parts.positions {
+            all.extend(self.positions.as_ref().map(|table| (outside(Outside::Positions, "weight"), table.clone())));
+        }
+        let norm = |e: &mut E, norm: Option<&NormOn<E>>, names: [String; 2]| {
+            let [gain, bias] = names;
+            let gain = norm.filter(|_| parts.norms).map(|norm| (gain, e.row(&norm.gain)));
+            let bias = norm.filter(|_| parts.biases).and_then(|norm| Some((bias, e.row(norm.bias.as_ref()?))));
+            gain.into_iter().chain(bias)
+        };
         for (l, layer) in self.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            let gain = |norm: Norm, e: &mut E| {
-                let name = self.config.options.norm_name(norm).unwrap_or("");
-                let row = layer.gain(norm).filter(|_| parts.norms).map(|gain| e.row(gain));
-                row.map(|row| (format!("{prefix}.{name}.weight"), row))
-            };
-            all.extend(gain(Norm::BeforeAttention, e));
-            for p in Projection::ALL {
-                let projection = layer.projection(p);
-                let names = projection.method.trainable_names().iter();
-                let named = names.zip(values(projection, e));
-                all.extend(named.map(|(name, values)| (format!("{prefix}.{}.{name}", p.path()), values)));
+            let names = |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+            all.extend(norm(e, layer.norm(Norm::BeforeAttention), names(Norm::BeforeAttention)));
+            for (p, projection) in layer.projections() {
+                let module = options.module(l, p);
+                let named = projection.method.trainable_names().iter().zip(values(projection, e));
+                all.extend(named.map(|(name, values)| (format!("{module}.{name}"), values)));
                 let bias = projection.bias.as_ref().filter(|_| parts.biases).map(|bias| e.row(bias));
-                all.extend(bias.map(|bias| (format!("{prefix}.{}.bias", p.path()), bias)));
+                all.extend(bias.map(|bias| (format!("{module}.bias"), bias)));
             }
-            all.extend(Norm::ALL.into_iter().skip(1).filter_map(|norm| gain(norm, e)));
+            let sinks = layer.sinks.as_ref().filter(|_| parts.sinks);
+            all.extend(sinks.map(|sinks| (options.sinks_name(l), e.row(sinks))));
+            for of in Norm::ALL.into_iter().skip(1) {
+                all.extend(norm(e, layer.norm(of), names(of)));
+            }
         }
-        if parts.norms {
-            all.push(("model.norm.weight".into(), e.row(&self.final_norm)));
-        }
+        let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
+        all.extend(norm(e, Some(&self.final_norm), names));
         if parts.lm_head {
-            all.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".into(), head.clone())));
+            all.extend(self.lm_head.as_ref().map(|head| (outside(Outside::Head, "weight"), head.clone())));
         }
+        all.extend(factors(&self.adapters.head, Outside::Head, HEAD_FACTORS));
         all
     }
 
@@ -299,7 +424,7 @@ impl<E: Ops> ModelOn<E> {
         self.visit(e, &mut |e, name, tensor| {
             match tensor {
                 Trained::Matrix(values) => *values = read(name, E::shape(values))?,
-                Trained::Gain(gain) => {
+                Trained::Vector(gain) => {
                     let shape = E::shape(&e.row(gain));
                     e.put_row(gain, read(name, shape)?);
                 }
@@ -319,7 +444,10 @@ impl<E: Ops> ModelOn<E> {
     pub(crate) fn trained_below(&self, index: usize) -> bool {
         self.trainable.embedding
             || (index > 0 && (self.trainable.norms || self.trainable.biases))
-            || self.layers[..index].iter().any(|l| Projection::ALL.into_iter().any(|p| l.projection(p).is_trainable()))
+            || self.trainable.positions
+            || self.adapters.embedding.is_some()
+            || (index > 0 && self.trainable.sinks && self.config.options.sinks)
+            || self.layers[..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
     }
 }
 
@@ -345,22 +473,38 @@ impl<T: Real> Model<T> {
         let embedding = normal((config.vocab_size, width), 0.02);
         // A gain of 1, whichever way the family writes it.
         let unit = T::of(if config.options.unit_gain { 0.0 } else { 1.0 });
+        let options = &config.options;
+        let norm = |width: usize| NormOn {
+            gain: Array1::from_elem(width, unit),
+            bias: options.layer_norm.then(|| Array1::zeros(width)),
+        };
         let layers = (0..config.num_hidden_layers)
-            .map(|_| {
-                let projections = Projection::ALL.map(|p| {
-                    let (shape, ends) =
-                        (config.projection_shape(p), matches!(p, Projection::Output | Projection::Down));
-                    let mut projection = AdaptedLinear::frozen(normal(shape, if ends { residual } else { 0.02 }));
-                    projection.bias = config.options.biases[p as usize].then(|| Array1::zeros(shape.0));
-                    projection
+            .map(|l| {
+                let projections = config.projections(l).into_iter().map(|p| {
+                    let shape = config.projection_shape(p);
+                    let weight = normal(shape, if p.ends_branch() { residual } else { 0.02 });
+                    let mut projection = AdaptedLinear::frozen(weight);
+                    projection.bias = options.has_bias(p).then(|| Array1::zeros(shape.0));
+                    (p, projection)
                 });
-                let gain = |norm| config.norm_width(norm).map(|width| Array1::from_elem(width, unit));
-                Layer::new(projections, Norm::ALL.map(gain))
+                let projections: Vec<_> = projections.collect();
+                let sinks = options.sinks.then(|| Array1::zeros(config.num_attention_heads));
+                Layer::new(projections, Norm::ALL.map(|of| config.norm_width(of).map(norm)), sinks)
             })
             .collect();
+        let positions = options.positions.map(|offset| normal((config.max_position_embeddings + offset, width), 0.02));
+        let final_norm = norm(width);
         let lm_head = (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
-        let final_norm = Array1::from_elem(width, unit);
-        Ok(Self { config, embedding, layers, final_norm, lm_head, trainable: TrainableParts::default() })
+        Ok(Self {
+            config,
+            embedding,
+            positions,
+            layers,
+            final_norm,
+            lm_head,
+            trainable: TrainableParts::default(),
+            adapters: Default::default(),
+        })
     }
 
     /// Zeroed sinks for every trainable tensor.
@@ -424,11 +568,15 @@ impl<T: Real> Model<T> {
     pub fn weight_bytes(&self) -> (usize, usize) {
         let single = size_of::<T>();
         let outside = self.embedding.len()
-            + self.final_norm.len()
+            + self.positions.as_ref().map_or(0, Array2::len)
+            + self.final_norm.gain.len()
+            + self.final_norm.bias.as_ref().map_or(0, Array1::len)
             + self.lm_head.as_ref().map_or(0, Array2::len)
             + self.layers.iter().map(LayerOn::vectors).sum::<usize>();
-        let projections = || self.layers.iter().flat_map(|l| Projection::ALL.map(|p| l.projection(p)));
-        let weights: usize = projections().map(|p| p.base.bytes()).sum();
-        (outside * single + weights, projections().map(LinearOn::held).sum::<usize>() * single)
+        let projections = || self.layers.iter().flat_map(|l| l.projections());
+        let weights: usize = projections().map(|(_, p)| p.base.bytes()).sum();
+        let factors: usize =
+            self.adapters.named().iter().filter_map(|(l, _)| l.as_ref()).map(|l| l.a.len() + l.b.len()).sum();
+        (outside * single + weights, (factors + projections().map(|(_, p)| p.held()).sum::<usize>()) * single)
     }
 }

@@ -14,13 +14,15 @@
 use super::calibration::Calibration;
 use super::config::ModelConfig;
 use super::layer::Layer;
-use super::options::QueryKeyNorm;
+use super::norm::NormOn;
+use super::options::{Norm, QkvStorage, QueryKeyNorm};
 use super::parameters::{Model, Projection};
 use crate::adapters::s2ft::{S2ftSlice, Side};
 use crate::adapters::selection::{ColumnRule, Score, rank};
 use crate::adapters::{BaseWeight, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::ops::Cpu;
 use ndarray::{Array1, Array2, Axis};
 use rand::Rng;
 use std::ops::Range;
@@ -37,8 +39,12 @@ pub struct LayerOrder {
 impl LayerOrder {
     /// The original row (or column, for o and down) of what now stands at each place of a projection.
     pub fn lines(&self, p: Projection, config: &ModelConfig) -> Vec<usize> {
-        let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
-        expand(if channels { &self.channels } else { &self.groups }, unit_width(p, config))
+        lines(p, self.of(p), config)
+    }
+
+    /// The order of what a projection's units are.
+    fn of(&self, p: Projection) -> &[usize] {
+        if is_of_channels(p) { &self.channels } else { &self.groups }
     }
 }
 
@@ -72,9 +78,33 @@ pub struct S2ftSpec {
 impl Default for S2ftSpec {
     fn default() -> Self {
         let mut ratios = [0.0; 7];
-        ratios[Projection::Output as usize] = 0.052;
-        ratios[Projection::Down as usize] = 0.02;
+        for (ratio, p) in ratios.iter_mut().zip(Projection::ALL) {
+            *ratio = match p {
+                Projection::Output => 0.052,
+                Projection::Down => 0.02,
+                _ => 0.0,
+            };
+        }
         Self { ratios, rule: ColumnRule::default(), scope: Scope::default() }
+    }
+}
+
+impl S2ftSpec {
+    /// Share of a projection's units; zero for one that S2FT does not slice.
+    pub fn ratio(&self, p: Projection) -> f64 {
+        p.index().map_or(0.0, |i| self.ratios[i])
+    }
+
+    /// Sets it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a projection that S2FT does not slice.
+    pub fn set_ratio(&mut self, p: Projection, ratio: f64) -> Result<()> {
+        let Some(i) = p.index() else {
+            return Err(Error::invalid("method.ratios", p.module(), "s2ft slices q, k, v, o, gate, up, down only"));
+        };
+        self.ratios[i] = ratio;
+        Ok(())
     }
 }
 
@@ -129,11 +159,45 @@ fn expand(order: &[usize], width: usize) -> Vec<usize> {
     order.iter().flat_map(|&unit| unit * width..(unit + 1) * width).collect()
 }
 
+/// Whether a projection's units are channels of the MLP, not heads.
+fn is_of_channels(p: Projection) -> bool {
+    matches!(p, Projection::Gate | Projection::Up | Projection::GateUp | Projection::Down)
+}
+
+/// Rows (or columns, for o and down) of a projection in an order of its units.
+fn lines(p: Projection, order: &[usize], config: &ModelConfig) -> Vec<usize> {
+    let after = |start: usize, width: usize| expand(order, width).into_iter().map(move |i| start + i);
+    match p {
+        Projection::QueryKeyValue if config.options.query_key_value == QkvStorage::PerHead => {
+            expand(order, 3 * config.head_dim)
+        }
+        Projection::QueryKeyValue => {
+            let mut start = 0;
+            let mut all = Vec::new();
+            for p in [Projection::Query, Projection::Key, Projection::Value] {
+                all.extend(after(start, unit_width(p, config)));
+                start += config.projection_shape(p).0;
+            }
+            all
+        }
+        Projection::GateUp => after(0, 1).chain(after(config.intermediate_size, 1)).collect(),
+        p => expand(order, unit_width(p, config)),
+    }
+}
+
 /// Original row or column of a projection that now stands at each place; `None` in the checkpoint's order.
 pub(super) fn original_places(order: Option<&LayerOrder>, p: Projection, config: &ModelConfig) -> Option<Vec<usize>> {
-    let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
-    let order = order.map(|o| if channels { &o.channels } else { &o.groups })?;
-    Some(expand(order, unit_width(p, config)))
+    order.map(|order| order.lines(p, config))
+}
+
+/// The projection whose heads a norm of the full width normalises.
+fn normalised_heads(norm: Norm, config: &ModelConfig) -> Option<Projection> {
+    let whole = config.options.query_key_norm == QueryKeyNorm::Width;
+    match norm {
+        Norm::Query if whole => Some(Projection::Query),
+        Norm::Key if whole => Some(Projection::Key),
+        _ => None,
+    }
 }
 
 fn inverse(order: &[usize]) -> Vec<usize> {
@@ -147,7 +211,7 @@ fn inverse(order: &[usize]) -> Vec<usize> {
 fn reorder<T: Real>(weight: &Array2<T>, p: Projection, order: &[usize], config: &ModelConfig) -> Array2<T> {
     let axis = if side_of(p) == Side::Output { Axis(0) } else { Axis(1) };
     // Selecting columns can leave a matrix column-major; products and checkpoints want it row-major.
-    weight.select(axis, &expand(order, unit_width(p, config))).as_standard_layout().into_owned()
+    weight.select(axis, &lines(p, order, config)).as_standard_layout().into_owned()
 }
 
 impl<T: Real> Layer<T> {
@@ -155,36 +219,63 @@ impl<T: Real> Layer<T> {
     pub(super) fn checkpoint_weight(&self, p: Projection, config: &ModelConfig) -> Result<Array2<T>> {
         let weight = self.projection(p).effective_weight()?;
         Ok(match &self.order {
-            None => weight,
-            Some(order) if matches!(p, Projection::Gate | Projection::Up | Projection::Down) => {
-                reorder(&weight, p, &inverse(&order.channels), config)
-            }
-            Some(order) => reorder(&weight, p, &inverse(&order.groups), config),
+            Some(order) if !p.of_experts() => reorder(&weight, p, &inverse(order.of(p)), config),
+            _ => weight,
         })
     }
 
     /// The bias of a projection in the checkpoint's order of heads and channels.
     pub(super) fn checkpoint_bias(&self, p: Projection, config: &ModelConfig) -> Option<Array1<T>> {
         let bias = self.projection(p).bias.as_ref()?;
-        let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
-        let order = self.order.as_ref().filter(|_| side_of(p) == Side::Output);
-        Some(match order.map(|order| if channels { &order.channels } else { &order.groups }) {
-            None => bias.clone(),
-            Some(order) => bias.select(Axis(0), &expand(&inverse(order), unit_width(p, config))),
+        Some(match &self.order {
+            Some(order) if side_of(p) == Side::Output && !p.of_experts() => {
+                bias.select(Axis(0), &lines(p, &inverse(order.of(p)), config))
+            }
+            _ => bias.clone(),
+        })
+    }
+
+    /// A norm in the checkpoint's order of heads.
+    pub(super) fn checkpoint_norm(&self, norm: Norm, config: &ModelConfig) -> Option<NormOn<Cpu<T>>> {
+        let mut vectors = self.norm(norm)?.clone();
+        if let (Some(order), Some(p)) = (&self.order, normalised_heads(norm, config)) {
+            vectors.gain = vectors.gain.select(Axis(0), &lines(p, &inverse(&order.groups), config));
+        }
+        Some(vectors)
+    }
+
+    /// Attention sinks in the checkpoint's order of heads.
+    pub(super) fn checkpoint_sinks(&self, config: &ModelConfig) -> Option<Array1<T>> {
+        let sinks = self.sinks.as_ref()?;
+        let group = config.num_attention_heads / config.num_key_value_heads;
+        Some(match &self.order {
+            Some(order) => sinks.select(Axis(0), &expand(&inverse(&order.groups), group)),
+            None => sinks.clone(),
         })
     }
 
     /// Reorders coupled structures; `next` is relative to the present order.
     pub(super) fn co_permute(&mut self, next: &LayerOrder, config: &ModelConfig) -> Result<()> {
         let identity = |order: &[usize]| order.iter().enumerate().all(|(i, &o)| i == o);
-        for p in Projection::ALL {
-            let channels = matches!(p, Projection::Gate | Projection::Up | Projection::Down);
-            let order = if channels { &next.channels } else { &next.groups };
+        for order in [&next.groups, &next.channels] {
             crate::adapters::paca::check_index(order, order.len())?;
+        }
+        if !identity(&next.groups) {
+            for norm in [Norm::Query, Norm::Key] {
+                if let (Some(p), Some(vectors)) = (normalised_heads(norm, config), &mut self.norms[norm as usize]) {
+                    vectors.gain = vectors.gain.select(Axis(0), &lines(p, &next.groups, config));
+                }
+            }
+            let group = config.num_attention_heads / config.num_key_value_heads;
+            if let Some(sinks) = &mut self.sinks {
+                *sinks = sinks.select(Axis(0), &expand(&next.groups, group));
+            }
+        }
+        for (p, projection) in self.projections_mut().filter(|(p, _)| !p.of_experts()) {
+            let order = next.of(p);
             if identity(order) {
                 continue;
             }
-            let projection = self.projection_mut(p);
             if projection.is_trainable() {
                 let requirement = "S2FT reorders weights; attach it before other methods";
                 return Err(Error::invalid(p.path(), projection.method.name(), requirement));
@@ -194,7 +285,7 @@ impl<T: Real> Layer<T> {
             if side_of(p) == Side::Output
                 && let Some(bias) = &mut projection.bias
             {
-                *bias = bias.select(Axis(0), &expand(order, unit_width(p, config)));
+                *bias = bias.select(Axis(0), &lines(p, order, config));
             }
         }
         let compose = |old: &[usize], next: &[usize]| next.iter().map(|&i| old[i]).collect();
@@ -268,13 +359,23 @@ impl<T: Real> Model<T> {
         {
             return Err(Error::invalid("calibration", calibration.layers.len(), "made for another number of layers"));
         }
-        if self.config.options.query_key_norm == QueryKeyNorm::Width {
-            let requirement = "normalises queries and keys of all heads together: its heads cannot be reordered";
-            return Err(Error::invalid("model", self.config.options.family.model_type(), requirement));
+        let there = self.config.all_projections();
+        let mut spec = *spec;
+        let usual = spec.ratios.map(f64::to_bits) == S2ftSpec::default().ratios.map(f64::to_bits);
+        for p in Projection::ALL.into_iter().filter(|p| !there.contains(p)) {
+            if spec.ratio(p) > 0.0 && !usual {
+                let family = self.config.options.family.model_type();
+                let requirement =
+                    format!("{family} has no such projection to slice: experts and weights stored as one are not");
+                return Err(Error::invalid("method.ratios", p.module(), requirement));
+            }
+            spec.set_ratio(p, 0.0)?;
         }
+        let spec = &spec;
         for structure in [Structure::Heads, Structure::Channels] {
-            let coupled = || structure.rows().iter().copied().chain([structure.columns()]);
-            if coupled().all(|p| spec.ratios[p as usize].abs() < f64::MIN_POSITIVE) {
+            let coupled =
+                || structure.rows().iter().copied().chain([structure.columns()]).filter(|p| there.contains(p));
+            if coupled().all(|p| spec.ratio(p).abs() < f64::MIN_POSITIVE) {
                 continue;
             }
             for (layer, p) in self.layers.iter().flat_map(|layer| coupled().map(move |p| (layer, p))) {
@@ -291,16 +392,15 @@ impl<T: Real> Model<T> {
         let mut plans = Vec::new();
         for structure in [Structure::Heads, Structure::Channels] {
             let units = structure.units(&config);
-            let trained: Vec<Projection> =
-                structure.rows().iter().copied().filter(|&p| spec.ratios[p as usize] > 0.0).collect();
-            let ratio = trained.first().map_or(0.0, |&p| spec.ratios[p as usize]);
-            if trained.iter().any(|&p| (spec.ratios[p as usize] - ratio).abs() > 0.0) {
+            let trained: Vec<Projection> = structure.rows().iter().copied().filter(|&p| spec.ratio(p) > 0.0).collect();
+            let ratio = trained.first().map_or(0.0, |&p| spec.ratio(p));
+            if trained.iter().any(|&p| (spec.ratio(p) - ratio).abs() > 0.0) {
                 let requirement = "q, k, v share one set of heads and gate, up one of channels: equal where not zero";
                 return Err(Error::invalid("ratios", format!("{:?}", spec.ratios), requirement));
             }
             let column = structure.columns();
             let rows = self.choose(spec, structure, &trained, ratio, calibration, rng)?;
-            let columns = self.choose(spec, structure, &[column], spec.ratios[column as usize], calibration, rng)?;
+            let columns = self.choose(spec, structure, &[column], spec.ratio(column), calibration, rng)?;
             plans.push((trained, column, rows, columns, units));
         }
         if plans.iter().all(|(_, _, rows, columns, _)| rows.iter().chain(columns).all(Vec::is_empty)) {
@@ -382,6 +482,10 @@ impl<T: Real> Model<T> {
                 .map(|c| &c.layers[l])
                 .ok_or_else(|| Error::invalid("calibration", "absent", "this selection needs Model::calibrate first"))
         };
+        let of = |p: Projection| {
+            let missing = || Error::invalid("calibration", p.module(), "was not measured");
+            statistics()?.get(&p).ok_or_else(missing)
+        };
         // Sums of squares per unit, of per-row or per-column squares.
         let fold = |total: &mut Vec<f64>, p: Projection, squares: Vec<f64>| {
             let width = unit_width(p, &self.config);
@@ -404,7 +508,7 @@ impl<T: Real> Model<T> {
         let activation = || -> Result<Vec<f64>> {
             let mut total = vec![0.0; units];
             let p = structure.columns();
-            fold(&mut total, p, square(&statistics()?[p as usize].input));
+            fold(&mut total, p, square(&of(p)?.input));
             Ok(total)
         };
         let root = |values: Vec<f64>| Some(values.into_iter().map(f64::sqrt).collect::<Vec<f64>>());
@@ -418,7 +522,7 @@ impl<T: Real> Model<T> {
             Score::Gradient => {
                 let mut total = vec![0.0; units];
                 for &p in projections {
-                    let statistics = &statistics()?[p as usize];
+                    let statistics = of(p)?;
                     let rows = side_of(p) == Side::Output;
                     let values = if rows { &statistics.gradient_rows } else { &statistics.gradient_columns };
                     fold(&mut total, p, square(values));

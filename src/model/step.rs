@@ -4,9 +4,9 @@ use super::batch::{Batch, StepOptions, StepOutput};
 use super::config::ModelConfig;
 use super::gradients::{Gradients, GradientsOn};
 use super::instruments::{Instruments, InstrumentsOn, Point};
-use super::layer::{
-    Context, LayerCacheOn, LayerNeeds, NormInput, layer_backward, layer_forward, rms_norm, rms_norm_backward,
-};
+use super::layer::{Context, LayerCacheOn, LayerNeeds, layer_backward, layer_forward};
+use super::norm::{NormInput, keep, norm_backward, norm_forward};
+use super::options::Family;
 use super::parameters::{Model, ModelOn};
 use crate::blocks::causal_attention::AttentionShape;
 use crate::blocks::cross_entropy::{cross_entropy_observed, prediction_targets};
@@ -84,6 +84,16 @@ impl<E: Ops> ModelOn<E> {
         Context { layer: 0, config: &self.config, inputs, instruments: *instruments }
     }
 
+    /// The embedded tokens, with positions where they are learned.
+    fn embedded(&self, e: &mut E, inputs: &E::Inputs) -> Result<E::Matrix> {
+        let x = e.embed(inputs, &self.embedding)?;
+        let x = self.embedding_update(x, inputs, e)?;
+        let x = self.multiplied(x, self.config.options.embedding_multiplier, e);
+        let (Some(table), Some(offset)) = (&self.positions, self.config.options.positions) else { return Ok(x) };
+        let positions = e.embed_positions(inputs, table, offset)?;
+        Ok(e.add(x, positions, 1.0))
+    }
+
     /// x times a factor that most families do not have.
     fn multiplied(&self, x: E::Matrix, factor: f64, e: &mut E) -> E::Matrix {
         if factor.to_bits() == 1f64.to_bits() { x } else { e.scale(x, factor) }
@@ -97,14 +107,13 @@ impl<E: Ops> ModelOn<E> {
         instruments: &InstrumentsOn<'_, E>,
     ) -> Result<E::Matrix> {
         let mut context = self.context(inputs, instruments);
-        let x = e.embed(inputs, &self.embedding)?;
-        let mut x = self.multiplied(x, self.config.options.embedding_multiplier, e);
+        let mut x = self.embedded(e, inputs)?;
         instruments.tap(None, Point::Embedded, false, &mut x);
         for (l, layer) in self.layers.iter().enumerate() {
             context.layer = l;
             x = layer_forward(layer, x, &context, None, e)?.0;
         }
-        let normed = rms_norm(&x, &self.final_norm, &self.config, e)?.0;
+        let normed = norm_forward(&x, &self.final_norm, &self.config, e)?.0;
         let mut normed = self.multiplied(normed, self.config.options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
         Ok(normed)
@@ -125,9 +134,8 @@ impl<E: Ops> ModelOn<E> {
         let GradientsOn { embedding, lm_head, engine: e, .. } = gradients;
         let mut context = self.context(&inputs, instruments);
         let options = &self.config.options;
-        let x = e.embed(&inputs, &self.embedding)?;
+        let mut x = self.embedded(e, &inputs)?;
         e.next_step();
-        let mut x = self.multiplied(x, options.embedding_multiplier, e);
         instruments.tap(None, Point::Embedded, false, &mut x);
         let mut layers = Vec::with_capacity(self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
@@ -147,20 +155,31 @@ impl<E: Ops> ModelOn<E> {
             };
             layers.push(kept);
         }
-        let (normed, stats) = rms_norm(&x, &self.final_norm, &self.config, e)?;
+        let (normed, rest) = norm_forward(&x, &self.final_norm, &self.config, e)?;
         // A factor of the logits is one of the hidden rows.
         let mut normed = self.multiplied(normed, options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
-        let wanted = self.trained_below(self.layers.len()) || self.trainable.norms;
+        let wanted = self.trained_below(self.layers.len()) || self.trainable.norms || self.trainable.biases;
         let cap = options.logit_cap;
-        let sink = if self.lm_head.is_some() { lm_head } else { embedding }.as_mut();
+        let head = self.head_with_update(e);
+        let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));
+        let own = if self.lm_head.is_some() { lm_head } else { embedding };
+        let sink = whole.as_mut().or(own.as_mut());
         let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
-        let (loss, mut dnormed) = e.loss(&normed, self.head(), &inputs, sink, cap, wanted, &observe)?;
+        let (loss, mut dnormed) =
+            e.loss(&normed, head.as_ref().unwrap_or(self.head()), &inputs, sink, cap, wanted, &observe)?;
         if let Some(dnormed) = &mut dnormed {
             instruments.tap(None, Point::FinalNorm, true, dnormed);
         }
         e.release(normed);
-        let last = wanted.then_some((x, stats));
+        let last = if wanted { keep(true, x, rest, e) } else { None };
+        if let Some(whole) = whole {
+            let whole = e.sunk(whole)?;
+            if let Some(own) = own {
+                e.accumulate(own, 1.0, &whole);
+            }
+            self.head_factors_backward(&whole, gradients);
+        }
         Ok(PassOn { loss, inputs, layers, last, dnormed })
     }
 
@@ -176,16 +195,14 @@ impl<E: Ops> ModelOn<E> {
     ) -> Result<E::Loss> {
         let PassOn { loss, inputs, layers, last, dnormed } = pass;
         let (Some((x, stats)), Some(dnormed)) = (last, dnormed) else { return Ok(loss) };
-        let GradientsOn { embedding, layers: layer_sinks, final_norm, engine: e, .. } = gradients;
+        let GradientsOn { embedding, positions, layers: layer_sinks, final_norm, outside, engine: e, .. } = gradients;
         if layer_sinks.len() != self.layers.len() {
             return Err(Error::invalid("gradients", layer_sinks.len(), "made for another number of layers"));
         }
         let mut context = self.context(&inputs, instruments);
         let dnormed = self.multiplied(dnormed, self.config.options.logit_multiplier, e);
-        let mut dx = e.zeros(E::shape(&x));
-        let sink = final_norm.as_mut();
-        rms_norm_backward(dnormed, (x, stats), &self.final_norm, &self.config, sink, Some(&mut dx), e)?;
-        let mut upstream = Some(dx);
+        let dx = e.zeros(E::shape(&x));
+        let mut upstream = norm_backward(dnormed, (x, stats), &self.final_norm, &self.config, final_norm, Some(dx), e)?;
         for (l, kept) in layers.into_iter().enumerate().rev() {
             let Some(mut dout) = upstream.take() else { break };
             context.layer = l;
@@ -205,9 +222,14 @@ impl<E: Ops> ModelOn<E> {
             };
             upstream = layer_backward(layer, cache, dout, &context, needs, &mut layer_sinks[l], e)?;
         }
-        if let (Some(mut dx), Some(sink)) = (upstream, embedding) {
-            instruments.tap(None, Point::Embedded, true, &mut dx);
-            let dx = self.multiplied(dx, self.config.options.embedding_multiplier, e);
+        let Some(mut dx) = upstream else { return Ok(loss) };
+        instruments.tap(None, Point::Embedded, true, &mut dx);
+        if let (Some(sink), Some(offset)) = (positions, self.config.options.positions) {
+            e.embed_positions_backward(&inputs, &dx, offset, sink)?;
+        }
+        let dx = self.multiplied(dx, self.config.options.embedding_multiplier, e);
+        self.embedding_factors_backward(&dx, &inputs, outside, e)?;
+        if let Some(sink) = embedding {
             e.embed_backward(&inputs, &dx, (sink, E::shape(&self.embedding)))?;
         }
         Ok(loss)
@@ -242,6 +264,7 @@ impl<T: Real> Model<T> {
             mask: batch.attention_mask.clone(),
             shape: attention_shape(&self.config, batch.input_ids.dim()),
             starts: batch.documents.clone(),
+            positions: positions_of(&self.config, batch),
             angles: rope_tables(&self.config, batch)?,
             targets,
             divisor,
@@ -268,7 +291,8 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
     pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
-        let mut logits = linear_forward(self.hidden(batch, instruments, cost)?.view(), self.head().view(), cost)?;
+        let mut logits =
+            linear_forward(self.hidden(batch, instruments, cost)?.view(), self.acting_head().view(), cost)?;
         self.config.options.cap_logits(&mut logits);
         instruments.tap(None, Point::Logits, false, &mut logits);
         Ok(logits)
@@ -283,7 +307,8 @@ impl<T: Real> Model<T> {
         let divisor = divisor(&StepOptions::default(), targets.len())?;
         on_workers(|| {
             let hidden = self.hidden(batch, &Instruments::default(), cost)?;
-            let (hidden, head, cap) = (hidden.view(), self.head().view(), self.config.options.logit_cap);
+            let head = self.acting_head();
+            let (hidden, head, cap) = (hidden.view(), head.view(), self.config.options.logit_cap);
             cross_entropy_observed(hidden, head, &targets, (divisor, cap), None, &|_, _| (), cost)
         })
     }
@@ -383,12 +408,35 @@ pub(crate) fn attention_shape(config: &ModelConfig, (batch, length): (usize, usi
 
 /// Angles of a batch's positions, by kind of rotary embedding.
 pub(crate) fn rope_tables<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<Vec<RopeTable<T>>> {
+    // Rows of the same positions share a table.
     let positions: Vec<u32> = match &batch.position_ids {
         Some(positions) => positions.iter().copied().collect(),
         None => (0..batch.input_ids.ncols() as u32).collect(),
     };
     let table = |rotary| RopeTable::of(rotary, &positions, config.head_dim, config.rope_theta);
     config.options.rotaries.iter().map(table).collect()
+}
+
+/// Position of every token. Where none are given they count from 0 in each row; OPT counts from the first token that is not
+/// padding.
+fn positions_of(config: &ModelConfig, batch: &Batch) -> Vec<u32> {
+    let (rows, length) = batch.input_ids.dim();
+    if let Some(positions) = &batch.position_ids {
+        return positions.iter().copied().collect();
+    }
+    let Some(mask) = batch.attention_mask.as_ref().filter(|_| config.options.family == Family::Opt) else {
+        return (0..rows).flat_map(|_| 0..length as u32).collect();
+    };
+    let mut all = Vec::with_capacity(rows * length);
+    for row in mask.rows() {
+        let mut seen = 0;
+        all.extend(row.iter().map(|&real| {
+            seen += u32::from(real);
+            // Padding stands one row before position 0; nothing that counts reads it.
+            if real { seen - 1 } else { 0 }
+        }));
+    }
+    all
 }
 
 /// What the sum of losses is divided by.

@@ -1,17 +1,19 @@
 //! The processor: arrays of f32 or f64, buffers that are handed out again, counted operations.
 
-use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring, Side};
+use super::{BesideWeight, Choice, InputGradient, ObserveLogits, Ops, Scoring, Side};
+use crate::blocks::attention_sinks;
 use crate::blocks::base_weight::BaseWeight;
 use crate::blocks::causal_attention::{
     AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward, causal_attention_forward,
 };
 use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy_observed};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
+use crate::blocks::experts::{self, Routing};
 use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::low_rank::{InputSink, LowRank};
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
-use crate::blocks::swiglu::{Activation, gated_backward, gated_forward};
+use crate::blocks::swiglu::{Activation, activation_backward, activation_forward, gated_backward, gated_forward};
 use crate::blocks::{numbers, numbers_mut};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -48,6 +50,8 @@ pub struct CpuInputs<T> {
     pub shape: AttentionShape,
     /// `B x T`, first token of each token's document; a row is one document when absent.
     pub starts: Option<Array2<u32>>,
+    /// Position of every row's token.
+    pub positions: Vec<u32>,
     /// Angles of the positions, by kind of rotary embedding.
     pub angles: Vec<RopeTable<T>>,
     /// (row, label) pairs of the loss.
@@ -57,6 +61,11 @@ pub struct CpuInputs<T> {
 }
 
 impl<T> CpuInputs<T> {
+    /// Rows of a table of positions that starts at row `offset`.
+    fn table_rows(&self, offset: usize) -> Vec<u32> {
+        self.positions.iter().map(|p| p.saturating_add(offset as u32)).collect()
+    }
+
     fn visible(&self, scoring: &Scoring) -> Visibility<'_> {
         Visibility {
             keys: self.mask.as_ref().map(|mask| mask.view()),
@@ -125,6 +134,7 @@ impl<T: Real> Ops for Cpu<T> {
     type Attention = SavedAttention<T>;
     type Inputs = CpuInputs<T>;
     type Loss = f64;
+    type Routing = Routing<T>;
 
     fn shape(x: &Array2<T>) -> (usize, usize) {
         x.dim()
@@ -199,6 +209,66 @@ impl<T: Real> Ops for Cpu<T> {
         (sink, _): (&mut Array2<T>, (usize, usize)),
     ) -> Result<()> {
         embedding_backward(&inputs.ids, dx.view(), &mut sink.view_mut())
+    }
+
+    fn embed_positions(&mut self, inputs: &CpuInputs<T>, table: &Array2<T>, offset: usize) -> Result<Array2<T>> {
+        let rows = inputs.table_rows(offset);
+        if let Some(&row) = rows.iter().find(|&&row| row as usize >= table.nrows()) {
+            let requirement = format!("the model has {} learned positions", table.nrows() - offset);
+            return Err(Error::invalid("position_ids", row as usize - offset, requirement));
+        }
+        embedding_forward(&rows, table.view())
+    }
+
+    fn embed_positions_backward(
+        &mut self,
+        inputs: &CpuInputs<T>,
+        dx: &Array2<T>,
+        offset: usize,
+        sink: &mut Array2<T>,
+    ) -> Result<()> {
+        embedding_backward(&inputs.table_rows(offset), dx.view(), &mut sink.view_mut())
+    }
+
+    fn center(&mut self, mut x: Array2<T>) -> Result<Array2<T>> {
+        self.cost.elementwise += 2 * x.len() as u64;
+        let width = T::of(x.ncols().max(1) as f64);
+        Self::each_row(&mut x, |_, row| {
+            let mean = row.iter().copied().sum::<T>() / width;
+            row.iter_mut().for_each(|x| *x -= mean);
+        });
+        Ok(x)
+    }
+
+    fn add_matrix_row(&mut self, mut y: Array2<T>, row: &Array2<T>, s: f64) -> Result<Array2<T>> {
+        self.cost.elementwise += 2 * y.len() as u64;
+        y += &(row * T::of(s));
+        Ok(y)
+    }
+
+    fn row_sum(&mut self, x: &Array2<T>) -> Result<Array2<T>> {
+        self.cost.elementwise += x.len() as u64;
+        Ok(x.sum_axis(Axis(0)).insert_axis(Axis(0)))
+    }
+
+    fn transposed(&mut self, x: &Array2<T>) -> Result<Array2<T>> {
+        Ok(x.t().as_standard_layout().into_owned())
+    }
+
+    fn sunk(&mut self, sink: Array2<T>) -> Result<Array2<T>> {
+        Ok(sink)
+    }
+
+    fn concat(&mut self, parts: Vec<Array2<T>>) -> Result<Array2<T>> {
+        let rows = parts.first().map_or(0, Array2::nrows);
+        let mut all = self.scratch.array((rows, parts.iter().map(Array2::ncols).sum()));
+        let mut start = 0;
+        for part in parts {
+            let columns = start..start + part.ncols();
+            start = columns.end;
+            all.slice_mut(s![.., columns]).assign(&part);
+        }
+        Ok(all)
     }
 
     fn rms_norm(&mut self, x: &Array2<T>, gain: &Array1<T>, eps: f64) -> Result<(Array2<T>, Vec<T>)> {
@@ -494,6 +564,74 @@ impl<T: Real> Ops for Cpu<T> {
         self.scratch.keep(output);
         self.scratch.keep(doutput);
         Ok([dquery, dkey, dvalue])
+    }
+
+    fn add_sinks(
+        &mut self,
+        (mut output, mut saved): (Array2<T>, SavedAttention<T>),
+        sinks: &Array1<T>,
+        inputs: &CpuInputs<T>,
+    ) -> Result<(Array2<T>, SavedAttention<T>)> {
+        attention_sinks::add_sinks(&mut output, &mut saved.log_sum_exp, entries(sinks)?, &inputs.shape)?;
+        Ok((output, saved))
+    }
+
+    fn sinks_backward(
+        &mut self,
+        doutput: &Array2<T>,
+        (output, saved): (&Array2<T>, &SavedAttention<T>),
+        sinks: &Array1<T>,
+        inputs: &CpuInputs<T>,
+        sink: &mut Array2<T>,
+    ) -> Result<()> {
+        let lse = saved.log_sum_exp.view();
+        let d = attention_sinks::sinks_backward(doutput.view(), output.view(), lse, entries(sinks)?, &inputs.shape)?;
+        sink.iter_mut().zip(d).for_each(|(sink, d)| *sink += d);
+        Ok(())
+    }
+
+    fn activated(&mut self, activation: Activation, x: &Array2<T>) -> Result<Array2<T>> {
+        Ok(activation_forward(activation, x.view(), &mut self.scratch, &mut self.cost))
+    }
+
+    fn activated_backward(&mut self, activation: Activation, da: &Array2<T>, mut x: Array2<T>) -> Result<Array2<T>> {
+        activation_backward(activation, da.view(), &mut x, &mut self.cost)?;
+        Ok(x)
+    }
+
+    fn route(&mut self, scores: Array2<T>, choice: Choice) -> Result<Routing<T>> {
+        let routing = experts::route(scores.view(), choice)?;
+        self.scratch.keep(scores);
+        Ok(routing)
+    }
+
+    fn route_backward(&mut self, routing: &Routing<T>, dweights: Vec<Array2<T>>) -> Result<Array2<T>> {
+        let dweights: Vec<Vec<T>> = dweights.into_iter().map(|d| d.into_iter().collect()).collect();
+        Ok(experts::route_backward(routing, &dweights))
+    }
+
+    fn routing_elements(routing: &Routing<T>) -> usize {
+        routing.numbers()
+    }
+
+    fn routing_weights(&mut self, routing: &Routing<T>, expert: usize) -> Result<Array2<T>> {
+        Ok(Array1::from(routing.weights[expert].clone()).insert_axis(Axis(0)))
+    }
+
+    fn dispatch(&mut self, x: &Array2<T>, routing: &Routing<T>, expert: usize) -> Result<Array2<T>> {
+        let rows = &routing.rows[expert];
+        let mut seen = self.scratch.array((rows.len(), x.ncols()));
+        seen.rows_mut().into_iter().zip(rows).for_each(|(mut to, &i)| to.assign(&x.row(i)));
+        Ok(seen)
+    }
+
+    fn combine(&mut self, mut sum: Array2<T>, y: Array2<T>, routing: &Routing<T>, expert: usize) -> Result<Array2<T>> {
+        self.cost.elementwise += y.len() as u64;
+        y.rows().into_iter().zip(&routing.rows[expert]).for_each(|(y, &i)| {
+            let mut row = sum.row_mut(i);
+            row += &y;
+        });
+        Ok(sum)
     }
 
     fn gated(&mut self, activation: Activation, gate: &Array2<T>, up: &Array2<T>) -> Result<Array2<T>> {

@@ -15,8 +15,9 @@ mod cpu;
 mod side;
 mod sizes;
 
+pub use crate::blocks::experts::Choice;
 use crate::blocks::swiglu::Activation;
-use crate::error::Result;
+use crate::error::{Error, Result};
 pub use cpu::{Cpu, CpuInputs, SavedAttention};
 pub use side::Side;
 pub(crate) use sizes::loss_chunk;
@@ -80,6 +81,10 @@ pub struct Scoring {
 /// A function shown each chunk of logits (false) and of their gradient (true), which it may change.
 pub type ObserveLogits<'a, E> = &'a dyn Fn(bool, &mut <E as Ops>::Matrix);
 
+fn lacking(what: &str) -> Error {
+    Error::invalid("device", what, "has no such operation: train this family on the processor")
+}
+
 /// Carries out the operations of a step.
 ///
 /// Rows are tokens; a weight is `out x in`. A matrix that is handed over by value is reused where that is possible: give
@@ -103,6 +108,8 @@ pub trait Ops: Clone + Debug + Sized {
     type Inputs: Debug;
     /// The loss of a batch.
     type Loss: Debug;
+    /// Which rows each expert of a mixture sees.
+    type Routing: Clone + Debug;
 
     /// (rows, columns).
     fn shape(x: &Self::Matrix) -> (usize, usize);
@@ -141,6 +148,31 @@ pub trait Ops: Clone + Debug + Sized {
     /// # Errors
     /// [`crate::Error::InvalidParam`] for an id outside the table.
     fn embed(&mut self, inputs: &Self::Inputs, table: &Self::Matrix) -> Result<Self::Matrix>;
+    /// Rows of the table by position, from its row `offset` on.
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidParam`] for a position outside the table, or an engine without this operation.
+    fn embed_positions(
+        &mut self,
+        _inputs: &Self::Inputs,
+        _table: &Self::Matrix,
+        _offset: usize,
+    ) -> Result<Self::Matrix> {
+        Err(lacking("learned positions"))
+    }
+    /// Adds each row of dx to the row of its position in a sink.
+    ///
+    /// # Errors
+    /// As [`Ops::embed_positions`].
+    fn embed_positions_backward(
+        &mut self,
+        _inputs: &Self::Inputs,
+        _dx: &Self::Matrix,
+        _offset: usize,
+        _sink: &mut Self::Sink,
+    ) -> Result<()> {
+        Err(lacking("learned positions"))
+    }
     /// Adds each row of dx to the row of its id in the sink of a table of some shape.
     ///
     /// # Errors
@@ -169,6 +201,49 @@ pub trait Ops: Clone + Debug + Sized {
         sink: Option<&mut Self::Sink>,
         dx: Option<&mut Self::Matrix>,
     ) -> Result<()>;
+
+    /// Every row less its mean.
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidParam`] for an engine without this operation.
+    fn center(&mut self, _x: Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("layer norms"))
+    }
+    /// y + s row, a `1 x n` matrix, to every row of y.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn add_matrix_row(&mut self, _y: Self::Matrix, _row: &Self::Matrix, _s: f64) -> Result<Self::Matrix> {
+        Err(lacking("biases of adapters"))
+    }
+    /// The sum of the rows, `1 x n`.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn row_sum(&mut self, _x: &Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("biases of adapters"))
+    }
+    /// The transpose.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn transposed(&mut self, _x: &Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("an adapter of the embedding"))
+    }
+    /// What a sink holds.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn sunk(&mut self, _sink: Self::Sink) -> Result<Self::Matrix> {
+        Err(lacking("adapters outside the layers"))
+    }
+    /// Matrices of the same rows, side by side; they are given up.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn concat(&mut self, _parts: Vec<Self::Matrix>) -> Result<Self::Matrix> {
+        Err(lacking("projections that are stored as one"))
+    }
 
     /// y = x W^T, or added to a matrix.
     fn product(&mut self, x: &Self::Matrix, weight: &Self::Weight, add_to: Option<Self::Matrix>) -> Self::Matrix;
@@ -313,6 +388,99 @@ pub trait Ops: Clone + Debug + Sized {
         inputs: &Self::Inputs,
         scoring: &Scoring,
     ) -> Result<[Self::Matrix; 3]>;
+
+    /// Adds one more entry to each head's softmax.
+    ///
+    /// # Errors
+    /// As [`Ops::center`]; [`crate::Error::ShapeMismatch`].
+    fn add_sinks(
+        &mut self,
+        _attended: (Self::Matrix, Self::Attention),
+        _sinks: &Self::Vector,
+        _inputs: &Self::Inputs,
+    ) -> Result<(Self::Matrix, Self::Attention)> {
+        Err(lacking("attention sinks"))
+    }
+    /// The gradient of those entries, added to their sink.
+    ///
+    /// # Errors
+    /// As [`Ops::add_sinks`].
+    fn sinks_backward(
+        &mut self,
+        _doutput: &Self::Matrix,
+        _attended: (&Self::Matrix, &Self::Attention),
+        _sinks: &Self::Vector,
+        _inputs: &Self::Inputs,
+        _sink: &mut Self::Sink,
+    ) -> Result<()> {
+        Err(lacking("attention sinks"))
+    }
+
+    /// act(x).
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn activated(&mut self, _activation: Activation, _x: &Self::Matrix) -> Result<Self::Matrix> {
+        Err(lacking("an MLP without gate"))
+    }
+    /// dx from da; x is given up.
+    ///
+    /// # Errors
+    /// As [`Ops::activated`].
+    fn activated_backward(
+        &mut self,
+        _activation: Activation,
+        _da: &Self::Matrix,
+        _x: Self::Matrix,
+    ) -> Result<Self::Matrix> {
+        Err(lacking("an MLP without gate"))
+    }
+
+    /// Chooses the experts of each row by their scores, `N x E`; those are given up.
+    ///
+    /// # Errors
+    /// As [`Ops::center`].
+    fn route(&mut self, _scores: Self::Matrix, _choice: Choice) -> Result<Self::Routing> {
+        Err(lacking("experts"))
+    }
+    /// Gradient of the scores from those of each expert's weights, `1 x rows` each.
+    ///
+    /// # Errors
+    /// As [`Ops::route`].
+    fn route_backward(&mut self, _routing: &Self::Routing, _dweights: Vec<Self::Matrix>) -> Result<Self::Matrix> {
+        Err(lacking("experts"))
+    }
+    /// Numbers that a routing holds for backward.
+    fn routing_elements(_: &Self::Routing) -> usize {
+        0
+    }
+    /// Weights of an expert's rows, `1 x rows`.
+    ///
+    /// # Errors
+    /// As [`Ops::route`].
+    fn routing_weights(&mut self, _routing: &Self::Routing, _expert: usize) -> Result<Self::Matrix> {
+        Err(lacking("experts"))
+    }
+    /// The rows of x that an expert sees.
+    ///
+    /// # Errors
+    /// As [`Ops::route`].
+    fn dispatch(&mut self, _x: &Self::Matrix, _routing: &Self::Routing, _expert: usize) -> Result<Self::Matrix> {
+        Err(lacking("experts"))
+    }
+    /// Adds an expert's rows to those of a sum; y is given up.
+    ///
+    /// # Errors
+    /// As [`Ops::route`].
+    fn combine(
+        &mut self,
+        _sum: Self::Matrix,
+        _y: Self::Matrix,
+        _routing: &Self::Routing,
+        _expert: usize,
+    ) -> Result<Self::Matrix> {
+        Err(lacking("experts"))
+    }
 
     /// act(gate) o up.
     ///

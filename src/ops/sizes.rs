@@ -1,6 +1,6 @@
 //! Sizes in place of numbers: a step run on them tells what it holds.
 
-use super::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring, Side};
+use super::{BesideWeight, Choice, InputGradient, ObserveLogits, Ops, Scoring, Side};
 use crate::blocks::causal_attention::AttentionShape;
 use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::blocks::swiglu::Activation;
@@ -92,9 +92,9 @@ pub(crate) fn loss_chunk(rows: usize, width: usize, vocabulary: usize, bytes: us
 }
 
 impl Sizes {
-    /// A batch of numbers of so many bytes, with tables of so many kinds of rotary angles.
-    pub fn inputs(&self, shape: AttentionShape, kinds: usize, bytes: usize) -> SizeInputs {
-        SizeInputs { shape, bytes, angles: self.fresh((kinds * shape.length, shape.head_dim)) }
+    /// A batch of numbers of so many bytes, with so many rotary angles for each position.
+    pub fn inputs(&self, shape: AttentionShape, angles: usize, bytes: usize) -> SizeInputs {
+        SizeInputs { shape, bytes, angles: self.fresh((shape.length, angles)) }
     }
 
     /// Most numbers held at a time since the step began.
@@ -135,6 +135,24 @@ impl Sizes {
     }
 }
 
+/// The size of a routing: rows are taken to be spread evenly over the experts.
+#[derive(Debug, Clone)]
+pub struct SizedRouting {
+    rows: usize,
+    experts: usize,
+    per_token: usize,
+    /// Probabilities and weights.
+    _held: Rc<Buffer>,
+}
+
+impl SizedRouting {
+    /// Rows of an expert.
+    fn seen(&self, expert: usize) -> usize {
+        let all = self.rows * self.per_token;
+        (expert + 1) * all / self.experts - expert * all / self.experts
+    }
+}
+
 /// Queries, keys, values and the log-sum-exp.
 type Saved = [Buffer; 4];
 
@@ -148,6 +166,7 @@ impl Ops for Sizes {
     type Attention = Saved;
     type Inputs = SizeInputs;
     type Loss = ();
+    type Routing = SizedRouting;
 
     fn shape(x: &Buffer) -> (usize, usize) {
         x.shape
@@ -224,6 +243,90 @@ impl Ops for Sizes {
 
     fn embed_backward(&mut self, _: &SizeInputs, _: &Buffer, _: (&mut Buffer, (usize, usize))) -> Result<()> {
         Ok(())
+    }
+
+    fn embed_positions(&mut self, inputs: &SizeInputs, table: &Buffer, _: usize) -> Result<Buffer> {
+        self.embed(inputs, table)
+    }
+
+    fn embed_positions_backward(&mut self, _: &SizeInputs, _: &Buffer, _: usize, _: &mut Buffer) -> Result<()> {
+        Ok(())
+    }
+
+    fn center(&mut self, x: Buffer) -> Result<Buffer> {
+        Ok(x)
+    }
+
+    fn add_matrix_row(&mut self, y: Buffer, _: &Buffer, _: f64) -> Result<Buffer> {
+        Ok(y)
+    }
+
+    fn row_sum(&mut self, x: &Buffer) -> Result<Buffer> {
+        Ok(self.fresh((1, x.shape.1)))
+    }
+
+    fn transposed(&mut self, x: &Buffer) -> Result<Buffer> {
+        Ok(self.fresh((x.shape.1, x.shape.0)))
+    }
+
+    fn sunk(&mut self, sink: Buffer) -> Result<Buffer> {
+        Ok(sink)
+    }
+
+    fn concat(&mut self, parts: Vec<Buffer>) -> Result<Buffer> {
+        let rows = parts.first().map_or(0, |part| part.shape.0);
+        Ok(self.take((rows, parts.iter().map(|part| part.shape.1).sum())))
+    }
+
+    fn add_sinks(&mut self, attended: (Buffer, Saved), _: &Buffer, _: &SizeInputs) -> Result<(Buffer, Saved)> {
+        Ok(attended)
+    }
+
+    fn sinks_backward(
+        &mut self,
+        _: &Buffer,
+        _: (&Buffer, &Saved),
+        _: &Buffer,
+        _: &SizeInputs,
+        _: &mut Buffer,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn activated(&mut self, _: Activation, x: &Buffer) -> Result<Buffer> {
+        Ok(self.take(x.shape))
+    }
+
+    fn activated_backward(&mut self, _: Activation, _: &Buffer, x: Buffer) -> Result<Buffer> {
+        Ok(x)
+    }
+
+    fn route(&mut self, scores: Buffer, choice: Choice) -> Result<SizedRouting> {
+        let (rows, experts) = scores.shape;
+        self.release(scores);
+        // Probabilities, weights and the rows themselves.
+        let held = Rc::new(self.fresh((rows, experts + 2 * choice.per_token)));
+        Ok(SizedRouting { rows, experts, per_token: choice.per_token, _held: held })
+    }
+
+    fn route_backward(&mut self, routing: &SizedRouting, _: Vec<Buffer>) -> Result<Buffer> {
+        Ok(self.fresh((routing.rows, routing.experts)))
+    }
+
+    fn routing_elements(routing: &SizedRouting) -> usize {
+        routing.rows * (routing.experts + routing.per_token)
+    }
+
+    fn routing_weights(&mut self, routing: &SizedRouting, expert: usize) -> Result<Buffer> {
+        Ok(self.fresh((1, routing.seen(expert))))
+    }
+
+    fn dispatch(&mut self, x: &Buffer, routing: &SizedRouting, expert: usize) -> Result<Buffer> {
+        Ok(self.take((routing.seen(expert), x.shape.1)))
+    }
+
+    fn combine(&mut self, sum: Buffer, _: Buffer, _: &SizedRouting, _: usize) -> Result<Buffer> {
+        Ok(sum)
     }
 
     fn rms_norm(&mut self, x: &Buffer, _: &Buffer, _: f64) -> Result<(Buffer, Buffer)> {

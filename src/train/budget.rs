@@ -105,8 +105,8 @@ fn unit_numbers(config: &ModelConfig, projection: Projection) -> usize {
 }
 
 fn smallest_side(config: &ModelConfig) -> usize {
-    let sides = Projection::ALL.map(|p| config.projection_shape(p));
-    sides.iter().map(|&(out, input)| out.min(input)).min().unwrap_or(1)
+    let sides = config.all_projections().into_iter().map(|p| config.projection_shape(p));
+    sides.map(|(out, input)| out.min(input)).min().unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@
 
 use crate::error::{Error, Result};
 use crate::linalg::Real;
-use crate::model::{Model, Projection};
+use crate::model::Model;
 use crate::streams::mix;
 use crate::tensor_file::{TensorFile, TensorWriter};
 use crate::train::config::TrainConfig;
@@ -27,15 +27,16 @@ const KEEP: usize = 2;
 pub fn fingerprint<T: Real>(model: &Model<T>) -> u64 {
     let mut hash = 0u64;
     let mut add = |x: &T| hash = mix(hash ^ x.widen().to_bits()).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    model.embedding.iter().for_each(&mut add);
+    model.embedding.iter().chain(model.positions.iter().flatten()).for_each(&mut add);
     for layer in &model.layers {
-        layer.norms.iter().flatten().flatten().for_each(&mut add);
-        Projection::ALL.iter().filter_map(|&p| layer.projection(p).bias.as_ref()).flatten().for_each(&mut add);
-        for p in Projection::ALL {
-            layer.projection(p).base.dense().iter().for_each(&mut add);
+        layer.norms.iter().flatten().flat_map(|norm| norm.numbers()).for_each(&mut add);
+        layer.sinks.iter().flatten().for_each(&mut add);
+        layer.projections().filter_map(|(_, p)| p.bias.as_ref()).flatten().for_each(&mut add);
+        for (_, projection) in layer.projections() {
+            projection.base.dense().iter().for_each(&mut add);
         }
     }
-    model.final_norm.iter().for_each(&mut add);
+    model.final_norm.numbers().for_each(&mut add);
     model.lm_head.iter().flatten().for_each(&mut add);
     hash
 }

@@ -9,10 +9,10 @@ use crate::adapters::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::s2ft::{S2ftSpec, Scope};
-use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, Projection};
+use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, ModelConfig, Projection};
 use crate::streams::generator;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Names of the methods.
@@ -141,21 +141,37 @@ impl MethodParams {
         Self { name, ..Self::default() }
     }
 
-    /// The target projections, in the order of [`Projection::ALL`].
+    /// The target projections of a model, in the order in which they are updated. By default all but experts and their
+    /// routers, which PEFT does not take for linear layers either.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for an unknown or repeated name, or none.
-    pub fn projections(&self) -> Result<Vec<Projection>> {
-        let Some(names) = &self.targets else { return Ok(Projection::ALL.to_vec()) };
+    /// [`Error::InvalidParam`] for a name that the model does not have, or a repeated one, or none.
+    pub fn projections(&self, config: &ModelConfig) -> Result<Vec<Projection>> {
+        self.check_targets()?;
+        let all = config.all_projections();
+        let linear = || all.iter().copied().filter(|p| !p.of_experts()).collect();
+        let Some(names) = &self.targets else { return Ok(linear()) };
         if names.iter().map(String::as_str).eq([ALL_LINEAR]) {
-            return Ok(Projection::ALL.to_vec());
+            return Ok(linear());
         }
-        let mut targets = names.iter().map(|n| n.parse()).collect::<Result<Vec<Projection>>>()?;
-        targets.sort_unstable();
-        if targets.is_empty() || targets.windows(2).any(|w| w[0] == w[1]) {
+        let options = &config.options;
+        let is = |p: Projection, name: &str| options.module_kind(p) == name || options.path(p) == name;
+        if let Some(unknown) = names.iter().find(|name| !all.iter().any(|&p| is(p, name))) {
+            let known: BTreeSet<String> = all.iter().map(|&p| options.module_kind(p)).collect();
+            let known: Vec<String> = known.into_iter().collect();
+            let requirement = format!("must be one of {}", known.join(", "));
+            return Err(Error::invalid("target module", unknown, requirement));
+        }
+        Ok(all.into_iter().filter(|&p| names.iter().any(|name| is(p, name))).collect())
+    }
+
+    fn check_targets(&self) -> Result<()> {
+        let Some(names) = &self.targets else { return Ok(()) };
+        let distinct: BTreeSet<&String> = names.iter().collect();
+        if names.is_empty() || distinct.len() < names.len() {
             return Err(Error::invalid("method.targets", names.join(", "), "must be distinct and not empty"));
         }
-        Ok(targets)
+        Ok(())
     }
 
     fn rule(&self) -> Result<ColumnRule> {
@@ -181,7 +197,7 @@ impl MethodParams {
         if let Some(ratios) = &self.ratios {
             spec.ratios = [0.0; 7];
             for (name, ratio) in ratios {
-                spec.ratios[name.parse::<Projection>()? as usize] = *ratio;
+                spec.set_ratio(name.parse()?, *ratio)?;
             }
         }
         Ok(spec)
@@ -212,7 +228,7 @@ impl MethodParams {
     /// # Errors
     /// [`Error::InvalidParam`] naming the key.
     pub fn check(&self) -> Result<()> {
-        self.projections()?;
+        self.check_targets()?;
         self.spec()?;
         self.s2ft()?;
         if self.name == MethodName::S2ft && self.targets.is_some() {
@@ -248,7 +264,7 @@ impl MethodParams {
         }
         match self.spec()? {
             Some(spec) => {
-                let plan = AdapterPlan::everywhere(&self.projections()?, spec);
+                let plan = AdapterPlan::everywhere(&self.projections(&model.config)?, spec);
                 model.attach_with_scores(&plan, calibration, &mut rng)
             }
             None => model.attach_s2ft(&self.s2ft()?, calibration, &mut rng).map(|_| ()),
@@ -262,8 +278,7 @@ impl MethodParams {
 /// As [`Nf4Matrix::quantize`].
 pub fn quantize<T: Real>(model: &mut Model<T>) -> Result<()> {
     for layer in &mut model.layers {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (_, projection) in layer.projections_mut() {
             let packed: Arc<dyn PackedWeight<T>> = Arc::new(Nf4Matrix::quantize(projection.base.dense().view())?);
             projection.base = BaseWeight::Packed(packed);
         }
@@ -283,14 +298,15 @@ mod tests {
         }
         let text = "adalora".parse::<MethodName>().unwrap_err().to_string();
         assert!(text.contains("adalora") && text.contains("qpaca"), "{text}");
+        let config = preset("nano").unwrap();
         let bad = MethodParams { targets: Some(vec!["q_proj".into(), "q_proj".into()]), ..Default::default() };
-        assert!(matches!(bad.projections(), Err(Error::InvalidParam { name, .. }) if name == "method.targets"));
+        assert!(matches!(bad.projections(&config), Err(Error::InvalidParam { name, .. }) if name == "method.targets"));
         let every = MethodParams { targets: Some(vec!["all-linear".into()]), ..Default::default() };
-        assert_eq!(every.projections().unwrap(), Projection::ALL);
+        assert_eq!(every.projections(&config).unwrap(), Projection::ALL);
         let mixed = MethodParams { targets: Some(vec!["all-linear".into(), "q_proj".into()]), ..Default::default() };
-        assert!(matches!(mixed.projections(), Err(Error::InvalidParam { value, .. }) if value == "all-linear"));
+        assert!(matches!(mixed.projections(&config), Err(Error::InvalidParam { value, .. }) if value == "all-linear"));
         let bad = MethodParams { targets: Some(vec!["w_proj".into()]), ..Default::default() };
-        assert!(bad.projections().unwrap_err().to_string().contains("down_proj"));
+        assert!(bad.projections(&config).unwrap_err().to_string().contains("down_proj"));
     }
 
     #[test]

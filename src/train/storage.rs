@@ -6,7 +6,7 @@
 use crate::adapters::BaseWeight;
 use crate::error::Result;
 use crate::linalg::Real;
-use crate::model::{Gradients, Model, Projection};
+use crate::model::{Gradients, Model};
 
 /// The nearest bf16 value, ties to even.
 ///
@@ -24,18 +24,18 @@ pub fn round_bf16<T: Real>(x: T) -> T {
 /// # Errors
 /// As [`Model::for_each_trainable`].
 pub fn round_model<T: Real>(model: &mut Model<T>) -> Result<()> {
+    let round = |x: &mut T| *x = round_bf16(*x);
     model.embedding.mapv_inplace(round_bf16);
-    model.final_norm.mapv_inplace(round_bf16);
-    if let Some(head) = &mut model.lm_head {
-        head.mapv_inplace(round_bf16);
-    }
+    model.positions.iter_mut().chain(&mut model.lm_head).for_each(|table| table.mapv_inplace(round_bf16));
+    model.final_norm.numbers_mut().for_each(round);
     for layer in &mut model.layers {
-        layer.norms.iter_mut().flatten().for_each(|gain| gain.mapv_inplace(round_bf16));
-        for p in Projection::ALL {
-            if let Some(bias) = &mut layer.projection_mut(p).bias {
+        layer.norms.iter_mut().flatten().flat_map(|norm| norm.numbers_mut()).for_each(round);
+        layer.sinks.iter_mut().flatten().for_each(round);
+        for (_, projection) in layer.projections_mut() {
+            if let Some(bias) = &mut projection.bias {
                 bias.mapv_inplace(round_bf16);
             }
-            if let BaseWeight::Dense(weight) = &mut layer.projection_mut(p).base {
+            if let BaseWeight::Dense(weight) = &mut projection.base {
                 weight.mapv_inplace(round_bf16);
             }
         }
@@ -68,7 +68,7 @@ mod tests {
         round_model(&mut model).unwrap();
         assert_ne!(before.to_bits(), model.embedding[[3, 4]].to_bits());
         let bf16 = |x: &f32| x.to_bits().trailing_zeros() >= 16;
-        assert!(model.layers[0].projection(Projection::Up).base.dense().iter().all(bf16));
+        assert!(model.layers[0].projection(crate::model::Projection::Up).base.dense().iter().all(bf16));
         assert!(model.trainable_values().iter().all(|(_, v)| v.iter().all(bf16)));
         let once = model.trainable_values();
         round_model(&mut model).unwrap();

@@ -1,13 +1,15 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
 use super::manifest::{Loss, Manifest, OptimizerRecord};
-use super::names::canonical_name;
+use super::own_forward::OwnForward;
 use super::precision::Precision;
 use super::reference::Rounding;
+use super::stacked::{names_of, placed};
 use crate::adapters::Method;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
-use crate::model::{Batch, Model, Projection};
+use crate::model::options::Norm;
+use crate::model::{Batch, Model, Outside};
 use crate::tensor_file::TensorFile;
 use ndarray::Array2;
 use std::collections::BTreeMap;
@@ -60,6 +62,8 @@ pub struct Setting {
     pub adapter_name: Option<String>,
     /// Whether positions start again inside a row: several documents in it.
     pub packed: bool,
+    /// Backward against differences of the trainer's own forward.
+    pub own_forward: Option<OwnForward>,
 }
 
 /// Everything that validation needs.
@@ -140,14 +144,14 @@ impl Case {
             let expected = format!("{rows} rows, the sum of micro_batch_rows");
             return Err(file.malformed("tensor input_ids", expected, batch.input_ids.nrows().to_string()));
         }
-        let mut trainer = read_trainer(&file, loss.scale, model.config.tie_word_embeddings)?;
+        let mut trainer = read_trainer(&file, loss.scale, &model)?;
         let of_adapter: Vec<String> = match kind {
             Some(_) => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
             None => Vec::new(),
         };
         let named = manifest.and_then(|m| m.trained.as_ref());
         let trained: Vec<String> = match named {
-            Some(names) => names.iter().map(|n| canonical_name(n)).collect(),
+            Some(names) => names.iter().flat_map(|n| names_of(n, &model)).collect(),
             None if kind.is_some() => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
             None => trainer.gradients.keys().cloned().collect(),
         };
@@ -160,6 +164,7 @@ impl Case {
             frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
             adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
             packed: starts_again(&batch) && batch.documents.is_none(),
+            own_forward: manifest.and_then(|m| m.check.clone()),
         };
         Ok(Self {
             name: name.to_string(),
@@ -238,7 +243,9 @@ fn declared_dropout(paths: &DumpPaths) -> Vec<String> {
     };
     let on = |(key, value): (String, serde_json::Value)| {
         let rate = value.as_f64().filter(|rate| *rate > 0.0)?;
-        (key.contains("drop")).then(|| format!("{key} {rate}"))
+        // Those of heads for other tasks never act on a language model.
+        let elsewhere = key.starts_with("classifier_") || key.starts_with("summary_");
+        (key.contains("drop") && !elsewhere).then(|| format!("{key} {rate}"))
     };
     files.into_iter().flatten().filter_map(read).flatten().filter_map(on).collect()
 }
@@ -265,28 +272,45 @@ fn rounding(manifest: Option<&Manifest>, trainer: &Trainer, plain: &PlainSetting
 
 /// Makes trainable what the trainer trains outside the adapter.
 fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Result<()> {
+    let options = model.config.options.clone();
+    let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
+    let norm = |tensor: &str, name: &str| {
+        let mut all = (0..model.layers.len()).flat_map(|l| Norm::ALL.map(|norm| options.norm_tensor(l, norm, tensor)));
+        name == outside(Outside::FinalNorm, tensor) || all.any(|own| own == name)
+    };
+    let mut parts = model.trainable;
+    let mut whole = Vec::new();
     for name in trained {
-        let projection = || {
-            let (layer, module, tensor) = super::names::place_of(name);
-            let (layer, p) = (layer?, module.parse::<Projection>().ok()?);
-            (layer < model.layers.len() && tensor == "weight").then_some((layer, p))
+        let projection = |tensor: &str| {
+            let module = name.strip_suffix(tensor)?;
+            let mut all =
+                model.layers.iter().enumerate().flat_map(|(l, layer)| layer.projections().map(move |(p, _)| (l, p)));
+            all.find(|&(l, p)| options.module(l, p) == module)
         };
-        if name == "model.embed_tokens.weight" {
-            model.trainable.embedding = true;
-        } else if name == "lm_head.weight" {
-            model.trainable.lm_head = true;
-        } else if name.ends_with("norm.weight") {
-            model.trainable.norms = true;
-        } else if name.ends_with("_proj.bias") {
-            model.trainable.biases = true;
-        } else if let Some((layer, p)) = projection() {
-            let projection = model.layers[layer].projection_mut(p);
-            if projection.is_trainable() {
-                let found = format!("{name} beside an adapter of {}", projection.method.name());
-                return Err(Error::format(path, "trained parameters", "one method per projection", found));
-            }
-            projection.method = Method::Full;
+        if *name == outside(Outside::Embedding, "weight") {
+            parts.embedding = true;
+        } else if *name == outside(Outside::Positions, "weight") {
+            parts.positions = true;
+        } else if *name == outside(Outside::Head, "weight") {
+            parts.lm_head = true;
+        } else if norm("weight", name) {
+            parts.norms = true;
+        } else if norm("bias", name) || projection(".bias").is_some() {
+            parts.biases = true;
+        } else if (0..model.layers.len()).any(|l| options.sinks_name(l) == *name) {
+            parts.sinks = true;
+        } else if let Some(place) = projection(".weight") {
+            whole.push((place, name));
         }
+    }
+    model.trainable = parts;
+    for ((layer, p), name) in whole {
+        let projection = model.layers[layer].projection_mut(p);
+        if projection.is_trainable() {
+            let found = format!("{name} beside an adapter of {}", projection.method.name());
+            return Err(Error::format(path, "trained parameters", "one method per projection", found));
+        }
+        projection.method = Method::Full;
     }
     Ok(())
 }
@@ -353,13 +377,9 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
     Ok(Observed { values, precision, shape })
 }
 
-fn read_trainer(file: &TensorFile, scale: f64, tied: bool) -> Result<Trainer> {
+fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>) -> Result<Trainer> {
     let mut trainer = Trainer::default();
     for name in file.names() {
-        let own = |raw: &str| {
-            let name = canonical_name(raw);
-            if tied && name == "lm_head.weight" { "model.embed_tokens.weight".to_string() } else { name }
-        };
         let (group, raw) = match name.split_once('.') {
             Some((group, raw)) => (group, raw),
             None => match name {
@@ -391,8 +411,11 @@ fn read_trainer(file: &TensorFile, scale: f64, tied: bool) -> Result<Trainer> {
             }
             _ => continue,
         };
-        if target.insert(own(raw), observed(file, name, factor)?).is_some() {
-            return Err(file.malformed(format!("tensor {name}"), "one tensor per parameter", "two that are the same"));
+        for (own, tensor) in placed(raw, observed(file, name, factor)?, model)? {
+            if target.insert(own, tensor).is_some() {
+                let expected = "one tensor per parameter";
+                return Err(file.malformed(format!("tensor {name}"), expected, "two that are the same"));
+            }
         }
     }
     Ok(trainer)

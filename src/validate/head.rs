@@ -75,6 +75,7 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         reference_loss: exact.get("loss").map_or(f64::NAN, |l| l[[0, 0]]),
         rungs,
         diagnoses,
+        own_forward: None,
         reference_steps: steps,
     })
 }

@@ -1,5 +1,6 @@
 //! `manifest.json` of a dump: what the tensors beside it are (format version 1).
 
+use super::own_forward::OwnForward;
 use super::precision::Precision;
 use crate::error::{Error, Result};
 use crate::train::optimizer::{OptimizerKind, OptimizerParams};
@@ -166,6 +167,9 @@ pub struct Manifest {
     /// Optimizer, if a step was made.
     #[serde(default)]
     pub optimizer: Option<OptimizerRecord>,
+    /// Backward against differences of the trainer's own forward, if that was looked at.
+    #[serde(default)]
+    pub check: Option<OwnForward>,
 }
 
 impl Manifest {
@@ -184,7 +188,7 @@ impl Manifest {
             return Err(wrong("key format", &format!("\"{FORMAT}\""), found("format")));
         }
         if value.get("version").and_then(serde_json::Value::as_u64) != Some(VERSION) {
-            let fix = format!("{VERSION}; dump again with the python/peft_limits_dump.py of this version");
+            let fix = format!("{VERSION}; dump again with the Python package of this version");
             return Err(wrong("key version", &fix, found("version")));
         }
         let manifest: Self =

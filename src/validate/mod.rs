@@ -14,9 +14,11 @@ pub mod manifest;
 pub mod measure;
 pub mod memory;
 mod names;
+pub mod own_forward;
 mod precision;
 pub mod reference;
 mod report;
+mod stacked;
 mod update;
 
 pub use names::{canonical_name, place_of};

@@ -15,6 +15,7 @@ const ADAPTER: [&str; 3] = ["lora_", "paca_", "s2ft_"];
 /// assert_eq!(canonical_name(raw), "model.layers.3.mlp.up_proj.lora_A");
 /// let raw = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight";
 /// assert_eq!(canonical_name(raw), "model.layers.0.self_attn.q_proj.weight");
+/// assert_eq!(canonical_name("model.layers.1.mlp.up_proj.lora_B.default.bias"), "model.layers.1.mlp.up_proj.lora_B_bias");
 /// assert_eq!(canonical_name("model.norm.weight"), "model.norm.weight");
 /// assert_eq!(canonical_name("base_model.model.lm_head.modules_to_save.default.weight"), "lm_head.weight");
 /// ```
@@ -40,6 +41,8 @@ pub fn canonical_name(raw: &str) -> String {
     }
     let parts: Vec<&str> = name.split('.').collect();
     match parts.iter().position(|part| ADAPTER.iter().any(|prefix| part.starts_with(prefix))) {
+        // `lora_bias`: the update's own bias.
+        Some(at) if parts.last() == Some(&"bias") => format!("{}_bias", parts[..=at].join(".")),
         Some(at) => parts[..=at].join("."),
         None => name,
     }

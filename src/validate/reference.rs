@@ -7,7 +7,7 @@ use crate::blocks::cross_entropy::prediction_targets;
 use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::model::{Batch, Instruments, Model, Place, Point, Projection, StepOptions, Tap};
+use crate::model::{Batch, Instruments, Model, Place, Point, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -97,8 +97,7 @@ pub struct Variant<'a> {
 fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>> {
     let mut cast = model.clone();
     for layer in &mut cast.layers {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (_, projection) in layer.projections_mut() {
             precision.round_array(projection.base.dense_mut("autocast")?);
             if let Some(bias) = &mut projection.bias {
                 bias.mapv_inplace(|x| precision.round(x));
@@ -216,7 +215,7 @@ impl Case {
                     (Point::FinalNorm, None) => {
                         if let Some(all) = &mut evidence.logits
                             && let Ok(mut logits) =
-                                linear_forward(tensor.view(), forward.head().view(), &mut Cost::default())
+                                linear_forward(tensor.view(), forward.acting_head().view(), &mut Cost::default())
                         {
                             forward.config.options.cap_logits(&mut logits);
                             if let Some(rounding) = &variant.rounding {

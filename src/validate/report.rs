@@ -5,6 +5,7 @@ use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
+use super::own_forward::OwnForward;
 use super::reference::Variant;
 use crate::error::Result;
 use serde::Serialize;
@@ -14,7 +15,7 @@ use serde::Serialize;
 pub struct Report {
     /// What was validated.
     pub name: String,
-    /// Whether every rung that could be checked passed.
+    /// Whether every rung that could be checked passed, and the trainer's own forward agrees with its backward.
     pub passed: bool,
     /// Format of the trainer's products, and of its weights.
     pub precision: (String, String),
@@ -24,6 +25,8 @@ pub struct Report {
     pub rungs: Vec<Rung>,
     /// Faults that explain the failure, the best explanation first.
     pub diagnoses: Vec<Diagnosis>,
+    /// Backward against differences of the trainer's own forward, if the recorder looked at that.
+    pub own_forward: Option<OwnForward>,
     /// Steps of the reference that were run.
     pub reference_steps: usize,
 }
@@ -130,7 +133,8 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         }
     }
     diagnoses.splice(0..0, faults.into_iter().map(|f| Diagnosis::of_setting(f, alone)));
-    let passed = !rungs.iter().any(Rung::failed);
+    let own_forward = case.trainer.setting.own_forward.clone();
+    let passed = !rungs.iter().any(Rung::failed) && !own_forward.as_ref().is_some_and(OwnForward::failed);
     let format = |p: super::Precision| p.name().to_string();
     Ok(Report {
         name: case.name.clone(),
@@ -139,6 +143,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         reference_loss: exact.loss,
         rungs,
         diagnoses,
+        own_forward,
         reference_steps: steps,
     })
 }

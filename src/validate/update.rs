@@ -15,7 +15,19 @@ use ndarray::Array2;
 
 /// The group of a parameter.
 pub(super) fn group_of<'a>(record: &'a OptimizerRecord, name: &str) -> Option<&'a ParameterGroup> {
-    let named = |g: &&ParameterGroup| g.parameters.iter().any(|p| canonical_name(p) == name);
+    // Experts stand in one parameter of the trainer.
+    let parts: Vec<&str> = name.split('.').collect();
+    let expert = parts.iter().position(|part| *part == "experts").filter(|i| i + 2 < parts.len());
+    let stack = expert.map(|i| match parts.last() {
+        Some(&"weight") => [&parts[..=i], &parts[i + 2..i + 3]].concat().join("."),
+        Some(&"bias") => format!("{}_bias", [&parts[..=i], &parts[i + 2..i + 3]].concat().join(".")),
+        _ => [&parts[..=i], &parts[i + 3..]].concat().join("."),
+    });
+    let is = |raw: &String| {
+        let raw = canonical_name(raw);
+        raw == name || Some(&raw) == stack.as_ref()
+    };
+    let named = |g: &&ParameterGroup| g.parameters.iter().any(is);
     record.groups.iter().find(named).or_else(|| record.groups.iter().find(|g| g.parameters.is_empty()))
 }
 

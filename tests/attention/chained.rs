@@ -19,7 +19,7 @@ fn scores<'a>(problem: &AttentionProblem<f64>, qkv: &'a Qkv<Array2<f64>>) -> Sco
 }
 
 /// Textbook dense gradients of the *approximate* probabilities: P^ from Phi Psi^T, with the diagonal chunks of
-/// 256 rows exact and the rest of the upper triangle zero under a causal mask.
+/// 256 rows exact (where there are columns) and the rest of the upper triangle zero under a causal mask.
 #[allow(non_snake_case)]
 fn dense_of_the_approximation(problem: &AttentionProblem<f64>, spec: &str) -> (Array2<f64>, Qkv<Array2<f64>>) {
     let projected = problem.project(&mut Cost::default());
@@ -33,7 +33,7 @@ fn dense_of_the_approximation(problem: &AttentionProblem<f64>, spec: &str) -> (A
             let shift = map.row_shift().map_or(0.0, |shift| shift[i]);
             if j > i {
                 *e = 0.0;
-            } else if i / 256 == j / 256 {
+            } else if i / 256 == j / 256 && map.rank() > 0 {
                 *e = (S[[i, j]] - shift).exp();
             }
         }
@@ -109,6 +109,9 @@ fn the_chain_equals_the_dense_gradient_of_the_approximation() {
                 "tensor-sketch:degree=4,rank=60,nonnegative=true",
                 "nystrom:rank=9",
                 "support-basis:degree=1,threshold=0.1",
+                "sparse:threshold=0.0015",
+                "sparse:keys=9,search=tree",
+                "sparse:keys=40,search=oracle,remainder=1",
                 "auto:eps=0.01",
             ] {
                 check_against_dense(&problem, spec, 1e-10);
@@ -155,6 +158,7 @@ fn cross_attention_and_every_subset_of_adapters() {
             continue;
         }
         check_against_dense(&problem, "taylor:degree=3", 1e-11);
+        check_against_dense(&problem, "sparse:keys=7,search=tree", 1e-11);
         // The exact paths on the same head.
         let reference = dense::gradients(&problem, Request::All).unwrap();
         for request in [Request::All, Request::Adapters] {
@@ -172,9 +176,12 @@ fn high_degree_and_full_rank_reach_roundoff() {
             let head = SyntheticHead { mask, softmax, rank: 1, gamma: 1.4, ..SyntheticHead::new(300, 2) };
             let problem: AttentionProblem<f64> = head.draw().unwrap();
             let exact = dense::gradients(&problem, Request::Adapters).unwrap();
-            for (spec, tolerance) in
-                [("taylor:degree=26", 1e-13), ("chebyshev:degree=22", 1e-10), ("truncated-svd:rank=300", 1e-11)]
-            {
+            for (spec, tolerance) in [
+                ("taylor:degree=26", 1e-13),
+                ("chebyshev:degree=22", 1e-10),
+                ("truncated-svd:rank=300", 1e-11),
+                ("sparse:keys=300", 1e-13),
+            ] {
                 let method = build::<f64>(spec).unwrap();
                 let chained = chained::gradients(&problem, method.as_ref(), Request::Adapters).unwrap();
                 let gap = chained.gradients.relative_gap(&exact);
@@ -304,6 +311,8 @@ fn the_same_bits_for_every_number_of_threads() {
             "tensor-sketch:degree=3,rank=33",
             "nystrom:rank=40",
             "support-basis:degree=1,threshold=0.2",
+            "sparse:threshold=0.0007,search=tree",
+            "sparse:keys=5,remainder=1",
             "auto:eps=0.05",
         ];
         let run = |threads: usize| {
@@ -352,4 +361,40 @@ fn predicted_operations_are_the_counted_ones() {
         + shared.multiply_adds as f64
         + final_products;
     assert!((counted / predicted - 1.0).abs() < 1e-6, "{counted} against {predicted}");
+}
+
+/// Without the search a sparse gradient is linear in L; the exact search adds d_h multiply-adds a visible pair (of blocks of 16
+/// keys), and the tree adds less than that where keys cluster.
+#[test]
+fn a_sparse_gradient_pays_for_its_pairs_and_its_search() {
+    let cost = |tokens: usize, mask: Mask, spec: &str| {
+        let head = SyntheticHead { mask, gamma: 6.0, rank: 2, ..SyntheticHead::new(tokens, 2) };
+        let problem: AttentionProblem<f32> = head.draw().unwrap();
+        let done = chained::gradients(&problem, build::<f32>(spec).unwrap().as_ref(), Request::Adapters).unwrap();
+        (done.gradients.cost, done.certificate)
+    };
+    for mask in BOTH_MASKS {
+        let flops = |tokens| cost(tokens, mask, "sparse:keys=12,search=oracle").0.flops() as f64;
+        let ratio = flops(4096) / flops(2048);
+        assert!((ratio / 2.0 - 1.0).abs() < 0.02, "{mask:?}: {ratio}");
+        let (oracle, known) = cost(2048, mask, "sparse:keys=12,search=oracle");
+        let (exact, _) = cost(2048, mask, "sparse:keys=12");
+        let search = known.search.unwrap();
+        assert_eq!(exact.multiply_adds - oracle.multiply_adds, search.multiply_adds);
+        // Each query's last block is looked at twice.
+        let blocks: u64 = (1..=2048u64).map(|i| 1 + if mask == Mask::Full { 128 } else { i.div_ceil(16) }).sum();
+        assert_eq!(search.multiply_adds, blocks * 16 * 2);
+        assert!(exact.largest_buffer < 2048 * 2048 / 20 && exact.peak_live_elements < 2048 * 2048 / 10);
+        // Per pair: 2 d_v, and 4 + 4 + 2 + 2 columns of Z, W, R and N for rank 2 on Q, K, V.
+        let pairs = |certificate: &peft_limits::attention::factorization::Certificate| certificate.corrected_pairs;
+        let (more, certificate) = cost(2048, mask, "sparse:keys=13,search=oracle");
+        let per_pair = (2 * 2 + 4 + 4 + 2 + 2) * (pairs(&certificate) - pairs(&known));
+        assert_eq!(more.multiply_adds - oracle.multiply_adds, per_pair);
+        let growth = |spec: &str| {
+            let at = |tokens| cost(tokens, mask, spec).1.search.unwrap().multiply_adds as f64;
+            at(8192) / at(4096)
+        };
+        let (tree, scan) = (growth("sparse:keys=12,search=tree"), growth("sparse:keys=12"));
+        assert!(scan > 3.9 && tree < 3.0, "{mask:?}: the tree's search grows by {tree}, the scan's by {scan}");
+    }
 }

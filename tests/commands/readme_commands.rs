@@ -105,14 +105,14 @@ fn every_named_target_exists() {
                 assert!(root().join(file).exists(), "{}: {line}", path.display());
             }
         }
-        for line in fenced(&text, "python").into_iter().flatten() {
-            let Some((module, name)) = line.strip_prefix("from peft_limits_").and_then(|l| l.split_once(" import "))
-            else {
-                continue;
-            };
-            count += 1;
-            let source = page(&format!("python/peft_limits_{module}.py"));
-            assert!(source.contains(&format!("def {name}(")) || source.contains(&format!("class {name}")), "{line}");
+        let package = page("python/peft_limits/__init__.py");
+        let public = package.lines().find(|l| l.starts_with("__all__")).expect("__all__");
+        let python = ["python", "py"].into_iter().flat_map(|language| fenced(&text, language)).flatten();
+        for names in python.filter_map(|line| line.strip_prefix("from peft_limits import ").map(String::from)) {
+            for name in names.split(", ") {
+                count += 1;
+                assert!(public.contains(&format!("\"{name}\"")), "{}: {name}", path.display());
+            }
         }
     }
     assert!(count > 25, "{count} targets were looked at");

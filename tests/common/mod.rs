@@ -11,8 +11,10 @@ use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::{
     AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions, StepOutput,
 };
+use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::path::Path;
 
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
@@ -126,4 +128,45 @@ pub fn step<T: Real>(model: &Model<T>, batch: &Batch, options: &StepOptions) -> 
 
 pub fn logits<T: Real>(model: &Model<T>) -> Array2<T> {
     model.logits(batch().input_ids.view(), &mut Cost::default()).unwrap()
+}
+
+/// One step of a family as a float64 dump, from the reference; `fault` multiplies one gradient by 1.01.
+pub fn family_dump(case: &Path, full: bool, fault: bool) -> Option<tempfile::TempDir> {
+    let reference = TensorFile::open(case.join("reference.safetensors")).unwrap();
+    let prefix = if full { "grad." } else { "lora.grad." };
+    let mut gradients: Vec<&str> = reference.names().filter(|name| name.starts_with(prefix)).collect();
+    gradients.sort_unstable();
+    let spoilt = *gradients.get(gradients.len() / 2)?;
+    let mut writer = TensorWriter::new();
+    for name in ["input_ids", "labels", "attention_mask", "position_ids"] {
+        if reference.contains(name) {
+            let (shape, values) = reference.raw_tensor::<f64>(name, "test").unwrap();
+            writer.tensor(name, &shape, values);
+        }
+    }
+    let loss = if full { "loss" } else { "lora.loss" };
+    writer.tensor("loss", &[1], reference.vector::<f64>(loss, "test").unwrap());
+    if !full {
+        for name in reference.names().filter(|name| name.starts_with("lora.after.")) {
+            let (shape, values) = reference.tensor::<f64>(name, "test").unwrap();
+            writer.tensor(&name["lora.".len()..], &shape, values);
+        }
+    }
+    for name in gradients {
+        let (shape, values) = reference.tensor::<f64>(name, "test").unwrap();
+        let factor = if fault && name == spoilt { 1.01 } else { 1.0 };
+        let ours = format!("grad.{}", &name[prefix.len()..]);
+        writer.tensor(&ours, &shape, values.into_iter().map(|x| x * factor));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    writer.write(&folder.path().join("step.safetensors")).unwrap();
+    let mut manifest = serde_json::json!({
+        "format": "peft-limits-dump", "version": 1, "made_by": "test", "model": case,
+        "compute": {"weights": "float64", "internals": "float64"}, "loss": {"reduction": "mean"},
+    });
+    if !full {
+        manifest["adapter"] = serde_json::json!(case.join("adapter"));
+    }
+    std::fs::write(folder.path().join("manifest.json"), manifest.to_string()).unwrap();
+    Some(folder)
 }

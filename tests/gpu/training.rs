@@ -142,8 +142,8 @@ fn weights(there: &DeviceModel<Wgpu>, model: &Model<f64>) -> Vec<[Array2<f32>; 7
 /// What a method does not train has the same bits as before.
 fn check_frozen(before: &[[Array2<f32>; 7]], after: &[[Array2<f32>; 7]], model: &Model<f64>) {
     for (l, layer) in model.layers.iter().enumerate() {
-        for p in Projection::ALL {
-            let (before, after) = (&before[l][p as usize], &after[l][p as usize]);
+        for (at, p) in Projection::ALL.into_iter().enumerate() {
+            let (before, after) = (&before[l][at], &after[l][at]);
             for ((i, j), x) in before.indexed_iter() {
                 let trained = match &layer.projection(p).method {
                     Method::Full => true,

@@ -172,10 +172,10 @@ fn folders_come_back_and_serve_as_lora() {
         let update = ModelUpdate::of_adapters(&trained).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let (plain, factors, own) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("c"));
-        update.write(&plain, 3, None).unwrap();
+        update.write(&plain, &base.config, None).unwrap();
         let again = ModelUpdate::read(&plain, &base).unwrap();
         assert_eq!(logits(&switched(&again)), logits(&switched(&update)), "{name}: bit for bit");
-        update.to_low_rank().unwrap().write(&factors, 3, None).unwrap();
+        update.to_low_rank().unwrap().write(&factors, &base.config, None).unwrap();
         let mut lora = base.clone();
         lora.read_adapter(&factors).unwrap();
         assert_close(name, &logits(&lora).view(), &logits(&trained).view(), 1e-12);
@@ -220,11 +220,10 @@ fn changed_settings_are_written_and_unknown_keys_kept() {
     let text = text.replacen('{', "{\n  \"note_to_self\": {\"kept\": [1, 2.50]},", 1);
     std::fs::write(like.join(config), &text).unwrap();
     let (same, doubled) = (folder.path().join("same"), folder.path().join("doubled"));
-    let layers = base.layers.len();
-    update.write(&same, layers, Some(&like)).unwrap();
+    update.write(&same, &base.config, Some(&like)).unwrap();
     assert_eq!(std::fs::read_to_string(same.join(config)).unwrap(), text);
     let sum = ModelUpdate::fuse(&[(0.5, &update), (0.25, &update)]).unwrap();
-    sum.write(&doubled, layers, Some(&like)).unwrap();
+    sum.write(&doubled, &base.config, Some(&like)).unwrap();
     let value: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(doubled.join(config)).unwrap()).unwrap();
     assert_eq!(value["note_to_self"], serde_json::json!({"kept": [1, 2.5]}));
@@ -281,7 +280,7 @@ fn a_checkpoint_on_disk_is_switched_and_comes_back_byte_for_byte() {
             self::model::<f64>(3).write(&model).unwrap();
             rewrite(&model, dtype, shards);
             let update = ModelUpdate::of_adapters(&trained).unwrap();
-            update.write(&adapter, 3, None).unwrap();
+            update.write(&adapter, &trained.config, None).unwrap();
             let before = contents(&model);
             let base = Model::<f64>::read(&model).unwrap();
             let done = switch_on_on_disk(&model, &adapter).unwrap();
@@ -317,7 +316,7 @@ fn an_interrupted_switch_is_undone() {
     let (model, adapter) = (folder.path().join("model"), folder.path().join("adapter"));
     self::model::<f32>(3).write(&model).unwrap();
     rewrite(&model, Dtype::F32, true);
-    updates::<f32>()[6].1.write(&adapter, 3, None).unwrap();
+    updates::<f32>()[6].1.write(&adapter, &self::model::<f32>(3).config, None).unwrap();
     let before = contents(&model);
     switch_on_on_disk(&model, &adapter).unwrap();
     // As if the power had failed between the two shards.
@@ -371,7 +370,7 @@ fn broken_slice_folders_are_refused_with_file_and_tensor() {
     let prefix = "base_model.model.model.layers.1.mlp.up_proj";
     let broken = |edit: &dyn Fn(&mut TensorWriter)| {
         let folder = tempfile::tempdir().unwrap();
-        update.write(folder.path(), 3, None).unwrap();
+        update.write(folder.path(), &base.config, None).unwrap();
         let path = folder.path().join("adapter_model.safetensors");
         let file = TensorFile::open(&path).unwrap();
         let mut writer = TensorWriter::new();

@@ -84,8 +84,8 @@ fn paca_gradients_are_columns_of_the_full_gradient() {
         for (l, layer) in model.layers.iter().enumerate() {
             for p in Projection::ALL {
                 let Method::Paca(paca) = &layer.projection(p).method else { panic!("attached everywhere") };
-                let want = full.layers[l].projections[p as usize][0].select(Axis(1), &paca.index) * paca.scaling;
-                let got = &gradients.layers[l].projections[p as usize][0];
+                let want = full.layers[l].projections[&p][0].select(Axis(1), &paca.index) * paca.scaling;
+                let got = &gradients.layers[l].projections[&p][0];
                 assert_close(&format!("{name} {l} {p:?}"), &got.view(), &want.view(), 1e-12);
             }
         }
@@ -129,11 +129,11 @@ fn s2ft_gradients_are_slices_of_the_full_gradient_and_the_function_is_unchanged(
             let Method::S2ft(slice) = &layer.projection(p).method else { panic!("attached everywhere") };
             let positions = &original_positions(p, order)[slice.range.clone()];
             let axis = if matches!(p, Projection::Output | Projection::Down) { Axis(1) } else { Axis(0) };
-            let mut want = full.layers[l].projections[p as usize][0].select(axis, positions);
+            let mut want = full.layers[l].projections[&p][0].select(axis, positions);
             // The other side of o and down is the model width; of q, k, v, gate, up too: nothing else moves.
             assert_eq!(want.len_of(Axis(1 - axis.index())), 24);
             want = want.as_standard_layout().to_owned();
-            let got = &gradients.layers[l].projections[p as usize][0];
+            let got = &gradients.layers[l].projections[&p][0];
             assert_close(&format!("{l} {p:?}"), &got.view(), &want.view(), 1e-12);
         }
     }
@@ -273,8 +273,8 @@ fn selection_follows_its_scores() {
             let Method::Paca(paca) = &layer.projection(Projection::Down).method else { panic!() };
             let norm = |a: ndarray::ArrayView2<f64>, j: usize| a.column(j).dot(&a.column(j)).sqrt();
             let weight = base.layers[l].projection(Projection::Down).base.dense();
-            let gradient = full.layers[l].projections[Projection::Down as usize][0].view();
-            let input = &calibration.layers[l][Projection::Down as usize].input;
+            let gradient = full.layers[l].projections[&Projection::Down][0].view();
+            let input = &calibration.layers[l][&Projection::Down].input;
             let value = |j: usize| match score {
                 Score::Weight => norm(weight.view(), j),
                 Score::Activation => input[j],

@@ -1,16 +1,19 @@
 //! Families of decoders against float64 references of PyTorch autograd, Transformers and PEFT (`tests/data/families`): logits,
 //! loss, gradients of every base parameter and of LoRA on every linear layer, two AdamW steps; and finite differences.
 
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, ArrayView2, Axis};
 use peft_limits::adapters::lora::LoraSpec;
+use peft_limits::blocks::swiglu::Activation;
 use peft_limits::check::compare::assert_close;
 use peft_limits::check::finite_differences::{central_differences, observed_order};
 use peft_limits::cost::Cost;
 use peft_limits::linalg::Real;
 use peft_limits::model::options::Family;
+use peft_limits::model::s2ft::S2ftSpec;
 use peft_limits::model::{AdapterPlan, Batch, Gradients, Instruments, MethodSpec, Model, Projection, StepOptions};
 use peft_limits::tensor_file::TensorFile;
 use peft_limits::train::optimizer::{OptimizerParams, update_model};
+use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings, Trainer};
 use rand::RngExt;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -29,7 +32,7 @@ fn cases() -> Vec<String> {
         .filter(|name| root().join(name).join("config.json").exists())
         .collect();
     names.sort();
-    assert!(names.len() >= 16, "{names:?}");
+    assert!(names.len() >= 22, "{names:?}");
     names
 }
 
@@ -60,9 +63,28 @@ fn expected<T: Real>(file: &TensorFile, tensor: &str, like: (usize, usize)) -> A
     Array2::from_shape_vec(like, values).unwrap_or_else(|_| panic!("{tensor} is not {like:?} ({})", T::NAME))
 }
 
-/// PEFT's name of an adapter tensor of ours.
-fn peft_name(ours: &str) -> String {
-    format!("base_model.model.{ours}.default.weight")
+/// The reference's gradients, and with the adapter values after two steps, by this library's names: experts by number,
+/// weights out x in.
+fn theirs(name: &str, full: bool) -> Option<Trainer> {
+    let dump = crate::common::family_dump(&root().join(name), full, false)?;
+    let (paths, manifest) = DumpPaths::of_folder(dump.path()).unwrap();
+    Some(Case::read(name, &paths, Some(&manifest), &PlainSettings::default()).unwrap().trainer)
+}
+
+/// Every gradient of the reference is met, and there are at least as many of ours.
+fn check_gradients<T: Real>(name: &str, trainer: &Trainer, gradients: &Gradients<T>, tolerance: f64) {
+    let named: HashMap<String, ArrayView2<'_, T>> = gradients.named().into_iter().collect();
+    assert!(trainer.gradients.len() >= 4 && named.len() >= trainer.gradients.len(), "{name}");
+    let typical = trainer.gradients.values().map(|g| g.values.iter().map(|x| x * x).sum::<f64>()).fold(0.0, f64::max);
+    for (tensor, want) in &trainer.gradients {
+        let got = named.get(tensor).unwrap_or_else(|| panic!("{name}: no {tensor}"));
+        // A key bias without rotary embedding has no gradient: what is there is rounding.
+        if want.values.iter().map(|x| x * x).sum::<f64>() < 1e-24 * typical {
+            assert!(got.iter().all(|x| x.widen().abs() < tolerance * typical.sqrt()), "{name}: {tensor}");
+            continue;
+        }
+        assert_close(&format!("{name}: {tensor}"), got, &want.values.view(), tolerance);
+    }
 }
 
 fn check_case<T: Real>(name: &str, tolerance: f64) {
@@ -85,13 +107,8 @@ fn check_case<T: Real>(name: &str, tolerance: f64) {
         let (loss, gradients) = step(&full, &batch);
         let want = file.vector::<f64>("loss", "test").unwrap()[0];
         assert!((loss - want).abs() <= tolerance * want, "{name}: loss {loss} against {want}");
-        let named = gradients.named();
-        assert_eq!(named.len(), file.names().filter(|n| n.starts_with("grad.")).count(), "{name}");
         assert_eq!(full.trainable_elements(), full.config.parameters(), "{name}");
-        for (tensor, gradient) in &named {
-            let want = expected::<T>(&file, &format!("grad.{tensor}"), gradient.dim());
-            assert_close(&format!("{name}: {tensor}"), gradient, &want.view(), tolerance);
-        }
+        check_gradients(name, &theirs(name, true).unwrap(), &gradients, tolerance);
     }
 
     let mut adapted = base;
@@ -99,29 +116,26 @@ fn check_case<T: Real>(name: &str, tolerance: f64) {
     let (loss, gradients) = step(&adapted, &batch);
     let want = file.vector::<f64>("lora.loss", "test").unwrap()[0];
     assert!((loss - want).abs() <= tolerance * want, "{name}: loss {loss} against {want}");
-    let named = gradients.named();
-    assert_eq!(named.len(), file.names().filter(|n| n.starts_with("lora.grad.")).count(), "{name}");
-    for (tensor, gradient) in &named {
-        let want = expected::<T>(&file, &format!("lora.grad.{}", peft_name(tensor)), gradient.dim());
-        assert_close(&format!("{name}: {tensor}"), gradient, &want.view(), tolerance);
-    }
-    if T::NAME == "f64" && file.names().any(|n| n.starts_with("lora.after.")) {
-        two_steps(name, &file, &batch, adapted, tolerance);
+    let trainer = theirs(name, false).unwrap();
+    check_gradients(name, &trainer, &gradients, tolerance);
+    if T::NAME == "f64" && !trainer.after.is_empty() {
+        two_steps(name, &trainer, &batch, adapted, tolerance);
     }
 }
 
 /// The recorded run: lr 1e-2, betas 0.9 and 0.999, eps 1e-8, decoupled decay 0.01.
-fn two_steps<T: Real>(name: &str, file: &TensorFile, batch: &Batch, mut model: Model<T>, tolerance: f64) {
+fn two_steps<T: Real>(name: &str, trainer: &Trainer, batch: &Batch, mut model: Model<T>, tolerance: f64) {
     let params = OptimizerParams { lr: 1e-2, weight_decay: 0.01, ..OptimizerParams::default() };
     let mut adamw = params.check().unwrap();
     for _ in 0..2 {
         let (_, gradients) = step(&model, batch);
         update_model(&mut adamw, &mut model, &gradients, 1e-2, 1.0, |_| ()).unwrap();
     }
-    for (tensor, values) in &model.trainable_values() {
-        let want = expected::<T>(file, &format!("lora.after.{}", peft_name(tensor)), values.dim());
+    let values: HashMap<String, Array2<T>> = model.trainable_values().into_iter().collect();
+    for (tensor, want) in &trainer.after {
         // The update divides by a root of the gradient's square: it keeps fewer digits than the gradient.
-        assert_close(&format!("{name}: {tensor} after two steps"), &values.view(), &want.view(), 1e3 * tolerance);
+        let what = format!("{name}: {tensor} after two steps");
+        assert_close(&what, &values[tensor].view(), &want.values.view(), 1e3 * tolerance);
     }
 }
 
@@ -149,7 +163,9 @@ fn gradients_of_every_method_are_derivatives_in_every_family() {
             let mut rng = crate::common::rng(5);
             match method {
                 None => model.train_fully(),
-                Some(method) => model.attach(&AdapterPlan::everywhere(&Projection::ALL, method), &mut rng).unwrap(),
+                Some(method) => {
+                    model.attach(&AdapterPlan::everywhere(&model.config.all_projections(), method), &mut rng).unwrap()
+                }
             }
             let (_, gradients) = step(&model, &batch);
             let directions: HashMap<String, Array2<f64>> =
@@ -166,8 +182,19 @@ fn gradients_of_every_method_are_derivatives_in_every_family() {
                         .unwrap();
                     moved.loss(&batch, &mut Cost::default()).unwrap()
                 },
-                1e-3,
+                // With a kink in relu the order shows only where no unit crosses it.
+                match &base.config.options {
+                    options if options.activation == Activation::Relu => 1e-7,
+                    // A step that is small enough leaves every token with its experts.
+                    options if options.experts.is_some() => 2e-4,
+                    _ => 1e-3,
+                },
             );
+            if base.config.options.activation == Activation::Relu {
+                let gap = (estimates.last().unwrap() / exact - 1.0).abs();
+                assert!(gap < 1e-5, "{name} {method:?}: {estimates:?} against {exact}");
+                continue;
+            }
             let order = observed_order(&estimates, exact);
             assert!((order - 2.0).abs() < 0.2, "{name} {method:?}: order {order}, {estimates:?} against {exact}");
         }
@@ -205,13 +232,78 @@ fn s2ft_changes_no_function_where_it_can_be_attached() {
         let (_, batch) = reference(&name);
         let mut model = base.clone();
         let attached = model.attach_s2ft(&crate::common::s2ft_everywhere(), None, &mut crate::common::rng(5));
-        if base.config.options.family == Family::Olmo2 {
+        if matches!(base.config.options.family, Family::Phi3 | Family::Gpt2 | Family::GptNeoX | Family::Opt)
+            || base.config.options.experts.is_some()
+        {
             let text = attached.unwrap_err().to_string();
-            assert!(text.contains("olmo2") && text.contains("norm"), "{text}");
+            assert!(text.contains("_proj") && text.contains(base.config.options.family.model_type()), "{text}");
+            // The default slices o and down only, which every family but a mixture has as weights of their own.
+            model = base.clone();
+            let spec = S2ftSpec {
+                ratios: S2ftSpec::default().ratios.map(|r| if r > 0.0 { 0.5 } else { 0.0 }),
+                ..S2ftSpec::default()
+            };
+            let mut spec = spec;
+            if base.config.options.experts.is_some() {
+                spec.set_ratio(Projection::Down, 0.0).unwrap();
+            }
+            model.attach_s2ft(&spec, None, &mut crate::common::rng(5)).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let logits =
+                |m: &Model<f64>| m.batch_logits(&batch, &Instruments::default(), &mut Cost::default()).unwrap();
+            assert_close(&name, &logits(&model).view(), &logits(&base).view(), 1e-12);
             continue;
         }
         attached.unwrap_or_else(|e| panic!("{name}: {e}"));
         let logits = |m: &Model<f64>| m.batch_logits(&batch, &Instruments::default(), &mut Cost::default()).unwrap();
         assert_close(&name, &logits(&model).view(), &logits(&base).view(), 1e-12);
+    }
+}
+
+/// PEFT's adapters of experts, of the output projection, of the embedding, with biases and with modules trained whole: written
+/// and read again they are the same, under the same names, and their gradients are derivatives of the loss.
+#[test]
+fn adapters_go_round_and_their_gradients_are_derivatives() {
+    for name in cases() {
+        let base: Model<f64> = Model::read(&root().join(&name)).unwrap();
+        let mut adapted = base.clone();
+        adapted.read_adapter(&root().join(&name).join("adapter")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        adapted.write_adapter(folder.path()).unwrap();
+        let mut again = base.clone();
+        again.read_adapter(folder.path()).unwrap();
+        let (_, batch) = reference(&name);
+        let logits = |m: &Model<f64>| m.batch_logits(&batch, &Instruments::default(), &mut Cost::default()).unwrap();
+        assert_eq!(logits(&again), logits(&adapted), "{name}");
+        let names = |folder: &std::path::Path| {
+            let file = TensorFile::open(folder.join("adapter_model.safetensors")).unwrap();
+            file.names().map(String::from).collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(names(folder.path()), names(&root().join(&name).join("adapter")), "{name}");
+        if base.config.options.activation == Activation::Relu {
+            continue;
+        }
+        let mut rng = crate::common::rng(11);
+        let (_, gradients) = step(&adapted, &batch);
+        let directions: HashMap<String, Array2<f64>> =
+            gradients.named().into_iter().map(|(n, g)| (n, g.mapv(|_| rng.random::<f64>() - 0.5))).collect();
+        let exact: f64 = gradients.named().iter().map(|(n, g)| (&directions[n] * g).sum()).sum();
+        let moved = |t: f64| {
+            let mut moved = adapted.clone();
+            moved
+                .for_each_trainable(&mut |n, values| {
+                    values.scaled_add(t, &directions[n]);
+                    Ok(())
+                })
+                .unwrap();
+            moved.loss(&batch, &mut Cost::default()).unwrap()
+        };
+        if base.config.options.experts.is_some() {
+            // Experts change hands at some steps, so that no order shows; a small one leaves every token where it is.
+            let estimates = central_differences(moved, 1e-6);
+            assert!((estimates[0] / exact - 1.0).abs() < 1e-6, "{name}: {estimates:?} against {exact}");
+            continue;
+        }
+        let order = observed_order(&central_differences(moved, 2e-4), exact);
+        assert!((order - 2.0).abs() < 0.3, "{name}: order {order}");
     }
 }

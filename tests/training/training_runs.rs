@@ -192,7 +192,7 @@ fn nan_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
     let mut trainer = Trainer::<f32>::new(config.clone()).unwrap();
     (0..2).for_each(|_| drop(trainer.step().unwrap()));
     checkpoint::save(&trainer, &out).unwrap();
-    trainer.model.final_norm[3] = f32::NAN;
+    trainer.model.final_norm.gain[3] = f32::NAN;
     match trainer.run(Some(&out), &mut [], &AtomicBool::new(false)).unwrap() {
         StopReason::NonFinite { step, tensor } => assert_eq!((step, tensor.as_str()), (3, "logits")),
         other => panic!("{other:?}"),

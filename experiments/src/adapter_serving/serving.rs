@@ -18,9 +18,8 @@ use rand::RngExt;
 
 /// An update of o and down as after training: S2FT on 1/16 of the heads and channels.
 fn slice_update(base: &Model<f32>, seed: u64) -> Result<ModelUpdate<f32>> {
-    let mut ratios = [0.0; 7];
-    TARGETS.iter().for_each(|&p| ratios[p as usize] = 1.0 / 16.0);
-    let spec = S2ftSpec { ratios, scope: Scope::EachLayer, ..S2ftSpec::default() };
+    let mut spec = S2ftSpec { ratios: [0.0; 7], scope: Scope::EachLayer, ..S2ftSpec::default() };
+    TARGETS.iter().try_for_each(|&p| spec.set_ratio(p, 1.0 / 16.0))?;
     let mut rng = generator(seed, "adapter/s2ft", 0);
     let mut model = base.clone();
     model.attach_s2ft(&spec, None, &mut rng)?;

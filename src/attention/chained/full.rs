@@ -78,7 +78,7 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
 }
 
 /// At most [`GROUPS`] runs of consecutive tiles.
-fn grouped<I>(tiles: Vec<I>) -> Vec<Vec<I>> {
+pub(super) fn grouped<I>(tiles: Vec<I>) -> Vec<Vec<I>> {
     let groups = tile_groups(tiles.len(), 1, GROUPS);
     let mut tiles = tiles.into_iter();
     groups.into_iter().map(|range| tiles.by_ref().take(range.len()).collect()).collect()

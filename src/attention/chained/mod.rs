@@ -16,9 +16,11 @@
 //! ```
 //!
 //! Without a mask, three passes over row tiles do it; a causal mask scans chunks and treats the diagonal ones exactly.
+//! Without columns (a sparse P^ alone) there is nothing to chain: each pair is treated as in the exact gradient.
 
 mod causal;
 mod full;
+mod pairs;
 mod query_results;
 mod sparse;
 mod tile;
@@ -96,6 +98,8 @@ pub fn on_shard<T: Real>(
     let contraction = Contraction::new(problem, projected, request, &mut cost)?;
     let chain = tile::Chain::new(problem, projected, &contraction, map);
     let done = match problem.mask() {
+        // No column: nothing to chain, and no reason to treat diagonal chunks apart.
+        _ if map.rank() == 0 => pairs::products(&chain, &mut cost)?,
         Mask::Full => full::products(&chain, shards, &mut cost)?,
         Mask::Causal => causal::products(&chain, shards, &mut cost)?,
     };
@@ -119,4 +123,10 @@ pub fn predicted_multiply_adds(
     let contracted = (value_dim + 1) * moment_columns;
     let columns = (2 * (1 + value_dim + contracted) + value_columns * 2 + 2 * contracted) as f64;
     tokens as f64 * (feature_columns as f64 * columns + 2.0 * contracted as f64)
+}
+
+/// Multiply-adds of a gradient from kept pairs alone, as counted by [`gradients`] apart from the projections and the
+/// search. Columns as in [`predicted_multiply_adds`].
+pub fn predicted_pair_multiply_adds(pairs: u64, value_dim: usize, moment_columns: usize, value_columns: usize) -> f64 {
+    pairs as f64 * (2 * value_dim + 2 * moment_columns + value_columns) as f64
 }

@@ -143,6 +143,25 @@ impl<'a, T: Real> Chain<'a, T> {
     /// [`Error::NonPositiveDenominator`].
     pub fn finish_queries(&self, sums: ArrayView2<T>, tile: &mut QueryTile<T>, cost: &mut Cost) -> Result<()> {
         let w = self.widths;
+        self.finish_outputs(sums, tile)?;
+        let start = 1 + w.value + w.value_right;
+        let last = negated_delta(tile.row_state.view());
+        contract_into(tile.upstream.view(), &last, sums.slice(s![.., start..]), tile.score_right.view_mut());
+        for (mut row, state) in tile.score_right.rows_mut().into_iter().zip(tile.row_state.rows()) {
+            let inverse = state[0];
+            row.mapv_inplace(|x| x * inverse);
+        }
+        cost.multiply_adds += (tile.range.len() * (w.value + 1) * w.score_right) as u64;
+        cost.elementwise += (tile.range.len() * (w.right() + 2 * w.value)) as u64;
+        Ok(())
+    }
+
+    /// The same for the first columns [1 | V | R] alone: outputs, upstream gradient and row state.
+    ///
+    /// # Errors
+    /// [`Error::NonPositiveDenominator`].
+    pub fn finish_outputs(&self, sums: ArrayView2<T>, tile: &mut QueryTile<T>) -> Result<()> {
+        let w = self.widths;
         for i in 0..tile.range.len() {
             let row = tile.range.start + i;
             let extra = match self.problem.softmax() {
@@ -174,15 +193,6 @@ impl<'a, T: Real> Chain<'a, T> {
             tile.row_state[[i, 0]] = inverse;
             tile.row_state[[i, 1]] = delta;
         }
-        let start = 1 + w.value + w.value_right;
-        let last = negated_delta(tile.row_state.view());
-        contract_into(tile.upstream.view(), &last, sums.slice(s![.., start..]), tile.score_right.view_mut());
-        for (mut row, state) in tile.score_right.rows_mut().into_iter().zip(tile.row_state.rows()) {
-            let inverse = state[0];
-            row.mapv_inplace(|x| x * inverse);
-        }
-        cost.multiply_adds += (tile.range.len() * (w.value + 1) * w.score_right) as u64;
-        cost.elementwise += (tile.range.len() * (w.right() + 2 * w.value)) as u64;
         Ok(())
     }
 

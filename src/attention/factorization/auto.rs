@@ -3,7 +3,8 @@
 //! Every method is tried with rising parameters on a sample of queries and keys, where the relative error of the
 //! probabilities is measured; the cost of each on the whole head is predicted from its columns; the cheapest that
 //! reaches the target is prepared on the whole head and measured on a sample of whole rows. If it misses, the next
-//! cheapest is taken. Prediction and measurement are reported in the certificate.
+//! cheapest is taken. The exact gradient competes: where it is predicted to be cheaper, there is no choice but an error
+//! that says so. Prediction and measurement are reported in the certificate.
 
 use super::large_logits::large_logits;
 use super::monomials::{MonomialMap, count};
@@ -55,6 +56,8 @@ pub struct Selection {
     pub chosen: Candidate,
     /// Its relative Frobenius error of P on whole rows of the head.
     pub measured_error: f64,
+    /// Predicted multiply-adds of the exact streaming gradient, in the same terms.
+    pub exact_multiply_adds: f64,
     /// The cheapest candidate of every family that reached the target on the sample, cheapest first.
     pub candidates: Vec<Candidate>,
 }
@@ -81,12 +84,16 @@ impl Auto {
         cost.product(query.nrows(), query.ncols(), key.nrows());
         cost.exponentials += exact.len() as u64;
         let mut offered = Vec::new();
+        let (pairs, most) = (visible_pairs(scores), self.exact_multiply_adds(scores));
         for family in self.families(&pilot, scores)? {
             let mut reached = 0;
-            for (spec, rank, multiply_adds) in family {
-                let Some(predicted_error) = error_of(&spec, &pilot, &exact, cost)? else { continue };
+            // What costs more than the exact gradient is not even tried.
+            for step in family.into_iter().filter(|step| step.multiply_adds < most) {
+                let Some((predicted_error, kept)) = error_of(&step.pilot, &pilot, &exact, cost)? else { continue };
                 if predicted_error <= self.eps {
-                    offered.push(Candidate { spec, rank, predicted_error, predicted_multiply_adds: multiply_adds });
+                    let predicted_multiply_adds = step.multiply_adds + kept * pairs * step.for_each_pair;
+                    let Step { spec, rank, .. } = step;
+                    offered.push(Candidate { spec, rank, predicted_error, predicted_multiply_adds });
                     reached += 1;
                 }
                 if reached > RESERVES {
@@ -98,12 +105,12 @@ impl Auto {
         Ok(offered)
     }
 
-    /// (spec, columns, predicted multiply-adds) of every family by rising cost.
-    fn families<T: Real>(&self, pilot: &Scores<T>, scores: &Scores<T>) -> Result<Vec<Vec<(String, usize, f64)>>> {
+    /// Every family by rising cost.
+    fn families<T: Real>(&self, pilot: &Scores<T>, scores: &Scores<T>) -> Result<Vec<Vec<Step>>> {
         let d = scores.query.ncols();
         let (lq, lk) = (scores.query.nrows() as f64, scores.key.nrows() as f64);
         let tokens = lq + lk;
-        let w = self.columns.unwrap_or(16 * d) as f64;
+        let w = self.moment_columns(d);
         let most = MOST_COLUMNS.min(scores.key.nrows());
         let ranks: Vec<usize> =
             (0..).map(|i| (16.0 * 2f64.powf(f64::from(i) / 2.0)) as usize).take_while(|&k| k <= most).collect();
@@ -112,63 +119,111 @@ impl Auto {
         for name in ["taylor", "chebyshev", "fitted"] {
             let options = if name == "fitted" { "" } else { ",center=both" };
             let degrees = (1..).map(|g| (g, count(d, g))).take_while(|&(_, k)| k <= most as u128);
-            families.push(
-                degrees
-                    .map(|(g, k)| (format!("{name}:degree={g}{options}"), k as usize, tokens * k as f64 * (w + 1.0)))
-                    .collect(),
-            );
+            let step =
+                |(g, k)| Step::new(format!("{name}:degree={g}{options}"), k as usize, tokens * k as f64 * (w + 1.0));
+            families.push(degrees.map(step).collect());
         }
-        // An exponential costs about ten multiply-adds; the largest exponents take a pass of their own.
+        // The largest exponents take a pass of their own.
         let positive = |&k: &usize| {
-            (format!("positive-features:rank={k},seed={seed}"), k, tokens * k as f64 * (w + 2.5 * d as f64 + 10.0))
+            let per_column = w + 2.5 * d as f64 + EXPONENTIAL;
+            Step::new(format!("positive-features:rank={k},seed={seed}"), k, tokens * k as f64 * per_column)
         };
         families.push(ranks.iter().map(positive).collect());
         for degree in [2usize, 3, 5] {
             let sketch = |&k: &usize| {
                 let per_column = w + 1.5 * d as f64 * degree as f64 / (degree - 1) as f64 + 4.0;
-                (format!("tensor-sketch:degree={degree},rank={k},seed={seed}"), k, tokens * k as f64 * per_column)
+                let spec = format!("tensor-sketch:degree={degree},rank={k},seed={seed}");
+                Step::new(spec, k, tokens * k as f64 * per_column)
             };
             families.push(ranks.iter().filter(|&&k| k > d + degree).map(sketch).collect());
         }
         // A coreset larger than half of the sampled keys says nothing about more keys than those.
         let believable = if scores.key.nrows() > pilot.key.nrows() { pilot.key.nrows() / 2 } else { pilot.key.nrows() };
         let nystrom = |&k: &usize| {
-            let own = lk * (k + d) as f64 + lq * (k as f64 + 2.0 * d as f64 + 10.0);
-            (format!("nystrom:rank={k},seed={seed}"), k, k as f64 * (tokens * w + own))
+            let own = lk * (k + d) as f64 + lq * (k as f64 + 2.0 * d as f64 + EXPONENTIAL);
+            Step::new(format!("nystrom:rank={k},seed={seed}"), k, k as f64 * (tokens * w + own))
         };
         families.push(ranks.iter().filter(|&&k| k <= believable).map(nystrom).collect());
-        let pairs = lq * lk;
-        let mut support: Vec<(String, usize, f64)> = Vec::new();
+        // Searches are predicted as if every pair were looked at.
+        let search = visible_pairs(scores) * d as f64;
+        let mut support: Vec<Step> = Vec::new();
         for degree in [1usize, 2] {
             let k = count(d, degree);
             if k > most as u128 {
                 continue;
             }
-            for (threshold, share) in thresholds(pilot)? {
-                // Candidates are predicted as if all pairs were computed.
-                let multiply_adds =
-                    tokens * k as f64 * (w + 1.0) + pairs * d as f64 + share * pairs * 3.0 * (d as f64 + 8.0);
-                support.push((
-                    format!("support-basis:degree={degree},threshold={threshold}"),
-                    k as usize,
-                    multiply_adds,
-                ));
+            for threshold in thresholds(pilot)? {
+                let spec = format!("support-basis:degree={degree},threshold={threshold}");
+                let step = Step::new(spec, k as usize, tokens * k as f64 * (w + 1.0) + search);
+                support.push(Step { for_each_pair: 3.0 * (d as f64 + 8.0), ..step });
             }
         }
-        support.sort_by(|a, b| a.2.total_cmp(&b.2));
         families.push(support);
+        let sparse = |share: f64| {
+            let spec = format!("sparse:threshold={share}");
+            let step = Step::new(spec, 0, search);
+            // Where weights are spread, an entry of P is as much larger on the sample as the sample has fewer keys.
+            let on_pilot = share * visible_pairs(scores) / (lq * pilot.key.nrows() as f64);
+            let pilot = format!("sparse:threshold={}", on_pilot.min(0.5));
+            Step { pilot, for_each_pair: self.for_each_pair(d) - 2.0 * d as f64, ..step }
+        };
+        families.push(SHARES.map(sparse).to_vec());
         Ok(families)
+    }
+
+    /// Columns of the chain's moments, both sides together.
+    fn moment_columns(&self, d: usize) -> f64 {
+        self.columns.unwrap_or(16 * d) as f64
+    }
+
+    /// Multiply-adds of the exact gradient for one pair, the exponentials' included.
+    fn for_each_pair(&self, d: usize) -> f64 {
+        4.0 * d as f64 + self.moment_columns(d) / (d + 1) as f64 + d as f64 + 2.0 * EXPONENTIAL
+    }
+
+    /// Multiply-adds that the exact streaming gradient is predicted to take.
+    pub fn exact_multiply_adds<T: Real>(&self, scores: &Scores<T>) -> f64 {
+        visible_pairs(scores) * self.for_each_pair(scores.query.ncols())
     }
 }
 
-/// Thresholds that leave out the largest 0.1%, 1%, 5% and 20% of the sampled centered logits.
-fn thresholds<T: Real>(pilot: &Scores<T>) -> Result<Vec<(f64, f64)>> {
+/// Multiply-adds that an exponential costs about as much as.
+const EXPONENTIAL: f64 = 10.0;
+
+/// Thresholds of `sparse` that are tried.
+const SHARES: [f64; 7] = [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001];
+
+/// Parameters of a family and what they cost on the whole head.
+#[derive(Debug, Clone)]
+struct Step {
+    spec: String,
+    /// The spec that stands for it on the sample.
+    pilot: String,
+    rank: usize,
+    multiply_adds: f64,
+    /// Multiply-adds for each pair that is treated one by one.
+    for_each_pair: f64,
+}
+
+impl Step {
+    fn new(spec: String, rank: usize, multiply_adds: f64) -> Self {
+        Self { pilot: spec.clone(), spec, rank, multiply_adds, for_each_pair: 0.0 }
+    }
+}
+
+fn visible_pairs<T>(scores: &Scores<T>) -> f64 {
+    let (lq, lk) = (scores.query.nrows() as f64, scores.key.nrows() as f64);
+    if scores.mask == Mask::Causal { lq * (lq + 1.0) / 2.0 } else { lq * lk }
+}
+
+/// Thresholds that leave out the largest 0.1%, 1%, 5% and 20% of the sampled centered logits, falling.
+fn thresholds<T: Real>(pilot: &Scores<T>) -> Result<Vec<f64>> {
     let centered = super::centering::Centered::new(pilot, super::centering::Center::Both, &mut Cost::default())?;
-    let all = large_logits(&centered.scores(pilot), 0.0, &mut Cost::default());
+    let all = large_logits(&centered.scores(pilot), 0.0, &mut Cost::default())?;
     let mut logits: Vec<f64> = all.iter().flatten().map(|(_, s)| s.widen().abs()).collect();
     logits.sort_by(|a, b| b.total_cmp(a));
-    let at = |share: f64| logits.get((share * logits.len() as f64) as usize).map(|&t| (t, share));
-    Ok([0.001, 0.01, 0.05, 0.2].into_iter().filter_map(at).filter(|&(t, _)| t > 0.0).collect())
+    let at = |share: f64| logits.get((share * logits.len() as f64) as usize).copied();
+    Ok([0.001, 0.01, 0.05, 0.2].into_iter().filter_map(at).filter(|&t| t > 0.0).collect())
 }
 
 /// At most `size` distinct indices below `length`, sorted.
@@ -192,12 +247,19 @@ fn probabilities<T: Real>(scores: &Scores<T>) -> Array2<f64> {
     p
 }
 
-/// Relative Frobenius error of P of a method on a sample; `None` if its parameters do not fit it.
-fn error_of<T: Real>(spec: &str, scores: &Scores<T>, exact: &Array2<f64>, cost: &mut Cost) -> Result<Option<f64>> {
+/// Relative Frobenius error of P of a method on a sample, and the share of its pairs that are treated one by one; `None`
+/// if its parameters do not fit it.
+fn error_of<T: Real>(
+    spec: &str,
+    scores: &Scores<T>,
+    exact: &Array2<f64>,
+    cost: &mut Cost,
+) -> Result<Option<(f64, f64)>> {
     match build::<T>(spec)?.prepare(scores, cost) {
         Ok(map) => {
             cost.product(scores.query.nrows(), map.rank(), scores.key.nrows());
-            Ok(Some(probability_error(&approximation(map.as_ref(), scores), exact)))
+            let kept = map.certificate().corrected_pairs as f64 / exact.len().max(1) as f64;
+            Ok(Some((probability_error(&approximation(map.as_ref(), scores), exact), kept)))
         }
         Err(Error::InvalidParam { .. } | Error::TooLarge { .. }) => Ok(None),
         Err(error) => Err(error),
@@ -253,28 +315,31 @@ impl<T: Real> SoftmaxFactorization<T> for Auto {
     }
 
     /// # Errors
-    /// [`Error::InvalidParam`] if no method with at most L columns reaches the target: the exact gradient is then the
-    /// cheaper one too.
+    /// [`Error::InvalidParam`] if no method with at most L columns reaches the target, or none at less than the exact
+    /// gradient's cost.
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         let candidates = self.predict(scores, cost)?;
-        for chosen in &candidates {
+        let exact_multiply_adds = self.exact_multiply_adds(scores);
+        for chosen in candidates.iter().filter(|c| c.predicted_multiply_adds < exact_multiply_adds) {
             let map = build::<T>(&chosen.spec)?.prepare(scores, cost)?;
             let measured_error = measured_error(map.as_ref(), scores, self.seed, cost);
             if measured_error <= self.eps {
-                let selection =
-                    Selection { eps: self.eps, chosen: chosen.clone(), measured_error, candidates: candidates.clone() };
+                let selection = Selection {
+                    eps: self.eps,
+                    chosen: chosen.clone(),
+                    measured_error,
+                    exact_multiply_adds,
+                    candidates: candidates.clone(),
+                };
                 let certificate = Certificate { selection: Some(selection), ..map.certificate().clone() };
                 return Ok(Box::new(Chosen { map, certificate }));
             }
         }
-        Err(Error::invalid(
-            "eps",
-            self.eps,
-            format!(
-                "no factorization with at most {} columns reaches it on this head; take the exact gradient",
-                MOST_COLUMNS.min(scores.key.nrows())
-            ),
-        ))
+        let why = format!(
+            "no factorization is predicted to reach it on this head with fewer than the {exact_multiply_adds:.1e} multiply-adds of the exact gradient; \
+             take the exact gradient"
+        );
+        Err(Error::invalid("eps", self.eps, why))
     }
 }
 

@@ -6,10 +6,12 @@
 pub mod auto;
 pub mod centering;
 pub mod chebyshev;
+pub mod correction;
 pub mod degree;
 mod exponential;
 pub mod fitted;
 pub mod interval;
+mod key_tree;
 pub mod large_logits;
 pub mod monomials;
 pub mod nystrom;
@@ -29,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::linalg::Real;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-pub use sparse::SparseCorrection;
+pub use correction::SparseCorrection;
 pub use spec::build;
 
 /// The scores to be factorized: S = beta Q K^T on the visible pairs.
@@ -70,6 +72,8 @@ pub struct Certificate {
     pub exp_error_bound: Option<f64>,
     /// Visible pairs that are corrected one by one, for methods with a sparse part.
     pub corrected_pairs: u64,
+    /// What finding those pairs took, for `sparse`: part of the counted cost, unless an oracle is said to know them.
+    pub search: Option<Cost>,
     /// How `auto` came to its choice.
     pub selection: Option<auto::Selection>,
 }

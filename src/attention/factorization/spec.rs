@@ -8,6 +8,7 @@ use super::fitted::Fitted;
 use super::interval::Check;
 use super::nystrom::Nystrom;
 use super::positive_features::{Directions, PositiveFeatures};
+use super::sparse::{Search, Sparse};
 use super::support_basis::SupportBasis;
 use super::taylor::Taylor;
 use super::tensor_sketch::TensorSketch;
@@ -18,7 +19,7 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 /// Every method with its keys, for messages and help pages.
-pub const METHODS: [(&str, &str); 9] = [
+pub const METHODS: [(&str, &str); 10] = [
     ("taylor", "degree=G[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
     ("chebyshev", "degree=G or eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]"),
     ("fitted", "degree=G[,samples=4096][,seed=0][,center=both|keys|none]"),
@@ -26,6 +27,7 @@ pub const METHODS: [(&str, &str); 9] = [
     ("tensor-sketch", "degree=G,rank=K[,seed=0][,nonnegative=true|false][,center=both|keys|none]"),
     ("nystrom", "rank=K[,seed=0][,temperature=T][,tolerance=E][,center=both|keys|none]"),
     ("support-basis", "degree=G,threshold=T[,center=both|keys|none]"),
+    ("sparse", "threshold=E[,keys=K] or keys=K[,search=exact|tree|oracle][,remainder=dropped|G]"),
     ("auto", "eps=E[,seed=0][,columns=W]"),
     ("truncated-svd", "rank=K"),
 ];
@@ -105,6 +107,20 @@ pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
             threshold: keys.positive("threshold")?.ok_or_else(|| keys.error("threshold is missing"))?,
             center: keys.center(Center::Both)?,
         }),
+        "sparse" => {
+            let (threshold, count) = (keys.positive("threshold")?, keys.take::<usize>("keys")?);
+            if threshold.is_none() && count.is_none() {
+                return Err(keys.error("threshold is missing (or keys)"));
+            }
+            if threshold.is_some_and(|e| e >= 1.0) {
+                return Err(keys.error("threshold must be below 1"));
+            }
+            if count == Some(0) {
+                return Err(keys.error("keys must be at least 1"));
+            }
+            let (search, remainder) = (keys.search()?, keys.remainder()?);
+            Box::new(Sparse { threshold: threshold.unwrap_or(0.0), keys: count, search, remainder })
+        }
         "auto" => Box::new(Auto {
             eps: keys.positive("eps")?.ok_or_else(|| keys.error("eps is missing"))?,
             seed: keys.take("seed")?.unwrap_or(0),
@@ -185,6 +201,26 @@ impl<'a> Keys<'a> {
             None | Some("orthogonal") => Ok(Directions::Orthogonal),
             Some("iid") => Ok(Directions::Iid),
             Some(other) => Err(self.error(format!("directions cannot be {other:?}: orthogonal or iid"))),
+        }
+    }
+
+    fn search(&mut self) -> Result<Search> {
+        match self.values.remove("search") {
+            None | Some("exact") => Ok(Search::Exact),
+            Some("tree") => Ok(Search::Tree),
+            Some("oracle") => Ok(Search::Oracle),
+            Some(other) => Err(self.error(format!("search cannot be {other:?}: exact, tree or oracle"))),
+        }
+    }
+
+    fn remainder(&mut self) -> Result<Option<usize>> {
+        match self.values.get("remainder").copied() {
+            Some("dropped") => {
+                self.values.remove("remainder");
+                Ok(None)
+            }
+            Some("0") => Err(self.error("remainder must be dropped or a degree of at least 1")),
+            _ => self.take("remainder"),
         }
     }
 
@@ -273,6 +309,10 @@ mod tests {
             "nystrom:rank=32,seed=5,temperature=0.5,tolerance=0.001,center=none",
             "support-basis:degree=2,threshold=1.5",
             "support-basis:degree=2,threshold=1.5,center=none",
+            "sparse:threshold=0.001",
+            "sparse:keys=32",
+            "sparse:threshold=0.001,keys=32,search=tree",
+            "sparse:threshold=0.01,search=oracle,remainder=1",
             "auto:eps=0.01,seed=0",
             "auto:eps=0.01,seed=2,columns=100",
         ] {
@@ -303,6 +343,12 @@ mod tests {
             ("support-basis:degree=2", "threshold is missing"),
             ("support-basis:degree=0,threshold=1", "at least 1"),
             ("support-basis:degree=2,threshold=0", "threshold must be positive"),
+            ("sparse:search=tree", "threshold is missing"),
+            ("sparse:threshold=1", "below 1"),
+            ("sparse:keys=0", "at least 1"),
+            ("sparse:keys=2,search=luck", "exact, tree or oracle"),
+            ("sparse:keys=2,remainder=0", "a degree of at least 1"),
+            ("sparse:keys=2,remainder=some", "remainder cannot be"),
             ("auto:eps=nan", "eps must be positive"),
             ("nope:rank=1", "must be one of"),
         ] {

@@ -5,9 +5,9 @@
 
 use super::centering::{Center, Centered};
 use super::interval::Evidence;
-use super::large_logits::large_logits;
+use super::large_logits::{LargeLogits, large_logits};
 use super::monomials::MonomialMap;
-use super::polynomial::{chebyshev, chebyshev_error};
+use super::polynomial::{Polynomial, chebyshev, chebyshev_error};
 use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization, SparseCorrection};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -23,7 +23,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 /// | `center` | both | which means are taken out | |
 ///
 /// A threshold below every logit keeps every pair: the result is then exact up to rounding, at quadratic memory, until
-/// the pairs exceed [`super::sparse::MAX_PAIRS`], which is an error.
+/// the pairs exceed [`super::correction::MAX_PAIRS`], which is an error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SupportBasis {
     /// Degree g.
@@ -46,44 +46,59 @@ impl<T: Real> SoftmaxFactorization<T> for SupportBasis {
         }
         let centered = Centered::new(scores, self.center, cost)?;
         let polynomial = chebyshev(self.degree, self.threshold)?;
-        let large = large_logits(&centered.scores(scores), self.threshold, cost);
-        let factor = |j: u32| centered.column_factor.as_ref().map_or(1.0, |f| f[j as usize].widen());
-        // Rows are divided by their largest exponential, so that it does not overflow.
-        let row_log: Vec<f64> =
-            large.iter().map(|row| row.iter().fold(0.0f64, |m, &(j, s)| m.max(s.widen() + factor(j).ln()))).collect();
-        let corrections: Vec<Vec<(u32, T)>> = large
-            .iter()
-            .zip(&row_log)
-            .map(|(row, log)| {
-                let correction = |&(j, s): &(u32, T)| {
-                    let s = s.widen();
-                    let rest = polynomial.evaluate(s) * (-log).exp();
-                    (j, T::of(factor(j) * ((s - log).exp() - rest)))
-                };
-                row.iter().map(correction).collect()
-            })
-            .collect();
-        let sparse = SparseCorrection::from_rows(&corrections, scores.key.nrows())?;
-        cost.exponentials += sparse.len() as u64;
-        cost.elementwise += (sparse.len() * (2 * self.degree + 4)) as u64;
-        cost.hold(4 * sparse.len() + 2 * row_log.len());
-        let row_shift: Vec<T> = row_log
-            .iter()
-            .enumerate()
-            .map(|(i, &log)| centered.row_shift.as_ref().map_or(T::zero(), |s| s[i]) + T::of(log))
-            .collect();
+        let large = large_logits(&centered.scores(scores), self.threshold, cost)?;
         let certificate = Certificate {
             spec: SoftmaxFactorization::<T>::spec(self),
             degree: Some(self.degree),
             interval: Some((self.threshold, Evidence::Scan)),
             exp_error_bound: Some(chebyshev_error(self.degree, self.threshold)),
-            corrected_pairs: sparse.len() as u64,
             ..Certificate::default()
         };
-        let row_scale = row_log.iter().map(|log| T::of((-log).exp())).collect();
-        let polynomial = MonomialMap::new(centered, scores.beta, &polynomial, certificate)?;
-        Ok(Box::new(SupportMap { polynomial, row_scale, row_shift, sparse }))
+        corrected(scores, centered, &polynomial, &large, certificate, cost)
     }
+}
+
+/// A polynomial of the centered logits with the given pairs (key, centered logit) of each query made exact.
+///
+/// # Errors
+/// [`Error::TooLarge`] for too many pairs or columns.
+pub(super) fn corrected<T: Real>(
+    scores: &Scores<T>,
+    centered: Centered<T>,
+    polynomial: &Polynomial,
+    pairs: &LargeLogits<T>,
+    certificate: Certificate,
+    cost: &mut Cost,
+) -> Result<Box<dyn FeatureMap<T>>> {
+    let factor = |j: u32| centered.column_factor.as_ref().map_or(1.0, |f| f[j as usize].widen());
+    // Rows are divided by their largest exponential, so that it does not overflow.
+    let row_log: Vec<f64> =
+        pairs.iter().map(|row| row.iter().fold(0.0f64, |m, &(j, s)| m.max(s.widen() + factor(j).ln()))).collect();
+    let corrections: Vec<Vec<(u32, T)>> = pairs
+        .iter()
+        .zip(&row_log)
+        .map(|(row, log)| {
+            let correction = |&(j, s): &(u32, T)| {
+                let s = s.widen();
+                let rest = polynomial.evaluate(s) * (-log).exp();
+                (j, T::of(factor(j) * ((s - log).exp() - rest)))
+            };
+            row.iter().map(correction).collect()
+        })
+        .collect();
+    let sparse = SparseCorrection::from_rows(&corrections, scores.key.nrows())?;
+    cost.exponentials += sparse.len() as u64;
+    cost.elementwise += (sparse.len() * (2 * polynomial.degree() + 4)) as u64;
+    cost.hold(4 * sparse.len() + 2 * row_log.len());
+    let row_shift: Vec<T> = row_log
+        .iter()
+        .enumerate()
+        .map(|(i, &log)| centered.row_shift.as_ref().map_or(T::zero(), |s| s[i]) + T::of(log))
+        .collect();
+    let certificate = Certificate { corrected_pairs: sparse.len() as u64, ..certificate };
+    let row_scale = row_log.iter().map(|log| T::of((-log).exp())).collect();
+    let polynomial = MonomialMap::new(centered, scores.beta, polynomial, certificate)?;
+    Ok(Box::new(SupportMap { polynomial, row_scale, row_shift, sparse }))
 }
 
 struct SupportMap<T> {

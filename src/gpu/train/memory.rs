@@ -12,7 +12,7 @@ use super::DeviceModel;
 use crate::error::Result;
 use crate::gpu::{Device, Engine, Opened, Work};
 use crate::linalg::Real;
-use crate::model::{Batch, Model, Projection, StepOptions};
+use crate::model::{Batch, Model, StepOptions};
 use std::fmt;
 
 /// Predicted and measured bytes.
@@ -87,8 +87,7 @@ fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
     let mut numbers = model.embedding.len() + model.lm_head.as_ref().map_or(0, |h| h.len()) + width;
     for layer in &model.layers {
         numbers += layer.vectors();
-        for p in Projection::ALL {
-            let projection = layer.projection(p);
+        for (_, projection) in layer.projections() {
             let (out, input) = projection.shape();
             let shapes = || projection.trainable_shapes().iter().map(|(r, c)| r * c).sum::<usize>();
             numbers += out * input;

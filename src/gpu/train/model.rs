@@ -16,7 +16,8 @@ use crate::blocks::cross_entropy::prediction_targets;
 use crate::error::{Error, Result};
 use crate::gpu::{Engine, Opened};
 use crate::linalg::Real;
-use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, PassOn, Place, Projection, StepOptions};
+use crate::model::options::{MlpKind, QkvStorage};
+use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, NormOn, PassOn, Place, Projection, StepOptions};
 use crate::model::{attention_shape, divisor, rope_tables};
 use ndarray::{Array1, Array2, Axis};
 use std::collections::BTreeMap;
@@ -94,7 +95,7 @@ fn upload_projection<T: Real, B: Engine>(
         Method::Full => MethodOn::Full,
         Method::Lora(m) => {
             let (a, b) = (put("lora_A", &m.a)?, put("lora_B", &m.b)?);
-            MethodOn::Lora(LoraOn { a, b, spec: m.spec, scaling: m.scaling })
+            MethodOn::Lora(LoraOn { a, b, bias: None, spec: m.spec, scaling: m.scaling })
         }
         Method::Dora(m) => {
             let (a, b) = (put("lora_A", &m.a)?, put("lora_B", &m.b)?);
@@ -128,30 +129,55 @@ impl<B: Engine> DeviceModel<B> {
     /// [`Error::InvalidParam`] for packed or merged projections; as [`Opened::upload`].
     pub fn upload<T: Real>(model: &Model<T>, on: &Opened<B>) -> Result<Self> {
         let options = &model.config.options;
+        let llama = [
+            options.layer_norm,
+            options.parallel,
+            options.sinks,
+            options.experts.is_some(),
+            options.positions.is_some(),
+        ];
+        let llama = llama.iter().all(|other| !other)
+            && options.query_key_value == QkvStorage::Separate
+            && options.mlp == MlpKind::Gated
+            && options.rotaries.iter().all(|rotary| rotary.share.is_none());
+        let biased = |projection: &AdaptedLinear<T>| matches!(&projection.method, Method::Lora(m) if m.bias.is_some());
+        let outside = model.adapters.head.is_some() || model.adapters.embedding.is_some();
+        if outside || model.layers.iter().flat_map(|l| l.projections()).any(|(_, p)| biased(p)) {
+            let requirement = "adapts the head or the embedding, or has lora_bias, which a device does not train yet; use --device cpu";
+            return Err(Error::invalid("adapter", "lora", requirement));
+        }
+        if !llama {
+            let requirement = "is not built of LLaMA's blocks, which are what a device has; use --device cpu";
+            return Err(Error::invalid("model", options.family.model_type(), requirement));
+        }
         if options.attention_cap.is_some() || options.logit_cap.is_some() || !options.windows.is_empty() {
             let requirement = "has windows or caps, which a device does not compute yet; use --device cpu";
             return Err(Error::invalid("model", options.family.model_type(), requirement));
         }
-        let gain = |name: &str, gain: &Array1<T>| on.upload(name, gain.view().insert_axis(Axis(0)));
+        let gain = |name: &str, gain: &Array1<T>| {
+            Ok(NormOn { gain: on.upload(name, gain.view().insert_axis(Axis(0)))?, bias: None })
+        };
         let mut layers = Vec::with_capacity(model.layers.len());
         for (l, layer) in model.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{l}");
-            let upload = |p: Projection| upload_projection(layer.projection(p), &format!("{prefix}.{}", p.path()), on);
-            let [q, k, v, o, gate, up, down] = Projection::ALL.map(upload);
+            let upload = |(p, projection)| Ok((p, upload_projection(projection, &options.module(l, p), on)?));
+            let projections = layer.projections().map(upload).collect::<Result<Vec<_>>>()?;
             let mut norms = [const { None }; 6];
             for (there, here) in norms.iter_mut().zip(&layer.norms) {
-                *there = here.as_ref().map(|here| gain(&format!("{prefix}.norm"), here)).transpose()?;
+                *there =
+                    here.as_ref().map(|here| gain(&format!("{}.norm", options.layer(l)), &here.gain)).transpose()?;
             }
-            layers.push(LayerOn::new([q?, k?, v?, o?, gate?, up?, down?], norms));
+            layers.push(LayerOn::new(projections, norms, None));
         }
         let head = model.lm_head.as_ref().map(|head| on.upload("lm_head.weight", head.view()));
         let there = ModelOn {
             config: model.config.clone(),
             embedding: on.upload("model.embed_tokens.weight", model.embedding.view())?,
+            positions: None,
             layers,
-            final_norm: gain("model.norm.weight", &model.final_norm)?,
+            final_norm: gain("model.norm.weight", &model.final_norm.gain)?,
             lm_head: head.transpose()?,
             trainable: model.trainable,
+            adapters: Default::default(),
         };
         Ok(Self { on: on.clone(), model: there })
     }

@@ -65,6 +65,7 @@ impl<B: Engine> Ops for Gpu<B> {
     type Attention = AttentionSaved<B>;
     type Inputs = DeviceInputs<B>;
     type Loss = DeviceLoss<B>;
+    type Routing = std::convert::Infallible;
 
     fn shape(x: &Matrix<B>) -> (usize, usize) {
         let [rows, columns] = x.dims();

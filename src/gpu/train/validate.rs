@@ -7,7 +7,7 @@ use super::{DeviceModel, DeviceOptimizer};
 use crate::error::Result;
 use crate::gpu::{Engine, Opened, Work};
 use crate::model::adapter_folder::AdapterKind;
-use crate::model::{Batch, Model, Place, Point, Projection, StepOptions};
+use crate::model::{Batch, Model, Place, Point, StepOptions};
 use crate::train::optimizer::OptimizerParams;
 use crate::validate::Precision;
 use crate::validate::dump::{Case, Observed, Trainer};
@@ -42,12 +42,12 @@ impl Work for DeviceCase {
 fn round_weights(model: &mut Model<f64>) -> Result<()> {
     let round = |x: &mut f64| *x = Precision::F32.round(*x);
     model.embedding.iter_mut().for_each(round);
-    model.final_norm.iter_mut().for_each(round);
+    model.final_norm.numbers_mut().for_each(round);
     model.lm_head.iter_mut().flatten().for_each(round);
     for layer in &mut model.layers {
-        layer.norms.iter_mut().flatten().flatten().for_each(round);
-        for p in Projection::ALL {
-            Precision::F32.round_array(layer.projection_mut(p).base.dense_mut("validation")?);
+        layer.norms.iter_mut().flatten().flat_map(|norm| norm.numbers_mut()).for_each(round);
+        for (_, projection) in layer.projections_mut() {
+            Precision::F32.round_array(projection.base.dense_mut("validation")?);
         }
     }
     let mut adapters = model.acting_values().into_iter().collect::<BTreeMap<_, _>>();

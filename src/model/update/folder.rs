@@ -7,8 +7,9 @@
 //! | `slice_rows` or `slice_columns` | k, increasing; rows or columns of the checkpoint's weight |
 //! | `slice_delta` | k x in or out x k: trained - base |
 
-use super::super::adapter_config::{AdapterConfig, AdapterKind, compose, module_name, read_object};
-use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, layer_prefix, write_factors, write_indices};
+use super::super::adapter_config::{AdapterConfig, AdapterKind, Beside, compose, read_object};
+use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices};
+use super::super::config::ModelConfig;
 use super::super::parameters::{Model, Projection};
 use super::ModelUpdate;
 use crate::adapters::lora::LoraSpec;
@@ -49,8 +50,8 @@ impl<T: Real> ModelUpdate<T> {
         let mut reader = Reader::new(&file);
         let mut entries = BTreeMap::new();
         for (l, layer) in base.layers.iter().enumerate() {
-            for p in Projection::ALL {
-                let prefix = format!("{}.{}", layer_prefix(l), p.path());
+            for (p, projection) in layer.projections() {
+                let prefix = module_prefix(&base.config, l, p);
                 let names = [(Side::Output, "slice_rows"), (Side::Input, "slice_columns")];
                 let mut found = names.into_iter().filter(|(_, name)| file.contains(&format!("{prefix}.{name}")));
                 let Some((side, name)) = found.next() else { continue };
@@ -59,7 +60,7 @@ impl<T: Real> ModelUpdate<T> {
                     return Err(file.malformed(format!("adapter of {prefix}"), wanted, "both"));
                 }
                 let index = reader.indices(format!("{prefix}.{name}"))?;
-                let shape = layer.projection(p).shape();
+                let shape = projection.shape();
                 let expected = match side {
                     Side::Output => (index.len(), shape.1),
                     Side::Input => (shape.0, index.len()),
@@ -80,7 +81,7 @@ impl<T: Real> ModelUpdate<T> {
     }
 
     /// Writes a folder: slices as SLICE, low-rank updates as PEFT's LORA. A mixture of both is written as LORA, the
-    /// slices as factors with a selection matrix. `layers` is the model's number of layers. Files appear whole or
+    /// slices as factors with a selection matrix. `config` is the model's. Files appear whole or
     /// not at all.
     ///
     /// With `like`, the `adapter_config.json` of a LORA folder keeps every key of that folder's own, and its text to
@@ -88,7 +89,7 @@ impl<T: Real> ModelUpdate<T> {
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for an update without entries; [`Error::Io`]; [`Error::Format`] for a broken `like`.
-    pub fn write(&self, folder: &Path, layers: usize, like: Option<&Path>) -> Result<()> {
+    pub fn write(&self, folder: &Path, config: &ModelConfig, like: Option<&Path>) -> Result<()> {
         if self.entries.is_empty() {
             return Err(Error::invalid("update", "empty", "must change at least one projection"));
         }
@@ -97,28 +98,28 @@ impl<T: Real> ModelUpdate<T> {
         if self.entries.values().all(|u| matches!(u, WeightUpdate::Slice(_))) {
             for (&(l, p), update) in &self.entries {
                 if let WeightUpdate::Slice(slice) = update {
-                    let prefix = format!("{}.{}", layer_prefix(l), p.path());
+                    let prefix = module_prefix(config, l, p);
                     let name = if slice.place().side == Side::Output { "slice_rows" } else { "slice_columns" };
                     write_indices(&mut writer, &format!("{prefix}.{name}"), &slice.place().index);
                     writer.matrix(&format!("{prefix}.slice_delta"), slice.delta());
                 }
             }
-            let targets: Vec<String> = self.entries.keys().map(|&(l, p)| module_name(l, p)).collect();
-            let config = json!({
+            let targets: Vec<String> = self.entries.keys().map(|&(l, p)| config.options.module(l, p)).collect();
+            let settings = json!({
                 "peft_type": SLICE, "task_type": "CAUSAL_LM", "target_modules": targets, "bias": "none",
                 "inference_mode": true,
             });
             writer.write(&folder.join(WEIGHTS))?;
-            return write_bytes(&folder.join(CONFIG), format!("{config:#}\n").as_bytes());
+            return write_bytes(&folder.join(CONFIG), format!("{settings:#}\n").as_bytes());
         }
         let mut entries: Vec<(usize, Projection, LoraSpec)> = Vec::new();
         for (&(l, p), update) in &self.entries {
             let lora = update.to_low_rank()?;
-            write_factors(&mut writer, &format!("{}.{}", layer_prefix(l), p.path()), &lora.a, &lora.b);
+            write_factors(&mut writer, &module_prefix(config, l, p), &lora.a, &lora.b);
             entries.push((l, p, lora.spec));
         }
         let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
-        let text = compose(AdapterKind::Lora, &entries, layers, false, like.as_ref());
+        let text = compose(AdapterKind::Lora, &entries, config, false, &Beside::default(), like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }

@@ -16,17 +16,19 @@ mod mixed_batch;
 mod on_disk;
 mod switch;
 
-use super::parameters::{Model, Projection};
+use super::names::Outside;
+use super::options::Norm;
+use super::parameters::{Model, Projection, TrainableParts};
 use super::s2ft::original_places;
+use crate::adapters::Method;
 use crate::adapters::lora::Lora;
 use crate::adapters::update::{SliceUpdate, WeightUpdate, fuse};
-use crate::adapters::{AdaptedLinear, Method};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::gemm::parallel_product;
 pub use folder::is_slice_folder;
-use ndarray::{Array1, Array2};
+use ndarray::Array2;
 pub use on_disk::{KEPT, OnDisk, switch_off_on_disk, switch_on_on_disk};
 use std::collections::BTreeMap;
 pub use switch::Switchable;
@@ -48,15 +50,14 @@ impl<T: Real> ModelUpdate<T> {
     /// act on weights that S2FT has reordered.
     pub fn of_adapters(model: &Model<T>) -> Result<Self> {
         let parts = model.trainable;
-        if parts.embedding || parts.norms || parts.lm_head {
+        if parts != TrainableParts::default() {
             return Err(Error::invalid("trainable", format!("{parts:?}"), "an update holds projections only"));
         }
         let mut entries = BTreeMap::new();
         for (l, layer) in model.layers.iter().enumerate() {
-            for p in Projection::ALL {
-                let projection = layer.projection(p);
+            for (p, projection) in layer.projections() {
                 let refuse = |requirement: &str| {
-                    let name = super::adapter_config::module_name(l, p);
+                    let name = model.config.options.module(l, p);
                     Error::invalid(name, projection.method.name(), requirement)
                 };
                 let sparse = matches!(projection.method, Method::Frozen | Method::S2ft(_));
@@ -119,24 +120,34 @@ impl<T: Real> ModelUpdate<T> {
             return Err(Error::invalid("trained model", found, "must have the sizes of the base model"));
         }
         let outside = |name: &str| Error::invalid(name, "changed", "an adapter holds changes of projections only");
-        let same = |a: &Array1<T>, b: &Array1<T>| a == b;
+        let options = &base.config.options;
+        let table = |module: Outside| outside(&options.outside_tensor(module, "weight"));
         if base.embedding != trained.embedding {
-            return Err(outside("model.embed_tokens.weight"));
+            return Err(table(Outside::Embedding));
+        }
+        if base.positions != trained.positions {
+            return Err(table(Outside::Positions));
         }
         if base.lm_head != trained.lm_head {
-            return Err(outside("lm_head.weight"));
+            return Err(table(Outside::Head));
         }
-        if !same(&base.final_norm, &trained.final_norm) {
-            return Err(outside("model.norm.weight"));
+        if base.final_norm != trained.final_norm {
+            return Err(table(Outside::FinalNorm));
         }
         let mut entries = BTreeMap::new();
         for (l, (a, b)) in base.layers.iter().zip(&trained.layers).enumerate() {
-            if a.norms != b.norms {
-                return Err(outside(&format!("a norm of model.layers.{l}")));
+            if let Some(norm) = Norm::ALL
+                .into_iter()
+                .find(|&n| a.checkpoint_norm(n, &base.config) != b.checkpoint_norm(n, &base.config))
+            {
+                return Err(outside(&options.norm_tensor(l, norm, "weight")));
             }
-            for p in Projection::ALL {
+            if a.checkpoint_sinks(&base.config) != b.checkpoint_sinks(&base.config) {
+                return Err(outside(&options.sinks_name(l)));
+            }
+            for (p, _) in a.projections() {
                 if a.checkpoint_bias(p, &base.config) != b.checkpoint_bias(p, &base.config) {
-                    return Err(outside(&format!("model.layers.{l}.{}.bias", p.path())));
+                    return Err(outside(&format!("{}.bias", options.module(l, p))));
                 }
                 let (a, b) = (a.checkpoint_weight(p, &base.config)?, b.checkpoint_weight(p, &base.config)?);
                 let slice = SliceUpdate::between(a.view(), b.view())?;
@@ -218,11 +229,13 @@ impl<T: Real> ModelUpdate<T> {
     /// checkpoint's order.
     fn check_fits(&self, model: &Model<T>) -> Result<()> {
         for (&(l, p), update) in &self.entries {
-            let name = super::adapter_config::module_name(l, p);
+            let name = model.config.options.module(l, p);
             let Some(layer) = model.layers.get(l) else {
                 return Err(Error::invalid("update", name, format!("the model has {} layers", model.layers.len())));
             };
-            let projection = layer.projection(p);
+            let Some(projection) = layer.get(p) else {
+                return Err(Error::invalid("update", name, "the model has no such projection"));
+            };
             if update.shape() != projection.shape() {
                 return Err(Error::shape("update", name, projection.shape(), update.shape()));
             }
@@ -243,9 +256,8 @@ fn difference<T: Real>(here: Array2<T>, other: Option<&Array2<T>>, trained_here:
 /// Refuses a model that carries adapters or packed weights.
 fn require_plain<T: Real>(model: &Model<T>) -> Result<()> {
     for (l, layer) in model.layers.iter().enumerate() {
-        for p in Projection::ALL {
-            let projection: &AdaptedLinear<T> = layer.projection(p);
-            let name = super::adapter_config::module_name(l, p);
+        for (p, projection) in layer.projections() {
+            let name = model.config.options.module(l, p);
             if projection.is_trainable() || projection.is_merged() || layer.order.is_some() {
                 return Err(Error::invalid(name, projection.method.name(), "must be frozen and unadapted here"));
             }

@@ -5,6 +5,7 @@
 //! so after an interruption at any moment switching off still gives the original files, byte for byte.
 
 use super::super::checkpoint::Shards;
+use super::super::layout::own_tensor;
 use super::super::parameters::Model;
 use super::ModelUpdate;
 use crate::adapters::s2ft::Side;
@@ -47,13 +48,17 @@ pub fn switch_on_on_disk(folder: &Path, adapter: &Path) -> Result<OnDisk> {
     }
     let base = Model::<f64>::read(folder)?;
     let update = ModelUpdate::read(adapter, &base)?;
+    let config = base.config.clone();
     drop(base);
     let mut shards = Shards::open(folder)?;
     let mut writer = TensorWriter::new();
     writer.metadata("adapter", adapter.display());
     let mut done = OnDisk { tensors: 0, bytes: 0, kept };
     for (&(l, p), entry) in &update.entries {
-        let name = format!("model.layers.{l}.{}.weight", p.path());
+        let Some(name) = own_tensor(&config, l, p) else {
+            let requirement = "is not stored out x in as a tensor of its own; merge into a new checkpoint instead";
+            return Err(Error::invalid(config.options.module(l, p), "stored otherwise", requirement));
+        };
         let file = shards.file_mut(&name);
         let mut weight = file.matrix::<f64>(&name, "the adapter changes it")?;
         entry.add_to(&mut weight.view_mut(), &mut Cost::default());

@@ -5,7 +5,7 @@ use crate::blocks::cross_entropy::LOGIT_ROWS;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::linalg::Real;
-use crate::model::{Batch, Gradients, Model, Projection, StepOptions};
+use crate::model::{Batch, Gradients, Model, StepOptions};
 use crate::ops::loss_chunk;
 use crate::train::optimizer::Optimizer;
 
@@ -48,7 +48,7 @@ pub fn measure<T: Real>(
     let chunk = loss_chunk(tokens, width, model.config.vocab_size, size_of::<T>());
     let capped =
         if model.config.options.logit_cap.is_some() { LOGIT_ROWS.min(tokens) * model.config.vocab_size } else { 0 };
-    let projections = model.layers.iter().flat_map(|layer| Projection::ALL.map(|p| layer.projection(p)));
+    let projections = model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
     let packed = projections.filter(|p| p.base.is_packed()).map(|p| p.shape().0 * p.shape().1);
     let moment = (tokens * width + chunk + capped + packed.max().unwrap_or(0)) * size_of::<T>();
     memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;

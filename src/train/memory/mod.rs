@@ -26,7 +26,8 @@ use crate::error::{Error, Result};
 use crate::model::options::Norm;
 use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{
-    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, Projection, TrainableParts, attention_shape,
+    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, NormOn, Projection, TrainableParts,
+    attention_shape,
 };
 use crate::ops::{Buffer, SizedWeight, Sizes};
 use crate::train::method::{MethodName, MethodParams};
@@ -108,15 +109,16 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
     let instruments = InstrumentsOn::default();
     let mut saved = Vec::new();
     let attention = attention_shape(config, (shape.batch, shape.length));
+    let angles = config.options.rotaries.iter().map(|rotary| rotary.width(config.head_dim)).sum();
     // Buffers settle in two steps.
     for _ in 0..3 {
-        let inputs = engine.inputs(attention, config.options.rotaries.len(), shape.bytes);
+        let inputs = engine.inputs(attention, angles, shape.bytes);
         let pass = model.forward_on(inputs, shape.checkpointing, &instruments, &mut gradients)?;
         saved = pass.saved_by_name();
         model.backward_on(pass, &instruments, &mut gradients)?;
     }
     let activations = over_layers(saved.into_iter().map(|(name, numbers)| (name, numbers * shape.bytes)));
-    let projections = || model.layers.iter().flat_map(|layer| Projection::ALL.map(|p| layer.projection(p)));
+    let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
     let base = |projection: &LinearOn<Sizes>| {
         let (out, input) = projection.shape();
         if projection.base.packed { Nf4Matrix::bytes_for(out, input) } else { out * input * shape.bytes }
@@ -147,8 +149,10 @@ pub fn trained_numbers(config: &ModelConfig, method: &MethodParams) -> Result<us
 pub(crate) fn over_layers(named: impl IntoIterator<Item = (String, usize)>) -> BTreeMap<String, usize> {
     let mut all = BTreeMap::new();
     for (name, size) in named {
-        let rest = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')).map(|(_, rest)| rest);
-        *all.entry(rest.unwrap_or(&name).to_string()).or_default() += size;
+        // The first number is the layer's.
+        let mut parts = name.split('.').skip_while(|part| part.parse::<usize>().is_err()).skip(1).peekable();
+        let rest = parts.peek().is_some().then(|| parts.collect::<Vec<_>>().join("."));
+        *all.entry(rest.unwrap_or(name)).or_default() += size;
     }
     all
 }
@@ -197,22 +201,24 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
     method.check()?;
     let gain = |width: usize| Buffer::at_rest((1, width));
     let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
+    let norm = |width: usize| NormOn { gain: gain(width), bias: config.options.layer_norm.then(|| gain(width)) };
     let layers = (0..config.num_hidden_layers).map(|layer| {
-        let projections = Projection::ALL.map(|p| sized_projection(config, method, layer, p));
-        let mut sized = Vec::with_capacity(projections.len());
-        for projection in projections {
-            sized.push(projection?);
-        }
-        let Ok(projections) = <[LinearOn<Sizes>; 7]>::try_from(sized) else { unreachable!("one for each projection") };
-        Ok(LayerOn::new(projections, Norm::ALL.map(|norm| config.norm_width(norm).map(gain))))
+        let projections = config.projections(layer).into_iter();
+        let sized = projections.map(|p| Ok((p, sized_projection(config, method, layer, p)?)));
+        let sinks = config.options.sinks.then(|| gain(config.num_attention_heads));
+        let norms = Norm::ALL.map(|of| config.norm_width(of).map(norm));
+        Ok(LayerOn::new(sized.collect::<Result<Vec<_>>>()?, norms, sinks))
     });
+    let positions = |offset| Buffer::at_rest((config.max_position_embeddings + offset, config.hidden_size));
     let mut model = ModelOn {
         config: config.clone(),
         embedding: table(),
+        positions: config.options.positions.map(positions),
         layers: layers.collect::<Result<_>>()?,
-        final_norm: gain(config.hidden_size),
+        final_norm: norm(config.hidden_size),
         lm_head: (!config.tie_word_embeddings).then(table),
         trainable: TrainableParts::default(),
+        adapters: Default::default(),
     };
     if method.name == MethodName::Full && method.targets.is_none() {
         model.train_fully();
@@ -239,13 +245,13 @@ fn sized_projection(
         let scaling = spec.scaling(shape).map_err(named)?;
         Ok((Buffer::at_rest((spec.rank, shape.1)), Buffer::at_rest((shape.0, spec.rank)), scaling))
     };
-    let wanted = method.projections()?.contains(&p);
+    let wanted = method.projections(config)?.contains(&p);
     let adapted = match method.spec()?.filter(|_| wanted) {
         Some(MethodSpec::Frozen) => MethodOn::Frozen,
         Some(MethodSpec::Full) => MethodOn::Full,
         Some(MethodSpec::Lora(spec)) => {
             let (a, b, scaling) = factors(spec)?;
-            MethodOn::Lora(LoraOn { a, b, spec, scaling })
+            MethodOn::Lora(LoraOn { a, b, bias: None, spec, scaling })
         }
         Some(MethodSpec::Dora { spec, true_derivative }) => {
             let (a, b, scaling) = factors(spec)?;
@@ -263,7 +269,7 @@ fn sized_projection(
         }
         None if method.name == MethodName::S2ft => {
             let spec = method.s2ft()?;
-            let ratio = spec.ratios[p as usize];
+            let ratio = spec.ratio(p);
             let (units, unit, rows) = units_of(config, p);
             let taken = if ratio > 0.0 { units_in_layer(config, &spec, ratio, units, layer) * unit } else { 0 };
             let side = if rows { Side::Output } else { Side::Input };
@@ -275,7 +281,7 @@ fn sized_projection(
         None => MethodOn::Frozen,
     };
     let mut projection = LinearOn::new(base, adapted);
-    projection.bias = config.options.biases[p as usize].then(|| Buffer::at_rest((1, shape.0)));
+    projection.bias = config.options.has_bias(p).then(|| Buffer::at_rest((1, shape.0)));
     Ok(projection)
 }
 
@@ -288,5 +294,6 @@ fn units_of(config: &ModelConfig, p: Projection) -> (usize, usize, bool) {
         Projection::Output => (config.num_key_value_heads, group, false),
         Projection::Gate | Projection::Up => (config.intermediate_size, 1, true),
         Projection::Down => (config.intermediate_size, 1, false),
+        _ => (1, 0, true),
     }
 }

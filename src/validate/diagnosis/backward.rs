@@ -7,7 +7,7 @@ use crate::blocks::rope::rope_forward;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::options::Norm;
-use crate::model::{Place, Point, Projection};
+use crate::model::{Place, Point};
 use crate::validate::reference::{Evidence, Variant};
 use ndarray::{Array1, Array2};
 use std::cell::RefCell;
@@ -24,7 +24,7 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 
 fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let Some(parts) = one_part(context) else { return Ok(()) };
-    let table = whole_table(context, context.case.model.config.rope_theta)?;
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
     for (times, name, what) in [
         (
             1,
@@ -78,19 +78,16 @@ fn input_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     let mut any = false;
     for model in [&mut without_adapter, &mut without_base] {
         for layer in &mut model.layers {
-            for p in Projection::ALL {
-                let projection = layer.projection_mut(p);
-                any |= low_rank(projection);
-            }
+            any |= layer.projections().any(|(_, projection)| low_rank(projection));
         }
     }
     if !any {
         return Ok(());
     }
     for (l, layer) in context.case.model.layers.iter().enumerate() {
-        for p in Projection::ALL {
-            if low_rank(layer.projection(p)) {
-                let delta = layer.projection(p).effective_weight()? - &layer.projection(p).base.dense();
+        for (p, projection) in layer.projections() {
+            if low_rank(projection) {
+                let delta = projection.effective_weight()? - &projection.base.dense();
                 *without_adapter.layers[l].projection_mut(p).base.dense_mut("base")? -= &delta;
                 without_base.layers[l].projection_mut(p).base.dense_mut("base")?.fill(0.0);
             }
@@ -123,8 +120,8 @@ fn dora_norm(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut model = context.case.model.clone();
     let mut declared = None;
     for layer in &mut model.layers {
-        for p in Projection::ALL {
-            if let Method::Dora(dora) = &mut layer.projection_mut(p).method {
+        for (_, projection) in layer.projections_mut() {
+            if let Method::Dora(dora) = &mut projection.method {
                 declared = Some(dora.true_derivative);
                 dora.true_derivative = !dora.true_derivative;
             }
@@ -161,7 +158,8 @@ fn stale(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 
 /// RMSNorm whose root mean square is taken for a constant: dx = s g dy without the term along x.
 fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
-    if tested.settled() {
+    let options = &context.case.model.config.options;
+    if tested.settled() || options.layer_norm || options.unit_gain || options.parallel {
         return Ok(());
     }
     let model = &context.case.model;
@@ -183,6 +181,7 @@ fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             dx.scaled_add(inverse.powi(3) * along / width, &x);
         }
     };
+    let gain = |layer: usize, norm: Norm| model.layers[layer].norm(norm).map(|norm| &norm.gain);
     let tap = |place: Place, t: &mut Array2<f64>| {
         let layer = place.layer.unwrap_or(0);
         match (place.point, place.gradient) {
@@ -193,10 +192,10 @@ fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             (Point::NormedInput, true) => drop(upstream.borrow_mut().insert((layer, 0), t.clone())),
             (Point::NormedMiddle, true) => drop(upstream.borrow_mut().insert((layer, 1), t.clone())),
             (Point::FinalNorm, true) => drop(upstream.borrow_mut().insert((0, 2), t.clone())),
-            (Point::Middle, true) => correct((layer, 1), model.layers[layer].gain(Norm::BeforeMlp), t),
-            (Point::Output, true) if layer == last => correct((0, 2), Some(&model.final_norm), t),
-            (Point::Output, true) => correct((layer + 1, 0), model.layers[layer + 1].gain(Norm::BeforeAttention), t),
-            (Point::Embedded, true) => correct((0, 0), model.layers[0].gain(Norm::BeforeAttention), t),
+            (Point::Middle, true) => correct((layer, 1), gain(layer, Norm::BeforeMlp), t),
+            (Point::Output, true) if layer == last => correct((0, 2), Some(&model.final_norm.gain), t),
+            (Point::Output, true) => correct((layer + 1, 0), gain(layer + 1, Norm::BeforeAttention), t),
+            (Point::Embedded, true) => correct((0, 0), gain(0, Norm::BeforeAttention), t),
             _ => {}
         }
     };

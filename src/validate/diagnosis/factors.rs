@@ -138,8 +138,8 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
         .model
         .layers
         .iter()
-        .flat_map(|l| crate::model::Projection::ALL.map(|p| l.projection(p)))
-        .filter_map(|p| match &p.method {
+        .flat_map(|l| l.projections())
+        .filter_map(|(_, p)| match &p.method {
             crate::adapters::Method::Lora(m) => Some((m.scaling, m.spec.rank)),
             crate::adapters::Method::Dora(m) => Some((m.scaling, m.spec.rank)),
             crate::adapters::Method::Moslora(m) => Some((m.scaling, m.spec.rank)),
@@ -240,7 +240,6 @@ fn b_is_zero(context: &Context<'_>) -> bool {
         _ => None,
     };
     let layers = &context.case.model.layers;
-    let each: Vec<bool> =
-        layers.iter().flat_map(|l| crate::model::Projection::ALL.map(|p| of(l.projection(p)))).flatten().collect();
+    let each: Vec<bool> = layers.iter().flat_map(|l| l.projections()).filter_map(|(_, p)| of(p)).collect();
     !each.is_empty() && each.iter().all(|z| *z)
 }

@@ -2,7 +2,7 @@
 
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
-use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
+use crate::blocks::rope::{RopeTable, Rotary, rope_backward, rope_forward};
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::{Batch, Model, Place, Point, Projection};
@@ -18,8 +18,8 @@ fn for_each_low_rank(
 ) -> bool {
     let mut any = false;
     for layer in &mut model.layers {
-        for p in Projection::ALL {
-            any |= match &mut layer.projection_mut(p).method {
+        for (_, projection) in layer.projections_mut() {
+            any |= match &mut projection.method {
                 Method::Lora(m) => {
                     change(&mut m.scaling, &mut m.a, &mut m.b);
                     true
@@ -49,19 +49,22 @@ pub(super) fn one_part(context: &Context<'_>) -> Option<Vec<(Range<usize>, f64)>
 }
 
 /// Angles of the whole batch.
-pub(super) fn whole_table(context: &Context<'_>, theta: f64) -> Result<RopeTable<f64>> {
+pub(super) fn whole_table(context: &Context<'_>, theta: f64) -> Result<Option<RopeTable<f64>>> {
+    let config = &context.case.model.config;
+    let Some(rotary) = config.options.rotaries.first() else { return Ok(None) };
     let (rows, length) = context.case.batch.input_ids.dim();
     let positions: Vec<u32> = match &context.case.batch.position_ids {
         Some(positions) => positions.iter().copied().collect(),
         None => (0..rows).flat_map(|_| 0..length as u32).collect(),
     };
-    RopeTable::of(&context.case.model.config.options.rotaries[0], &positions, context.case.model.config.head_dim, theta)
+    RopeTable::of(rotary, &positions, config.head_dim, theta).map(Some)
 }
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     scaling(context, tested)?;
     attention(context, tested)?;
     rotary(context, tested)?;
+    super::families::test(context, tested)?;
     stale(context, tested)?;
     weights(context, tested)?;
     bases(context, tested)?;
@@ -89,8 +92,7 @@ fn bases(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         let mut model = context.case.model.clone();
         let mut any = false;
         for layer in &mut model.layers {
-            for p in Projection::ALL {
-                let projection = layer.projection_mut(p);
+            for (_, projection) in layer.projections_mut() {
                 if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
                     let delta = projection.effective_weight()? - &projection.base.dense();
                     *projection.base.dense_mut("base")? += &(delta * sign);
@@ -118,13 +120,14 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
         matches!(model.layers[l].projection(p).method, Method::Lora(_) | Method::Dora(_) | Method::Moslora(_))
     };
     let places: Vec<(usize, Projection)> = (0..model.layers.len())
-        .flat_map(|l| Projection::ALL.map(|p| (l, p)))
+        .flat_map(|l| model.config.projections(l).into_iter().map(move |p| (l, p)))
         .filter(|&(l, p)| low_rank(l, p))
         .collect();
     if places.is_empty() || (context.case.trainer.hidden.is_empty() && context.case.trainer.logits.is_none()) {
         return Ok(());
     }
-    let kinds: Vec<Projection> = Projection::ALL.into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
+    let kinds: Vec<Projection> =
+        model.config.all_projections().into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
     let group = |what: usize, (l, p): (usize, Projection)| match what {
         0 => 0,
         1 => kinds.iter().position(|q| *q == p).unwrap_or(0),
@@ -153,7 +156,7 @@ fn fitted_scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> 
         let off: Vec<usize> = (0..count).filter(|&i| (factors[i] - 1.0).abs() > 0.01).collect();
         let named = |i: &usize| match what {
             0 => "every adapter".to_string(),
-            1 => kinds[*i].path().to_string(),
+            1 => model.config.options.path(kinds[*i]).into_owned(),
             _ => format!("layer {i}"),
         };
         let each: Vec<String> = off.iter().map(|i| format!("{} {:.4} times", named(i), factors[*i])).collect();
@@ -263,6 +266,10 @@ fn fit(
 fn frequencies(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let config = &context.case.model.config;
     let (half, theta) = (config.head_dim / 2, config.rope_theta);
+    // What follows takes whole heads with frequencies that nothing scales.
+    if config.options.rotaries.first() != Some(&Rotary::default()) {
+        return Ok(());
+    }
     let Some(parts) = one_part(context) else { return Ok(()) };
     let plain: Vec<f64> = (0..half).map(|j| theta.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
     let llama3 = |factor: f64, low: f64, high: f64, original: f64| -> Vec<f64> {
@@ -341,7 +348,7 @@ fn turned(
     parts: &[(Range<usize>, f64)],
     tested: &mut Tested<'_>,
 ) -> Result<()> {
-    let table = whole_table(context, context.case.model.config.rope_theta)?;
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
     let half = angles.ncols();
     let turn = |x: &mut Array2<f64>, direction: f64| {
         for (mut row, angle) in x.rows_mut().into_iter().zip(angles.rows()) {
@@ -375,8 +382,7 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut old = case.model.clone();
     let mut any = false;
     for layer in &mut old.layers {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (_, projection) in layer.projections_mut() {
             if let Method::Paca(m) = &mut projection.method
                 && m.active
                 && let Some(columns) = m.inactive.clone()
@@ -446,8 +452,8 @@ fn scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let specs: Vec<crate::adapters::lora::LoraSpec> = model
         .layers
         .iter()
-        .flat_map(|l| Projection::ALL.map(|p| l.projection(p)))
-        .filter_map(|p| match &p.method {
+        .flat_map(|l| l.projections())
+        .filter_map(|(_, p)| match &p.method {
             Method::Lora(m) => Some(m.spec),
             Method::Dora(m) => Some(m.spec),
             Method::Moslora(m) => Some(m.spec),
@@ -603,7 +609,7 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let rotated = |place: Place| matches!(place.point, Point::RotatedQuery | Point::RotatedKey) && !place.gradient;
     let turned_back = |place: Place| matches!(place.point, Point::Query | Point::Key) && place.gradient;
     if let (Some(parts), false) = (one_part(context), tested.settled()) {
-        let table = whole_table(context, config.rope_theta)?;
+        let Some(table) = whole_table(context, config.rope_theta)? else { return Ok(()) };
         let undo = |x: &mut Array2<f64>| drop(rope_backward(&mut x.view_mut(), &table, &mut Cost::default()));
         let redo = |x: &mut Array2<f64>| drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default()));
         let missing = |place: Place, x: &mut Array2<f64>| {
@@ -620,6 +626,9 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         );
         let variant = Variant { tap: Some(&missing), parts: Some(parts.clone()), ..Variant::default() };
         context.test(fault, &variant, |_| (), tested)?;
+        if config.options.rotaries[0].share.is_some() {
+            return Ok(());
+        }
         let neighbours = |place: Place, x: &mut Array2<f64>| {
             if rotated(place) {
                 undo(x);
@@ -680,8 +689,7 @@ fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut merged = context.case.model.clone();
     let mut any = false;
     for (layer, old) in merged.layers.iter_mut().zip(&previous.layers) {
-        for p in Projection::ALL {
-            let projection = layer.projection_mut(p);
+        for (p, projection) in layer.projections_mut() {
             if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
                 let present = projection.effective_weight()?;
                 let base = projection.base.dense_mut("stale weight")?;

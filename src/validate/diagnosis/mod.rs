@@ -8,6 +8,7 @@
 pub(super) mod applied;
 mod backward;
 mod factors;
+mod families;
 mod forward;
 mod gradient;
 mod loss;

@@ -5,7 +5,7 @@ use super::{Context, Fault, Tested};
 use crate::adapters::Method;
 use crate::error::Result;
 use crate::linalg::norms::frobenius;
-use crate::model::{Place, Point, Projection};
+use crate::model::{Outside, Place, Point, Projection};
 use crate::train::optimizer::OptimizerKind;
 use crate::validate::ladder::gradient_scale;
 use crate::validate::measure::dot;
@@ -208,8 +208,8 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 type Seen = RefCell<HashMap<(usize, Point, bool), Array2<f64>>>;
 
 /// Where a projection's input and the gradient of its output are seen.
-fn points(p: Projection) -> (Point, Point) {
-    match p {
+fn points(p: Projection) -> Option<(Point, Point)> {
+    Some(match p {
         Projection::Query => (Point::NormedInput, Point::Query),
         Projection::Key => (Point::NormedInput, Point::Key),
         Projection::Value => (Point::NormedInput, Point::Value),
@@ -217,7 +217,8 @@ fn points(p: Projection) -> (Point, Point) {
         Projection::Gate => (Point::NormedMiddle, Point::Gate),
         Projection::Up => (Point::NormedMiddle, Point::Up),
         Projection::Down => (Point::Gated, Point::Output),
-    }
+        _ => return None,
+    })
 }
 
 /// Factors whose gradient sums over a part of each sequence only: a rank's shard under sequence parallelism.
@@ -249,9 +250,9 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 let mut gradients = context.exact.gradients.clone();
                 let mut changed = Vec::new();
                 for (l, layer) in model.layers.iter().enumerate() {
-                    for p in Projection::ALL {
-                        let Method::Lora(m) = &layer.projection(p).method else { continue };
-                        let (input, output) = points(p);
+                    for (p, projection) in layer.projections() {
+                        let Method::Lora(m) = &projection.method else { continue };
+                        let Some((input, output)) = points(p) else { continue };
                         let (Some(x), Some(dy)) = (seen.get(&(l, input, false)), seen.get(&(l, output, true))) else {
                             continue;
                         };
@@ -260,7 +261,7 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                             part.slice_mut(s![b * length..b * length + from, ..]).fill(0.0);
                             part.slice_mut(s![b * length + to..(b + 1) * length, ..]).fill(0.0);
                         }
-                        let prefix = format!("model.layers.{l}.{}", p.path());
+                        let prefix = model.config.options.module(l, p);
                         let da = part.dot(&m.b).t().dot(x) * m.scaling;
                         let db = part.t().dot(&x.dot(&m.a.t())) * m.scaling;
                         for (name, g) in [(format!("{prefix}.lora_A"), da), (format!("{prefix}.lora_B"), db)] {
@@ -299,9 +300,9 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 /// The head's weight gradient summed chunk by chunk in the half format that holds it.
 fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
-    let name = "lm_head.weight";
+    let name = &case.model.config.options.outside_tensor(Outside::Head, "weight");
     let (Some(got), Some(want)) = (context.observed(name), context.exact.gradients.get(name)) else { return Ok(()) };
-    let alone = context.failing.iter().all(|m| m.name == name);
+    let alone = context.failing.iter().all(|m| m.name == *name);
     let tokens = case.batch.counted();
     if got.precision.epsilon() < 1e-4
         || !alone

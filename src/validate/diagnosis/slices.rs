@@ -22,8 +22,10 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     let model = &context.case.model;
     let sliced =
         |l: usize, p: Projection| matches!(model.layers[l].projection(p).method, Method::Paca(_) | Method::S2ft(_));
-    let places: Vec<(usize, Projection)> =
-        (0..model.layers.len()).flat_map(|l| Projection::ALL.map(|p| (l, p))).filter(|&(l, p)| sliced(l, p)).collect();
+    let places: Vec<(usize, Projection)> = (0..model.layers.len())
+        .flat_map(|l| model.config.projections(l).into_iter().map(move |p| (l, p)))
+        .filter(|&(l, p)| sliced(l, p))
+        .collect();
     if places.is_empty() || context.failing.is_empty() {
         return Ok(());
     }
@@ -36,7 +38,7 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     let gradients = context.case.run(&Variant { forward: Some(&whole), ..Variant::default() })?.gradients;
     let mut results: Vec<(Found, String)> = Vec::new();
     for (l, p) in places {
-        let prefix = format!("model.layers.{l}.{}", p.path());
+        let prefix = model.config.options.module(l, p);
         let Some(weight) = gradients.get(&format!("{prefix}.weight")) else { continue };
         let (name, axis, expected, scaling) = match &model.layers[l].projection(p).method {
             Method::Paca(m) => (format!("{prefix}.paca_columns"), Axis(1), m.index.clone(), m.scaling),

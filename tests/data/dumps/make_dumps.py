@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "../../../python"))
 sys.path.insert(0, HERE)
-from peft_limits_dump import dump_step, trainable_snapshot  # noqa: E402
+from peft_limits import dump_step, trainable_snapshot  # noqa: E402
 from trainer import Frozen, Lora, Sizes, Slice, Trainer, hf_config, losses  # noqa: E402
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

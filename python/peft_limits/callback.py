@@ -1,0 +1,60 @@
+"""A callback of Transformers' Trainer and what derives from it (TRL, Axolotl): records steps and prints their verdicts.
+
+    from peft_limits import ValidateCallback
+    trainer = Trainer(..., callbacks=[ValidateCallback()])
+"""
+
+import os
+import sys
+
+from transformers import TrainerCallback
+
+from .recorder import dump_step
+from .report import validate
+
+
+class ValidateCallback(TrainerCallback):
+    """Records `steps` optimizer steps from number `at` on (0 is the first), with all their micro-batches.
+
+    Two by default: in the first, LoRA's B is zero, so the gradients of A are zero and tell nothing. Dumps go to
+    `folder`/step-N (default: peft-limits in the trainer's output_dir). `check` is that of dump_step; further options are
+    dump_step's. `reports` holds a Report for each step, or the exception that kept it from being judged: nothing that goes wrong here
+    reaches the training.
+    """
+
+    def __init__(self, folder=None, *, at=0, steps=2, check=None, out=None, **options):
+        self.folder, self.at, self.steps = folder, at, steps
+        self.check = {"seconds": 30} if check is None else check
+        self.options, self.out = options, out
+        self.step, self.reports = None, []
+
+    def say(self, text):
+        print(text, file=self.out or sys.stderr, flush=True)
+
+    def failed(self, number, error):
+        self.reports.append(error)
+        self.say(f"peft-limits: step {number} was not judged: {error}")
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        number = state.global_step
+        if not self.at <= number < self.at + self.steps or not state.is_world_process_zero or self.step:
+            return
+        folder = self.folder or os.path.join(args.output_dir, "peft-limits")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            step = dump_step(model, os.path.join(folder, f"step-{number}"), check=self.check, **self.options)
+            self.step = step.__enter__()
+        except Exception as error:  # noqa: BLE001
+            self.failed(number, error)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.step is None:
+            return
+        step, self.step = self.step, None
+        try:
+            step.__exit__(None, None, None)
+            report = validate(step.folder)
+            self.reports.append(report)
+            self.say(report)
+        except Exception as error:  # noqa: BLE001
+            self.failed(state.global_step, error)

@@ -1,0 +1,387 @@
+"""Dumps one training step of a PyTorch model for `peft-limits validate`. Needs torch and safetensors, nothing else.
+
+    from peft_limits import dump_step
+
+    with dump_step(model, "dump"):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+
+    $ peft-limits validate dump
+
+Inside the block everything is recorded as it happens: what the model is called with, its loss, logits and hidden
+states, the gradients as backward leaves them (before clipping), the optimizer's settings, state and result. Several
+forward passes are the micro-batches of one accumulated step; passes without gradients (evaluation) and after the update are left out. Works with Transformers and PEFT models on any device, under autocast,
+DistributedDataParallel, torch.compile, FSDP on one process, and with other models whose names `rename` maps to those
+of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the files.
+
+    dump_step(model, folder, *,
+        labels=None          labels (B, T), where the model is not called with them
+        reduction="mean"     what the loss should be: "mean" over all counted tokens of the step, "sum", or
+                             "micro_mean", the mean of the micro-batches' means
+        rename=None          function from a parameter's name to its name in a checkpoint (see paper-notes)
+        config=None          the model's config.json as a dict, where model.config does not give it
+        model_path=None      checkpoint folder whose weights are those of the model: it is referred to, not written again
+        adapter_path=None    adapter folder, likewise
+        adapter_config=None  adapter_config.json as a dict, where the model is not a PEFT model
+        adapter_tensors=None tensors of the adapter by their names in adapter_model.safetensors, likewise
+        previous=None        trainable_snapshot(model) from before the step before: makes stale weights recognisable
+        scaler=None          the GradScaler, whose scale the gradients carry
+        autocast=None        "bfloat16" or "float16"; found out by itself when the model is called inside autocast
+        internals=None       precision of norms, rotary angles, softmax and loss: "float32" in Transformers whatever the weights
+        logits=True, hidden=True    whether to keep them
+        check=False          True, or options of check_step as a dict: backward against differences of the step's own forward
+    )
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from safetensors.torch import save_file
+
+from .calls import dtype_name, plain, unwrap
+from .differences import check_step
+
+VERSION = 1
+ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
+
+
+def full(tensor):
+    """The whole tensor, on the CPU, of one that may be sharded."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def trainable_snapshot(model):
+    """Copies of the trainable parameters, to be given as `previous` to a later dump_step."""
+    with whole(model):
+        return {plain(n): full(p) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(model):
+    """Makes the parameters of a FullyShardedDataParallel model whole inside the context."""
+    try:
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    except ImportError:
+        return contextlib.nullcontext()
+    if any(isinstance(m, FSDP) for m in model.modules()):
+        return FSDP.summon_full_params(model, with_grads=False, writeback=False)
+    return contextlib.nullcontext()
+
+
+def jsonable(value):
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(jsonable(v) for v in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
+
+
+class dump_step:
+    """See the module's text."""
+
+    def __init__(self, model, folder, *, labels=None, reduction="mean", rename=None, config=None, model_path=None,
+                 adapter_path=None, adapter_config=None, adapter_tensors=None, previous=None, scaler=None,
+                 autocast=None, internals=None, logits=True, hidden=True, check=False):
+        if reduction not in ("mean", "sum", "micro_mean"):
+            raise ValueError(f"reduction={reduction!r}: must be mean, sum or micro_mean")
+        if os.path.exists(folder):
+            raise FileExistsError(f"{folder} exists already")
+        self.model, self.folder, self.reduction = model, str(folder), reduction
+        self.rename = rename or (lambda name: name)
+        self.config, self.model_path = config, model_path
+        self.adapter_path, self.adapter_config, self.adapter_tensors = adapter_path, adapter_config, adapter_tensors
+        self.previous, self.scaler, self.autocast, self.internals = previous, scaler, autocast, internals
+        self.given_labels, self.keep_logits, self.keep_hidden = labels, logits, hidden
+        self.micro, self.inside, self.handles = [], False, []
+        self.gradients, self.applied, self.before = {}, {}, {}
+        self.optimizer, self.state, self.loss = None, {}, None
+        self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
+
+    # What the training loop may say by hand.
+
+    def set_loss(self, loss):
+        """The loss of the whole step, where the model does not return it."""
+        self.loss = float(torch.as_tensor(loss).detach())
+
+    def set_labels(self, labels):
+        """Labels of all rows, where the model is not called with them; before the block ends."""
+        self.given_labels = labels
+
+    # Recording.
+
+    def __enter__(self):
+        self.names = {id(p): self.rename(plain(n)) for n, p in self.model.named_parameters()}
+        if self.scaler is not None:
+            self.scale = float(self.scaler.get_scale())
+        else:
+            self.scale = 1.0
+        with whole(self.model):
+            self.write_model()
+        hook = self.handles.append
+        hook(self.model.register_forward_pre_hook(self.called, with_kwargs=True))
+        hook(self.model.register_forward_hook(self.returned))
+        # Accelerate starts autocast inside the wrapped forward: it shows in the layers only.
+        for name, module in self.model.named_modules():
+            if LAYER.search(plain(name)):
+                hook(module.register_forward_pre_hook(self.entered))
+        if self.keep_hidden:
+            for name, module in self.model.named_modules():
+                match = LAYER.search(plain(name))
+                if match:
+                    hook(module.register_forward_hook(self.layer_returned(int(match[1]))))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                hook(parameter.register_post_accumulate_grad_hook(self.accumulated))
+        hook(register_optimizer_step_pre_hook(self.before_update))
+        if self.check:
+            self.check.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for handle in self.handles:
+            handle.remove()
+        if self.check:
+            self.check.stop()
+        if kind is not None:
+            shutil.rmtree(self.writing, ignore_errors=True)
+            return
+        try:
+            with whole(self.model):
+                self.finish()
+        finally:
+            shutil.rmtree(self.writing, ignore_errors=True)
+
+    def called(self, module, args, kwargs):
+        names = ("input_ids", "attention_mask", "position_ids", "labels")
+        given = {n: kwargs[n] for n in names if isinstance(kwargs.get(n), torch.Tensor)}
+        if "input_ids" not in given and args and isinstance(args[0], torch.Tensor):
+            given["input_ids"] = args[0]
+        if "input_ids" not in given:
+            raise ValueError("dump_step: the model was not called with input_ids")
+        if given["input_ids"].dim() != 2:
+            raise ValueError("dump_step: input_ids must be (batch, length)")
+        # Passes for evaluation, and those after the update, belong to no micro-batch.
+        trains = torch.is_grad_enabled()
+        if self.optimizer is not None or (not trains and any(m["trains"] for m in self.micro)):
+            return
+        if trains:
+            self.micro = [m for m in self.micro if m["trains"]]
+        self.device = given["input_ids"].device.type
+        self.look_for_autocast()
+        self.micro.append({n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains})
+        self.inside = True
+
+    def look_for_autocast(self):
+        if self.autocast is None and torch.is_autocast_enabled(self.device):
+            self.autocast = dtype_name(torch.get_autocast_dtype(self.device))
+
+    def entered(self, module, args):
+        if self.inside:
+            self.look_for_autocast()
+
+    def returned(self, module, args, output):
+        if not self.inside:
+            return
+        self.inside = False
+        record = self.micro[-1]
+        get = output.get if isinstance(output, dict) else lambda n: getattr(output, n, None)
+        logits = output if isinstance(output, torch.Tensor) else get("logits")
+        loss = None if isinstance(output, torch.Tensor) else get("loss")
+        if self.keep_logits and isinstance(logits, torch.Tensor):
+            record["logits"] = full(logits)
+        if isinstance(loss, torch.Tensor):
+            record["loss"] = float(loss.detach())
+
+    def layer_returned(self, index):
+        def hook(module, args, output):
+            # Activation checkpointing runs layers again outside the model's forward.
+            if self.inside:
+                value = output[0] if isinstance(output, (tuple, list)) else output
+                self.micro[-1]["hidden"][index] = full(value)
+        return hook
+
+    def accumulated(self, parameter):
+        # A custom function may return no gradient; nothing may be raised inside backward.
+        if parameter.grad is not None:
+            self.gradients[id(parameter)] = full(parameter.grad)
+
+    def before_update(self, optimizer, args, kwargs):
+        if self.optimizer is not None:
+            return
+        groups = []
+        for group in optimizer.param_groups:
+            members = [p for p in group["params"] if id(p) in self.names]
+            settings = {k: jsonable(v) for k, v in group.items() if k != "params"
+                        and isinstance(v, (bool, int, float, tuple, list, type(None)))}
+            # One group for everything needs no names.
+            names = [self.names[id(p)] for p in members] if len(optimizer.param_groups) > 1 else []
+            groups.append({"parameters": names, **settings})
+            for p in members:
+                if p.grad is not None:
+                    self.applied[id(p)] = full(p.grad)
+                for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                    moment = optimizer.state.get(p, {}).get(key)
+                    if isinstance(moment, torch.Tensor):
+                        self.state[f"{key}.{self.names[id(p)]}"] = full(moment)
+        steps = [int(s["step"]) for s in optimizer.state.values() if "step" in s]
+        self.optimizer = {"kind": type(optimizer).__name__.lower(), "steps_before": max(steps, default=0), "groups": groups}
+
+    # Writing.
+
+    def write_model(self):
+        """The weights before the step, in Hugging Face's layout."""
+        self.writing = self.folder.rstrip("/") + ".writing"
+        shutil.rmtree(self.writing, ignore_errors=True)
+        os.makedirs(self.writing)
+        model = unwrap(self.model)
+        base, adapter = {}, {}
+        peft = getattr(model, "peft_config", None)
+        active = getattr(model, "active_adapter", "default")
+        active = active if isinstance(active, str) else (list(active) or ["default"])[0]
+        tensors = dict(self.model.named_parameters())
+        tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
+        inactive = [n for n in (peft or {}) if n != active]
+        saved = False
+        for raw, tensor in tensors.items():
+            clean = plain(raw)
+            # Adapters that do not run, and the originals of modules that modules_to_save copies.
+            if ".original_module." in clean or any(
+                    re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
+                continue
+            saved = saved or ".modules_to_save." in clean
+            clean = clean.replace(f".modules_to_save.{active}.", ".")
+            name = self.rename(clean).replace(f".{active}", "").replace(".base_layer.", ".")
+            name = name.removeprefix("base_model.model.")
+            if tensor.dtype in (torch.uint8, torch.int8):
+                raise ValueError(f"dump_step: {raw} is quantized, which is not supported")
+            if ADAPTER_TENSOR.search(name):
+                name = name.removesuffix(".weight")
+                # PEFT's files end in .weight for the factors, not for the magnitude.
+                factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
+                adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
+            else:
+                base[name] = full(tensor)
+        self.weights = dtype_name(next(iter(base.values())).dtype)
+        if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
+            self.internals = self.internals or "float32"
+        if self.model_path is None:
+            config = self.config or getattr(model, "config", None)
+            config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
+            if not config:
+                raise ValueError("dump_step: give config=, the model has none")
+            self.write_json("model/config.json", jsonable(config))
+            save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
+        adapter |= {n: full(t) for n, t in (self.adapter_tensors or {}).items()}
+        if self.adapter_path is None and adapter:
+            config = self.adapter_config or (peft and peft[active].to_dict())
+            if not config:
+                raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
+            # The copies of modules_to_save are written as the modules themselves.
+            config = jsonable(config) | ({"modules_to_save": None} if saved else {})
+            self.write_json("adapter/adapter_config.json", config)
+            save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
+        self.has_adapter = self.adapter_path is not None or bool(adapter)
+
+    def write_json(self, path, value):
+        path = os.path.join(self.writing, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+
+    def joined(self, name, fill=0):
+        """One tensor of all micro-batches, padded on the right to the longest."""
+        parts = [m[name] if name in m else None for m in self.micro]
+        if all(p is None for p in parts):
+            return None
+        if any(p is None for p in parts):
+            raise ValueError(f"dump_step: only some micro-batches have {name}")
+        length = max(p.shape[1] for p in parts)
+        out = []
+        for p in parts:
+            extra = torch.full((p.shape[0], length - p.shape[1], *p.shape[2:]), fill, dtype=p.dtype)
+            out.append(torch.cat([p, extra], 1))
+        return torch.cat(out).contiguous()
+
+    def finish(self):
+        if not self.micro:
+            raise ValueError("dump_step: the model was not called inside the block")
+        if self.given_labels is not None:
+            labels = full(self.given_labels).long()
+            if labels.shape[0] != sum(m["input_ids"].shape[0] for m in self.micro):
+                raise ValueError("dump_step: labels have another number of rows than the model's inputs")
+            for m, part in zip(self.micro, labels.split([m["input_ids"].shape[0] for m in self.micro])):
+                m["labels"] = part[:, : m["input_ids"].shape[1]]
+        if any("labels" not in m for m in self.micro):
+            raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
+                             "takes them out; set_labels() inside the block does as well)")
+        ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
+        if ragged or any("attention_mask" in m for m in self.micro):
+            for m in self.micro:
+                m.setdefault("attention_mask", torch.ones_like(m["input_ids"]))
+        if any("position_ids" in m for m in self.micro):
+            for m in self.micro:
+                rows, length = m["input_ids"].shape
+                m["position_ids"] = m.get("position_ids", torch.arange(length)[None]).expand(rows, length)
+        tensors = {"input_ids": self.joined("input_ids"), "labels": self.joined("labels", -100)}
+        for name in ("attention_mask", "position_ids", "logits"):
+            value = self.joined(name)
+            if value is not None:
+                tensors[name] = value
+        for index in sorted(self.micro[0]["hidden"]):
+            for m in self.micro:
+                m[f"hidden.{index}"] = m["hidden"][index]
+            tensors[f"hidden.{index}"] = self.joined(f"hidden.{index}")
+        losses = [m["loss"] for m in self.micro if "loss" in m]
+        if self.loss is None and len(losses) == 1 == len(self.micro):
+            self.loss = losses[0]
+        if self.loss is not None:
+            tensors["loss"] = torch.tensor([self.loss], dtype=torch.float64)
+        trained = []
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad or id(parameter) not in self.names:
+                continue
+            name, key = self.names[id(parameter)], id(parameter)
+            trained.append(name)
+            gradient = self.gradients.get(key, self.applied.get(key))
+            if gradient is None and parameter.grad is not None:
+                gradient = full(parameter.grad)
+            if gradient is not None:
+                tensors["grad." + name] = gradient
+            # After clipping or unscaling the optimizer sees another gradient than backward left.
+            if key in self.applied and gradient is not None and not torch.equal(self.applied[key], gradient):
+                tensors["applied." + name] = self.applied[key]
+            if self.optimizer is not None:
+                tensors["after." + name] = full(parameter)
+        tensors |= self.state
+        tensors |= {"previous." + self.rename(n): t for n, t in (self.previous or {}).items()}
+        manifest = {
+            "format": "peft-limits-dump",
+            "version": VERSION,
+            "made_by": f"peft_limits, torch {torch.__version__.split('+')[0]}",
+            "model": self.model_path or "model",
+            "adapter": (self.adapter_path or "adapter") if self.has_adapter else None,
+            "trained": trained,
+            "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals},
+            "loss": {"reduction": self.reduction, "micro_batch_rows": [m["input_ids"].shape[0] for m in self.micro],
+                     "scale": self.scale},
+            "optimizer": self.optimizer,
+        }
+        if self.check:
+            manifest["check"] = self.check.compare()
+        save_file({n: t.contiguous() for n, t in tensors.items()}, os.path.join(self.writing, "step.safetensors"))
+        self.write_json("manifest.json", manifest)
+        os.replace(self.writing, self.folder)
