@@ -277,9 +277,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         });
     }
-    let figure = Figure::new("Entries that a trained head needs", panels).caption(
-        "Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.",
-    );
+    let figure = Figure::new("Entries that a trained head needs", panels)
+        .caption("Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.");
     figures.push(NamedFigure::new("entries", figure));
     Ok(figures)
 }
