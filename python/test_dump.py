@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 import transformers
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from peft_limits import dump_step, trainable_snapshot  # noqa: E402
 
 BINARY = os.environ.get("PEFT_LIMITS", "target/release/peft-limits")
@@ -183,6 +183,62 @@ class DumpTest(unittest.TestCase):
         done = subprocess.run([BINARY, "validate", self.folder], capture_output=True, text=True)
         if done.returncode == 2:
             self.assertIn("own forward        pass", done.stderr)
+
+    def test_any_loss_is_judged_from_its_gradient(self):
+        given = batch()
+
+        def hinge(m, step):
+            return (torch.relu(1 - m(input_ids=given["input_ids"]).logits) ** 2).mean()
+
+        for fault in (False, True):
+            m = model()
+            if fault:
+                m.base_model.model.model.layers[1].mlp.up_proj.lora_A.default.weight.register_hook(lambda g: g * 1.01)
+            optimizer = adamw(m)
+            with dump_step(m, self.folder) as step:
+                hinge(m, step).backward()
+                optimizer.step()
+            self.assertIn("gradients", self.checked(self.verdict(code=int(fault))))
+            self.setUp()
+
+    def test_a_declared_loss_is_checked(self):
+        given = batch()
+        for declared, code in ((0.1, 0), (0.2, 1)):
+            m = model()
+            with dump_step(m, self.folder, labels=given["labels"], label_smoothing=declared) as step:
+                logits = m(input_ids=given["input_ids"]).logits
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given["labels"][:, 1:].flatten(),
+                                                         label_smoothing=0.1)
+                step.set_loss(loss)
+                loss.backward()
+            report = self.verdict(code)
+            self.assertEqual([d["fault"] for d in report["diagnoses"]], ["loss-gradient"] if code else [])
+            self.setUp()
+
+    def test_dropout_is_judged_by_its_masks(self):
+        class Forgets(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return torch.nn.functional.dropout(x, 0.3)
+
+            @staticmethod
+            def backward(ctx, dy):
+                return dy
+
+        class Fused(torch.nn.Dropout):
+            def forward(self, x):
+                return Forgets.apply(x)
+
+        for fault in (False, True):
+            m = model(lora_dropout=0.3).train()
+            if fault:
+                for module in m.modules():
+                    if isinstance(module, peft.tuners.lora.LoraLayer):
+                        module.lora_dropout["default"] = Fused(0.3)
+            self.step(m, batch())
+            report = self.verdict(code=int(fault))
+            self.assertEqual([d["fault"] for d in report["diagnoses"]][:1], ["dropout-mask-backward"] if fault else [])
+            self.setUp()
 
     def test_refusals_leave_nothing(self):
         m = model()

@@ -8,7 +8,7 @@
 //! Refuted if more than one in ten of the intervals of measured slopes miss the closed form by more than 0.05, or low rank were not cheapest at the
 //! smallest c and sparsity at the largest.
 //!
-//! `cargo run --release --bin phase_diagram [-- --profile full]`; about 20 seconds, 5 minutes in full.
+//! `cargo run --release --bin phase_diagram [-- --profile full]`; about 10 seconds, 7 minutes in full.
 
 use crate::harness::{Experiment, Point, Profile, seed_stream};
 use crate::random_head::{Leading, RandomHead};

@@ -6,7 +6,7 @@
 //! Refuted if, where k < L / 30, an eps-rank lies more than 10% (of P) or 15% (of dS) from the prediction, on average over the
 //! seeds, or the exponent of the effective keys more than 0.05.
 //!
-//! `cargo run --release --bin solvable_model [-- --profile full]`; about 20 seconds, 8 minutes in full.
+//! `cargo run --release --bin solvable_model [-- --profile full]`; about 5 seconds, 8 minutes in full.
 
 use crate::harness::{Experiment, Point, Profile, seed_stream};
 use crate::random_head::{LAWS, Leading, RandomHead, law, score_gradient};
@@ -299,7 +299,7 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         let equal = Series {
             line: LineStyle::Solid,
             markers: false,
-            ..Series::new("prediction right", [(ends.0, ends.0), (ends.1, ends.1)])
+            ..Series::new("measured = predicted", [(ends.0, ends.0), (ends.1, ends.1)])
         };
         series.push(equal);
         LineChart {

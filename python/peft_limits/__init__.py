@@ -5,19 +5,25 @@
 | dump_step | records a step into a folder | recorder.py |
 | check_step | backward against differences of the trainer's own forward | differences.py |
 | validate | runs the program on a recorded step | report.py |
-| ValidateCallback | all of it in one line of a Transformers or TRL trainer; needs transformers | callback.py |
+| ValidateCallback | all of it in one line of a Transformers or TRL trainer | callback.py |
+
+Nothing is imported before it is used: `validate` needs no torch, and only the callback needs transformers.
 """
 
-from .differences import CheckResult, check_step
-from .recorder import dump_step, trainable_snapshot
-from .report import NotJudged, Report, validate
+import importlib
 
 __all__ = ["CheckResult", "NotJudged", "Report", "ValidateCallback", "check_step", "dump_step", "trainable_snapshot", "validate"]
 
+PLACES = {
+    "callback": ("ValidateCallback",),
+    "differences": ("CheckResult", "check_step"),
+    "recorder": ("dump_step", "trainable_snapshot"),
+    "report": ("NotJudged", "Report", "validate"),
+}
+
 
 def __getattr__(name):
-    # Transformers is imported only by those who use it.
-    if name == "ValidateCallback":
-        from .callback import ValidateCallback
-        return ValidateCallback
+    for module, names in PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,25 @@ from .recorder import dump_step
 from .report import validate
 
 
+def smoothed(step, factor):
+    """Lets the recorder see the labels that Trainer keeps from the model when it smooths them; returns what undoes it."""
+    from transformers.trainer_pt_utils import LabelSmoother
+    original = LabelSmoother.__call__
+
+    def call(self, model_output, labels, *args, **kwargs):
+        step.add_labels(labels)
+        return original(self, model_output, labels, *args, **kwargs)
+
+    def undo():
+        LabelSmoother.__call__ = original
+
+    LabelSmoother.__call__ = call
+    step.declared["label_smoothing"] = float(factor)
+    # The mean of each micro-batch by itself, as Trainer's smoother takes it.
+    step.reduction = "micro_mean"
+    return undo
+
+
 class ValidateCallback(TrainerCallback):
     """Records `steps` optimizer steps from number `at` on (0 is the first), with all their micro-batches.
 
@@ -26,7 +45,7 @@ class ValidateCallback(TrainerCallback):
         self.folder, self.at, self.steps = folder, at, steps
         self.check = {"seconds": 30} if check is None else check
         self.options, self.out = options, out
-        self.step, self.reports = None, []
+        self.step, self.smoothing, self.reports = None, None, []
 
     def say(self, text):
         print(text, file=self.out or sys.stderr, flush=True)
@@ -44,6 +63,8 @@ class ValidateCallback(TrainerCallback):
             os.makedirs(folder, exist_ok=True)
             step = dump_step(model, os.path.join(folder, f"step-{number}"), check=self.check, **self.options)
             self.step = step.__enter__()
+            if args.label_smoothing_factor > 0 and "label_smoothing" not in self.options:
+                self.smoothing = smoothed(step, args.label_smoothing_factor)
         except Exception as error:  # noqa: BLE001
             self.failed(number, error)
 
@@ -51,6 +72,8 @@ class ValidateCallback(TrainerCallback):
         if self.step is None:
             return
         step, self.step = self.step, None
+        if self.smoothing:
+            self.smoothing = self.smoothing()
         try:
             step.__exit__(None, None, None)
             report = validate(step.folder)

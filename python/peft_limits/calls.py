@@ -120,13 +120,14 @@ class Call:
 
     def returned(self, output):
         """The output as the caller gets it. A tensor that another output follows from (logits beside their loss) gets
-        gradients from inside the model too: views tell what comes from outside."""
+        gradients from inside the model too: twins tell what comes from outside."""
         wanted = [(p, t) for p, t in tensors_of(output) if t.requires_grad and t.is_floating_point()]
         for path, tensor in wanted:
             if len(wanted) > 1:
-                view = tensor.view_as(tensor)
-                output = replaced(output, path, view)
-                tensor = view
+                # A trainer may scale its loss in place, which a view's hook does not survive.
+                twin = tensor.clone() if tensor.numel() <= 1 << 16 else tensor.view_as(tensor)
+                output = replaced(output, path, twin)
+                tensor = twin
             tensor.register_hook(self.keep(path, tensor.detach()))
         return output
 

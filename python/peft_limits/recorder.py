@@ -30,6 +30,10 @@ of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the fil
         autocast=None        "bfloat16" or "float16"; found out by itself when the model is called inside autocast
         internals=None       precision of norms, rotary angles, softmax and loss: "float32" in Transformers whatever the weights
         logits=True, hidden=True    whether to keep them
+        label_smoothing=0, z_loss=0, token_weights=None, divisor=None
+                             the loss, where it is not the plain mean cross-entropy: part of each label that is spread over
+                             the vocabulary, factor of the squared log-sum-exp, weights of the labels (B, T), what the sum is
+                             divided by. Any other loss needs no word: its gradient is recorded, and all below is judged from there
         check=False          True, or options of check_step as a dict: backward against differences of the step's own forward
     )
 """
@@ -49,6 +53,8 @@ from .differences import check_step
 
 VERSION = 1
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
+DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
+LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
@@ -77,6 +83,21 @@ def whole(model):
     return contextlib.nullcontext()
 
 
+def ends(model):
+    """The output projection and the last norm, where the model has them under a known name."""
+    head = None
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        head = unwrap(model).get_output_embeddings()
+    norm = None
+    for name, module in model.named_modules():
+        parts = plain(name).split(".")
+        if head is None and parts[-1] in ("lm_head", "embed_out"):
+            head = module
+        if parts[-1] in LAST_NORMS and not any(p.isdigit() for p in parts):
+            norm = module
+    return head, norm
+
+
 def jsonable(value):
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
@@ -94,7 +115,8 @@ class dump_step:
 
     def __init__(self, model, folder, *, labels=None, reduction="mean", rename=None, config=None, model_path=None,
                  adapter_path=None, adapter_config=None, adapter_tensors=None, previous=None, scaler=None,
-                 autocast=None, internals=None, logits=True, hidden=True, check=False):
+                 autocast=None, internals=None, logits=True, hidden=True, label_smoothing=0.0, z_loss=0.0,
+                 token_weights=None, divisor=None, check=False):
         if reduction not in ("mean", "sum", "micro_mean"):
             raise ValueError(f"reduction={reduction!r}: must be mean, sum or micro_mean")
         if os.path.exists(folder):
@@ -108,6 +130,9 @@ class dump_step:
         self.micro, self.inside, self.handles = [], False, []
         self.gradients, self.applied, self.before = {}, {}, {}
         self.optimizer, self.state, self.loss = None, {}, None
+        self.declared = {"label_smoothing": float(label_smoothing), "z_loss": float(z_loss),
+                         "divisor": None if divisor is None else float(divisor)}
+        self.token_weights = token_weights
         self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
 
     # What the training loop may say by hand.
@@ -120,9 +145,19 @@ class dump_step:
         """Labels of all rows, where the model is not called with them; before the block ends."""
         self.given_labels = labels
 
+    def add_labels(self, labels):
+        """Labels of the forward pass that has just run, where the model was not called with them."""
+        if self.micro and tuple(labels.shape) == tuple(self.micro[-1]["input_ids"].shape):
+            self.micro[-1]["labels"] = full(labels).long()
+
     # Recording.
 
     def __enter__(self):
+        with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+            embedding = unwrap(self.model).get_input_embeddings()
+            if getattr(embedding, "neftune_noise_alpha", None):
+                raise ValueError("dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
+                                 "with neftune_noise_alpha=None")
         self.names = {id(p): self.rename(plain(n)) for n, p in self.model.named_parameters()}
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
@@ -142,6 +177,15 @@ class dump_step:
                 match = LAYER.search(plain(name))
                 if match:
                     hook(module.register_forward_hook(self.layer_returned(int(match[1]))))
+        head, norm = ends(self.model)
+        if head is not None and self.keep_logits:
+            hook(head.register_forward_hook(self.left_behind("dlogits")))
+        if norm is not None:
+            hook(norm.register_forward_hook(self.left_behind("dfinal")))
+        for name, module in self.model.named_modules():
+            match = DROPOUT.match(plain(name))
+            if match and isinstance(module, torch.nn.Dropout) and module.p > 0:
+                hook(module.register_forward_hook(self.dropped(self.module_name(match[1]))))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.is_leaf:
                 hook(parameter.register_post_accumulate_grad_hook(self.accumulated))
@@ -204,6 +248,41 @@ class dump_step:
             record["logits"] = full(logits)
         if isinstance(loss, torch.Tensor):
             record["loss"] = float(loss.detach())
+            if loss.requires_grad and "labels" in record:
+                loss.register_hook(lambda gradient: record.update(own_loss=True))
+                if isinstance(logits, torch.Tensor) and logits.requires_grad and isinstance(output, dict):
+                    # A loss outside may use the logits as well: a view tells.
+                    view = logits.view_as(logits)
+                    view.register_hook(lambda gradient: record.update(outer_loss=True))
+                    output["logits"] = view
+
+    def module_name(self, name):
+        return self.rename(name + ".weight").removesuffix(".weight").removeprefix("base_model.model.")
+
+    def dropped(self, name):
+        """Keeps the mask of an adapter's dropout: what is left is multiplied by 1 / (1 - p)."""
+        def hook(module, args, output):
+            if self.inside and module.training and output.dim() == 3:
+                # Where x is zero its mask shows neither here nor in the forward.
+                left = (output != 0) | (args[0] == 0)
+                self.micro[-1].setdefault("masks", {})[name] = full(left).float() / (1.0 - module.p)
+        return hook
+
+    def left_behind(self, name):
+        """Keeps the gradient that arrives at a module's output: of the logits, of the last norm's result."""
+        def hook(module, args, output):
+            if not self.inside or not isinstance(output, torch.Tensor) or not output.requires_grad:
+                return
+            record = self.micro[-1]
+            # Called in pieces, or for some positions only, it tells nothing of the whole.
+            whole = tuple(output.shape[:2]) == tuple(record["input_ids"].shape) and output.dim() == 3
+            record.setdefault("calls", {})[name] = record.get("calls", {}).get(name, 0) + (1 if whole else 2)
+
+            def arrived(gradient):
+                gradient = full(gradient)
+                record[name] = gradient + record[name] if name in record else gradient
+            output.register_hook(arrived)
+        return hook
 
     def layer_returned(self, index):
         def hook(module, args, output):
@@ -316,6 +395,10 @@ class dump_step:
             out.append(torch.cat([p, extra], 1))
         return torch.cat(out).contiguous()
 
+    def uses_dora(self):
+        configs = getattr(unwrap(self.model), "peft_config", None) or {}
+        return any(getattr(c, "use_dora", False) for c in configs.values())
+
     def finish(self):
         if not self.micro:
             raise ValueError("dump_step: the model was not called inside the block")
@@ -325,26 +408,45 @@ class dump_step:
                 raise ValueError("dump_step: labels have another number of rows than the model's inputs")
             for m, part in zip(self.micro, labels.split([m["input_ids"].shape[0] for m in self.micro])):
                 m["labels"] = part[:, : m["input_ids"].shape[1]]
-        if any("labels" not in m for m in self.micro):
+        given = next((n for n in ("dlogits", "dfinal")
+                      if all(n in m and m["calls"].get(n) == 1 for m in self.micro)), None)
+        if any("labels" not in m for m in self.micro) and given is None:
             raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
                              "takes them out; set_labels() inside the block does as well)")
         ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
-        if ragged or any("attention_mask" in m for m in self.micro):
+        # Packed documents are told by positions that start again and by no mask; a mask of ones would join them.
+        packed = all("attention_mask" not in m for m in self.micro) and any(
+            "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any()) for m in self.micro)
+        if packed and ragged:
+            for m in self.micro:
+                m["row_lengths"] = torch.full((m["input_ids"].shape[0], 1), m["input_ids"].shape[1])
+        elif ragged or any("attention_mask" in m for m in self.micro):
             for m in self.micro:
                 m.setdefault("attention_mask", torch.ones_like(m["input_ids"]))
         if any("position_ids" in m for m in self.micro):
             for m in self.micro:
                 rows, length = m["input_ids"].shape
                 m["position_ids"] = m.get("position_ids", torch.arange(length)[None]).expand(rows, length)
-        tensors = {"input_ids": self.joined("input_ids"), "labels": self.joined("labels", -100)}
-        for name in ("attention_mask", "position_ids", "logits"):
-            value = self.joined(name)
+        tensors = {"input_ids": self.joined("input_ids")}
+        if all("labels" in m for m in self.micro):
+            tensors["labels"] = self.joined("labels", -100)
+        if self.token_weights is not None:
+            tensors["token_weights"] = full(self.token_weights).float()
+        for name in ("attention_mask", "position_ids", "row_lengths", "logits", given):
+            value = self.joined(name) if name else None
             if value is not None:
                 tensors[name] = value
         for index in sorted(self.micro[0]["hidden"]):
             for m in self.micro:
                 m[f"hidden.{index}"] = m["hidden"][index]
             tensors[f"hidden.{index}"] = self.joined(f"hidden.{index}")
+        names = set().union(*(m.get("masks", {}) for m in self.micro))
+        # DoRA drops the input of its frozen weight as well, which the reference does not imitate.
+        for name in sorted(names if not self.uses_dora() else ()):
+            for m in self.micro:
+                if name in m.get("masks", {}):
+                    m["dropout." + name] = m["masks"][name]
+            tensors["dropout." + name] = self.joined("dropout." + name, 1.0)
         losses = [m["loss"] for m in self.micro if "loss" in m]
         if self.loss is None and len(losses) == 1 == len(self.micro):
             self.loss = losses[0]
@@ -368,6 +470,7 @@ class dump_step:
                 tensors["after." + name] = full(parameter)
         tensors |= self.state
         tensors |= {"previous." + self.rename(n): t for n, t in (self.previous or {}).items()}
+        own = all(m.get("own_loss") for m in self.micro)
         manifest = {
             "format": "peft-limits-dump",
             "version": VERSION,
@@ -377,7 +480,8 @@ class dump_step:
             "trained": trained,
             "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals},
             "loss": {"reduction": self.reduction, "micro_batch_rows": [m["input_ids"].shape[0] for m in self.micro],
-                     "scale": self.scale},
+                     "scale": self.scale, **self.declared,
+                     "kind": "cross_entropy" if own and not any(m.get("outer_loss") for m in self.micro) else None},
             "optimizer": self.optimizer,
         }
         if self.check:

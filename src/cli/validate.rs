@@ -249,7 +249,12 @@ fn json(report: &Report) -> String {
 fn print(report: &Report, all: bool) {
     let (products, weights) = &report.precision;
     let precision = if products == weights { products.clone() } else { format!("{products} over {weights}") };
-    println!("{}: {precision}, reference loss {:.6}", report.name, report.reference_loss);
+    let loss = if report.reference_loss.is_nan() {
+        String::new()
+    } else {
+        format!(", reference loss {:.6}", report.reference_loss)
+    };
+    println!("{}: {precision}{loss}", report.name);
     println!();
     println!("  {:<18} {:<8} {:>9} {:>9}", "rung", "result", "tensors", "share");
     for rung in &report.rungs {

@@ -72,7 +72,8 @@ pub(super) fn experts_forward<E: Ops>(
     e: &mut E,
 ) -> Result<(E::Matrix, ExpertsCacheOn<E>)> {
     let (context, layer, activation) = (project.context, project.layer, project.context.config.options.activation);
-    let scores = project.run(Projection::Router, normed, None, e)?;
+    let mut scores = project.run(Projection::Router, normed, None, e)?;
+    context.tap(Point::Router, &mut scores);
     let choice = Choice { per_token: experts.per_token, renormalise: experts.renormalise };
     let routing = e.route(scores, choice)?;
     let mut kept = Vec::with_capacity(experts.count);

@@ -29,6 +29,8 @@ pub enum Point {
     Middle,
     /// Normalised input of gate and up.
     NormedMiddle,
+    /// Scores of the experts, `N x E`.
+    Router,
     /// Output of the gate projection.
     Gate,
     /// Output of the up projection.
@@ -66,6 +68,21 @@ pub type Tap<'a, T> = TapOn<'a, Cpu<T>>;
 pub type AddToOutput<'a, E> =
     &'a dyn Fn(&mut E, (usize, Projection), &<E as Ops>::Matrix, &mut <E as Ops>::Matrix) -> Result<()>;
 
+/// Where a dropout mask acts on an adapter's input x, or on what backward makes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Masked {
+    /// x in forward.
+    Input,
+    /// x again in backward, for the gradient of A.
+    SavedInput,
+    /// The adapter's part of dx.
+    InputGradient,
+}
+
+/// `((layer, projection), where, rest, tensor)`: multiplies the tensor, `N x in`, by the projection's mask m, or by 1 - m if
+/// `rest`; false if the projection has none.
+pub type MaskOn<'a, E> = &'a dyn Fn((usize, Projection), Masked, bool, &mut <E as Ops>::Matrix) -> bool;
+
 /// Deviations of a step from the ordinary one; the default deviates in nothing.
 pub struct InstrumentsOn<'a, E: Ops> {
     /// Factor of the scores in place of 1 / sqrt(head_dim).
@@ -76,6 +93,8 @@ pub struct InstrumentsOn<'a, E: Ops> {
     pub targets: Option<&'a [(usize, usize)]>,
     /// Sees every tensor.
     pub tap: Option<TapOn<'a, E>>,
+    /// Dropout of the input of low-rank adapters, by masks that are known.
+    pub mask: Option<MaskOn<'a, E>>,
     /// Added to every projection's output, in forwards that save nothing.
     pub extra: Option<AddToOutput<'a, E>>,
 }
@@ -85,7 +104,7 @@ pub type Instruments<'a, T> = InstrumentsOn<'a, Cpu<T>>;
 
 impl<E: Ops> Default for InstrumentsOn<'_, E> {
     fn default() -> Self {
-        Self { scale: None, ahead: 0, targets: None, tap: None, extra: None }
+        Self { scale: None, ahead: 0, targets: None, tap: None, mask: None, extra: None }
     }
 }
 

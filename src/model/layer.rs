@@ -3,7 +3,7 @@
 use super::config::ModelConfig;
 use super::experts::{ExpertsCacheOn, experts_backward, experts_forward};
 use super::gradients::LayerGradientsOn;
-use super::instruments::{InstrumentsOn, Point};
+use super::instruments::{InstrumentsOn, Masked, Point};
 use super::mlp::{MlpCacheOn, mlp_backward, mlp_forward};
 use super::norm::{NormInput, NormOn, NormSinks, Rest, fork, keep, norm_backward, norm_forward};
 use super::options::Norm;
@@ -156,6 +156,20 @@ impl<E: Ops> Context<'_, E> {
             ahead: self.instruments.ahead,
             window: options.window(self.layer),
         }
+    }
+
+    /// A copy of x under the dropout mask of a projection's adapter, or under what the mask takes away; `None` without mask.
+    pub fn masked(
+        &self,
+        place: (usize, Projection),
+        at: Masked,
+        rest: bool,
+        x: &E::Matrix,
+        e: &mut E,
+    ) -> Option<E::Matrix> {
+        let mask = self.instruments.mask?;
+        let mut x = e.copy(x);
+        mask(place, at, rest, &mut x).then_some(x)
     }
 
     /// Rows of one head each where a norm is of heads.

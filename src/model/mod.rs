@@ -70,7 +70,7 @@ pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use experts::ExpertsCacheOn;
 pub use gradients::{Gradients, GradientsOn, LayerGradients, LayerGradientsOn};
-pub use instruments::{AddToOutput, Instruments, InstrumentsOn, Place, Point, Tap, TapOn};
+pub use instruments::{AddToOutput, Instruments, InstrumentsOn, MaskOn, Masked, Place, Point, Tap, TapOn};
 pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
 pub use mlp::MlpCacheOn;
 pub use names::Outside;

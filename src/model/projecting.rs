@@ -1,9 +1,12 @@
 //! The projections of a layer under way: forward with what their methods keep, backward with their sinks.
 
+use super::instruments::Masked;
 use super::layer::{Context, LayerOn};
 use super::norm::NormInput;
 use super::options::Norm;
 use super::parameters::Projection;
+use crate::adapters::Adaptation;
+use crate::adapters::full::Frozen;
 use crate::error::{Error, Result};
 use crate::ops::{InputGradient, Ops};
 use std::collections::BTreeMap;
@@ -46,7 +49,18 @@ impl<E: Ops> Projecting<'_, '_, E> {
         e: &mut E,
     ) -> Result<E::Matrix> {
         let projection = self.layer.get(p).ok_or_else(|| absent(p))?;
-        let (mut y, kept) = projection.forward_without_bias(e, x, add_to, self.save)?;
+        // With x' = m o x in the adapter: y = W x + D x' = (W + D) x' + W (x - x').
+        let place = (self.context.layer, p);
+        let (mut y, kept) = match self.context.masked(place, Masked::Input, false, x, e) {
+            Some(masked) => {
+                let (y, kept) = projection.forward_without_bias(e, &masked, add_to, self.save)?;
+                match self.context.masked(place, Masked::Input, true, x, e) {
+                    Some(rest) => (e.product(&rest, &projection.base, Some(y)), kept),
+                    None => (y, kept),
+                }
+            }
+            None => projection.forward_without_bias(e, x, add_to, self.save)?,
+        };
         if kept.is_some() {
             self.saved.insert(p, (projection.method.adaptation().saved_name(), kept));
         }
@@ -122,7 +136,24 @@ impl<E: Ops> Unprojecting<'_, '_, E> {
         let projection = self.layer.get(p).ok_or_else(|| absent(p))?;
         let saved = self.saved.remove(&p).and_then(|(_, saved)| saved);
         let mut none = Vec::new();
-        projection.backward(e, dy, x, saved, self.sinks.get_mut(&p).unwrap_or(&mut none), dx)
+        let (context, sinks) = (self.context, self.sinks.get_mut(&p).unwrap_or(&mut none));
+        let place = (context.layer, p);
+        let masked = x.and_then(|x| context.masked(place, Masked::SavedInput, false, x, e));
+        let Some(masked) = masked else { return projection.backward(e, dy, x, saved, sinks, dx) };
+        // dx = W^T dy + m o D^T dy = m o (W + D)^T dy + (1 - m) o W^T dy
+        let wanted = InputGradient::fresh_if(!matches!(dx, InputGradient::Skip));
+        let own = projection.backward(e, dy, Some(&masked), saved, sinks, wanted)?;
+        let Some(own) = own else { return Ok(None) };
+        let frozen = Frozen.backward(e, &projection.base, dy, None, None, &mut [], InputGradient::fresh_if(true))?;
+        let own = context.masked(place, Masked::InputGradient, false, &own, e).unwrap_or(own);
+        let sum = match frozen.and_then(|f| context.masked(place, Masked::InputGradient, true, &f, e)) {
+            Some(rest) => e.add(own, rest, 1.0),
+            None => own,
+        };
+        Ok(Some(match dx {
+            InputGradient::AddTo(all) => e.add(all, sum, 1.0),
+            _ => sum,
+        }))
     }
 }
 

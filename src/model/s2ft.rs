@@ -359,7 +359,8 @@ impl<T: Real> Model<T> {
         {
             return Err(Error::invalid("calibration", calibration.layers.len(), "made for another number of layers"));
         }
-        let there = self.config.all_projections();
+        let mut there = self.config.all_projections();
+        there.retain(|&p| self.layers.iter().all(|layer| layer.get(p).is_some()));
         let mut spec = *spec;
         let usual = spec.ratios.map(f64::to_bits) == S2ftSpec::default().ratios.map(f64::to_bits);
         for p in Projection::ALL.into_iter().filter(|p| !there.contains(p)) {

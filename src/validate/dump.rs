@@ -1,15 +1,18 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
 use super::manifest::{Loss, Manifest, OptimizerRecord};
+use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
 use super::reference::Rounding;
+use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
+use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
 use crate::model::options::Norm;
-use crate::model::{Batch, Model, Outside};
+use crate::model::{Batch, Model, Outside, Projection};
 use crate::tensor_file::TensorFile;
 use ndarray::Array2;
 use std::collections::BTreeMap;
@@ -47,6 +50,10 @@ pub struct Trainer {
     pub first: BTreeMap<String, Observed>,
     /// Second moments before the step.
     pub second: BTreeMap<String, Observed>,
+    /// Dropout of adapters' inputs by (layer, projection), `(B T) x in`: zeros, and what is left multiplied.
+    pub masks: BTreeMap<(usize, Projection), Array2<f64>>,
+    /// The gradient that the loss left.
+    pub upstream: Option<Upstream>,
     /// What the dump says about things that its tensors do not hold.
     pub setting: Setting,
 }
@@ -64,6 +71,10 @@ pub struct Setting {
     pub packed: bool,
     /// Backward against differences of the trainer's own forward.
     pub own_forward: Option<OwnForward>,
+    /// Tokens of each row before the recorder's own padding, where no mask says so: rows of packed documents.
+    pub row_lengths: Option<Vec<usize>>,
+    /// Whether the step is judged from the recorded gradient of the loss on, whatever the loss is.
+    pub from_upstream: bool,
 }
 
 /// Everything that validation needs.
@@ -79,6 +90,8 @@ pub struct Case {
     pub batch: Batch,
     /// Loss settings.
     pub loss: Loss,
+    /// The declared loss.
+    pub objective: Objective,
     /// Optimizer settings.
     pub optimizer: Option<OptimizerRecord>,
     /// Names of trained tensors.
@@ -87,6 +100,8 @@ pub struct Case {
     pub rounding: Rounding,
     /// The trainer's results.
     pub trainer: Trainer,
+    /// Which of two experts a token goes to, where rounding alone decides.
+    pub ties: Vec<Tie>,
 }
 
 /// Where the parts of a dump are.
@@ -144,7 +159,12 @@ impl Case {
             let expected = format!("{rows} rows, the sum of micro_batch_rows");
             return Err(file.malformed("tensor input_ids", expected, batch.input_ids.nrows().to_string()));
         }
-        let mut trainer = read_trainer(&file, loss.scale, &model)?;
+        let objective = Objective {
+            label_smoothing: loss.label_smoothing,
+            z_loss: loss.z_loss,
+            weights: token_weights(&file, batch.labels.dim())?,
+        };
+        let mut trainer = read_trainer(&file, loss.scale, &model, batch.tokens())?;
         let of_adapter: Vec<String> = match kind {
             Some(_) => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
             None => Vec::new(),
@@ -160,11 +180,16 @@ impl Case {
         let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
         let rounding = rounding(manifest, &trainer, plain);
         trainer.setting = Setting {
-            dropout: declared_dropout(paths),
+            dropout: declared_dropout(paths)
+                .into_iter()
+                .filter(|what| trainer.masks.is_empty() || !what.starts_with("lora_dropout"))
+                .collect(),
             frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
             adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
             packed: starts_again(&batch) && batch.documents.is_none(),
             own_forward: manifest.and_then(|m| m.check.clone()),
+            row_lengths: row_lengths(&file, batch.input_ids.dim())?,
+            from_upstream: false,
         };
         Ok(Self {
             name: name.to_string(),
@@ -172,11 +197,19 @@ impl Case {
             kind,
             batch,
             loss,
+            objective,
             optimizer: manifest.and_then(|m| m.optimizer.clone()),
             trained,
             rounding,
             trainer,
+            ties: Vec::new(),
         })
+    }
+
+    /// Whether the dump says what the loss is, so that another one is wrong.
+    pub(super) fn declares_loss(&self) -> bool {
+        let own = self.loss.kind.as_deref() == Some("cross_entropy");
+        own || self.loss.divisor.is_some() || !self.objective.is_plain()
     }
 
     /// Rows of each micro-batch, as ranges of the batch.
@@ -322,7 +355,13 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
 pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     let reason = "the batch of the step";
     let ids = integers(file, "input_ids", reason)?.mapv(|x| x as u32);
-    let labels = integers(file, "labels", reason)?;
+    // Without labels a step is judged from the gradient of its loss.
+    let given = ["dlogits", "dfinal"].iter().any(|name| file.contains(name));
+    let labels = if given && !file.contains("labels") {
+        Array2::from_elem(ids.dim(), IGNORED_LABEL)
+    } else {
+        integers(file, "labels", reason)?
+    };
     let in_file = |e: Error| match e {
         Error::ShapeMismatch { arg, expected, got, .. } => file.malformed(format!("tensor {arg}"), expected, got),
         Error::InvalidParam { name, value, requirement } => file.malformed(name, requirement, value),
@@ -354,6 +393,33 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     Ok(batch)
 }
 
+fn row_lengths(file: &TensorFile, (rows, length): (usize, usize)) -> Result<Option<Vec<usize>>> {
+    if !file.contains("row_lengths") {
+        return Ok(None);
+    }
+    let values = integers(file, "row_lengths", "tokens of each row")?;
+    let fits = |n: &i64| usize::try_from(*n).is_ok_and(|n| n <= length);
+    if values.len() != rows || !values.iter().all(fits) {
+        let expected = format!("{rows} numbers of at most {length}");
+        return Err(file.malformed("tensor row_lengths", expected, format!("{values}")));
+    }
+    Ok(Some(values.iter().map(|&n| n as usize).collect()))
+}
+
+/// Weight of the prediction made at each row, from those of the labels: row b T + t predicts label (b, t + 1).
+fn token_weights(file: &TensorFile, (rows, length): (usize, usize)) -> Result<Option<Vec<f64>>> {
+    if !file.contains("token_weights") {
+        return Ok(None);
+    }
+    let weights = file.matrix::<f64>("token_weights", "weights of the labels")?;
+    if weights.dim() != (rows, length) {
+        let expected = format!("shape [{rows}, {length}], that of the labels");
+        return Err(file.malformed("tensor token_weights", expected, format!("{:?}", weights.dim())));
+    }
+    let next = |i: usize| if i % length + 1 < length { weights[[i / length, i % length + 1]] } else { 0.0 };
+    Ok(Some((0..rows * length).map(next).collect()))
+}
+
 fn integers(file: &TensorFile, name: &str, reason: &str) -> Result<Array2<i64>> {
     let values = file.matrix::<f64>(name, reason)?;
     match values.iter().find(|x| x.fract().abs() > 0.0 || x.abs() > 1e15) {
@@ -377,7 +443,14 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
     Ok(Observed { values, precision, shape })
 }
 
-fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>) -> Result<Trainer> {
+/// The projection of a layer with a name such as `q_proj`.
+fn projection_named(model: &Model<f64>, layer: usize, module: &str) -> Option<Projection> {
+    let mut all = model.layers.get(layer)?.projections();
+    all.find(|(p, _)| model.config.options.module_kind(*p) == module).map(|(p, _)| p)
+}
+
+fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize) -> Result<Trainer> {
+    let config = &model.config;
     let mut trainer = Trainer::default();
     for name in file.names() {
         let (group, raw) = match name.split_once('.') {
@@ -385,6 +458,25 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>) -> Result<Tra
             None => match name {
                 "loss" => {
                     trainer.loss = file.raw_tensor::<f64>("loss", "the loss")?.1.first().copied();
+                    continue;
+                }
+                "dlogits" | "dfinal" => {
+                    let values = observed(file, name, 1.0 / scale)?.values;
+                    let (rows, width) = values.dim();
+                    let known = if name == "dlogits" { config.vocab_size } else { config.hidden_size };
+                    if rows != tokens || width != known {
+                        let expected = format!("{tokens} rows of {known}");
+                        return Err(file.malformed(
+                            format!("tensor {name}"),
+                            expected,
+                            format!("{rows} rows of {width}"),
+                        ));
+                    }
+                    if name == "dlogits" {
+                        trainer.upstream = Some(Upstream::Logits(values));
+                    } else if trainer.upstream.is_none() {
+                        trainer.upstream = Some(Upstream::FinalNorm(values));
+                    }
                     continue;
                 }
                 "logits" => {
@@ -402,6 +494,20 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>) -> Result<Tra
             "previous" => &mut trainer.previous,
             "exp_avg" | "momentum_buffer" => &mut trainer.first,
             "exp_avg_sq" => &mut trainer.second,
+            "dropout" => {
+                let (layer, module, _) = super::names::place_of(&format!("{raw}.mask"));
+                let place = layer.and_then(|layer| Some((layer, projection_named(model, layer, &module)?)));
+                let Some(place) = place else {
+                    return Err(file.malformed(format!("tensor {name}"), "dropout. and a projection of a layer", raw));
+                };
+                let mask = observed(file, name, 1.0)?.values;
+                if mask.nrows() != tokens {
+                    let found = format!("{} rows", mask.nrows());
+                    return Err(file.malformed(format!("tensor {name}"), format!("{tokens} rows"), found));
+                }
+                trainer.masks.insert(place, mask);
+                continue;
+            }
             "hidden" => {
                 let Ok(layer) = raw.parse::<usize>() else {
                     return Err(file.malformed(format!("tensor {name}"), "hidden.LAYER", raw));

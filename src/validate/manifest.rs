@@ -47,11 +47,28 @@ pub struct Loss {
     pub micro_batch_rows: Vec<usize>,
     /// Factor that the gradients still carry (loss scaling).
     pub scale: f64,
+    /// `cross_entropy` where the trainer differentiates the model's own loss with these labels; absent where the loss is
+    /// made elsewhere and may be another one.
+    pub kind: Option<String>,
+    /// Part of each label that is spread over the vocabulary.
+    pub label_smoothing: f64,
+    /// Factor of the squared log-sum-exp.
+    pub z_loss: f64,
+    /// What the sum of a mean is divided by, where that is not the number of counted tokens.
+    pub divisor: Option<f64>,
 }
 
 impl Default for Loss {
     fn default() -> Self {
-        Self { reduction: Reduction::Mean, micro_batch_rows: Vec::new(), scale: 1.0 }
+        Self {
+            reduction: Reduction::Mean,
+            micro_batch_rows: Vec::new(),
+            scale: 1.0,
+            kind: None,
+            label_smoothing: 0.0,
+            z_loss: 0.0,
+            divisor: None,
+        }
     }
 }
 
@@ -205,6 +222,16 @@ impl Manifest {
         }
         if !(manifest.loss.scale > 0.0) || !manifest.loss.scale.is_finite() {
             return Err(wrong("loss.scale", "a positive number", manifest.loss.scale.to_string()));
+        }
+        let Loss { label_smoothing, z_loss, divisor, .. } = manifest.loss;
+        if !(0.0..1.0).contains(&label_smoothing) {
+            return Err(wrong("loss.label_smoothing", "at least 0 and below 1", label_smoothing.to_string()));
+        }
+        if !z_loss.is_finite() {
+            return Err(wrong("loss.z_loss", "a number", z_loss.to_string()));
+        }
+        if let Some(divisor) = divisor.filter(|d| !(*d > 0.0) || !d.is_finite()) {
+            return Err(wrong("loss.divisor", "a positive number", divisor.to_string()));
         }
         Ok(manifest)
     }

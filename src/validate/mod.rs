@@ -14,10 +14,12 @@ pub mod manifest;
 pub mod measure;
 pub mod memory;
 mod names;
+pub mod objective;
 pub mod own_forward;
 mod precision;
 pub mod reference;
 mod report;
+pub mod routing;
 mod stacked;
 mod update;
 

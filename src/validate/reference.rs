@@ -2,12 +2,13 @@
 
 use super::dump::Case;
 use super::manifest::Reduction;
+use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::model::{Batch, Instruments, Model, Place, Point, StepOptions, Tap};
+use crate::model::{Batch, Instruments, Masked, Model, Place, Point, Projection, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -91,6 +92,10 @@ pub struct Variant<'a> {
     pub rounding: Option<Rounding>,
     /// Loss scale of a rounded step, in place of the trainer's.
     pub loss_scale: Option<f64>,
+    /// Where the dropout masks of adapters are forgotten.
+    pub unmasked: Option<Masked>,
+    /// The loss, in place of the declared one.
+    pub objective: Option<Objective>,
 }
 
 /// A copy of the model whose weights are rounded as autocast does; embedding and norms are not cast.
@@ -141,13 +146,21 @@ impl Case {
             let labels = self.batch.labels.slice(s![rows.clone(), 1..]);
             labels.iter().filter(|&&l| l != crate::blocks::cross_entropy::IGNORED_LABEL).count() as f64
         };
-        let total: f64 = micro.iter().map(&counted).sum();
+        let total: f64 = self.loss.divisor.unwrap_or_else(|| micro.iter().map(&counted).sum());
         let divisor = |rows: &Range<usize>| match self.loss.reduction {
+            // A given gradient has its factors.
+            _ if self.given().is_some() => 1.0,
             Reduction::Mean => total,
             Reduction::Sum => 1.0,
             Reduction::MicroMean => counted(rows) * micro.len() as f64,
         };
-        micro.iter().map(|rows| (rows.clone(), divisor(rows))).filter(|(_, d)| *d > 0.0).collect()
+        let counts = |rows: &Range<usize>| counted(rows) > 0.0 || self.given().is_some();
+        micro.iter().filter(|rows| counts(rows)).map(|rows| (rows.clone(), divisor(rows))).collect()
+    }
+
+    /// The recorded gradient of the logits, where the step is judged from there on.
+    pub(super) fn given(&self) -> Option<&Upstream> {
+        self.trainer.upstream.as_ref().filter(|_| self.trainer.setting.from_upstream)
     }
 
     /// Runs one step.
@@ -172,18 +185,23 @@ impl Case {
         let parts = variant.parts.clone().unwrap_or_else(|| self.parts());
         // Loss scaling decides what a half format loses.
         let scale = if variant.rounding.is_some() { variant.loss_scale.unwrap_or(self.loss.scale) } else { 1.0 };
-        let all_targets = match &variant.targets {
-            Some(targets) => targets.clone(),
-            None => prediction_targets(batch.labels.view(), forward.config.vocab_size)?,
+        let given = self.given();
+        let all_targets = match (&variant.targets, given) {
+            (_, Some(upstream)) => upstream.targets(),
+            (Some(targets), None) => targets.clone(),
+            (None, None) => prediction_targets(batch.labels.view(), forward.config.vocab_size)?,
         };
         if all_targets.is_empty() || parts.is_empty() {
-            return Err(Error::invalid("labels", "all ignored", "at least one position must count"));
+            let requirement = if given.is_some() { "must have a gradient" } else { "at least one position must count" };
+            return Err(Error::invalid("labels", "all ignored", requirement));
         }
         let mut gradients = backward.zero_gradients();
         if tied_cast {
             // The head was made separate so that the embedding stays uncast; its gradient belongs to the embedding.
             gradients.lm_head = gradients.embedding.as_ref().map(|e| Array2::zeros(e.dim()));
         }
+        let objective = variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
+        let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
         let want_logits = self.trainer.logits.is_some();
         if want_logits {
@@ -195,7 +213,28 @@ impl Case {
         for (range, divisor) in &parts {
             let first = range.start * length;
             let record = RefCell::new(&mut evidence);
+            let inside = first..range.end * length;
+            let targets: Vec<(usize, usize)> = all_targets
+                .iter()
+                .filter(|(row, _)| inside.contains(row))
+                .map(|&(row, label)| (row - first, label))
+                .collect();
+            let chunks = RefCell::new(Chunks::new(&targets, first, scale / divisor));
             let tap = |place: Place, tensor: &mut Array2<f64>| {
+                let mut chunks = chunks.borrow_mut();
+                match (place.point, place.gradient, given, objective) {
+                    (Point::Logits, true, Some(Upstream::Logits(all)), _) => {
+                        chunks.copy(all, scale / multiplier, tensor);
+                    }
+                    (Point::Logits, true, Some(Upstream::FinalNorm(_)), _) => tensor.fill(0.0),
+                    (Point::FinalNorm, true, Some(Upstream::FinalNorm(all)), _) => {
+                        copy_rows(all, inside.clone(), scale / multiplier, tensor);
+                    }
+                    (Point::Logits, true, None, Some(objective)) => {
+                        chunks.differentiate(objective, forward.config.options.logit_cap, tensor);
+                    }
+                    _ => {}
+                }
                 if let Some(tap) = variant.tap {
                     tap(place, tensor);
                 }
@@ -204,6 +243,10 @@ impl Case {
                 }
                 if place.gradient {
                     return;
+                }
+                super::routing::settle_scores(&self.ties, place, first, tensor);
+                if place.point == Point::Logits && objective.is_some() {
+                    chunks.see(tensor);
                 }
                 let mut evidence = record.borrow_mut();
                 match (place.point, place.layer) {
@@ -229,13 +272,21 @@ impl Case {
                     _ => {}
                 }
             };
-            let inside = first..range.end * length;
-            let targets: Vec<(usize, usize)> = all_targets
-                .iter()
-                .filter(|(row, _)| inside.contains(row))
-                .map(|&(row, label)| (row - first, label))
-                .collect();
+            let mask = |(layer, p): (usize, Projection), at: Masked, rest: bool, x: &mut Array2<f64>| {
+                let Some(all) = self.trainer.masks.get(&(layer, p)) else { return false };
+                let rows = all.slice(s![inside.clone(), ..]);
+                if rows.dim() != x.dim() {
+                    return false;
+                }
+                let forgotten = variant.unmasked == Some(at);
+                x.zip_mut_with(&rows, |x, &m| {
+                    let m = if forgotten { 1.0 } else { m };
+                    *x *= if rest { 1.0 - m } else { m };
+                });
+                true
+            };
             let instruments = Instruments {
+                mask: (!self.trainer.masks.is_empty()).then_some(&mask),
                 scale: variant.scale,
                 ahead: variant.ahead,
                 targets: Some(&targets),
@@ -247,7 +298,8 @@ impl Case {
             let mut cost = Cost::default();
             let pass = forward.forward_with(&part, &options, &instruments, &mut gradients, &mut cost)?;
             let output = backward.backward_with(pass, &instruments, &mut gradients, &mut cost)?;
-            evidence.loss += output.loss / scale;
+            let whole = if objective.is_some() { chunks.into_inner().loss / divisor } else { output.loss / scale };
+            evidence.loss += whole;
         }
         if tied_cast && let (Some(head), Some(embedding)) = (gradients.lm_head.take(), &mut gradients.embedding) {
             *embedding += &head;
@@ -274,7 +326,11 @@ impl Case {
     pub fn real_rows(&self) -> Vec<usize> {
         match &self.batch.attention_mask {
             Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
-            None => (0..self.batch.tokens()).collect(),
+            None => {
+                let (rows, length) = self.batch.input_ids.dim();
+                let real = |b: usize| self.trainer.setting.row_lengths.as_ref().map_or(length, |lengths| lengths[b]);
+                (0..rows).flat_map(|b| b * length..b * length + real(b)).collect()
+            }
         }
     }
 }

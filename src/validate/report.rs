@@ -5,9 +5,11 @@ use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
+use super::objective::Upstream;
 use super::own_forward::OwnForward;
 use super::reference::Variant;
 use crate::error::Result;
+use crate::model::Outside;
 use serde::Serialize;
 
 /// The result of a validation.
@@ -85,11 +87,76 @@ impl Watch for Silent {
 
 /// Validates a case.
 ///
+/// The declared loss comes first. Where that fails and no fault of the step explains it, but the dump holds the gradient that
+/// the loss left, everything below is judged from there.
+///
 /// # Errors
-/// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged: another loss than cross-entropy,
-/// noise on the embeddings, or rows of several documents that are right only if these may attend to each other.
+/// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged: another loss than the declared one
+/// whose gradient is not in the dump, noise on the embeddings, or rows of several documents that are right only if these
+/// may attend to each other.
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
-    let report = judge(case, watch)?;
+    let tied = super::routing::with_ties(case)?;
+    let case = tied.as_ref().unwrap_or(case);
+    if case.trainer.upstream.is_none() {
+        return with_declared_loss(case, watch);
+    }
+    if case.batch.counted() == 0 {
+        return below_the_loss(case, watch);
+    }
+    let declared = with_declared_loss(case, watch);
+    let of_step = |r: &Report| r.rungs.iter().any(|rung| rung.name.is_of_the_step() && rung.failed());
+    if let Ok(report) = &declared {
+        // Dropout is the word where nothing could be compared: from the loss on there may be more to say.
+        let named = report.diagnoses.iter().any(|d| d.complete && d.fault != "dropout-active");
+        if !of_step(report) || named {
+            return declared;
+        }
+    }
+    let mut below = match (below_the_loss(case, watch), declared) {
+        (Ok(below), _) => below,
+        (Err(_), declared) => return declared,
+    };
+    if case.declares_loss() && !of_step(&below) {
+        below.diagnoses.insert(0, setting::loss_gradient(case, below.reference_loss));
+        below.passed = false;
+        if let Some(rung) = below.rungs.iter_mut().find(|r| r.name == RungName::Loss) {
+            (rung.outcome, rung.problems) = (Outcome::Fail, Vec::new());
+        }
+    }
+    Ok(below)
+}
+
+/// Everything but the loss, from the gradient that it left.
+fn below_the_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
+    let mut below = case.clone();
+    below.trainer.setting.from_upstream = true;
+    if matches!(case.trainer.upstream, Some(Upstream::FinalNorm(_))) {
+        let module = if case.model.lm_head.is_some() { Outside::Head } else { Outside::Embedding };
+        let head = case.model.config.options.outside_tensor(module, "weight");
+        below.trained.retain(|name| *name != head);
+    }
+    let mut report = judge(&below, watch)?;
+    report.reference_loss = setting::declared_loss(case).unwrap_or(f64::NAN);
+    if let Some(rung) = report.rungs.iter_mut().find(|r| r.name == RungName::Loss) {
+        rung.problems.push(setting::another_loss(case, report.reference_loss));
+    }
+    Ok(report)
+}
+
+fn with_declared_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
+    let mut report = judge(case, watch)?;
+    if !report.passed
+        && !case.ties.is_empty()
+        && let Some((other, moved)) = super::routing::as_trainer(case, watch)?
+    {
+        report = judge(&other, watch)?;
+        if let Some(names) = report.rungs.iter_mut().find(|r| r.name == RungName::Names) {
+            names.problems.push(format!(
+                "{moved} of {} tokens that stand between two experts within rounding go to the other one in the trainer",
+                case.ties.len()
+            ));
+        }
+    }
     if !report.passed && case.batch.documents.is_some() && judge(&setting::as_one_document(case), watch)?.passed {
         return Err(setting::ambiguous_documents());
     }

@@ -117,6 +117,7 @@ impl DeviceCase {
             kind: self.kind,
             batch: self.batch,
             loss: Loss::default(),
+            objective: Default::default(),
             optimizer: Some(OptimizerRecord::of(&params)),
             rounding,
             trainer,

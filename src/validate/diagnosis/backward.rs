@@ -7,19 +7,39 @@ use crate::blocks::rope::rope_forward;
 use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::options::Norm;
-use crate::model::{Place, Point};
+use crate::model::{Masked, Place, Point};
 use crate::validate::reference::{Evidence, Variant};
 use ndarray::{Array1, Array2};
 use std::cell::RefCell;
 use std::collections::HashMap;
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    dropout(context, tested)?;
     rotary(context, tested)?;
     score_scale(context, tested)?;
     input_gradients(context, tested)?;
     dora_norm(context, tested)?;
     stale(context, tested)?;
     norms(context, tested)
+}
+
+/// Masks that forward applied and backward forgot.
+fn dropout(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    if context.case.trainer.masks.is_empty() {
+        return Ok(());
+    }
+    for (at, what) in [
+        (Masked::InputGradient, "the dropout mask is not applied to the adapter's part of the input gradient"),
+        (Masked::SavedInput, "the gradient of A is that of the input before dropout"),
+    ] {
+        if tested.settled() {
+            return Ok(());
+        }
+        let fault =
+            Fault::new("dropout-mask-backward", what, "save the mask (or its seed) and use it again in backward");
+        context.test(fault, &Variant { unmasked: Some(at), ..Variant::default() }, |_| (), tested)?;
+    }
+    Ok(())
 }
 
 fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {

@@ -550,7 +550,8 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let pick = |a: &mut Array2<f64>, axis: Axis| *a = a.select(axis, &lines).as_standard_layout().into_owned();
     for layer in &mut model.layers {
         for (p, axis) in [(Projection::Query, Axis(0)), (Projection::Output, Axis(1))] {
-            let projection = layer.projection_mut(p);
+            // Heads that are stored in one weight with others are left alone.
+            let Some(projection) = layer.get_mut(p) else { return Ok(()) };
             match &mut projection.method {
                 Method::Frozen | Method::Full => {}
                 Method::Lora(m) => pick(if axis.index() == 0 { &mut m.b } else { &mut m.a }, axis),

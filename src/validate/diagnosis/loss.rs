@@ -3,13 +3,11 @@
 use super::{Context, Fault, Tested};
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::Result;
-use crate::model::{Place, Point};
 use crate::validate::dump::Case;
 use crate::validate::ladder::{Rung, RungName, climb};
 use crate::validate::manifest::Reduction;
+use crate::validate::objective::Objective;
 use crate::validate::reference::{Evidence, Rounding, Variant};
-use ndarray::Array2;
-use std::cell::RefCell;
 use std::ops::Range;
 
 /// Name, sentence and fix of a fault with the (row, label) pairs that it counts.
@@ -138,23 +136,16 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     Ok(())
 }
 
-/// Sum over the targets of -log p(label) and of the mean over the vocabulary of -log p, from logits.
-fn sums(logits: &Array2<f64>, targets: &[(usize, usize)]) -> (f64, f64) {
-    targets.iter().fold((0.0, 0.0), |(label, all), &(row, y)| {
-        let z = logits.row(row);
-        let most = z.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
-        let log_sum = most + z.iter().map(|x| (x - most).exp()).sum::<f64>().ln();
-        (label + log_sum - z[y], all + log_sum - z.sum() / z.len() as f64)
-    })
-}
-
 /// Losses that a step may have without declaring them; the rungs measured against the one that explains the whole step.
 ///
 /// # Errors
 /// As [`crate::validate::dump::Case::run`].
 pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<Option<Vec<Rung>>> {
     let case = context.case;
-    if case.loss.reduction == Reduction::MicroMean || context.failing.is_empty() && !context.failed(RungName::Scale) {
+    if case.loss.reduction == Reduction::MicroMean
+        || case.declares_loss()
+        || context.failing.is_empty() && !context.failed(RungName::Scale)
+    {
         return Ok(None);
     }
     let batch = &case.batch;
@@ -221,55 +212,13 @@ fn smoothed(
     epsilon: f64,
     rounding: Option<Rounding>,
 ) -> Result<Evidence> {
-    let seen: RefCell<Array2<f64>> = RefCell::default();
-    let tap = |place: Place, x: &mut Array2<f64>| {
-        if place.point == Point::Logits {
-            if place.gradient {
-                smooth(x, &seen.borrow(), epsilon);
-            } else {
-                *seen.borrow_mut() = x.clone();
-            }
-        }
-    };
-    let variant = Variant {
-        tap: Some(&tap),
+    case.run(&Variant {
         targets: Some(targets.to_vec()),
         parts: Some(parts.to_vec()),
+        objective: Some(Objective { label_smoothing: epsilon, ..case.objective.clone() }),
         rounding,
         ..Variant::default()
-    };
-    let mut evidence = case.run(&variant)?;
-    if let (Some(logits), Some((_, divisor))) = (&evidence.logits, parts.first()) {
-        let (plain, uniform) = sums(logits, targets);
-        evidence.loss = ((1.0 - epsilon) * plain + epsilon * uniform) / divisor;
-    }
-    Ok(evidence)
-}
-
-/// Turns the gradient of cross-entropy with respect to a chunk of logits into that with smoothed labels.
-fn smooth(gradient: &mut Array2<f64>, logits: &Array2<f64>, epsilon: f64) {
-    if gradient.dim() != logits.dim() {
-        return;
-    }
-    let labels: Vec<usize> = gradient
-        .rows()
-        .into_iter()
-        .map(|row| row.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i))
-        .collect();
-    // 1 / divisor from the row where it is best known.
-    let rest = |(row, z): (usize, ndarray::ArrayView1<f64>)| {
-        let most = z.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
-        let sum: f64 = z.iter().map(|x| (x - most).exp()).sum();
-        let rest = 1.0 - (z[labels[row]] - most).exp() / sum;
-        (rest, -gradient[[row, labels[row]]] / rest)
-    };
-    let known = logits.rows().into_iter().enumerate().map(rest).max_by(|a, b| a.0.total_cmp(&b.0));
-    let Some((_, inverse)) = known.filter(|k| k.1.is_finite()) else { return };
-    let each = epsilon * inverse / gradient.ncols() as f64;
-    for (mut row, label) in gradient.rows_mut().into_iter().zip(labels) {
-        row.mapv_inplace(|x| x - each);
-        row[label] += epsilon * inverse;
-    }
+    })
 }
 
 /// Forward counts the labels, backward counts every token: a fused loss that loses the weights of tokens.

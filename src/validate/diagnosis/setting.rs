@@ -1,12 +1,13 @@
 //! What can be said without comparing numbers: adapters that are not trained, labels that were shifted before the loss
 //! shifts them, documents that attend to each other; and which steps cannot be judged.
 
-use super::Fault;
+use super::{Diagnosis, Fault};
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
 use crate::validate::dump::Case;
 use crate::validate::ladder::{Outcome, Rung, RungName, rung_of};
 use crate::validate::names::place_of;
+use crate::validate::reference::Variant;
 use std::collections::BTreeSet;
 
 /// Tensors of the adapter that are not trained; the kinds that are trained nowhere, if these are all.
@@ -72,6 +73,39 @@ pub(in crate::validate) fn ambiguous_documents() -> Error {
                 later documents may attend to earlier ones; if not, they leak into each other (Transformers keeps them \
                 apart without a cache only: use_cache=False). Pass a mask: ones for one document a row";
     Error::invalid("position_ids", "packed", what)
+}
+
+/// Loss of the reference with the declared loss function, if a position counts.
+pub(in crate::validate) fn declared_loss(case: &Case) -> Option<f64> {
+    if case.batch.counted() == 0 {
+        return None;
+    }
+    let run = case.run(&Variant::default());
+    run.ok().map(|evidence| evidence.loss)
+}
+
+/// What is said of a loss that is not the declared one.
+pub(in crate::validate) fn another_loss(case: &Case, declared: f64) -> String {
+    let of = |loss: Option<f64>| loss.map_or("not recorded".into(), |l| format!("{l:.6}"));
+    if declared.is_nan() {
+        return "no labels: the loss function itself is not checked".into();
+    }
+    format!(
+        "the loss function itself is not checked: it is {}, and the declared cross-entropy of these labels is {declared:.6}. \
+         Declare label_smoothing, z_loss, token_weights or a divisor to have it checked",
+        of(case.trainer.loss)
+    )
+}
+
+/// The fault that is left where all below the loss is right and the loss is the model's own.
+pub(in crate::validate) fn loss_gradient(case: &Case, declared: f64) -> Diagnosis {
+    let loss = case.trainer.loss.map_or("not recorded".into(), |l| format!("{l:.6}"));
+    let what = format!(
+        "the loss (recorded: {loss}; reference: {declared:.6}) or its gradient is not that of the declared cross-entropy, and \
+         everything below it is right"
+    );
+    let fix = "look at the loss function alone: labels, masks, divisor, a fused kernel; or declare another loss";
+    Diagnosis { explains: vec![RungName::Loss], ..Diagnosis::of_setting(Fault::new("loss-gradient", what, fix), true) }
 }
 
 /// Faults of the setting, and sentences that are none.
