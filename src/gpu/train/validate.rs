@@ -121,6 +121,7 @@ impl DeviceCase {
             optimizer: Some(OptimizerRecord::of(&params)),
             rounding,
             trainer,
+            ties: Vec::new(),
         })
     }
 }
