@@ -223,7 +223,7 @@ impl<T: Real> Model<T> {
     /// co-permutation undone; the model itself is left as it is. Files appear whole or not at all.
     ///
     /// # Errors
-    /// [`Error::Io`]; as [`AdaptedLinear::effective_weight`].
+    /// [`Error::Io`]; as [`crate::adapters::AdaptedLinear::effective_weight`].
     pub fn write(&self, folder: &Path) -> Result<()> {
         let mut writer = TensorWriter::new();
         writer.metadata("format", "pt");

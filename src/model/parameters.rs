@@ -70,7 +70,7 @@ impl Projection {
         Projection::Down,
     ];
 
-    /// Those that [`Projection::parse`] knows by name beyond [`Projection::ALL`].
+    /// Those that are known by name beyond [`Projection::ALL`].
     const JOINED: [Projection; 3] = [Projection::QueryKeyValue, Projection::GateUp, Projection::Router];
 
     /// Path inside a layer in LLaMA's way of naming; a family's own is [`super::options::Options::path`].

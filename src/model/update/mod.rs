@@ -113,7 +113,7 @@ impl<T: Real> ModelUpdate<T> {
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for different sizes, a difference outside the projections (which an adapter cannot
-    /// hold), or none at all; as [`AdaptedLinear::effective_weight`].
+    /// hold), or none at all; as [`crate::adapters::AdaptedLinear::effective_weight`].
     pub fn between(base: &Model<T>, trained: &Model<T>) -> Result<Self> {
         if base.config != trained.config {
             let found = format!("{:?}", trained.config);
