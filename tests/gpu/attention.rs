@@ -140,7 +140,7 @@ fn streaming_agrees_with_pytorch_on_every_fixture_and_tile() {
 }
 
 /// At least one spec of every method, and whether it is made of products; it must be refused if not.
-const SPECS: [(&str, bool); 11] = [
+const SPECS: [(&str, bool); 12] = [
     ("taylor:degree=3", true),
     ("taylor:degree=2,center=both", true),
     ("chebyshev:degree=3,check=scan,center=both", true),
@@ -150,6 +150,7 @@ const SPECS: [(&str, bool); 11] = [
     ("nystrom:rank=24", true),
     ("support-basis:degree=2,threshold=1.5", true),
     ("support-basis:degree=1,threshold=0.2", false),
+    ("sparse:threshold=0.01", false),
     ("auto:eps=0.1", true),
     ("truncated-svd:rank=12", true),
 ];
