@@ -135,3 +135,28 @@ pub fn as_trainer(case: &Case, watch: &dyn Watch) -> Result<Option<(Case, usize)
     }
     Ok((moved > 0).then_some((best.0, moved)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn the_chosen_of_two_experts_scores_higher_in_its_own_layer_and_part() {
+        let tie = |row| Tie { layer: 1, row, chosen: 2, other: 0 };
+        let place = |layer| Place { layer: Some(layer), point: Point::Router, gradient: false };
+        let before = array![[0.5, -1.0, 0.4], [0.3, 0.2, 0.3]];
+        for (layer, first, row, changed) in [(1, 4, 4, Some(0)), (1, 4, 5, Some(1)), (0, 4, 4, None), (1, 5, 4, None)] {
+            let mut scores = before.clone();
+            settle_scores(&[tie(row)], place(layer), first, &mut scores);
+            for i in 0..2 {
+                if changed == Some(i) {
+                    assert!(scores[[i, 2]] > scores[[i, 0]], "{scores}");
+                    assert!((scores[[i, 2]] - before[[i, 0]].max(before[[i, 2]])).abs() < 1e-9);
+                } else {
+                    assert_eq!(scores.row(i), before.row(i), "layer {layer}, part from {first}, tie in row {row}");
+                }
+            }
+        }
+    }
+}
