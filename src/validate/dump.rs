@@ -102,6 +102,8 @@ pub struct Case {
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
     pub ties: Vec<Tie>,
+    /// Whether faults below every tolerance are looked for; by the size of the step when absent.
+    pub faint: Option<bool>,
 }
 
 /// Where the parts of a dump are.
@@ -203,6 +205,7 @@ impl Case {
             rounding,
             trainer,
             ties: Vec::new(),
+            faint: None,
         })
     }
 

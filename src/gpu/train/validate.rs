@@ -122,6 +122,7 @@ impl DeviceCase {
             rounding,
             trainer,
             ties: Vec::new(),
+            faint: None,
         })
     }
 }
