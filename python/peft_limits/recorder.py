@@ -307,6 +307,7 @@ class dump_step:
         groups = []
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if id(p) in self.names]
+            group = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
             settings = {k: jsonable(v) for k, v in group.items() if k != "params"
                         and isinstance(v, (bool, int, float, tuple, list, type(None)))}
             # One group for everything needs no names.

@@ -22,6 +22,7 @@ mod precision;
 mod recorded;
 pub mod reference;
 mod report;
+mod roundings;
 pub mod routing;
 pub mod selftest;
 mod stacked;

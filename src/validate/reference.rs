@@ -5,6 +5,7 @@ use super::ladder::RungName;
 use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
+use crate::blocks::causal_attention::ScoreErrors;
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
@@ -103,6 +104,8 @@ pub struct Variant<'a> {
     pub scale: Option<f64>,
     /// Tokens ahead that a query sees.
     pub ahead: usize,
+    /// Random errors of the scores.
+    pub score_errors: Option<ScoreErrors>,
     /// (row, label) pairs that the loss counts, rows being those of the whole batch.
     pub targets: Option<Vec<(usize, usize)>>,
     /// Changes tensors on their way.
@@ -308,6 +311,7 @@ impl Case {
                 mask: (!self.trainer.masks.is_empty()).then_some(&mask),
                 scale: variant.scale,
                 ahead: variant.ahead,
+                score_errors: variant.score_errors,
                 targets: Some(&targets),
                 tap: Some(&tap),
                 ..Instruments::default()
@@ -341,8 +345,15 @@ impl Case {
         Ok(evidence)
     }
 
-    /// Rows of logits and hidden states that mean something: not padding.
+    /// Rows of logits and hidden states that mean something: not padding, nor in a micro-batch that counts no token.
     pub fn real_rows(&self) -> Vec<usize> {
+        let length = self.batch.input_ids.ncols();
+        let parts = self.parts();
+        let run = |row: &usize| parts.iter().any(|(rows, _)| rows.contains(&(row / length)));
+        self.unpadded_rows().into_iter().filter(run).collect()
+    }
+
+    fn unpadded_rows(&self) -> Vec<usize> {
         match &self.batch.attention_mask {
             Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
             None => {
