@@ -111,7 +111,7 @@ const FAULTS: [(&str, &str); 52] = [
     ("accumulation-not-divided", "accumulation"),
     ("adapter-input-gradient", "adapter-input-gradient"),
     ("adapter-not-applied", "adapter-not-applied"),
-    ("adapter-twice", "adapter-twice"),
+    ("adapter-twice", "adapter-scaling"),
     ("alpha-over-root-r", "adapter-scaling"),
     ("attention-scale-backward", "attention-scale-backward"),
     ("bias-correction", "bias-correction"),

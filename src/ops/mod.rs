@@ -15,8 +15,8 @@ mod cpu;
 mod side;
 mod sizes;
 
-pub use crate::blocks::experts::Choice;
 use crate::blocks::causal_attention::ScoreErrors;
+pub use crate::blocks::experts::Choice;
 use crate::blocks::swiglu::Activation;
 use crate::error::{Error, Result};
 pub use cpu::{Cpu, CpuInputs, SavedAttention};

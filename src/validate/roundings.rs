@@ -5,7 +5,7 @@
 //! the scores of attention, which trainers round and the reference does not, by the same.
 
 use super::dump::Case;
-use super::ladder::{Rung, RungName, climb};
+use super::ladder::{Rung, RungName, climb, rung_of};
 use super::precision::Precision;
 use super::reference::{Evidence, Variant};
 use super::report::Watch;
@@ -62,10 +62,17 @@ pub(super) fn second_look(
         widest.see(&dithered(case, seed, true)?);
     }
     let lost = widest.lost(case);
-    let judged = case.trained.iter().filter(|name| !lost.contains(name)).count();
-    let mut kept = case.clone();
-    kept.trained.retain(|name| !lost.contains(name));
-    let mut rungs = climb(&kept, exact, &widest.evidence());
+    let widest = widest.evidence();
+    let mut rungs = climb(case, exact, &widest);
+    // Only those that are outside their tolerance besides are left out.
+    let outside = |name: &String| rung_of(&rungs, RungName::Gradients).is_some_and(|r| r.fails(name));
+    let lost: Vec<String> = lost.into_iter().filter(outside).collect();
+    let judged = case.trained.len() - lost.len();
+    if !lost.is_empty() {
+        let mut kept = case.clone();
+        kept.trained.retain(|name| !lost.contains(name));
+        rungs = climb(&kept, exact, &widest);
+    }
     if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
         return Ok(None);
     }

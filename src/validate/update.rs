@@ -130,7 +130,7 @@ pub(super) fn stored_in_format(
     if precision == Precision::F64 || after.dim() != before.dim() || expected.dim() != before.dim() {
         return None;
     }
-    let (mut farthest, mut beyond) = (0.0f64, 0usize);
+    let (mut farthest, mut beyond, mut moved, mut should_move) = (0.0f64, 0usize, 0usize, 0usize);
     let (mut arrived, mut wanted, mut spread, mut allowed) = (0.0, 0.0, 0.0, 0.0);
     let (mut plain, mut whole) = (0.0, 0.0);
     for (((&b, &a), &e), &s) in before.iter().zip(after).zip(expected).zip(slack) {
@@ -146,6 +146,8 @@ pub(super) fn stored_in_format(
             return None;
         }
         beyond += usize::from(!nearest);
+        moved += usize::from((a - b).abs() > 0.0);
+        should_move += usize::from((precision.round(target) - b).abs() > 0.0);
         farthest = farthest.max(((a - high).max(low - a) / unit).max(0.0));
         plain += (a - b) * e;
         whole += e * e;
@@ -160,7 +162,7 @@ pub(super) fn stored_in_format(
     // By chance or not, the mean must arrive: otherwise the update is another one.
     let arrives = (arrived - wanted).abs() <= 5.0 * spread.sqrt() + allowed + 1e-12;
     let kept = if whole > 0.0 { plain / whole } else { 1.0 };
-    let repaid = !first && (0.3..4.0).contains(&kept);
+    let repaid = !first && 2 * moved >= should_move;
     (nearest || arrives || repaid).then_some(Stored { farthest, kept, nearest })
 }
 
