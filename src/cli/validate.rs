@@ -12,6 +12,7 @@ use crate::validate::own_forward::OwnForward;
 use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -84,30 +85,46 @@ pub(super) struct ValidateArgs {
     /// Write a heat map of shares, layer by projection, to NAME.svg and NAME.png
     #[arg(long, value_name = "NAME")]
     heat_map: Option<PathBuf>,
-    /// Memory that may be used, for instance 24GiB (default: what is free)
+    /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not fit stays on the disk and
+    /// is read layer by layer
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
 }
 
 /// A spinner on a terminal, nothing elsewhere.
-struct Spinner(ProgressBar);
+struct Spinner {
+    bar: ProgressBar,
+    what: RefCell<String>,
+    /// Layers of the model, once it is read.
+    layers: Cell<usize>,
+}
 
 impl Spinner {
     fn new() -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self(ProgressBar::hidden());
+            return Self::of(ProgressBar::hidden());
         }
         let bar = ProgressBar::new_spinner();
         let style = ProgressStyle::with_template("{spinner} {msg}  {elapsed}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
         bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
+        Self::of(bar)
+    }
+
+    fn of(bar: ProgressBar) -> Self {
+        Self { bar, what: RefCell::default(), layers: Cell::default() }
     }
 }
 
 impl Watch for Spinner {
     fn begins(&self, what: &str) {
-        self.0.set_message(what.to_string());
+        *self.what.borrow_mut() = what.to_string();
+        self.bar.set_message(what.to_string());
+    }
+
+    fn layer(&self, layer: usize, backward: bool) {
+        let (way, all) = (if backward { "backward" } else { "forward" }, self.layers.get());
+        self.bar.set_message(format!("{}, {way}, layer {} of {all}", self.what.borrow(), layer + 1));
     }
 }
 
@@ -180,10 +197,17 @@ fn validate_step(args: &ValidateArgs) -> Result<Report> {
     let spinner = Spinner::new();
     spinner.begins("reading");
     let plain = PlainSettings { dtype: args.dtype };
-    let report = memory::require(&paths, manifest.as_ref(), limit)
-        .and_then(|_| Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain))
-        .and_then(|case| validate(&case, &spinner));
-    spinner.0.finish_and_clear();
+    let report = memory::plan(&paths, manifest.as_ref(), limit).and_then(|plan| {
+        if plan.on_disk || plan.recompute {
+            eprintln!("{}: {}", name.display(), plan.line(memory::rate()));
+        }
+        let read = if plan.on_disk { Case::open } else { Case::read };
+        let mut case = read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
+        case.recompute = plan.recompute;
+        spinner.layers.set(case.model.layers.len());
+        validate(&case, &spinner)
+    });
+    spinner.bar.finish_and_clear();
     // What needs no reference is said of models that it does not have, too.
     if let (Err(_), Some(own)) = (&report, manifest.and_then(|m| m.check)) {
         eprintln!("{}", own.line().trim());
@@ -223,7 +247,7 @@ fn validate_device(args: &ValidateArgs) -> Result<Report> {
     let name = format!("{} on {}", folder.display(), device.info());
     let case = device.run("training step", DeviceCase { name, model, kind, batch })?;
     let report = validate(&case, &spinner);
-    spinner.0.finish_and_clear();
+    spinner.bar.finish_and_clear();
     if !args.json {
         println!("{memory}");
     }
@@ -303,7 +327,20 @@ fn print(report: &Report, all: bool) {
     }
     if !report.diagnoses.iter().any(|d| d.complete) {
         println!();
-        println!("  No known fault explains all of it ({} steps of the reference tried).", report.reference_steps);
+        let parts = match report.ruled_out {
+            0 => String::new(),
+            n => format!(", {n} faults ruled out by a part of one"),
+        };
+        println!(
+            "  No known fault explains all of it ({} steps of the reference tried{parts}).",
+            report.reference_steps
+        );
+        if !report.left_out.is_empty() {
+            println!(
+                "  The search stopped there, at five times a right step; not tried: {}.",
+                report.left_out.join(", ")
+            );
+        }
         if let Some(lead) = report.lead() {
             println!("  Where to look: {lead}.");
         }

@@ -77,6 +77,8 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         diagnoses,
         own_forward: None,
         reference_steps: steps,
+        ruled_out: 0,
+        left_out: Vec::new(),
     })
 }
 

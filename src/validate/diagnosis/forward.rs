@@ -7,7 +7,7 @@ use crate::cost::Cost;
 use crate::error::Result;
 use crate::model::{Batch, Model, Place, Point, Projection};
 use crate::validate::manifest::Reduction;
-use crate::validate::reference::{Evidence, Variant};
+use crate::validate::reference::{Evidence, Part, Variant};
 use ndarray::{Array2, Axis};
 use std::ops::Range;
 
@@ -93,11 +93,8 @@ fn bases(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         let mut any = false;
         for layer in &mut model.layers {
             for (_, projection) in layer.projections_mut() {
-                if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
-                    let delta = projection.effective_weight()? - &projection.base.dense();
-                    *projection.base.dense_mut("base")? += &(delta * sign);
-                    any = true;
-                }
+                let method = projection.method.clone();
+                any |= projection.add_update_to_base(&method, sign)?;
             }
         }
         if any && !tested.settled() {
@@ -208,9 +205,13 @@ fn fit(
 ) -> Option<Vec<f64>> {
     let wanted = forward_vector(context, None);
     let mut run = |factors: &[f64]| {
+        if !tested.affords(0.5, "adapter-scaling-some") {
+            return None;
+        }
         tested.steps += 1;
         let model = scaled(factors);
-        let evidence = context.case.run(&Variant { forward: Some(&model), ..Variant::default() }).ok()?;
+        let part = Part { forward_only: true, ..Part::default() };
+        let evidence = context.case.run(&Variant { forward: Some(&model), part, ..Variant::default() }).ok()?;
         Some(forward_vector(context, Some(&evidence))).filter(|v| v.len() == wanted.len())
     };
     let gap = |v: &[f64]| v.iter().zip(&wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
@@ -395,8 +396,9 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 && m.active
                 && let Some(values) = m.original.clone()
             {
-                let weight = projection.base.dense_mut("stale columns")?;
-                m.of_mut(weight).assign(&values);
+                let (side, range) = (m.side, m.range.clone());
+                let put = move |weight: &mut Array2<f64>| side.of_mut(weight, range.clone()).assign(&values);
+                projection.base.change("stale columns", put)?;
                 any = true;
             }
         }
@@ -418,6 +420,9 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 return Ok(());
             }
             tested.watch.begins("hypothesis: stale micro-batch");
+            if !tested.affords(1.0, "stale-weight") {
+                return Ok(());
+            }
             tested.steps += 2;
             let stale = Variant { forward: Some(model), parts: Some(vec![parts[k].clone()]), ..Variant::default() };
             let rest: Vec<_> = parts.iter().enumerate().filter(|(i, _)| *i != k).map(|(_, p)| p.clone()).collect();
@@ -563,7 +568,9 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 Method::Dora(m) => pick(&mut m.a, axis),
                 Method::Paca(_) | Method::S2ft(_) => return Ok(()),
             }
-            pick(projection.base.dense_mut("grouped heads")?, axis);
+            let picked = lines.clone();
+            let pick = move |a: &mut Array2<f64>| *a = a.select(axis, &picked).as_standard_layout().into_owned();
+            projection.base.change("grouped heads", pick)?;
         }
     }
     let back = |evidence: &mut Evidence| {
@@ -691,11 +698,9 @@ fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut any = false;
     for (layer, old) in merged.layers.iter_mut().zip(&previous.layers) {
         for (p, projection) in layer.projections_mut() {
-            if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
-                let present = projection.effective_weight()?;
-                let base = projection.base.dense_mut("stale weight")?;
-                *base += &(old.projection(p).effective_weight()? - present);
-                any = true;
+            let present = projection.method.clone();
+            if projection.add_update_to_base(&present, -1.0)? {
+                any |= projection.add_update_to_base(&old.projection(p).method, 1.0)?;
             }
         }
     }

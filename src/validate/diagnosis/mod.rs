@@ -7,6 +7,7 @@
 
 pub(super) mod applied;
 mod backward;
+pub mod budget;
 mod factors;
 mod families;
 mod forward;
@@ -24,6 +25,7 @@ use super::measure::Measure;
 use super::reference::{Evidence, Variant};
 use super::report::Watch;
 use crate::error::Result;
+use budget::Budget;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -92,6 +94,8 @@ pub(super) struct Search {
     pub steps: usize,
     /// The rungs measured against another loss than the declared one, where that explains the whole step as right.
     pub measured: Option<Vec<Rung>>,
+    /// What it cost, and what was left out.
+    pub budget: Budget,
 }
 
 /// How much of a gap a fault accounts for.
@@ -112,6 +116,10 @@ pub(super) struct Context<'a> {
     pub failing: Vec<&'a Measure>,
     failed: BTreeSet<RungName>,
     rungs: &'a [Rung],
+    /// Typical norm of a gradient.
+    scale: f64,
+    /// The top layer, if the exact evidence holds its input.
+    top: Option<usize>,
 }
 
 impl Context<'_> {
@@ -214,7 +222,7 @@ impl Context<'_> {
             let norm = crate::linalg::norms::frobenius(&right.view());
             let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance))
-                * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
+                * if norm > 0.0 { norm } else { self.scale };
             let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
             ndarray::Zip::from(got).and(right).and(faulty).for_each(|&g, &r, &f| {
                 along += weight * (g - r) * (f - r);
@@ -322,6 +330,10 @@ impl Context<'_> {
         tested: &mut Tested<'_>,
     ) -> Result<()> {
         tested.watch.begins(&format!("hypothesis: {}", fault.name));
+        let variant = &Variant { watch: Some(tested.watch), ..variant.clone() };
+        if !self.may_explain(variant, &edit, tested)? || !tested.affords(1.0, fault.name) {
+            return Ok(());
+        }
         tested.steps += 1;
         // A hypothesis that cannot be run (a loss that overflows, say) explains nothing.
         if let Ok(mut predicted) = self.case.run(variant) {
@@ -329,7 +341,7 @@ impl Context<'_> {
             let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
             let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
             // In a half format the fault may make rounding matter more than it does in the right step.
-            if near && !diagnosis.complete && self.coarse() {
+            if near && !diagnosis.complete && self.coarse() && tested.affords(1.0, fault.name) {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
@@ -347,6 +359,7 @@ pub(super) struct Tested<'a> {
     pub watch: &'a dyn Watch,
     pub found: Vec<Diagnosis>,
     pub steps: usize,
+    pub budget: Budget,
 }
 
 impl Tested<'_> {
@@ -381,8 +394,9 @@ pub(super) fn diagnose(
     // The optimizer's two rungs are explained by themselves, below.
     let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
     let failed = rungs.iter().filter(of_step).map(|r| r.name).collect();
-    let mut context = Context { case, exact, rounded, failing, failed, rungs };
-    let mut tested = Tested { watch, found: Vec::new(), steps: 0 };
+    let scale = gradient_scale(&exact.gradients);
+    let mut context = Context { case, exact, rounded, failing, failed, rungs, scale, top: budget::top_layer(case) };
+    let mut tested = Tested { watch, found: Vec::new(), steps: 0, budget: Budget::new(case) };
     let mut measured = None;
     if !context.failed.is_empty() {
         gradient::test(&context, &mut tested)?;
@@ -438,5 +452,6 @@ pub(super) fn diagnose(
     if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed() && !other) {
         found.extend(update::explain(case, rung));
     }
-    Ok(Search { found, steps: tested.steps, measured })
+    tested.budget.left_out.remove("");
+    Ok(Search { found, steps: tested.steps, measured, budget: tested.budget })
 }
