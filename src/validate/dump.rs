@@ -107,6 +107,8 @@ pub struct Case {
     pub effort: Effort,
     /// Whether backward runs each layer's forward again instead of keeping its activations.
     pub recompute: bool,
+    /// Whether faults below every tolerance are looked for; by the size of the step when absent.
+    pub faint: Option<bool>,
 }
 
 /// Where the parts of a dump are.
@@ -231,6 +233,7 @@ impl Case {
             ties: Vec::new(),
             effort,
             recompute: false,
+            faint: None,
         })
     }
 

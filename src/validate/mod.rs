@@ -8,18 +8,22 @@
 
 pub mod diagnosis;
 pub mod dump;
+pub mod faint;
 pub mod head;
 pub mod ladder;
 pub mod manifest;
 pub mod measure;
 pub mod memory;
 mod names;
+mod not_exercised;
 pub mod objective;
 pub mod own_forward;
 mod precision;
+mod recorded;
 pub mod reference;
 mod report;
 pub mod routing;
+pub mod selftest;
 mod stacked;
 mod update;
 

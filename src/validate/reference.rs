@@ -1,6 +1,7 @@
 //! The reference step: exact, with the trainer's rounding imitated, or as a hypothesis about a fault would have it.
 
 use super::dump::Case;
+use super::ladder::RungName;
 use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
@@ -41,7 +42,8 @@ impl Rounding {
         self.stream.coarser(self.products).coarser(self.internals)
     }
 
-    fn at(&self, place: Place) -> Precision {
+    /// The format of a tensor.
+    pub(super) fn at(&self, place: Place) -> Precision {
         match place.point {
             Point::Embedded | Point::Middle | Point::Output => self.stream,
             Point::NormedInput
@@ -67,6 +69,23 @@ pub struct Evidence {
     pub hidden: BTreeMap<usize, Array2<f64>>,
     /// Gradients by name.
     pub gradients: BTreeMap<String, Array2<f64>>,
+}
+
+impl Evidence {
+    /// The tensor that a rung measures under that name.
+    pub(super) fn tensor(&self, rung: RungName, name: &str) -> Option<&Array2<f64>> {
+        match rung {
+            RungName::Logits => self.logits.as_ref(),
+            RungName::Hidden => self.hidden.iter().find(|(layer, _)| hidden_name(**layer) == name).map(|(_, x)| x),
+            RungName::Gradients => self.gradients.get(name),
+            _ => None,
+        }
+    }
+}
+
+/// Name of a hidden state in reports.
+pub(super) fn hidden_name(layer: usize) -> String {
+    format!("output of layer {layer}")
 }
 
 /// A step that differs from the case's own; the default does not.

@@ -125,6 +125,7 @@ impl DeviceCase {
             ties: Vec::new(),
             effort: Effort { steps: f64::INFINITY, parts_first: false },
             recompute: false,
+            faint: None,
         })
     }
 }

@@ -59,8 +59,12 @@ pub(in crate::validate) struct Budget {
 }
 
 impl Budget {
-    pub fn new(case: &Case) -> Self {
-        Self { limit: case.effort.steps, spent: 0.0, ruled_out: 0, left_out: BTreeSet::new() }
+    pub fn of(case: &Case) -> Self {
+        Self { limit: case.effort.steps, ..Self::unlimited() }
+    }
+
+    pub fn unlimited() -> Self {
+        Self { limit: f64::INFINITY, spent: 0.0, ruled_out: 0, left_out: BTreeSet::new() }
     }
 }
 
@@ -97,7 +101,7 @@ impl Context<'_> {
         edit: &dyn Fn(&mut Evidence),
         tested: &mut Tested<'_>,
     ) -> Result<bool> {
-        let Some(part) = self.part_of(variant) else { return Ok(true) };
+        let Some(part) = self.part_of(variant).filter(|_| tested.visit.is_none()) else { return Ok(true) };
         let (layer, head) = weights(&self.case.model.config);
         let cost = part.cost(self.case.model.layers.len(), layer, head);
         // Where the part is nearly all of it, it spares nothing.
