@@ -2,6 +2,8 @@
 
 use peft_limits::Error;
 mod common;
+#[path = "validation/streaming.rs"]
+mod streaming;
 
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::Variant;

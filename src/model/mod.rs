@@ -62,6 +62,7 @@ mod parameters;
 mod projecting;
 pub mod s2ft;
 mod step;
+mod tables;
 pub mod update;
 
 pub use attach::{AdapterPlan, MethodSpec};
@@ -81,3 +82,4 @@ pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]
 pub(crate) use step::{divisor, rope_tables};
+pub use tables::Tables;

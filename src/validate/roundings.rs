@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 const SECOND_LOOK: u64 = 5;
 /// The widest of several errors counts by half: the multiples of `measure` are for one sample.
 const OF_THE_WIDEST: f64 = 0.5;
+/// Shares beyond this are no rounding.
+const FAR: f64 = 60.0;
 /// From this part of a gradient on that rounding moves, the gradient says nothing.
 const LOST: f64 = 0.35;
 
@@ -56,9 +58,15 @@ pub(super) fn second_look(
     if case.rounding.coarsest() == Precision::F64 || !of_step().any(Rung::failed) || !finite || !numbers_only {
         return Ok(None);
     }
+    // Where a step is expensive, only for gaps that rounding may have made.
+    let expensive = case.effort.parts_first;
+    if expensive && of_step().map(Rung::share).fold(0.0, f64::max) > FAR {
+        return Ok(None);
+    }
     watch.begins("several roundings");
     let mut widest = Widest::new(exact, rounded);
-    for seed in 0..SECOND_LOOK {
+    let looks = if expensive { 2 } else { SECOND_LOOK };
+    for seed in 0..looks {
         widest.see(&dithered(case, seed, true)?);
     }
     let lost = widest.lost(case);
@@ -87,7 +95,7 @@ pub(super) fn second_look(
     }
     if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Gradients) {
         if lost.is_empty() {
-            rung.problems.push(format!("measured against {} roundings: one says too little here", SECOND_LOOK + 1));
+            rung.problems.push(format!("measured against {} roundings: one says too little here", looks + 1));
         } else {
             rung.problems.push(format!(
                 "{} of {} are not compared: rounding to {format} alone moves them by a third or more",

@@ -28,11 +28,8 @@ pub(super) fn merged(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
         let mut any = false;
         for layer in &mut model.layers {
             for (_, projection) in layer.projections_mut() {
-                if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
-                    let delta = projection.effective_weight()? - &projection.base.dense();
-                    *projection.base.dense_mut("base")? += &(delta * sign);
-                    any = true;
-                }
+                let method = projection.method.clone();
+                any |= projection.add_update_to_base(&method, sign)?;
             }
         }
         if any && !tested.settled() {
@@ -69,9 +66,8 @@ pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -
             for (_, projection) in layer.projections_mut() {
                 if let Method::Lora(m) = &projection.method {
                     let (rank, scaling) = (m.spec.rank, m.scaling);
-                    let base = projection.base.dense_mut("base")?;
-                    let taken = product(base, rank, scaling)?;
-                    *base -= &taken;
+                    let taken = product(&projection.base.dense(), rank, scaling)?;
+                    projection.base.change("base", move |weight| *weight -= &taken)?;
                     any = true;
                 }
             }

@@ -5,7 +5,7 @@ use crate::adapters::Method;
 use crate::error::Result;
 use crate::model::{Model, Projection};
 use crate::validate::ladder::{RungName, rung_of};
-use crate::validate::reference::{Evidence, Variant, hidden_name};
+use crate::validate::reference::{Evidence, Part, Variant, hidden_name};
 use ndarray::Array2;
 
 /// Scalings that follow from no rule: their factors are fitted to the forward, for all adapters together, then for each
@@ -122,9 +122,13 @@ fn fit(
 ) -> Option<Vec<f64>> {
     let wanted = forward_vector(context, None);
     let mut run = |factors: &[f64]| {
+        if !tested.affords(0.5, "adapter-scaling-some") {
+            return None;
+        }
         tested.steps += 1;
         let model = scaled(factors);
-        let evidence = context.case.run(&Variant { forward: Some(&model), ..Variant::default() }).ok()?;
+        let part = Part { forward_only: true, ..Part::default() };
+        let evidence = context.case.run(&Variant { forward: Some(&model), part, ..Variant::default() }).ok()?;
         Some(forward_vector(context, Some(&evidence))).filter(|v| v.len() == wanted.len())
     };
     let gap = |v: &[f64]| v.iter().zip(&wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();

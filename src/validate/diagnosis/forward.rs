@@ -198,7 +198,9 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 Method::Dora(m) => pick(&mut m.a, axis),
                 Method::Paca(_) | Method::S2ft(_) => return Ok(()),
             }
-            pick(projection.base.dense_mut("grouped heads")?, axis);
+            let picked = lines.clone();
+            let pick = move |a: &mut Array2<f64>| *a = a.select(axis, &picked).as_standard_layout().into_owned();
+            projection.base.change("grouped heads", pick)?;
         }
     }
     let back = |evidence: &mut Evidence| {

@@ -169,6 +169,9 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         return Ok(());
     }
     tested.watch.begins("gradients of single rows");
+    if !tested.affords(1.0, "data-parallel-not-reduced") {
+        return Ok(());
+    }
     let parts = case.parts();
     let mut each = Vec::new();
     for (range, divisor) in &parts {
@@ -250,6 +253,11 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         }
     };
     tested.watch.begins("hypothesis: shards of sequences");
+    let config = &model.config;
+    let widths = 8 * config.hidden_size + 4 * config.intermediate_size;
+    if case.batch.tokens() * widths * model.layers.len() > MOST_ENTRIES || !tested.affords(1.0, "sequence-shard-only") {
+        return Ok(());
+    }
     tested.steps += 1;
     case.run(&Variant { tap: Some(&tap), ..Variant::default() })?;
     let seen = seen.into_inner();
@@ -336,6 +344,9 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
         _ => {}
     };
     tested.watch.begins("hypothesis: head summed in a half format");
+    if !tested.affords(1.0, "half-accumulation") {
+        return Ok(());
+    }
     tested.steps += 1;
     case.run(&Variant { tap: Some(&tap), rounding: Some(case.rounding), ..Variant::default() })?;
     let (hidden, logits) = (hidden.into_inner(), logits.into_inner());

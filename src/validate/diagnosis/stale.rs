@@ -5,6 +5,7 @@ use crate::adapters::Method;
 use crate::error::Result;
 use crate::model::Model;
 use crate::validate::reference::Variant;
+use ndarray::Array2;
 
 /// The model with the parameters of the step before, if the dump has them.
 pub(super) fn previous_model(context: &Context<'_>) -> Result<Option<Model<f64>>> {
@@ -37,11 +38,9 @@ fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let mut any = false;
     for (layer, old) in merged.layers.iter_mut().zip(&previous.layers) {
         for (p, projection) in layer.projections_mut() {
-            if matches!(projection.method, Method::Lora(_) | Method::Moslora(_)) {
-                let present = projection.effective_weight()?;
-                let base = projection.base.dense_mut("stale weight")?;
-                *base += &(old.projection(p).effective_weight()? - present);
-                any = true;
+            let present = projection.method.clone();
+            if projection.add_update_to_base(&present, -1.0)? {
+                any |= projection.add_update_to_base(&old.projection(p).method, 1.0)?;
             }
         }
     }
@@ -72,8 +71,9 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 && m.active
                 && let Some(values) = m.original.clone()
             {
-                let weight = projection.base.dense_mut("stale columns")?;
-                m.of_mut(weight).assign(&values);
+                let (side, range) = (m.side, m.range.clone());
+                let put = move |weight: &mut Array2<f64>| side.of_mut(weight, range.clone()).assign(&values);
+                projection.base.change("stale columns", put)?;
                 any = true;
             }
         }
@@ -95,6 +95,9 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 return Ok(());
             }
             tested.watch.begins("hypothesis: stale micro-batch");
+            if !tested.affords(1.0, "stale-weight") {
+                return Ok(());
+            }
             tested.steps += 2;
             let stale = Variant { forward: Some(model), parts: Some(vec![parts[k].clone()]), ..Variant::default() };
             let rest: Vec<_> = parts.iter().enumerate().filter(|(i, _)| *i != k).map(|(_, p)| p.clone()).collect();
