@@ -5,7 +5,7 @@ use crate::adapters::Method;
 use crate::error::Result;
 use crate::linalg::decompositions;
 use crate::validate::reference::Variant;
-use ndarray::{Array2, s};
+use ndarray::{Array2, ArrayView2, s};
 
 /// Adapters inside the base weight already, or taken out of it, and applied besides with the declared factor.
 pub(super) fn merged(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
@@ -55,7 +55,7 @@ pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -
         return Ok(());
     }
     for (name, product) in
-        [("PiSSA", largest_singular as fn(&Array2<f64>, usize, f64) -> Result<Array2<f64>>), ("OLoRA", first_of_qr)]
+        [("PiSSA", largest_singular as fn(ArrayView2<f64>, usize, f64) -> Result<Array2<f64>>), ("OLoRA", first_of_qr)]
     {
         if tested.settled() {
             return Ok(());
@@ -66,7 +66,7 @@ pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -
             for (_, projection) in layer.projections_mut() {
                 if let Method::Lora(m) = &projection.method {
                     let (rank, scaling) = (m.spec.rank, m.scaling);
-                    let taken = product(&projection.base.dense(), rank, scaling)?;
+                    let taken = product(projection.base.dense().view(), rank, scaling)?;
                     projection.base.change("base", move |weight| *weight -= &taken)?;
                     any = true;
                 }
@@ -86,16 +86,16 @@ pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -
 }
 
 /// The best approximation of rank r.
-fn largest_singular(weight: &Array2<f64>, rank: usize, _scaling: f64) -> Result<Array2<f64>> {
-    let svd = decompositions::svd(weight.view())?;
+fn largest_singular(weight: ArrayView2<f64>, rank: usize, _scaling: f64) -> Result<Array2<f64>> {
+    let svd = decompositions::svd(weight)?;
     let rank = rank.min(svd.s.len());
     let left = &svd.u.slice(s![.., ..rank]) * &svd.s.slice(s![..rank]);
     Ok(left.dot(&svd.vt.slice(s![..rank, ..])))
 }
 
 /// The first r columns of Q times the first r rows of R, times the scaling.
-fn first_of_qr(weight: &Array2<f64>, rank: usize, scaling: f64) -> Result<Array2<f64>> {
+fn first_of_qr(weight: ArrayView2<f64>, rank: usize, scaling: f64) -> Result<Array2<f64>> {
     let rank = rank.min(weight.nrows()).min(weight.ncols());
     let q = decompositions::orthonormal_columns(weight.slice(s![.., ..rank]))?;
-    Ok(q.dot(&q.t().dot(weight)) * scaling)
+    Ok(q.dot(&q.t().dot(&weight)) * scaling)
 }
