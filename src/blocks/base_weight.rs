@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::precision::Precision;
 use ndarray::{Array2, ArrayViewMut2, Axis, CowArray, Ix2};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,6 +16,10 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
     fn shape(&self) -> (usize, usize);
     /// Writes every entry of the decoded matrix.
     fn decode_into(&self, dense: &mut ArrayViewMut2<T>);
+    /// As [`PackedWeight::decode_into`], restored in another format than the codec's own, where it has one.
+    fn decode_in(&self, _format: Precision, dense: &mut ArrayViewMut2<T>) {
+        self.decode_into(dense);
+    }
     /// Bytes held, constants and second-level scales included.
     fn bytes(&self) -> usize;
 }
@@ -68,6 +73,22 @@ impl<T: Real> BaseWeight<T> {
                 CowArray::from(dense)
             }
         }
+    }
+
+    /// Restores a packed weight in a format and keeps it dense; whether it was packed.
+    pub fn unpack_in(&mut self, format: Precision) -> bool {
+        let (packed, own) = match self {
+            BaseWeight::Dense(_) => return false,
+            BaseWeight::Packed(packed) => (packed, None),
+            BaseWeight::PackedWith(packed, own) => (packed, Some(own)),
+        };
+        let mut dense = Array2::zeros(packed.shape());
+        packed.decode_in(format, &mut dense.view_mut());
+        if let Some(own) = own {
+            write_columns(&mut dense, &own.index, &own.values);
+        }
+        *self = BaseWeight::Dense(dense);
+        true
     }
 
     /// Selected columns, `out x r`.

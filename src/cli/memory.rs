@@ -111,7 +111,10 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         state: args.state,
         checkpointing: args.checkpointing,
     };
-    let methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
+    let mut methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
+    if args.method.is_empty() && config.options.quantization.is_some() {
+        methods.retain(|name| name.trains_beside_the_base());
+    }
     // Everything is computed before anything is printed: a refusal comes alone.
     let mut rows = Vec::with_capacity(methods.len());
     for name in methods {

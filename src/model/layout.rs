@@ -6,7 +6,8 @@ use super::config::ModelConfig;
 use super::layer::Layer;
 use super::options::Family;
 use super::parameters::Projection;
-use crate::adapters::AdaptedLinear;
+use super::quantized;
+use crate::adapters::{AdaptedLinear, BaseWeight, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::TensorWriter;
@@ -93,23 +94,25 @@ pub(super) fn read_projections<T: Real>(
         };
         let (weight, bias_name) = match place(config, layer, p) {
             Place::Own(name) => {
-                let weight = if config.options.transposed {
+                // What is quantized is stored out x in whatever the family's own layout.
+                let weight = if config.options.transposed && !quantized::is_packed(shards, &name) {
                     let turned = shards.matrix::<T>(&name, (input, out))?;
-                    turned.t().as_standard_layout().into_owned()
+                    BaseWeight::Dense(turned.t().as_standard_layout().into_owned())
                 } else {
-                    shards.matrix(&name, (out, input))?
+                    quantized::read(shards, &name, (out, input))?
                 };
                 let bias = name.strip_suffix("weight").map(|module| format!("{module}bias"));
                 known.insert(name);
                 (weight, bias)
             }
             Place::TwoHalves(names) => {
-                let halves: Vec<Array2<T>> =
-                    names.iter().map(|name| shards.matrix(name, (out / 2, input))).collect::<Result<_>>()?;
+                let half = |name: &String| Ok(quantized::read(shards, name, (out / 2, input))?.dense().into_owned());
+                let halves: Vec<Array2<T>> = names.iter().map(half).collect::<Result<_>>()?;
                 known.extend(names);
                 let views: Vec<_> = halves.iter().map(|half| half.view()).collect();
                 let joined = concatenate(Axis(0), &views);
-                (joined.map_err(|e| Error::invalid("experts", "unequal halves", e.to_string()))?, None)
+                let joined = joined.map_err(|e| Error::invalid("experts", "unequal halves", e.to_string()))?;
+                (BaseWeight::Dense(joined), None)
             }
             Place::Stack(name) => {
                 let entry = stack(&name, &[experts, input, out])?;
@@ -117,10 +120,10 @@ pub(super) fn read_projections<T: Real>(
                     .map_err(|e| Error::invalid(&name, "another size", e.to_string()))?;
                 let bias = format!("{name}_bias");
                 known.insert(name);
-                (turned.t().as_standard_layout().into_owned(), Some(bias))
+                (BaseWeight::Dense(turned.t().as_standard_layout().into_owned()), Some(bias))
             }
         };
-        let mut projection = AdaptedLinear::frozen(weight);
+        let mut projection = AdaptedLinear::new(weight, Method::Frozen);
         if let (Some(name), true) = (bias_name, config.options.has_bias(p)) {
             projection.bias = Some(if name.ends_with("_bias") {
                 Array1::from(stack(&name, &[experts, out])?)

@@ -1,10 +1,10 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
-use super::manifest::{Loss, Manifest, OptimizerRecord};
+use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
 use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
-use super::reference::Rounding;
+use super::reference::{Restored, Rounding};
 use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
@@ -98,6 +98,8 @@ pub struct Case {
     pub trained: Vec<String>,
     /// Where the trainer rounds.
     pub rounding: Rounding,
+    /// Projections whose weight the checkpoint holds quantized.
+    pub quantized: Vec<(usize, Projection)>,
     /// The trainer's results.
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
@@ -148,6 +150,9 @@ impl Case {
         let file = TensorFile::open(&paths.step)?;
         refuse_unsupported(paths)?;
         let mut model = Model::<f64>::read(&paths.model)?;
+        let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
+        // Before an adapter is read: some are made of the weight.
+        let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward));
         let kind = match &paths.adapter {
             Some(folder) => Some(model.read_adapter(folder)?),
             None => None,
@@ -178,7 +183,12 @@ impl Case {
         train_these(&mut model, &trained, &paths.step)?;
         let known: Vec<String> = model.trainable_values().into_iter().map(|(name, _)| name).collect();
         let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
-        let rounding = rounding(manifest, &trainer, plain);
+        let mut rounding = rounding(manifest, &trainer, plain);
+        // Without a word the products are those of the weights' own format.
+        rounding.quantized = (!quantized.is_empty()).then(|| {
+            let (compute, whole) = (rounding.products, Precision::F32);
+            restored.unwrap_or(Restored { compute, forward: whole, backward: whole.coarser(compute) })
+        });
         trainer.setting = Setting {
             dropout: declared_dropout(paths)
                 .into_iter()
@@ -201,6 +211,7 @@ impl Case {
             optimizer: manifest.and_then(|m| m.optimizer.clone()),
             trained,
             rounding,
+            quantized,
             trainer,
             ties: Vec::new(),
         })
@@ -300,7 +311,8 @@ fn rounding(manifest: Option<&Manifest>, trainer: &Trainer, plain: &PlainSetting
     let weights = plain.dtype.or(weights).or(stored).unwrap_or(Precision::F32);
     let autocast = manifest.and_then(|m| parse(&m.compute.autocast));
     let internals = manifest.and_then(|m| parse(&m.compute.internals)).unwrap_or(weights);
-    Rounding { stream: weights, products: autocast.unwrap_or(weights), autocast: autocast.is_some(), internals }
+    let products = autocast.unwrap_or(weights);
+    Rounding { stream: weights, products, autocast: autocast.is_some(), internals, quantized: None }
 }
 
 /// Makes trainable what the trainer trains outside the adapter.

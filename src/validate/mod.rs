@@ -16,13 +16,13 @@ pub mod memory;
 mod names;
 pub mod objective;
 pub mod own_forward;
-mod precision;
+use crate::precision;
 pub mod reference;
 mod report;
 pub mod routing;
 mod stacked;
 mod update;
 
+pub use crate::precision::Precision;
 pub use names::{canonical_name, place_of};
-pub use precision::Precision;
 pub use report::{Report, Silent, Watch, validate};
