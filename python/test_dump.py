@@ -51,6 +51,77 @@ def adamw(m):
     return torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
 
 
+class PacaLinear(torch.nn.Module):
+    """Trains columns; names as in the paper's code."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base_layer, self.scaling = base, {"default": alpha / r}
+        index = torch.randperm(base.in_features)[:r]
+        self.paca_w = torch.nn.ParameterDict({"default": base.weight.data[:, index] / self.scaling["default"]})
+        self.paca_indices = {"default": index}
+
+    def forward(self, x):
+        columns = self.paca_w["default"] * self.scaling["default"]
+        weight = self.base_layer.weight.index_copy(1, self.paca_indices["default"], columns)
+        return torch.nn.functional.linear(x, weight)
+
+
+class SliceLinear(torch.nn.Module):
+    """Trains the change of a slice of rows or columns; names as in S2FT's code."""
+
+    def __init__(self, base, start, end, rows):
+        super().__init__()
+        self.weight, self.start, self.end, self.rows, self.fused = base.weight, start, end, rows, False
+        shape = (end - start, base.in_features) if rows else (base.out_features, end - start)
+        self.s2 = torch.nn.Parameter(0.1 * torch.randn(shape))
+
+    def forward(self, x):
+        out = torch.nn.functional.linear(x, self.weight)
+        part = slice(self.start, self.end)
+        if self.rows:
+            return out + torch.nn.functional.pad(torch.nn.functional.linear(x, self.s2), (self.start, out.shape[-1] - self.end))
+        return out + torch.nn.functional.linear(x[..., part], self.s2)
+
+
+def frozen(m):
+    for p in m.parameters():
+        p.requires_grad_(False)
+    return m
+
+
+def paca_of():
+    m = frozen(model(adapter=False))
+    for layer in m.model.layers:
+        layer.self_attn.q_proj = PacaLinear(layer.self_attn.q_proj, 4, 8)
+        layer.mlp.down_proj = PacaLinear(layer.mlp.down_proj, 6, 8)
+    return m
+
+
+def s2ft_of():
+    m = frozen(model(adapter=False))
+    for i, layer in enumerate(m.model.layers):
+        layer.mlp.down_proj = SliceLinear(layer.mlp.down_proj, 2, 5, False)
+        if i != 1:
+            layer.self_attn.v_proj = SliceLinear(layer.self_attn.v_proj, 0, 8, True)
+            layer.self_attn.o_proj = SliceLinear(layer.self_attn.o_proj, 0, 16, False)
+    return m
+
+
+def moslora_of():
+    """A mixer between the factors of PEFT's own LoRA."""
+    m = model()
+    for module in m.modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            module.lora_AB = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 4, bias=False)})
+
+            def mixed(x, module=module):
+                z = module.lora_AB["default"](module.lora_A["default"](x))
+                return module.base_layer(x) + module.lora_B["default"](z) * module.scaling["default"]
+            module.forward = mixed
+    return m
+
+
 class DumpTest(unittest.TestCase):
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
@@ -111,6 +182,26 @@ class DumpTest(unittest.TestCase):
             step.set_loss(total)
             optimizer.step()
         self.verdict()
+
+    def test_methods_under_their_papers_names(self):
+        """PaCA's paca_w, S2FT's s2 and MosLoRA's lora_AB, right and with one gradient off by 1%."""
+        for convert in (paca_of, s2ft_of, moslora_of):
+            for off in (False, True):
+                m = convert()
+                optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+                if off:
+                    next(p for p in m.parameters() if p.requires_grad).register_hook(lambda gradient: 1.01 * gradient)
+                with dump_step(m, self.folder):
+                    m(**batch()).loss.backward()
+                    optimizer.step()
+                if off:
+                    wrong = [t["name"] for r in self.verdict(1)["rungs"] if r["name"] == "gradients"
+                             for t in r["tensors"] if t["share"] > 1]
+                    self.assertEqual(len(wrong), 1, wrong)
+                else:
+                    report = self.verdict()
+                    self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report))
+                self.setUp()
 
     def test_activation_checkpointing_and_clipping(self):
         m = model()

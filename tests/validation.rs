@@ -5,6 +5,7 @@ mod common;
 
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::Variant;
+use peft_limits::validate::selftest::selftest;
 use peft_limits::validate::{Report, Silent, validate};
 use std::path::{Path, PathBuf};
 
@@ -49,7 +50,11 @@ fn right_steps_pass() {
             report.name,
             report.first_failure()
         );
-        assert_eq!(report.rungs.len(), 8);
+        let rounds = case(&path).rounding.coarsest().epsilon() > 1e-4;
+        assert_eq!(report.rungs.len(), if rounds { 9 } else { 8 });
+        // Of every known fault a right step holds nothing: 3.1 deviations are the most that was seen of some 1,100.
+        let most = report.amplitudes.iter().filter(|a| a.value > 0.1).map(|a| a.deviations()).fold(0.0, f64::max);
+        assert!(most < 4.0 && report.amplitudes.is_empty() != rounds, "{}: {:?}", report.name, report.amplitudes);
         assert!(shares.iter().all(|s| *s < 0.8), "{}: {shares:?}", report.name);
         let checked = report.rungs.iter().filter(|r| !r.tensors.is_empty()).count();
         assert!(checked >= 3, "{}: only {checked} rungs had something to measure", report.name);
@@ -102,7 +107,7 @@ fn what_positions_that_start_again_mean_is_asked() {
 }
 
 /// (folder, fault that must be named first).
-const FAULTS: [(&str, &str); 51] = [
+const FAULTS: [(&str, &str); 52] = [
     ("accumulation-not-divided", "accumulation"),
     ("adapter-input-gradient", "adapter-input-gradient"),
     ("adapter-not-applied", "adapter-not-applied"),
@@ -154,6 +159,7 @@ const FAULTS: [(&str, &str); 51] = [
     ("update-dropped", "update-dropped"),
     ("half-precision-rotary-backward", "rotary-backward-missing"),
     ("half-precision-causal-off-by-one", "causal-leak"),
+    ("half-precision-stale-columns", "stale-weight"),
 ];
 
 #[test]
@@ -197,6 +203,60 @@ fn a_common_factor_shows_below_the_noise_of_single_tensors() {
     // 0.96 is also 24 / 25, the counted labels over all but one.
     let named = ["constant-factor", "loss-divisor"].contains(&only.fault.as_str());
     assert!(only.complete && named && only.what.contains("0.95"), "{only:?}");
+}
+
+/// The matched filter sees a fault of 7% of the gradient that no tensor shows, and its amplitude is that of the fault.
+#[test]
+fn a_fault_below_every_tolerance_is_found() {
+    let report = report(&dumps("faults/half-precision-stale-columns"));
+    let failed: Vec<&str> = report.rungs.iter().filter(|r| r.failed()).map(|r| r.name.name()).collect();
+    assert_eq!(failed, ["faint faults"]);
+    let stale = report.amplitudes.iter().filter(|a| a.fault == "stale-weight");
+    let nearest = stale.map(|a| (a.value - 1.0).abs() / a.deviation).fold(f64::INFINITY, f64::min);
+    assert!(nearest < 3.0, "{:?}", report.amplitudes);
+    let strong = |a: &&peft_limits::validate::faint::Amplitude| a.deviations() > 6.0 && a.value > 0.5;
+    assert!(report.amplitudes.iter().filter(strong).all(|a| a.fault == "stale-weight"), "{:?}", report.amplitudes);
+}
+
+/// Faults planted into right dumps: those that leave a tolerance fail, nearly all under their own name.
+#[test]
+fn planted_faults_are_found() {
+    for (name, all, first) in [("lora-f32", 50, 0.9), ("full-f32", 35, 0.85), ("lora-right-bf16", 50, 0.6)] {
+        let planted = selftest(&case(&dumps("clean").join(name)), &Silent).unwrap();
+        assert!(planted.len() >= all, "{name}: {}", planted.len());
+        let missed: Vec<_> = planted.iter().filter(|p| p.shows() && !p.failed).collect();
+        assert!(missed.is_empty(), "{name}: {missed:#?}");
+        let named = planted.iter().filter(|p| p.named_first()).count() as f64 / planted.len() as f64;
+        let others: Vec<_> = planted.iter().filter(|p| p.failed && !p.named_first()).collect();
+        assert!(named >= first, "{name}: {named} {others:#?}");
+    }
+    let wrong = selftest(&case(&dumps("faults/sign-flipped")), &Silent).unwrap_err().to_string();
+    assert!(wrong.contains("right step"), "{wrong}");
+}
+
+/// What a step leaves untried is said of right and wrong ones.
+#[test]
+fn a_report_lists_what_the_step_cannot_show() {
+    let says = |name: &str, words: &str| {
+        let report = report(&dumps(name));
+        report.not_exercised.iter().any(|line| line.contains(words))
+    };
+    assert!(says("clean/lora-f32", "no padding") && !says("clean/lora-right-f32", "no padding"));
+    assert!(says("clean/lora-single-f32", "one row"));
+    assert!(says("faults/graph-cut", "no update") && !says("clean/lora-f32", "no update"));
+    assert!(!says("clean/lora-accumulated-f32", "one micro-batch") && says("clean/lora-f32", "one micro-batch"));
+    assert!(!says("clean/lora-third-clipped-checkpointed-f32", "no clipping"));
+    let mut case = case(&dumps("clean/lora-f32"));
+    case.model
+        .for_each_trainable(&mut |name, values| {
+            if name.ends_with("lora_B") {
+                values.fill(0.0);
+            }
+            Ok(())
+        })
+        .unwrap();
+    let report = validate(&case, &Silent).unwrap();
+    assert!(report.not_exercised[0].contains("lora_B is zero"), "{:?}", report.not_exercised);
 }
 
 /// What happens between backward and optimizer is checked by itself: clipping is right, anything else is named.

@@ -51,6 +51,7 @@ from safetensors.torch import save_file
 
 from .calls import dtype_name, plain, unwrap
 from .differences import check_step
+from .official import Official
 from .quantized import QuantizedBase, is_quantized
 
 VERSION = 1
@@ -160,7 +161,10 @@ class dump_step:
             if getattr(embedding, "neftune_noise_alpha", None):
                 raise ValueError("dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
                                  "with neftune_noise_alpha=None")
-        self.names = {id(p): self.rename(plain(n)) for n, p in self.model.named_parameters()}
+        active = getattr(unwrap(self.model), "active_adapter", "default")
+        self.active = active if isinstance(active, str) else (list(active) or ["default"])[0]
+        self.official = Official(self.model, self.active)
+        self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
         else:
@@ -332,14 +336,15 @@ class dump_step:
         model = unwrap(self.model)
         base, adapter = {}, {}
         peft = getattr(model, "peft_config", None)
-        active = getattr(model, "active_adapter", "default")
-        active = active if isinstance(active, str) else (list(active) or ["default"])[0]
+        active = self.active
         tensors = dict(self.model.named_parameters())
         tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
         inactive = [n for n in (peft or {}) if n != active]
         saved = False
         for raw, tensor in tensors.items():
             clean = plain(raw)
+            if id(tensor) in self.official.names or ".paca_indices." in clean:
+                continue
             # Adapters that do not run, and the originals of modules that modules_to_save copies.
             if ".original_module." in clean or any(
                     re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
@@ -357,7 +362,9 @@ class dump_step:
                 adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
             else:
                 base[name] = full(tensor)
-        self.weights = dtype_name(next(t.dtype for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB")))
+        # The parts of a quantized weight are in formats of their own.
+        plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
+        self.weights = dtype_name(next(plain_weights).dtype)
         if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
             self.internals = self.internals or "float32"
         if self.model_path is None:
@@ -367,9 +374,9 @@ class dump_step:
                 raise ValueError("dump_step: give config=, the model has none")
             self.write_json("model/config.json", jsonable(config))
             save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
-        adapter |= {n: full(t) for n, t in (self.adapter_tensors or {}).items()}
+        adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
         if self.adapter_path is None and adapter:
-            config = self.adapter_config or (peft and peft[active].to_dict())
+            config = self.adapter_config or self.official.config or (peft and peft[active].to_dict())
             if not config:
                 raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
             # The copies of modules_to_save are written as the modules themselves.
@@ -470,8 +477,11 @@ class dump_step:
             # After clipping or unscaling the optimizer sees another gradient than backward left.
             if key in self.applied and gradient is not None and not torch.equal(self.applied[key], gradient):
                 tensors["applied." + name] = self.applied[key]
-            if self.optimizer is not None:
+            if self.optimizer is not None and key not in self.official.shifts:
                 tensors["after." + name] = full(parameter)
+            elif self.optimizer is not None and not any(g.get("weight_decay") for g in self.optimizer["groups"]):
+                # Decay of a slice's change is not decay of the slice; without it the update is the same.
+                tensors["after." + name] = full(parameter).float() + full(self.official.shifts[key])
         tensors |= self.state
         tensors |= {"previous." + self.rename(n): t for n, t in (self.previous or {}).items()}
         own = all(m.get("own_loss") for m in self.micro)

@@ -23,7 +23,7 @@
 use crate::error::{Error, Result};
 use crate::linalg::{Real, norms};
 use crate::precision::Precision;
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::{Arc, LazyLock};
 
 /// Entries that share one scale, where nothing else is said.
@@ -366,8 +366,8 @@ impl Nf4Matrix {
     }
 
     /// The whole matrix restored.
-    pub fn dequantize<T: Real>(&self) -> ndarray::Array2<T> {
-        let mut out = ndarray::Array2::zeros(self.shape);
+    pub fn dequantize<T: Real>(&self) -> Array2<T> {
+        let mut out = Array2::zeros(self.shape);
         self.dequantize_rows(0, out.view_mut());
         out
     }
@@ -416,6 +416,23 @@ impl<T: Real> super::PackedWeight<T> for Nf4Matrix {
         self.rows_in(format, 0, dense.view_mut());
     }
 
+    fn misread(&self, format: Precision) -> Vec<(&'static str, Array2<T>)> {
+        let restored = |matrix: &Self| {
+            let mut dense = Array2::zeros(matrix.shape);
+            matrix.rows_in(format, 0, dense.view_mut());
+            dense
+        };
+        let mut swapped = self.clone();
+        swapped.codes.iter_mut().for_each(|byte| *byte = byte.rotate_left(4));
+        let mut all = vec![("nf4-nibbles", restored(&swapped))];
+        let mut without = self.clone();
+        if let Scales::Double { mean, .. } = &mut without.scales {
+            *mean = 0.0;
+            all.push(("nf4-offset", restored(&without)));
+        }
+        all
+    }
+
     fn bytes(&self) -> usize {
         Nf4Matrix::bytes(self)
     }
@@ -430,7 +447,7 @@ fn set_code(codes: &mut [u8], position: usize, code: u8) {
 mod tests {
     use super::*;
     use crate::tensor_file::TensorFile;
-    use ndarray::{Array2, s};
+    use ndarray::s;
     use rand::SeedableRng;
     use rand_chacha::ChaCha8Rng;
     use rand_distr::{Distribution, StandardNormal};

@@ -20,6 +20,10 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
     fn decode_in(&self, _format: Precision, dense: &mut ArrayViewMut2<T>) {
         self.decode_into(dense);
     }
+    /// Weights that known mistakes in reading the parts would restore, by the mistake's name.
+    fn misread(&self, _format: Precision) -> Vec<(&'static str, Array2<T>)> {
+        Vec::new()
+    }
     /// Bytes held, constants and second-level scales included.
     fn bytes(&self) -> usize;
 }
@@ -75,12 +79,12 @@ impl<T: Real> BaseWeight<T> {
         }
     }
 
-    /// Restores a packed weight in a format and keeps it dense; whether it was packed.
-    pub fn unpack_in(&mut self, format: Precision) -> bool {
+    /// Restores a packed weight in a format and keeps it dense; what it was packed in.
+    pub fn unpack_in(&mut self, format: Precision) -> Option<Arc<dyn PackedWeight<T>>> {
         let (packed, own) = match self {
-            BaseWeight::Dense(_) => return false,
-            BaseWeight::Packed(packed) => (packed, None),
-            BaseWeight::PackedWith(packed, own) => (packed, Some(own)),
+            BaseWeight::Dense(_) => return None,
+            BaseWeight::Packed(packed) => (packed.clone(), None),
+            BaseWeight::PackedWith(packed, own) => (packed.clone(), Some(own)),
         };
         let mut dense = Array2::zeros(packed.shape());
         packed.decode_in(format, &mut dense.view_mut());
@@ -88,7 +92,7 @@ impl<T: Real> BaseWeight<T> {
             write_columns(&mut dense, &own.index, &own.values);
         }
         *self = BaseWeight::Dense(dense);
-        true
+        Some(packed)
     }
 
     /// Selected columns, `out x r`.

@@ -17,6 +17,8 @@ mod probe;
 mod size;
 mod train;
 mod validate;
+mod verdict;
+mod verdict_page;
 
 use crate::attention::factorization::spec::METHODS;
 use crate::error::INTERRUPTED;

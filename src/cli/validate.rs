@@ -2,13 +2,12 @@
 
 use super::output::check_file;
 use super::size::{SIZE_HELP, parse_size};
+use super::{verdict, verdict_page};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
-use crate::report::{ColourScale, Figure, HeatAxis, HeatMap, short_float};
+use crate::report::{ColourScale, Figure, HeatAxis, HeatMap};
 use crate::validate::dump::{Case, DumpPaths, PlainSettings};
-use crate::validate::ladder::{Outcome, Rung};
-use crate::validate::measure::{MULTIPLE, Measure};
-use crate::validate::own_forward::OwnForward;
+use crate::validate::selftest::{Planted, selftest};
 use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -40,6 +39,9 @@ Examples:
   peft-limits validate tests/data/dumps/faults/half-precision-rotary-backward
   # your own dump, for people and for programs
   peft-limits validate dump --heat-map shares --json > verdict.json
+  # a page to send to somebody, and what this dump can reveal at all
+  peft-limits validate dump --html verdict.html
+  peft-limits validate dump --selftest
   # without a manifest: a model, its adapter, and the step's tensors
   peft-limits validate --model llama --adapter lora --reference step.safetensors
   # our own step on a GPU
@@ -84,6 +86,16 @@ pub(super) struct ValidateArgs {
     /// Write a heat map of shares, layer by projection, to NAME.svg and NAME.png
     #[arg(long, value_name = "NAME")]
     heat_map: Option<PathBuf>,
+    /// Write the report as one HTML page that needs nothing else
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Search also a large step for known faults below every tensor's tolerance (some sixty more steps; small ones are
+    /// searched anyway, in half formats)
+    #[arg(long)]
+    faint: bool,
+    /// Plant each known fault into this dump, which must pass, and show whether it is found
+    #[arg(long, requires = "dump", conflicts_with_all = ["heat_map", "html", "reference"])]
+    selftest: bool,
     /// Memory that may be used, for instance 24GiB (default: what is free)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
@@ -119,6 +131,12 @@ pub(super) fn run(args: &ValidateArgs) -> Result<ExitCode> {
     if let Some(name) = &args.heat_map {
         check_heat_map(name)?;
     }
+    if let Some(file) = &args.html {
+        check_file("--html", file, &[])?;
+    }
+    if args.selftest {
+        return plant(args);
+    }
     let report = match (&args.head, &args.reference) {
         _ if args.trainer.is_some() => validate_device(args)?,
         (Some(input), Some(output)) => head::validate_head(input, output, args.dtype)?,
@@ -127,10 +145,13 @@ pub(super) fn run(args: &ValidateArgs) -> Result<ExitCode> {
     if let Some(name) = &args.heat_map {
         write_heat_map(&report, name)?;
     }
+    if let Some(file) = &args.html {
+        verdict_page::write(&report, file)?;
+    }
     if args.json {
         println!("{}", json(&report));
     } else {
-        print(&report, args.all);
+        verdict::print(&report, args.all);
     }
     Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -161,6 +182,12 @@ fn must_be_a_dump(folder: &Path) -> Result<()> {
 }
 
 fn validate_step(args: &ValidateArgs) -> Result<Report> {
+    let spinner = Spinner::new();
+    with_case(args, &spinner, |case| validate(case, &spinner))
+}
+
+/// Reads the case and does something with it.
+fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) -> Result<T>) -> Result<T> {
     let (paths, manifest, name) = match (&args.dump, &args.model, &args.reference) {
         (Some(folder), ..) => {
             if args.reference.is_some() {
@@ -177,18 +204,18 @@ fn validate_step(args: &ValidateArgs) -> Result<Report> {
         _ => return Err(Error::invalid("--reference", "absent", "give a dump folder, or --model and --reference")),
     };
     let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
-    let spinner = Spinner::new();
     spinner.begins("reading");
     let plain = PlainSettings { dtype: args.dtype };
-    let report = memory::require(&paths, manifest.as_ref(), limit)
+    let result = memory::require(&paths, manifest.as_ref(), limit)
         .and_then(|_| Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain))
-        .and_then(|case| validate(&case, &spinner));
+        .map(|case| Case { faint: args.faint.then_some(true), ..case })
+        .and_then(|case| judge(&case));
     spinner.0.finish_and_clear();
     // What needs no reference is said of models that it does not have, too.
-    if let (Err(_), Some(own)) = (&report, manifest.and_then(|m| m.check)) {
+    if let (Err(_), Some(own)) = (&result, manifest.and_then(|m| m.check)) {
         eprintln!("{}", own.line().trim());
     }
-    report
+    result
 }
 
 #[cfg(not(feature = "gpu"))]
@@ -243,121 +270,21 @@ fn random_batch(config: &crate::model::ModelConfig) -> Result<crate::model::Batc
 }
 
 /// NaN and infinity have no JSON number; serde writes null.
-fn json(report: &Report) -> String {
+fn json(report: &impl serde::Serialize) -> String {
     serde_json::to_string_pretty(report).unwrap_or_default()
 }
 
-fn print(report: &Report, all: bool) {
-    let (products, weights) = &report.precision;
-    let precision = if products == weights { products.clone() } else { format!("{products} over {weights}") };
-    let loss = if report.reference_loss.is_nan() {
-        String::new()
+/// `--selftest`: wrong if a fault outside its tolerance passes.
+fn plant(args: &ValidateArgs) -> Result<ExitCode> {
+    let (name, spinner) = (args.dump.clone().unwrap_or_default(), Spinner::new());
+    let planted = with_case(args, &spinner, |case| selftest(case, &spinner))?;
+    if args.json {
+        println!("{}", json(&planted));
     } else {
-        format!(", reference loss {:.6}", report.reference_loss)
-    };
-    println!("{}: {precision}{loss}", report.name);
-    println!();
-    println!("  {:<18} {:<8} {:>9} {:>9}", "rung", "result", "tensors", "share");
-    for rung in &report.rungs {
-        let (result, note) = match &rung.outcome {
-            Outcome::Pass => ("pass", String::new()),
-            Outcome::Fail => ("FAIL", worst(&rung.tensors)),
-            Outcome::Skipped(why) => ("-", why.clone()),
-        };
-        let share = if rung.tensors.is_empty() { String::new() } else { short_float(rung.share()) };
-        let line = format!("  {:<18} {result:<8} {:>9} {share:>9}  {note}", rung.name.name(), rung.tensors.len());
-        println!("{}", line.trim_end());
-        let shown = if all { usize::MAX } else { 3 };
-        rung.problems.iter().take(shown).for_each(|problem| println!("  {:<18} {problem}", ""));
-        if rung.problems.len() > shown {
-            println!("  {:<18} and {} more (--all)", "", rung.problems.len() - shown);
-        }
+        verdict::print_selftest(&name.display().to_string(), &planted);
     }
-    if let Some(own) = &report.own_forward {
-        println!("{}", own.line());
-        print_wrong(own, all);
-    }
-    print_tensors(report, all);
-    println!();
-    if report.passed {
-        println!("PASS: every gap is within {MULTIPLE} times what rounding to {precision} explains.");
-        let blurred = report.gradients().iter().filter(|m| m.rounding > 0.1).count();
-        if blurred > 0 {
-            println!("      {blurred} gradients are tested weakly: rounding alone moves them by more than 10%.");
-        }
-        return;
-    }
-    println!("FAIL");
-    if !report.rungs.iter().any(Rung::failed) {
-        println!(
-            "      The dumped numbers agree with the reference; the trainer's backward is not the derivative of its own forward."
-        );
-        return;
-    }
-    for (i, d) in report.diagnoses.iter().enumerate() {
-        let certain = if d.complete { "this explains every gap" } else { "this explains a part" };
-        let (explained, failing) = d.tensors;
-        println!();
-        println!("  {}. {}: {}", i + 1, d.fault, d.what);
-        println!("     {certain} ({explained} of {failing} tensors, largest remaining share {})", short_float(d.share));
-        println!("     {}", d.fix);
-    }
-    if !report.diagnoses.iter().any(|d| d.complete) {
-        println!();
-        println!("  No known fault explains all of it ({} steps of the reference tried).", report.reference_steps);
-        if let Some(lead) = report.lead() {
-            println!("  Where to look: {lead}.");
-        }
-    }
-}
-
-/// The gradients that are not the derivative of the trainer's own forward.
-fn print_wrong(own: &OwnForward, all: bool) {
-    let wrong: Vec<_> = own.tensors.iter().filter(|t| t.status == "wrong").collect();
-    let shown = if all { usize::MAX } else { 3 };
-    wrong.iter().take(shown).for_each(|t| println!("  {:<18} {}: {}", "", t.name, t.what));
-    if wrong.len() > shown {
-        println!("  {:<18} and {} more (--all)", "", wrong.len() - shown);
-    }
-}
-
-fn worst(tensors: &[Measure]) -> String {
-    let wrong = tensors.iter().filter(|m| !m.passes()).count();
-    let most = tensors.iter().max_by(|a, b| a.share.total_cmp(&b.share));
-    most.map_or(String::new(), |m| format!("{wrong} wrong, worst {}", m.name))
-}
-
-fn print_tensors(report: &Report, all: bool) {
-    let mut tensors: Vec<&Measure> =
-        report.rungs.iter().flat_map(|r| &r.tensors).filter(|m| m.worst.is_some() && m.name != "loss").collect();
-    if !all {
-        tensors.sort_by(|a, b| b.share.total_cmp(&a.share));
-        tensors.truncate(if report.passed { 3 } else { 8 });
-    }
-    if tensors.is_empty() {
-        return;
-    }
-    println!();
-    println!(
-        "  {:<46} {:>9} {:>9} {:>9} {:>8} {:>9}  worst entry: trainer, reference",
-        "tensor", "gap", "rounding", "share", "cosine", "norms"
-    );
-    for m in tensors {
-        let entry = m.worst.map_or(String::new(), |(i, j, got, want)| format!("[{i}, {j}] {got:.4e}, {want:.4e}"));
-        println!(
-            "  {:<46} {:>9} {:>9} {:>9} {:>8.4} {:>9}  {entry}",
-            m.name.replace("model.layers.", ""),
-            scientific(m.relative),
-            scientific(m.rounding),
-            short_float(m.share),
-            m.cosine,
-            short_float(m.norm_ratio),
-        );
-    }
-}
-
-fn scientific(x: f64) -> String {
-    if x.is_finite() { format!("{x:.1e}") } else { "NaN".into() }
+    let missed = |p: &Planted| p.shows() && !p.failed;
+    Ok(if planted.iter().any(missed) { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
 /// The last part of the heat map's name, to which `.svg` and `.png` are added.

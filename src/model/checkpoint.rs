@@ -8,6 +8,7 @@ use super::norm::NormOn;
 use super::options::{Family, Norm, Options};
 use super::parameters::{Model, Projection, TrainableParts};
 use super::quantized::{self, Quantization};
+use crate::adapters::PackedWeight;
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -17,6 +18,10 @@ use crate::tensor_file::{TensorFile, TensorWriter};
 use ndarray::{Array1, Array2};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Packed weights by (layer, projection).
+pub type PackedPlaces<T> = Vec<((usize, Projection), Arc<dyn PackedWeight<T>>)>;
 
 /// The tensors of a checkpoint folder, one file or several.
 pub(super) struct Shards {
@@ -228,14 +233,14 @@ impl<T: Real> Model<T> {
         })
     }
 
-    /// Restores every packed weight in a format, so that it can be looked at and changed; their places.
+    /// Restores every packed weight in a format, so that it can be looked at and changed; what they were packed in, by place.
     ///
     /// The codec's own format does not matter: bitsandbytes restores a weight in that of the activations.
-    pub fn unpack_in(&mut self, format: Precision) -> Vec<(usize, Projection)> {
+    pub fn unpack_in(&mut self, format: Precision) -> PackedPlaces<T> {
         let mut places = Vec::new();
         for (l, layer) in self.layers.iter_mut().enumerate() {
-            let packed =
-                layer.projections_mut().filter_map(|(p, linear)| linear.base.unpack_in(format).then_some((l, p)));
+            let linears = layer.projections_mut();
+            let packed = linears.filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format)?)));
             places.extend(packed);
         }
         places

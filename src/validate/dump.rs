@@ -11,6 +11,7 @@ use crate::adapters::Method;
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
+use crate::model::checkpoint::PackedPlaces;
 use crate::model::options::Norm;
 use crate::model::{Batch, Model, Outside, Projection};
 use crate::tensor_file::TensorFile;
@@ -98,12 +99,14 @@ pub struct Case {
     pub trained: Vec<String>,
     /// Where the trainer rounds.
     pub rounding: Rounding,
-    /// Projections whose weight the checkpoint holds quantized.
-    pub quantized: Vec<(usize, Projection)>,
+    /// Weights that the checkpoint holds quantized, by place; the model has them restored.
+    pub quantized: PackedPlaces<f64>,
     /// The trainer's results.
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
     pub ties: Vec<Tie>,
+    /// Whether faults below every tolerance are looked for; by the size of the step when absent.
+    pub faint: Option<bool>,
 }
 
 /// Where the parts of a dump are.
@@ -214,6 +217,7 @@ impl Case {
             quantized,
             trainer,
             ties: Vec::new(),
+            faint: None,
         })
     }
 

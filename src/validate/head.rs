@@ -76,6 +76,9 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         rungs,
         diagnoses,
         own_forward: None,
+        recorded: Vec::new(),
+        not_exercised: Vec::new(),
+        amplitudes: Vec::new(),
         reference_steps: steps,
     })
 }

@@ -3,7 +3,7 @@
 use super::diagnosis::applied;
 use super::dump::{Case, Observed};
 use super::measure::{Measure, floor, measure};
-use super::reference::{Evidence, select_rows};
+use super::reference::{Evidence, hidden_name, select_rows};
 use super::update;
 use crate::linalg::norms::frobenius;
 use serde::Serialize;
@@ -42,6 +42,8 @@ pub enum RungName {
     Applied,
     /// Parameters after the optimizer's step.
     Update,
+    /// Faults that no tensor shows by itself.
+    Faint,
 }
 
 impl RungName {
@@ -57,6 +59,7 @@ impl RungName {
             Self::Scale => "gradient scale",
             Self::Applied => "applied gradients",
             Self::Update => "update",
+            Self::Faint => "faint faults",
         }
     }
 
@@ -207,7 +210,7 @@ fn hidden(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     for (layer, got) in &case.trainer.hidden {
         match (exact.hidden.get(layer), rounded.hidden.get(layer)) {
             (Some(exact), Some(rounded)) => {
-                measures.push(rows_measure(case, &format!("output of layer {layer}"), got, exact, rounded));
+                measures.push(rows_measure(case, &hidden_name(*layer), got, exact, rounded));
             }
             _ => problems.push(format!("hidden.{layer}: the model has {} layers", case.model.layers.len())),
         }

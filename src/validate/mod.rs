@@ -8,21 +8,25 @@
 
 pub mod diagnosis;
 pub mod dump;
+pub mod faint;
 pub mod head;
 pub mod ladder;
 pub mod manifest;
 pub mod measure;
 pub mod memory;
 mod names;
+mod not_exercised;
 pub mod objective;
 pub mod own_forward;
-use crate::precision;
+mod recorded;
 pub mod reference;
 mod report;
 pub mod routing;
+pub mod selftest;
 mod stacked;
 mod update;
 
+use crate::precision;
 pub use crate::precision::Precision;
 pub use names::{canonical_name, place_of};
 pub use report::{Report, Silent, Watch, validate};

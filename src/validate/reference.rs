@@ -1,6 +1,7 @@
 //! The reference step: exact, with the trainer's rounding imitated, or as a hypothesis about a fault would have it.
 
 use super::dump::Case;
+use super::ladder::RungName;
 use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
@@ -8,6 +9,7 @@ use crate::blocks::cross_entropy::prediction_targets;
 use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
+use crate::model::adapter_folder::AdapterKind;
 use crate::model::{Batch, Instruments, Masked, Model, Place, Point, Projection, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
@@ -57,11 +59,12 @@ impl Rounding {
     }
 
     /// Format of the products of a layer.
-    fn inside(&self) -> Precision {
+    pub(super) fn inside(&self) -> Precision {
         self.quantized.map_or(self.products, |restored| self.products.coarser(restored.compute))
     }
 
-    fn at(&self, place: Place) -> Precision {
+    /// The format of a tensor.
+    pub(super) fn at(&self, place: Place) -> Precision {
         match place.point {
             Point::Embedded | Point::Middle | Point::Output => self.stream,
             Point::FinalNorm | Point::Logits => self.products.coarser(self.internals),
@@ -84,6 +87,23 @@ pub struct Evidence {
     pub hidden: BTreeMap<usize, Array2<f64>>,
     /// Gradients by name.
     pub gradients: BTreeMap<String, Array2<f64>>,
+}
+
+impl Evidence {
+    /// The tensor that a rung measures under that name.
+    pub(super) fn tensor(&self, rung: RungName, name: &str) -> Option<&Array2<f64>> {
+        match rung {
+            RungName::Logits => self.logits.as_ref(),
+            RungName::Hidden => self.hidden.iter().find(|(layer, _)| hidden_name(**layer) == name).map(|(_, x)| x),
+            RungName::Gradients => self.gradients.get(name),
+            _ => None,
+        }
+    }
+}
+
+/// Name of a hidden state in reports.
+pub(super) fn hidden_name(layer: usize) -> String {
+    format!("output of layer {layer}")
 }
 
 /// A step that differs from the case's own; the default does not.
@@ -183,7 +203,7 @@ impl Case {
     /// A copy of the model whose quantized weights are in another format.
     fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
         let mut copy = model.clone();
-        for &(layer, p) in &self.quantized {
+        for &((layer, p), _) in &self.quantized {
             format.round_array(copy.layers[layer].projection_mut(p).base.dense_mut("restored")?);
         }
         Ok(copy)
@@ -207,6 +227,8 @@ impl Case {
         let restored = variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
         let restored = restored.map(|q| self.restored_again(backward, q.backward)).transpose()?;
         let backward = restored.as_ref().unwrap_or(backward);
+        // PEFT takes DoRA's norms of the weight as backward restores it.
+        let forward = restored.as_ref().filter(|_| self.kind == Some(AdapterKind::Dora)).unwrap_or(forward);
         let forward = cast.as_ref().unwrap_or(forward);
 
         let batch = variant.batch.unwrap_or(&self.batch);

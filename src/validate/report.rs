@@ -3,6 +3,7 @@
 use super::diagnosis::setting;
 use super::diagnosis::{self, Diagnosis};
 use super::dump::Case;
+use super::faint::Amplitude;
 use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::objective::Upstream;
@@ -29,6 +30,12 @@ pub struct Report {
     pub diagnoses: Vec<Diagnosis>,
     /// Backward against differences of the trainer's own forward, if the recorder looked at that.
     pub own_forward: Option<OwnForward>,
+    /// Model, batch, loss and optimizer as recorded: (what, how).
+    pub recorded: Vec<(&'static str, String)>,
+    /// What this step cannot show.
+    pub not_exercised: Vec<String>,
+    /// How much of each known fault is in a step whose tensors are all within their tolerances, if that was looked for.
+    pub amplitudes: Vec<Amplitude>,
     /// Steps of the reference that were run.
     pub reference_steps: usize,
 }
@@ -182,7 +189,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let rounded = case.run(&Variant { rounding: Some(case.rounding), ..Variant::default() })?;
     let mut rungs = climb(case, &exact, &rounded);
     let (faults, remarks) = setting::findings(case, &rungs)?;
-    let (mut diagnoses, mut steps) = (Vec::new(), 2);
+    let (mut diagnoses, mut steps, mut amplitudes) = (Vec::new(), 2, Vec::new());
     if rungs.iter().any(Rung::failed) {
         let outcome = diagnosis::diagnose(case, &exact, &rounded, &rungs, watch)?;
         diagnoses = outcome.found;
@@ -192,6 +199,14 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         }
     }
     let alone = !rungs.iter().any(Rung::failed);
+    if alone && faults.is_empty() && super::faint::wanted(case) {
+        let context = diagnosis::Context::new(case, &exact, &rounded, &rungs);
+        let search = super::faint::search(&context, watch)?;
+        diagnoses.extend(search.found);
+        amplitudes = search.amplitudes;
+        steps += search.steps;
+        rungs.push(search.rung);
+    }
     if let Some(names) = rungs.iter_mut().find(|r| r.name == RungName::Names) {
         names.problems.extend(remarks);
         names.problems.extend(faults.iter().map(|f| f.what.clone()));
@@ -206,11 +221,14 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     Ok(Report {
         name: case.name.clone(),
         passed,
-        precision: (format(case.rounding.products), format(case.rounding.stream)),
+        precision: (format(case.rounding.inside()), format(case.rounding.stream)),
         reference_loss: exact.loss,
         rungs,
         diagnoses,
         own_forward,
+        recorded: super::recorded::list(case),
+        not_exercised: super::not_exercised::list(case),
+        amplitudes,
         reference_steps: steps,
     })
 }

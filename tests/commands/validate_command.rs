@@ -48,6 +48,32 @@ fn a_right_dump_passes_and_a_wrong_one_is_named() {
     assert_eq!(value["rungs"][4]["tensors"].as_array().unwrap().len(), 28);
 }
 
+/// One page with the whole report, and a table of planted faults.
+#[test]
+fn a_report_is_a_page_and_a_dump_tests_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("verdict.html");
+    let wrong = data("dumps/faults/half-precision-rotary-backward");
+    let verdict = run(&[text(&wrong), "--html", text(&page)]);
+    assert_eq!(verdict.status.code(), Some(1));
+    let html = std::fs::read_to_string(&page).unwrap();
+    for part in ["FAIL", "rotary-backward-missing", "v_proj", "no padding", "2 layers", "</html>"] {
+        assert!(html.to_lowercase().contains(&part.to_lowercase()), "{part}");
+    }
+    for outside in ["http:", "https:", "<script", "<link", "<img"] {
+        assert!(!html.contains(outside), "{outside}");
+    }
+    let right = data("dumps/clean/lora-f32");
+    let own = run(&[text(&right), "--selftest"]);
+    assert_eq!(own.status.code(), Some(0), "{}", stdout(&own));
+    assert!(stdout(&own).contains("rotary-backward-missing") && stdout(&own).contains("faults planted"));
+    let json = run(&[text(&right), "--selftest", "--json"]);
+    let planted: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert!(planted.as_array().unwrap().iter().any(|p| p["fault"] == "sign" && p["named"][0] == "sign"));
+    let refused = run(&[text(&wrong), "--selftest"]);
+    assert_eq!(refused.status.code(), Some(2));
+}
+
 /// Fixtures of another framework's double precision, without a manifest.
 #[test]
 fn model_adapter_and_reference_without_a_manifest() {

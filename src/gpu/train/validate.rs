@@ -124,6 +124,7 @@ impl DeviceCase {
             quantized: Vec::new(),
             trainer,
             ties: Vec::new(),
+            faint: None,
         })
     }
 }

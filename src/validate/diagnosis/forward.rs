@@ -61,15 +61,21 @@ pub(super) fn whole_table(context: &Context<'_>, theta: f64) -> Result<Option<Ro
 }
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    list(context, tested)?;
+    fitted_scaling(context, tested)?;
+    frequencies(context, tested)
+}
+
+/// Those that need no search of their own.
+pub(super) fn list(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     scaling(context, tested)?;
     attention(context, tested)?;
     rotary(context, tested)?;
     super::families::test(context, tested)?;
+    super::quantized::test(context, tested)?;
     stale(context, tested)?;
     weights(context, tested)?;
-    bases(context, tested)?;
-    fitted_scaling(context, tested)?;
-    frequencies(context, tested)
+    bases(context, tested)
 }
 
 /// Adapters inside the base weight already, or taken out of it, and applied besides with the declared factor.
@@ -441,7 +447,7 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 "micro-batch {k} of {} runs with the parameters of the step before, the others with the present ones",
                 parts.len()
             );
-            context.propose(Fault::new("stale-weight", what, fix), &predicted, tested);
+            context.propose(Fault::new("stale-weight", what, fix), &predicted, tested)?;
         }
     }
     Ok(())

@@ -12,6 +12,7 @@ mod families;
 mod forward;
 mod gradient;
 mod loss;
+mod quantized;
 mod rows;
 pub(super) mod setting;
 mod slices;
@@ -21,7 +22,7 @@ mod update;
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, gradient_scale, rung_of};
 use super::measure::Measure;
-use super::reference::{Evidence, Variant};
+use super::reference::{Evidence, Variant, hidden_name};
 use super::report::Watch;
 use crate::error::Result;
 use serde::Serialize;
@@ -111,10 +112,18 @@ pub(super) struct Context<'a> {
     /// Measures of the gradients that failed.
     pub failing: Vec<&'a Measure>,
     failed: BTreeSet<RungName>,
-    rungs: &'a [Rung],
+    pub rungs: &'a [Rung],
 }
 
-impl Context<'_> {
+impl<'a> Context<'a> {
+    pub fn new(case: &'a Case, exact: &'a Evidence, rounded: &'a Evidence, rungs: &'a [Rung]) -> Self {
+        let failing: Vec<&Measure> = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
+        // The optimizer's two rungs are explained by themselves.
+        let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
+        let failed = rungs.iter().filter(of_step).map(|r| r.name).collect();
+        Self { case, exact, rounded, failing, failed, rungs }
+    }
+
     /// Whether a rung failed.
     pub fn failed(&self, rung: RungName) -> bool {
         self.failed.contains(&rung)
@@ -229,7 +238,7 @@ impl Context<'_> {
         }
         for (layer, got) in &trainer.hidden {
             if let (Some(r), Some(f)) = (self.exact.hidden.get(layer), predicted.hidden.get(layer)) {
-                add(RungName::Hidden, &format!("output of layer {layer}"), &got.values, r, f);
+                add(RungName::Hidden, &hidden_name(*layer), &got.values, r, f);
             }
         }
         for (name, r) in &self.exact.gradients {
@@ -308,9 +317,13 @@ impl Context<'_> {
     }
 
     /// Judges what a fault was found to predict.
-    pub fn propose(&self, fault: Fault, predicted: &Evidence, tested: &mut Tested<'_>) {
+    pub fn propose(&self, fault: Fault, predicted: &Evidence, tested: &mut Tested<'_>) -> Result<()> {
+        if let Some(visit) = tested.visit {
+            return visit(&fault, predicted);
+        }
         let diagnosis = self.judge(fault, predicted, &self.carry_rounding(predicted));
         tested.found.push(diagnosis);
+        Ok(())
     }
 
     /// Runs the reference with a fault in it and judges the result after `edit`.
@@ -326,6 +339,9 @@ impl Context<'_> {
         // A hypothesis that cannot be run (a loss that overflows, say) explains nothing.
         if let Ok(mut predicted) = self.case.run(variant) {
             edit(&mut predicted);
+            if let Some(visit) = tested.visit {
+                return visit(&fault, &predicted);
+            }
             let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
             let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
             // In a half format the fault may make rounding matter more than it does in the right step.
@@ -342,18 +358,40 @@ impl Context<'_> {
     }
 }
 
+/// Takes a fault and what it predicts.
+pub(super) type Visit<'a> = &'a dyn Fn(&Fault, &Evidence) -> Result<()>;
+
 /// Results of the tests so far.
 pub(super) struct Tested<'a> {
     pub watch: &'a dyn Watch,
     pub found: Vec<Diagnosis>,
     pub steps: usize,
+    /// Where the faults are listed, not searched: takes each in place of a comparison.
+    pub visit: Option<Visit<'a>>,
 }
 
-impl Tested<'_> {
+impl<'a> Tested<'a> {
+    fn new(watch: &'a dyn Watch) -> Self {
+        Self { watch, found: Vec::new(), steps: 0, visit: None }
+    }
+
     /// Whether something explains everything that failed in the step itself.
     fn settled(&self) -> bool {
         self.found.iter().any(|d| d.complete)
     }
+}
+
+/// Runs the step with each fault in it that is found by running it; returns how many steps that took.
+///
+/// # Errors
+/// Those of `visit`.
+pub(super) fn list(context: &Context<'_>, watch: &dyn Watch, visit: Visit<'_>) -> Result<usize> {
+    let mut tested = Tested { visit: Some(visit), ..Tested::new(watch) };
+    forward::list(context, &mut tested)?;
+    loss::test(context, &mut tested)?;
+    loss::masked_backward(context, &mut tested)?;
+    backward::test(context, &mut tested)?;
+    Ok(tested.steps)
 }
 
 /// The measured gradients of a ladder.
@@ -377,12 +415,8 @@ pub(super) fn diagnose(
     rungs: &[Rung],
     watch: &dyn Watch,
 ) -> Result<Search> {
-    let failing: Vec<&Measure> = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
-    // The optimizer's two rungs are explained by themselves, below.
-    let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
-    let failed = rungs.iter().filter(of_step).map(|r| r.name).collect();
-    let mut context = Context { case, exact, rounded, failing, failed, rungs };
-    let mut tested = Tested { watch, found: Vec::new(), steps: 0 };
+    let mut context = Context::new(case, exact, rounded, rungs);
+    let mut tested = Tested::new(watch);
     let mut measured = None;
     if !context.failed.is_empty() {
         gradient::test(&context, &mut tested)?;

@@ -24,7 +24,7 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         return Ok(());
     }
     half_accumulation(context, tested)?;
-    stale_gradients(context, tested);
+    stale_gradients(context, tested)?;
     if !tested.settled() {
         single_rows(context, tested)?;
     }
@@ -105,9 +105,9 @@ impl Context<'_> {
 }
 
 /// The gradient of the step before is still there: G = R + c m with m the optimizer's first moment.
-fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) {
+fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
-    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0) else { return };
+    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0) else { return Ok(()) };
     let (mut along, mut square) = (0.0, 0.0);
     for (name, w) in context.weights() {
         let (Some(m), Some(r), Some(g)) =
@@ -122,7 +122,7 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) {
     }
     let c = along / square;
     if !(c > 0.0) || !c.is_finite() {
-        return;
+        return Ok(());
     }
     let beta = case
         .trained
@@ -141,7 +141,7 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) {
         "the gradient of the step before is still there and this one's is added: {c:.3} times the optimizer's first moment is left over"
     );
     let fix = "call optimizer.zero_grad() (or set gradients to None) after every update";
-    context.propose(Fault::new("stale-gradients", what, fix), &context.with_gradients(gradients), tested);
+    context.propose(Fault::new("stale-gradients", what, fix), &context.with_gradients(gradients), tested)
 }
 
 /// Weights with which the gradients of single rows make up the trainer's.
@@ -200,8 +200,7 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             "reduce gradients over ranks (wrap the model in DistributedDataParallel before the step; no no_sync at the last backward)",
         )
     };
-    context.propose(Fault::new(name, what, fix), &context.with_gradients(gradients), tested);
-    Ok(())
+    context.propose(Fault::new(name, what, fix), &context.with_gradients(gradients), tested)
 }
 
 /// Inputs and gradients of the outputs of each layer's projections.
@@ -290,7 +289,7 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     Fault::new("sequence-shard-only", what, fix),
                     &context.with_gradients(gradients),
                     tested,
-                );
+                )?;
             }
         }
     }

@@ -79,7 +79,8 @@ fn other_adapter(context: &Context<'_>, tested: &mut Tested<'_>) -> bool {
 fn embedding_noise(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
     let (Some(first), true) = (case.trainer.hidden.get(&0), context.failed(RungName::Hidden)) else { return Ok(()) };
-    let failing = |m: &crate::validate::measure::Measure| !m.passes() && m.name == "output of layer 0";
+    let failing =
+        |m: &crate::validate::measure::Measure| !m.passes() && m.name == crate::validate::reference::hidden_name(0);
     let hidden = rung_of(context.rungs, RungName::Hidden);
     if !hidden.is_some_and(|r| r.tensors.iter().any(failing)) || case.micro_batches().len() > 1 {
         return Ok(());

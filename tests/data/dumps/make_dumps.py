@@ -310,6 +310,24 @@ def swap(model, one, other):
             a.grad, b.grad = b.grad, a.grad
 
 
+def stale_columns(paca):
+    """The columns of the step before, 7% of the gradient: below the tolerance of every single tensor in bfloat16."""
+    model = custom(paca_maker(2.0), "bf16")
+    given, labels = batch()
+    opt = optimizer_of(model, lr=1e-3, weight_decay=0.0)
+    previous, stale = trainable_snapshot(model), copy.deepcopy(model)
+    torch.div(*losses(model(**given), labels)).backward()
+    opt.step()
+    opt.zero_grad()
+    torch.div(*losses(stale(**given), labels)).backward()
+
+    def replace(m):
+        for (_, p), (_, q) in zip(trained(m), trained(stale)):
+            p.grad = q.grad.clone()
+    custom_dump("half-precision-stale-columns", model, "bf16", previous=previous, edit=replace,
+                adapter_tensors=paca_tensors(model, 2.0), **paca)
+
+
 def faults():
     plain = {"adapter_config": lora_config(), "folder": "faults", "hidden": False, "shared": True}
 
@@ -385,6 +403,7 @@ def faults():
 
     # Slices.
     paca = {"adapter_config": {"peft_type": "PACA", "target_modules": ALL}, "folder": "faults", "hidden": False}
+    stale_columns(paca)
     model = custom(paca_maker(2.0), "f32")
 
     def reverse_columns(m):
