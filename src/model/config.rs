@@ -441,7 +441,7 @@ mod tests {
 
     #[test]
     fn every_bad_key_is_named_with_its_file() {
-        let cases: [(&str, Value, &str); 21] = [
+        let cases: [(&str, Value, &str); 24] = [
             ("vocab_size", Value::Null, "positive integer"),
             ("hidden_size", json!(0), "positive integer"),
             ("num_hidden_layers", json!("two"), "positive integer"),

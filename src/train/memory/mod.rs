@@ -14,6 +14,7 @@
 //! with a counting allocator, within 1% for every method.
 
 pub mod ledger;
+pub mod pytorch;
 
 use crate::adapters::dora::DoraOn;
 use crate::adapters::lora::{LoraOn, LoraSpec};
@@ -162,9 +163,11 @@ pub(crate) fn over_layers(named: impl IntoIterator<Item = (String, usize)>) -> B
 /// # Errors
 /// As [`predict`].
 pub fn longest(config: &ModelConfig, method: &MethodParams, shape: &StepShape, limit: usize) -> Result<Option<usize>> {
-    let fits = |length: usize| -> Result<bool> {
-        Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit)
-    };
+    longest_that(|length| Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit))
+}
+
+/// The largest length that fits, by bisection.
+fn longest_that(fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
     if !fits(1)? {
         return Ok(None);
     }
