@@ -2,6 +2,7 @@
 
 use super::own_forward::OwnForward;
 use super::precision::Precision;
+use super::reference::Restored;
 use crate::error::{Error, Result};
 use crate::train::optimizer::{OptimizerKind, OptimizerParams};
 use serde::Deserialize;
@@ -35,6 +36,31 @@ pub struct Compute {
     pub autocast: Option<String>,
     /// Format of norms, rotary angles, softmax and loss where it is not that of the weights.
     pub internals: Option<String>,
+    /// Formats of the products with quantized weights, if the base has any.
+    pub quantized: Option<Quantized>,
+}
+
+/// Formats of the products with quantized weights.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantized {
+    /// Of their inputs and outputs.
+    pub compute: String,
+    /// Of the weights restored for the forward pass.
+    pub forward: String,
+    /// Of those restored for the backward pass.
+    pub backward: String,
+}
+
+impl Quantized {
+    /// The formats.
+    ///
+    /// # Errors
+    /// As [`Precision::parse`].
+    pub fn restored(&self) -> Result<Restored> {
+        let [compute, forward, backward] = [&self.compute, &self.forward, &self.backward].map(|n| Precision::parse(n));
+        Ok(Restored { compute: compute?, forward: forward?, backward: backward? })
+    }
 }
 
 /// The loss of the step.
@@ -220,7 +246,13 @@ impl Manifest {
         }
         let manifest: Self =
             serde_json::from_value(value).map_err(|e| wrong("file", "a dump manifest of version 1", e.to_string()))?;
+        let quantized = manifest.compute.quantized.clone();
+        let [compute, forward, backward] =
+            quantized.map_or([const { None }; 3], |q| [Some(q.compute), Some(q.forward), Some(q.backward)]);
         for (key, dtype) in [
+            ("compute.quantized.compute", &compute),
+            ("compute.quantized.forward", &forward),
+            ("compute.quantized.backward", &backward),
             ("compute.weights", &manifest.compute.weights),
             ("compute.autocast", &manifest.compute.autocast),
             ("compute.internals", &manifest.compute.internals),

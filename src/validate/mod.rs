@@ -18,7 +18,6 @@ mod names;
 mod not_exercised;
 pub mod objective;
 pub mod own_forward;
-mod precision;
 mod recorded;
 pub mod reference;
 mod report;
@@ -28,6 +27,7 @@ pub mod selftest;
 mod stacked;
 mod update;
 
+use crate::precision;
+pub use crate::precision::Precision;
 pub use names::{canonical_name, place_of};
-pub use precision::Precision;
 pub use report::{Report, Silent, Watch, validate};

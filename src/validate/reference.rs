@@ -10,6 +10,7 @@ use crate::blocks::causal_attention::ScoreErrors;
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
+use crate::model::adapter_folder::AdapterKind;
 use crate::model::{Batch, Instruments, Masked, Model, Outside, Place, Point, Projection, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
@@ -24,6 +25,8 @@ use std::ops::Range;
 /// | embedding, sums after attention and feed-forward, and their gradients | `stream` |
 /// | inputs and outputs of matrix products and attention, logits, and their gradients | `products` |
 /// | normalised inputs, rotated queries and keys, attention, logits | also to `internals`, if that is coarser |
+/// | products of a layer whose weights are quantized | also to the format they are computed in, if that is coarser |
+/// | quantized weights in backward | the format they are restored in there, which may differ from that of the forward pass |
 /// | parameter gradients | the format they are stored in, or `products` under autocast |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rounding {
@@ -35,26 +38,41 @@ pub struct Rounding {
     pub autocast: bool,
     /// Format of norms, angles, softmax and loss.
     pub internals: Precision,
+    /// How products with a quantized base are computed, where there are any.
+    pub quantized: Option<Restored>,
+}
+
+/// Formats of the products with a quantized base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restored {
+    /// Of the inputs and outputs of the products.
+    pub compute: Precision,
+    /// Of the weights restored for the forward pass: what the exact step has.
+    pub forward: Precision,
+    /// Of the weights restored for the backward pass.
+    pub backward: Precision,
 }
 
 impl Rounding {
     /// The coarsest format.
     pub fn coarsest(&self) -> Precision {
-        self.stream.coarser(self.products).coarser(self.internals)
+        self.stream.coarser(self.inside()).coarser(self.internals)
+    }
+
+    /// Format of the products of a layer.
+    pub(super) fn inside(&self) -> Precision {
+        self.quantized.map_or(self.products, |restored| self.products.coarser(restored.compute))
     }
 
     /// The format of a tensor.
     pub(super) fn at(&self, place: Place) -> Precision {
         match place.point {
             Point::Embedded | Point::Middle | Point::Output => self.stream,
-            Point::NormedInput
-            | Point::NormedMiddle
-            | Point::FinalNorm
-            | Point::RotatedQuery
-            | Point::RotatedKey
-            | Point::Attended
-            | Point::Logits => self.products.coarser(self.internals),
-            _ => self.products,
+            Point::FinalNorm | Point::Logits => self.products.coarser(self.internals),
+            Point::NormedInput | Point::NormedMiddle | Point::RotatedQuery | Point::RotatedKey | Point::Attended => {
+                self.inside().coarser(self.internals)
+            }
+            _ => self.inside(),
         }
     }
 }
@@ -233,6 +251,15 @@ impl Case {
         self.trainer.upstream.as_ref().filter(|_| self.trainer.setting.from_upstream)
     }
 
+    /// A copy of the model whose quantized weights are in another format.
+    fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
+        let mut copy = model.clone();
+        for &((layer, p), _) in &self.quantized {
+            format.round_array(copy.layers[layer].projection_mut(p).base.dense_mut("restored")?);
+        }
+        Ok(copy)
+    }
+
     /// Runs one step.
     ///
     /// # Errors
@@ -248,6 +275,11 @@ impl Case {
         };
         let tied_cast = cast.is_some() && forward.is_tied();
         let backward = cast_backward.as_ref().or(cast.as_ref()).unwrap_or(backward);
+        let restored = variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
+        let restored = restored.map(|q| self.restored_again(backward, q.backward)).transpose()?;
+        let backward = restored.as_ref().unwrap_or(backward);
+        // PEFT takes DoRA's norms of the weight as backward restores it.
+        let forward = restored.as_ref().filter(|_| self.kind == Some(AdapterKind::Dora)).unwrap_or(forward);
         let forward = cast.as_ref().unwrap_or(forward);
 
         let batch = variant.batch.unwrap_or(&self.batch);

@@ -239,7 +239,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     Ok(Report {
         name: case.name.clone(),
         passed,
-        precision: (format(case.rounding.products), format(case.rounding.stream)),
+        precision: (format(case.rounding.inside()), format(case.rounding.stream)),
         reference_loss: exact.loss,
         rungs,
         diagnoses,

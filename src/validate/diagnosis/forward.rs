@@ -77,6 +77,7 @@ pub(super) fn list(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     attention(context, tested)?;
     rotary(context, tested)?;
     super::families::test(context, tested)?;
+    super::quantized::test(context, tested)?;
     super::stale::test(context, tested)?;
     weights(context, tested)?;
     super::bases::merged(context, tested)

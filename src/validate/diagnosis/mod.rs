@@ -16,6 +16,7 @@ mod forward;
 mod frequencies;
 mod gradient;
 mod loss;
+mod quantized;
 mod rows;
 pub(super) mod setting;
 mod slices;
