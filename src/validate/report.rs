@@ -9,6 +9,7 @@ use super::measure::Measure;
 use super::objective::Upstream;
 use super::own_forward::OwnForward;
 use super::reference::Variant;
+use super::roundings::{self, SecondLook};
 use crate::error::Result;
 use crate::model::Outside;
 use serde::Serialize;
@@ -196,11 +197,13 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     watch.begins("reference with the trainer's rounding");
     let rounded = case.run(&Variant { rounding: Some(case.rounding), watch: Some(watch), ..Variant::default() })?;
     let mut rungs = climb(case, &exact, &rounded);
-    let mut steps = 2;
+    let (mut steps, mut lost) = (2, None);
     if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
-        steps += 5;
-        if let Some(passed) = super::roundings::second_look(case, &exact, &rounded, &rungs, watch)? {
-            rungs = passed;
+        steps += roundings::looks(case);
+        match roundings::second_look(case, &exact, &rounded, &rungs, watch)? {
+            SecondLook::Passes(passed) => rungs = passed,
+            SecondLook::Lost(why) => lost = Some(why),
+            SecondLook::Fails => {}
         }
     }
     let (faults, remarks) = setting::findings(case, &rungs)?;
@@ -214,6 +217,10 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         left_out = outcome.budget.left_out.into_iter().collect();
         if let Some(measured) = outcome.measured {
             rungs = measured;
+        } else if let Some(why) = lost
+            && !diagnoses.iter().any(|d| d.complete)
+        {
+            return Err(why);
         }
     }
     let alone = !rungs.iter().any(Rung::failed);

@@ -116,7 +116,8 @@ fn a_search_ends_when_it_has_cost_what_it_may() {
         }
         let report = validate(&case, &Silent).unwrap();
         assert!(!report.passed && report.diagnoses.iter().all(|d| !d.complete), "{folder}");
-        assert!(report.reference_steps <= 5 && !report.left_out.is_empty(), "{folder}: {}", report.reference_steps);
+        // Two of every validation, two more roundings, three of the search.
+        assert!(report.reference_steps <= 7 && !report.left_out.is_empty(), "{folder}: {}", report.reference_steps);
         case.effort = Effort { steps: 8.0, parts_first: true };
         let screened = validate(&case, &Silent).unwrap();
         assert!(screened.ruled_out > 0 && screened.left_out.len() < report.left_out.len(), "{:?}", screened.left_out);
@@ -193,7 +194,8 @@ fn a_checkpoint_that_changes_under_the_reader_is_refused() {
     let last = other.len() - 2;
     other[last..].copy_from_slice(&0x7fc0u16.to_le_bytes());
     std::fs::write(&weights, &other).unwrap();
-    said(&refusal(&open(&dump)), "finite entries");
+    let text = read().map_or_else(|error| error.to_string(), |case| refusal(&case));
+    said(&text, "finite entries");
     let case = open_at_an_earlier_time(&dump, &weights, &whole);
     said(&refusal(&case), "no change while it is read");
     std::fs::remove_file(&weights).unwrap();
