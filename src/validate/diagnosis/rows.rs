@@ -158,9 +158,9 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     }
     let parts = case.parts();
     let mut each = Vec::new();
+    tested.steps += 1;
     for (range, divisor) in &parts {
         for row in range.clone() {
-            tested.steps += 1;
             let variant = Variant { parts: Some(vec![(row..row + 1, *divisor)]), ..Variant::default() };
             each.push((row, case.run(&variant)?.gradients));
         }
