@@ -317,7 +317,9 @@ impl Case {
         let objective = variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
         let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
-        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none();
+        // A hypothesis that begins at the top layer is judged by gradients.
+        let want_logits =
+            self.trainer.logits.is_some() && variant.part.until.is_none() && variant.part.from.is_none();
         if want_logits {
             evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
         }
