@@ -49,7 +49,7 @@
 //! | `distributed` | gradients with the tokens divided among MPI ranks: with the feature `mpi` |
 //! | `report`, `cli` | tables and charts, commands: with the default feature `cli` |
 //!
-//! [`tensor_file`] reads and writes safetensors, [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
+//! [`tensor_file`] reads and writes safetensors, [`precision`] rounds to number formats, [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
 //! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens among processes.
 //!
 //! # Limits
@@ -76,6 +76,7 @@ pub mod limits;
 pub mod linalg;
 pub mod model;
 pub mod ops;
+pub mod precision;
 #[cfg(feature = "cli")]
 pub mod report;
 pub mod streams;

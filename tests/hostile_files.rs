@@ -282,6 +282,13 @@ fn checkpoint_folders() {
     std::fs::write(root.join(index), serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string())
         .unwrap();
     attack_file("safetensors index", root, index, read);
+    for name in ["qlora-bf16", "int8-f32"] {
+        for file in ["config.json", "model.safetensors"] {
+            let source = format!("tests/data/quantized/clean/{name}/model/{file}");
+            std::fs::copy(source, root.join(file)).unwrap();
+        }
+        attack_file(&format!("model.safetensors of {name}"), root, "model.safetensors", read);
+    }
 }
 
 #[test]

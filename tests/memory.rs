@@ -4,9 +4,11 @@ use peak_alloc::PeakAlloc;
 use peft_limits::cost::Cost;
 use peft_limits::model::{Batch, Model, ModelConfig, StepOptions};
 use peft_limits::streams::generator;
+use peft_limits::train::memory::pytorch::{Kernel, TrainerShape, saved_tensors};
 use peft_limits::train::memory::{Memory, StepShape, ledger, predict};
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::optimizer::OptimizerParams;
+use std::path::Path;
 
 #[global_allocator]
 static COUNTED: PeakAlloc = PeakAlloc;
@@ -187,4 +189,64 @@ fn rayon_warm() {
             assert!(c.iter().all(|x| (x - 512.0).abs() < 1e-3));
         }
     });
+}
+
+/// What autograd keeps in PyTorch, counted by hooks (`python/count_saved_tensors.py`), against the prediction: within 2% in each
+/// part of each row.
+#[test]
+fn saved_tensors_of_pytorch_are_predicted() {
+    let text = include_str!("data/memory/saved_tensors.csv");
+    let mut lines = text.lines().filter(|line| !line.starts_with('#'));
+    let names: Vec<&str> = lines.next().unwrap().split(',').collect();
+    let (mut rows, mut wrong) = (0, Vec::new());
+    for line in lines {
+        let values: Vec<&str> = line.split(',').collect();
+        let get = |name: &str| values[names.iter().position(|n| *n == name).unwrap()];
+        let number = |name: &str| get(name).parse::<usize>().unwrap();
+        let sizes =
+            if get("size") == "large" { [32000, 4096, 11008, 2, 32, 32, 128] } else { [97, 64, 96, 3, 4, 2, 16] };
+        let keys = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ];
+        let mut json: serde_json::Map<String, serde_json::Value> =
+            keys.into_iter().zip(sizes).map(|(key, size)| (key.to_string(), size.into())).collect();
+        json.insert("model_type".into(), get("family").into());
+        let config = ModelConfig::from_json(Path::new("row"), &serde_json::Value::Object(json).to_string()).unwrap();
+        let method = match get("method") {
+            "full" => MethodName::Full,
+            "lora" => MethodName::Lora,
+            "dora" => MethodName::Dora,
+            other => panic!("{other}"),
+        };
+        let targets: Vec<String> = get("targets").split('+').map(String::from).collect();
+        let targets = (method != MethodName::Full).then_some(targets);
+        let method = MethodParams { rank: number("rank"), targets, ..MethodParams::named(method) };
+        let bytes = |name: &str| if get(name) == "float32" { 4 } else { 2 };
+        let shape = TrainerShape {
+            batch: number("batch"),
+            length: number("length"),
+            bytes: bytes("dtype"),
+            adapter_bytes: bytes("adapter_dtype"),
+            kernel: if get("attention") == "eager" { Kernel::Eager } else { Kernel::Sdpa },
+            checkpointing: get("checkpointing") == "1",
+            ..TrainerShape::default()
+        };
+        let parts = saved_tensors(&config, &method, &shape).unwrap();
+        let sum = |saved: &std::collections::BTreeMap<String, usize>| saved.values().sum::<usize>();
+        let found = [sum(&parts.layers[0]), sum(&parts.layers[1]), sum(&parts.outside)];
+        for (part, found) in ["first_layer", "other_layer", "outside"].into_iter().zip(found) {
+            let counted = number(part);
+            if (found as f64 / counted as f64 - 1.0).abs() > 0.02 {
+                wrong.push(format!("{line}\n    {part}: predicted {found}, counted {counted}"));
+            }
+        }
+        rows += 1;
+    }
+    assert!(rows >= 80 && wrong.is_empty(), "{rows} rows, wrong:\n{}", wrong.join("\n"));
 }

@@ -12,7 +12,8 @@
 Inside the block everything is recorded as it happens: what the model is called with, its loss, logits and hidden
 states, the gradients as backward leaves them (before clipping), the optimizer's settings, state and result. Several
 forward passes are the micro-batches of one accumulated step; passes without gradients (evaluation) and after the update are left out. Works with Transformers and PEFT models on any device, under autocast,
-DistributedDataParallel, torch.compile, FSDP on one process, and with other models whose names `rename` maps to those
+DistributedDataParallel, torch.compile, FSDP on one process, on a base that bitsandbytes quantized (NF4, and int8 on the
+CPU: written as the checkpoint holds it, and restored by the reference), and with other models whose names `rename` maps to those
 of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the files.
 
     dump_step(model, folder, *,
@@ -51,6 +52,7 @@ from safetensors.torch import save_file
 from .calls import dtype_name, plain, unwrap
 from .differences import check_step
 from .official import Official
+from .quantized import QuantizedBase, is_quantized
 
 VERSION = 1
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
@@ -111,6 +113,18 @@ def jsonable(value):
     return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
 
 
+def under_checkpoint_names(model, tensors):
+    """Weights as files name them, where Transformers names and stacks them otherwise in memory (experts, GPT-NeoX's head)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return tensors
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not type(inner).__module__.startswith("transformers."):
+        return tensors
+    return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
+
+
 class dump_step:
     """See the module's text."""
 
@@ -167,9 +181,11 @@ class dump_step:
             self.scale = float(self.scaler.get_scale())
         else:
             self.scale = 1.0
+        self.quantized = QuantizedBase(self.model, full)
         with whole(self.model):
             self.write_model()
         hook = self.handles.append
+        self.handles += self.quantized.hooks()
         hook(self.model.register_forward_pre_hook(self.called, with_kwargs=True))
         hook(self.model.register_forward_hook(self.returned))
         # Accelerate starts autocast inside the wrapped forward: it shows in the layers only.
@@ -307,6 +323,7 @@ class dump_step:
         groups = []
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if id(p) in self.names]
+            group = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
             settings = {k: jsonable(v) for k, v in group.items() if k != "params"
                         and isinstance(v, (bool, int, float, tuple, list, type(None)))}
             # One group for everything needs no names.
@@ -349,16 +366,18 @@ class dump_step:
             clean = clean.replace(f".modules_to_save.{active}.", ".")
             name = self.rename(clean).replace(f".{active}", "").replace(".base_layer.", ".")
             name = name.removeprefix("base_model.model.")
-            if tensor.dtype in (torch.uint8, torch.int8):
-                raise ValueError(f"dump_step: {raw} is quantized, which is not supported")
-            if ADAPTER_TENSOR.search(name):
+            if is_quantized(tensor):
+                base |= self.quantized.tensors(raw, tensor, name)
+            elif ADAPTER_TENSOR.search(name):
                 name = name.removesuffix(".weight")
                 # PEFT's files end in .weight for the factors, not for the magnitude.
                 factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
                 adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
             else:
                 base[name] = full(tensor)
-        self.weights = dtype_name(next(iter(base.values())).dtype)
+        # The parts of a quantized weight are in formats of their own.
+        plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
+        self.weights = dtype_name(next(plain_weights).dtype)
         if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
             self.internals = self.internals or "float32"
         if self.model_path is None:
@@ -367,6 +386,7 @@ class dump_step:
             if not config:
                 raise ValueError("dump_step: give config=, the model has none")
             self.write_json("model/config.json", jsonable(config))
+            base = under_checkpoint_names(model, base)
             save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
         adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
         if self.adapter_path is None and adapter:
@@ -486,7 +506,8 @@ class dump_step:
             "model": self.model_path or "model",
             "adapter": (self.adapter_path or "adapter") if self.has_adapter else None,
             "trained": trained,
-            "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals},
+            "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals,
+                        "quantized": self.quantized.formats()},
             "loss": {"reduction": self.reduction, "micro_batch_rows": [m["input_ids"].shape[0] for m in self.micro],
                      "scale": self.scale, **self.declared,
                      "kind": "cross_entropy" if own and not any(m.get("outer_loss") for m in self.micro) else None},

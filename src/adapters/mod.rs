@@ -20,6 +20,7 @@
 mod adapted_linear;
 pub mod dora;
 pub mod full;
+pub mod int8;
 pub mod lora;
 pub mod moslora;
 pub mod nf4;

@@ -3,6 +3,7 @@
 use super::stored_weight::StoredWeight;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
+use crate::precision::Precision;
 use ndarray::{Array2, ArrayViewMut2, Axis, CowArray, Ix2};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -16,6 +17,14 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
     fn shape(&self) -> (usize, usize);
     /// Writes every entry of the decoded matrix.
     fn decode_into(&self, dense: &mut ArrayViewMut2<T>);
+    /// As [`PackedWeight::decode_into`], restored in another format than the codec's own, where it has one.
+    fn decode_in(&self, _format: Precision, dense: &mut ArrayViewMut2<T>) {
+        self.decode_into(dense);
+    }
+    /// Weights that known mistakes in reading the parts would restore, by the mistake's name.
+    fn misread(&self, _format: Precision) -> Vec<(&'static str, Array2<T>)> {
+        Vec::new()
+    }
     /// Bytes held, constants and second-level scales included.
     fn bytes(&self) -> usize;
 }
@@ -131,6 +140,22 @@ impl<T: Real> BaseWeight<T> {
             _ => self.dense_mut(method)?.par_mapv_inplace(change),
         }
         Ok(())
+    }
+
+    /// Restores a packed weight in a format and keeps it dense; what it was packed in.
+    pub fn unpack_in(&mut self, format: Precision) -> Option<Arc<dyn PackedWeight<T>>> {
+        let (packed, own) = match self {
+            BaseWeight::Dense(_) | BaseWeight::Stored(_) => return None,
+            BaseWeight::Packed(packed) => (packed.clone(), None),
+            BaseWeight::PackedWith(packed, own) => (packed.clone(), Some(own)),
+        };
+        let mut dense = Array2::zeros(packed.shape());
+        packed.decode_in(format, &mut dense.view_mut());
+        if let Some(own) = own {
+            write_columns(&mut dense, &own.index, &own.values);
+        }
+        *self = BaseWeight::Dense(dense);
+        Some(packed)
     }
 
     /// Selected columns, `out x r`.

@@ -3,17 +3,20 @@
 use super::size::{SIZE_HELP, parse_size};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
+use crate::train::memory::pytorch::{self, Kernel, TrainerMemory, TrainerOptimizer, TrainerShape};
 use crate::train::memory::{Memory, StepShape, longest, predict};
 use crate::train::method::{MethodName, MethodParams};
 use crate::train::preset;
 use crate::validate::memory::within_numbers;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
-The prediction is that of this crate's own training step (see train::memory); --bytes 2 tells what the same step would \
-hold with half-precision numbers throughout. Logits exist 256 rows at a time. S2FT's units are taken to be spread evenly over the layers.
+Two predictions, one beside the other. Ours is this crate's own training step (see train::memory); --bytes 2 tells what the same \
+step would hold with half-precision numbers throughout, and logits exist 256 rows at a time. PyTorch's is what Transformers with PEFT \
+(or the papers' own PaCA and S2FT) holds on a card: what autograd saves, counted by hooks, the loss or a layer's backward, and rules \
+for the allocator and the context (train::memory::pytorch; paper-notes/memory-of-trainers.md has its errors). S2FT's units are taken to be spread evenly over the layers.
 
 {SIZE_HELP}
 
@@ -21,6 +24,8 @@ Examples:
   peft-limits memory --preset micro --batch 8 --length 256
   # three methods on LLaMA-2-7B in half precision
   peft-limits memory --config examples/configs/llama-2-7b.json --method lora,paca,s2ft --length 2048 --bytes 2
+  # what Transformers and PEFT would hold, with FlashAttention and bf16 adapters
+  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,dora --batch 1 --length 512 --bytes 2 --trainer pytorch --attention flash --adapter-bytes 2
   # the longest sequence in 24 GiB
   peft-limits memory --config examples/configs/llama-2-7b.json --method qpaca --batch 1 --bytes 2 --fits 24GiB";
 
@@ -58,6 +63,27 @@ pub struct MemoryArgs {
     /// Keep only each layer's input between forward and backward
     #[arg(long)]
     checkpointing: bool,
+    /// Whose step: this program's, that of PyTorch (Transformers and PEFT), or one beside the other
+    #[arg(long, value_enum, default_value = "both", value_name = "WHOSE")]
+    trainer: Of,
+    /// PyTorch: how attention is computed
+    #[arg(long, value_enum, default_value = "sdpa", value_name = "KERNEL")]
+    attention: KernelArg,
+    /// PyTorch: bytes of an adapter's number; PEFT keeps adapters in f32 unless told otherwise
+    #[arg(long, default_value_t = 4, value_parser = parse_bytes, value_name = "BYTES")]
+    adapter_bytes: usize,
+    /// PyTorch: the loss is computed in pieces (Liger and others): logits never exist whole
+    #[arg(long)]
+    fused_loss: bool,
+    /// PyTorch: the optimizer
+    #[arg(long, value_enum, default_value = "adamw")]
+    optimizer: OptimizerArg,
+    /// PyTorch: what is not quantized is in f32, as prepare_model_for_kbit_training leaves it
+    #[arg(long)]
+    prepared: bool,
+    /// PyTorch: cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO stage 3)
+    #[arg(long, default_value_t = 1, value_parser = between::<1, { 1 << 16 }>)]
+    cards: usize,
     /// Also print the longest sequence that fits this much memory, for instance 24GiB (a unit is needed)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     fits: Option<usize>,
@@ -93,6 +119,73 @@ fn human(bytes: usize) -> String {
     }
 }
 
+/// Whose step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Of {
+    /// This program's own
+    Ours,
+    /// Transformers and PEFT
+    Pytorch,
+    /// One beside the other
+    Both,
+}
+
+/// Attention of the PyTorch step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum KernelArg {
+    /// Scores as matrices
+    Eager,
+    /// scaled_dot_product_attention
+    Sdpa,
+    /// FlashAttention 2
+    Flash,
+}
+
+/// Optimizer of the PyTorch step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OptimizerArg {
+    /// torch.optim.AdamW
+    Adamw,
+    /// bitsandbytes' AdamW8bit
+    Adamw8bit,
+    /// torch.optim.SGD
+    Sgd,
+}
+
+impl MemoryArgs {
+    fn trainer_shape(&self) -> TrainerShape {
+        TrainerShape {
+            batch: self.batch,
+            length: self.length,
+            bytes: self.bytes,
+            adapter_bytes: self.adapter_bytes,
+            kernel: match self.attention {
+                KernelArg::Eager => Kernel::Eager,
+                KernelArg::Sdpa => Kernel::Sdpa,
+                KernelArg::Flash => Kernel::Flash,
+            },
+            checkpointing: self.checkpointing,
+            fused_loss: self.fused_loss,
+            optimizer: match self.optimizer {
+                OptimizerArg::Adamw => TrainerOptimizer::AdamW,
+                OptimizerArg::Adamw8bit => TrainerOptimizer::AdamW8bit,
+                OptimizerArg::Sgd => TrainerOptimizer::Sgd,
+            },
+            prepared: self.prepared,
+            cards: self.cards,
+        }
+    }
+}
+
+/// What is known of one method.
+struct Row {
+    name: MethodName,
+    ours: Memory,
+    theirs: Option<TrainerMemory>,
+    /// The longest sequences, ours and theirs, if asked for.
+    longest: Option<[Option<usize>; 2]>,
+}
+
 /// Runs the subcommand.
 ///
 /// # Errors
@@ -111,67 +204,139 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         state: args.state,
         checkpointing: args.checkpointing,
     };
-    let methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
+    let trainer = args.trainer_shape();
+    let mut methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
+    if args.method.is_empty() && config.options.quantization.is_some() {
+        methods.retain(|name| name.trains_beside_the_base());
+    }
     // Everything is computed before anything is printed: a refusal comes alone.
     let mut rows = Vec::with_capacity(methods.len());
     for name in methods {
         let targets = if name == MethodName::S2ft { None } else { args.targets.clone() };
         let method = MethodParams { rank: args.rank, targets, ..MethodParams::named(name) };
         within_numbers(&config, shape.batch, shape.length)?;
-        let memory = predict(&config, &method, &shape)?;
-        let fits = args.fits.map(|limit| longest(&config, &method, &shape, limit)).transpose()?;
-        rows.push((name, memory, fits));
+        let ours = predict(&config, &method, &shape)?;
+        let theirs = match pytorch::predict(&config, &method, &trainer) {
+            _ if args.trainer == Of::Ours || args.bytes == 8 => None,
+            // Beside ours a family that is not modelled is a gap in the table.
+            Err(Error::InvalidParam { name, .. }) if args.trainer == Of::Both && name == "model_type" => None,
+            theirs => Some(theirs?),
+        };
+        let longest = args.fits.map(|limit| -> Result<_> {
+            let ours = longest(&config, &method, &shape, limit)?;
+            let theirs = match theirs {
+                Some(_) => pytorch::longest(&config, &method, &trainer, limit)?,
+                None => None,
+            };
+            Ok([ours, theirs])
+        });
+        rows.push(Row { name, ours, theirs, longest: longest.transpose()? });
+    }
+    if args.trainer == Of::Pytorch && args.bytes == 8 {
+        return Err(Error::invalid("--bytes", 8, "--trainer pytorch is predicted for 2 and 4"));
     }
     if args.json {
-        rows.iter().for_each(|(name, memory, fits)| print_json(*name, memory, *fits));
+        rows.iter().for_each(print_json);
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
-        "{:<9}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{}",
-        "method",
-        "trained",
-        "weights",
-        "adapters",
-        "gradients",
-        "optimizer",
-        "activations",
-        "workspace",
-        "peak",
-        if args.fits.is_some() { "  longest" } else { "" }
-    );
-    rows.iter().for_each(|(name, memory, fits)| print_row(*name, memory, *fits));
-    if let ([(_, memory, _)], 1) = (rows.as_slice(), args.method.len()) {
-        println!("\nactivations by tensor, all layers");
-        for (name, bytes) in &memory.activations {
-            println!("  {name:<24}{:>12}", human(*bytes));
+    print_table(args, &rows);
+    if let ([row], 1) = (rows.as_slice(), args.method.len()) {
+        if args.trainer != Of::Pytorch {
+            println!("\nactivations by tensor, all layers");
+            row.ours.activations.iter().for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
+        }
+        if let Some(theirs) = &row.theirs {
+            println!("\nsaved by PyTorch's autograd, all layers");
+            theirs.saved.iter().for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_row(name: MethodName, m: &Memory, fits: Option<Option<usize>>) {
-    let longest = match fits {
-        None => String::new(),
-        Some(None) => "     none".into(),
-        Some(Some(length)) => format!("{length:>9}"),
-    };
-    println!(
-        "{:<9}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{:>12}{longest}",
-        name.name(),
-        m.trained,
-        human(m.weights),
-        human(m.adapters),
-        human(m.gradients),
-        human(m.optimizer),
-        human(m.activation_bytes()),
-        human(m.workspace),
-        human(m.total())
-    );
+/// Names of the columns and the bytes in them; the last is the peak.
+fn columns(row: &Row, of: Of) -> Vec<(&'static str, Option<usize>)> {
+    let ours = &row.ours;
+    if of == Of::Pytorch {
+        let theirs = row.theirs.clone().unwrap_or_default();
+        return [
+            ("weights", theirs.weights),
+            ("adapters", theirs.adapters),
+            ("gradients", theirs.gradients),
+            ("optimizer", theirs.optimizer),
+            ("saved", theirs.saved_bytes()),
+            ("loss, layer", theirs.moment),
+            ("allocator", theirs.allocator),
+            ("context", theirs.context),
+            ("peak pytorch", theirs.total()),
+        ]
+        .map(|(name, bytes)| (name, Some(bytes)))
+        .to_vec();
+    }
+    let mut all = vec![
+        ("weights", Some(ours.weights)),
+        ("adapters", Some(ours.adapters)),
+        ("gradients", Some(ours.gradients)),
+        ("optimizer", Some(ours.optimizer)),
+        ("activations", Some(ours.activation_bytes())),
+        ("workspace", Some(ours.workspace)),
+        ("peak", Some(ours.total())),
+    ];
+    if of == Of::Both {
+        all.push(("peak pytorch", row.theirs.as_ref().map(TrainerMemory::total)));
+    }
+    all
 }
 
-fn print_json(name: MethodName, m: &Memory, fits: Option<Option<usize>>) {
+fn print_table(args: &MemoryArgs, rows: &[Row]) {
+    let Some(first) = rows.first() else { return };
+    let mut head = format!("{:<9}{:>12}", "method", "trained");
+    for (name, _) in columns(first, args.trainer) {
+        head += &format!("{name:>13}");
+    }
+    if args.fits.is_some() {
+        head += match args.trainer {
+            Of::Both => "  longest  pytorch",
+            _ => "  longest",
+        };
+    }
+    println!("{head}");
+    for row in rows {
+        let mut line = format!("{:<9}{:>12}", row.name.name(), row.ours.trained);
+        for (_, bytes) in columns(row, args.trainer) {
+            line += &format!("{:>13}", bytes.map_or("-".into(), human));
+        }
+        if let Some([ours, theirs]) = row.longest {
+            let wanted = match args.trainer {
+                Of::Ours => vec![ours],
+                Of::Pytorch => vec![theirs],
+                Of::Both => vec![ours, theirs],
+            };
+            for length in wanted {
+                line += &format!("{:>9}", length.map_or("none".into(), |n| n.to_string()));
+            }
+        }
+        println!("{line}");
+    }
+}
+
+fn print_json(row: &Row) {
+    let (m, [longest, theirs_longest]) = (&row.ours, row.longest.unwrap_or_default());
+    let theirs = row.theirs.as_ref().map(|t| {
+        serde_json::json!({
+            "weights_bytes": t.weights,
+            "adapters_bytes": t.adapters,
+            "gradients_bytes": t.gradients,
+            "optimizer_bytes": t.optimizer,
+            "saved_bytes": t.saved,
+            "moment_bytes": t.moment,
+            "allocator_bytes": t.allocator,
+            "context_bytes": t.context,
+            "peak_bytes": t.total(),
+            "longest_length": theirs_longest,
+        })
+    });
     let value = serde_json::json!({
-        "method": name.name(),
+        "method": row.name.name(),
         "trained": m.trained,
         "weights_bytes": m.weights,
         "adapters_bytes": m.adapters,
@@ -180,7 +345,8 @@ fn print_json(name: MethodName, m: &Memory, fits: Option<Option<usize>>) {
         "activations_bytes": m.activations,
         "workspace_bytes": m.workspace,
         "peak_bytes": m.total(),
-        "longest_length": fits.flatten(),
+        "longest_length": longest,
+        "pytorch": theirs,
     });
     println!("{value}");
 }

@@ -6,19 +6,24 @@ use super::layout::{self, read_projections, write_projections};
 use super::names::Outside;
 use super::norm::NormOn;
 use super::options::{Family, Norm, Options};
-use super::parameters::{Model, TrainableParts};
+use super::parameters::{Model, Projection, TrainableParts};
+use super::quantized::{self, Quantization};
 use super::tables::Tables;
-use crate::adapters::BaseWeight;
+use crate::adapters::{BaseWeight, PackedWeight};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::ops::Cpu;
+use crate::precision::Precision;
 use crate::tensor_file::{TensorFile, TensorWriter};
 use ndarray::{Array1, Array2};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Packed weights by (layer, projection).
+pub type PackedPlaces<T> = Vec<((usize, Projection), Arc<dyn PackedWeight<T>>)>;
 
 /// The tensors of a checkpoint folder, one file or several, which stay on the disk.
 #[derive(Debug)]
@@ -79,12 +84,12 @@ impl Shards {
     }
 
     /// The file that holds a tensor (or, for the error message, the first).
-    fn file(&self, name: &str) -> &TensorFile {
+    pub(super) fn file(&self, name: &str) -> &TensorFile {
         &self.files[self.place.get(name).copied().unwrap_or(0)]
     }
 
     /// The name by which a tensor is there: hubs hold some models without what stands before the first dot.
-    fn actual<'a>(&self, name: &'a str) -> &'a str {
+    pub(super) fn actual<'a>(&self, name: &'a str) -> &'a str {
         match name.split_once('.') {
             Some((_, rest)) if !self.place.contains_key(name) && self.place.contains_key(rest) => rest,
             _ => name,
@@ -157,7 +162,8 @@ impl Shards {
 }
 
 impl<T: Real> Model<T> {
-    /// Reads a checkpoint folder; weights of f64, f32, f16 and bf16 are converted to `T`. Everything is frozen.
+    /// Reads a checkpoint folder; weights of f64, f32, f16 and bf16 are converted to `T`, those of bitsandbytes' NF4 and int8
+    /// stay packed. Everything is frozen.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming file and key or tensor (wrong shape, NaN, a tensor that no part of
@@ -183,7 +189,11 @@ impl<T: Real> Model<T> {
         let options = &config.options;
         let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let of_table = |module: Outside| -> Result<(Array2<T>, Option<BaseWeight<T>>)> {
-            let stored = layout::table(&shards, &outside(module, "weight"), table)?;
+            let name = outside(module, "weight");
+            if quantized::is_packed(&shards, &name) {
+                return Ok((quantized::read(&shards, &name, table)?.dense().into_owned(), None));
+            }
+            let stored = layout::table(&shards, &name, table)?;
             if later {
                 return Ok((Array2::zeros((0, width)), Some(BaseWeight::Stored(stored))));
             }
@@ -237,10 +247,19 @@ impl<T: Real> Model<T> {
             (lm_head, stored_head) = (stored.is_none().then_some(own), stored);
         }
         let known: BTreeSet<&str> = known.iter().map(|name| shards.actual(name)).collect();
-        if let Some(extra) = shards.place.keys().find(|name| !known.contains(name.as_str())) {
+        let belongs =
+            |name: &str| known.contains(name) || quantized::weight_of(name).is_some_and(|w| known.contains(w.as_str()));
+        if let Some(extra) = shards.place.keys().find(|name| !belongs(name)) {
             let family = config.options.family.model_type();
             let expected = format!("the tensors of a {}-layer {family}", config.num_hidden_layers);
             return Err(shards.file(extra).malformed(format!("tensor {extra}"), expected, "an unknown name"));
+        }
+        let packed = layers.iter().flat_map(|layer| layer.projections()).any(|(_, p)| p.base.is_packed());
+        if packed != config.options.quantization.is_some() {
+            let says = config.options.quantization.map_or("nothing", Quantization::name);
+            let found = format!("{says}, and {} weights", if packed { "quantized" } else { "no quantized" });
+            let expected = "what the weights are stored in";
+            return Err(Error::format(&folder.join("config.json"), "key quantization_config", expected, found));
         }
         Ok(Self {
             config,
@@ -253,6 +272,19 @@ impl<T: Real> Model<T> {
             adapters: Default::default(),
             tables: Tables { embedding: stored_embedding, head: stored_head },
         })
+    }
+
+    /// Restores every packed weight in a format, so that it can be looked at and changed; what they were packed in, by place.
+    ///
+    /// The codec's own format does not matter: bitsandbytes restores a weight in that of the activations.
+    pub fn unpack_in(&mut self, format: Precision) -> PackedPlaces<T> {
+        let mut places = Vec::new();
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let linears = layer.projections_mut();
+            let packed = linears.filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format)?)));
+            places.extend(packed);
+        }
+        places
     }
 
     /// Writes a checkpoint folder that Transformers reads, with every adapter folded into its weight and every

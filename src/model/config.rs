@@ -198,7 +198,7 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file and the key for JSON that is broken, a key that is missing
     /// or out of range, an unknown family, heads that do not divide the width, and features that are not implemented
-    /// (another activation, a rotary embedding of a part of the head, a quantized checkpoint).
+    /// (another activation, a rotary embedding of a part of the head, a quantization other than bitsandbytes' NF4 and int8).
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         Self::from_json(path, &text)
@@ -303,6 +303,8 @@ impl ModelConfig {
             ];
             let own = |(key, size)| Some((self.options.family.key(key)?.to_string(), json!(size)));
             map.extend(sizes.into_iter().filter_map(own));
+            // What is written is not quantized.
+            map.remove("quantization_config");
             map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
             for key in ["dtype", "torch_dtype"].into_iter().filter(|key| source.contains_key(*key)) {
                 map.insert(key.into(), json!(dtype));
@@ -439,7 +441,7 @@ mod tests {
 
     #[test]
     fn every_bad_key_is_named_with_its_file() {
-        let cases: [(&str, Value, &str); 21] = [
+        let cases: [(&str, Value, &str); 24] = [
             ("vocab_size", Value::Null, "positive integer"),
             ("hidden_size", json!(0), "positive integer"),
             ("num_hidden_layers", json!("two"), "positive integer"),
@@ -458,7 +460,10 @@ mod tests {
             ("attention_bias", json!("yes"), "true or false"),
             ("sliding_window", json!(6), "null for this family"),
             ("use_bidirectional_attention", json!(true), "not implemented"),
-            ("quantization_config", json!({"bits": 4}), "not implemented"),
+            ("quantization_config", json!({"bits": 4}), "load_in_4bit"),
+            ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "quant_method"),
+            ("quantization_config", json!({"load_in_4bit": true}), "bnb_4bit_quant_type"),
+            ("quantization_config", json!({"load_in_8bit": true, "llm_int8_has_fp16_weight": true}), "fp16_weight"),
             ("model_type", json!("bloom"), "gemma3_text, olmo2, granite, smollm3"),
             ("tie_word_embeddings", json!("yes"), "true or false"),
         ];

@@ -3,6 +3,7 @@
 use super::config::{Keys, Sizes};
 use super::options::{Experts, MlpKind, Options, Placement, QkvStorage, QueryKeyNorm, Source};
 use super::parameters::Projection;
+use super::quantized::Quantization;
 use crate::blocks::rope::{Rotary, Scaling};
 use crate::blocks::swiglu::Activation;
 use crate::error::Result;
@@ -171,7 +172,7 @@ impl Options {
             _ => biases(family, flag("attention_bias")?, flag("mlp_bias")?),
         };
         keys.refuse_unless("use_bidirectional_attention", &[Value::Bool(false)])?;
-        keys.refuse_unless("quantization_config", &[])?;
+        options.quantization = Quantization::resolve(keys)?;
         options.activation = activation(family, keys)?;
         if family.is_gemma() {
             options.unit_gain = true;

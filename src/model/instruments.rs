@@ -2,6 +2,7 @@
 //! of a trainer's precision, and computes what a known fault would give.
 
 use super::parameters::Projection;
+use crate::blocks::causal_attention::ScoreErrors;
 use crate::error::Result;
 use crate::ops::{Cpu, Ops};
 use std::fmt;
@@ -89,6 +90,8 @@ pub struct InstrumentsOn<'a, E: Ops> {
     pub scale: Option<f64>,
     /// Tokens after its own that a query sees.
     pub ahead: usize,
+    /// Random errors of the scores.
+    pub score_errors: Option<ScoreErrors>,
     /// (row, label) pairs of the loss in place of those that the labels give.
     pub targets: Option<&'a [(usize, usize)]>,
     /// Sees every tensor.
@@ -113,6 +116,7 @@ impl<E: Ops> Default for InstrumentsOn<'_, E> {
         Self {
             scale: None,
             ahead: 0,
+            score_errors: None,
             targets: None,
             tap: None,
             mask: None,

@@ -156,6 +156,7 @@ impl<E: Ops> Context<'_, E> {
             cap: options.attention_cap,
             ahead: self.instruments.ahead,
             window: options.window(self.layer),
+            errors: self.instruments.score_errors,
         }
     }
 

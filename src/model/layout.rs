@@ -6,13 +6,14 @@ use super::config::ModelConfig;
 use super::layer::Layer;
 use super::options::Family;
 use super::parameters::Projection;
+use super::quantized;
 use crate::adapters::{AdaptedLinear, BaseWeight, Method};
 use crate::blocks::numbers_mut;
 use crate::blocks::stored_weight::{StoredWeight, WeightSource};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::TensorWriter;
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, Axis, concatenate, s};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
@@ -176,11 +177,15 @@ pub(super) fn read_projections<T: Real>(
             Place::Stack(name) => Some((format!("{name}_bias"), Some(expert))),
         };
         known.extend(place.names());
-        let source =
-            InCheckpoint { shards: shards.clone(), place, shape, transposed: config.options.transposed, expert };
-        source.check()?;
-        let stored = StoredWeight::elsewhere(Arc::new(source));
-        let base = if later { BaseWeight::Stored(stored) } else { BaseWeight::Dense(stored.read()?) };
+        let base = if place.names().iter().any(|name| quantized::is_packed(shards, name)) {
+            packed(shards, &place, shape)?
+        } else {
+            let source =
+                InCheckpoint { shards: shards.clone(), place, shape, transposed: config.options.transposed, expert };
+            source.check()?;
+            let stored = StoredWeight::elsewhere(Arc::new(source));
+            if later { BaseWeight::Stored(stored) } else { BaseWeight::Dense(stored.read()?) }
+        };
         let mut projection = AdaptedLinear::new(base, Method::Frozen);
         if let (Some((name, row)), true) = (bias, config.options.has_bias(p)) {
             projection.bias = Some(match row {
@@ -197,6 +202,26 @@ pub(super) fn read_projections<T: Real>(
         all.push((p, projection));
     }
     Ok(all)
+}
+
+/// A quantized weight, which is small enough to be kept as it is; that of an expert in halves is restored.
+///
+/// It is stored out x in whatever the family's own layout.
+fn packed<T: Real>(shards: &Shards, place: &Place, shape: (usize, usize)) -> Result<BaseWeight<T>> {
+    let (out, input) = shape;
+    match place {
+        Place::Own(name) => quantized::read(shards, name, shape),
+        Place::TwoHalves(names) => {
+            let half = |name: &String| Ok(quantized::read(shards, name, (out / 2, input))?.dense().into_owned());
+            let halves: Vec<Array2<T>> = names.iter().map(half).collect::<Result<_>>()?;
+            let views: Vec<_> = halves.iter().map(|half| half.view()).collect();
+            let joined = concatenate(Axis(0), &views);
+            joined.map(BaseWeight::Dense).map_err(|e| Error::invalid("experts", "unequal halves", e.to_string()))
+        }
+        Place::Stack(name) => {
+            Err(Error::invalid(name, "quantized", "stacks of experts are read in full precision only"))
+        }
+    }
 }
 
 /// The numbers of a vector that was just made.

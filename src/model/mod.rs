@@ -60,6 +60,7 @@ pub mod options;
 mod outside_adapters;
 mod parameters;
 mod projecting;
+mod quantized;
 pub mod s2ft;
 mod step;
 mod tables;
@@ -78,6 +79,7 @@ pub use names::Outside;
 pub use norm::{NormOn, NormSinks};
 pub use outside_adapters::{OutsideAdapters, OutsideSinks};
 pub use parameters::{Input, Model, ModelOn, Projection, ReadValues, Trainable, TrainableParts};
+pub use quantized::Quantization;
 pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]

@@ -22,6 +22,7 @@
 
 pub use super::families::Family;
 use super::parameters::Projection;
+use super::quantized::Quantization;
 use crate::blocks::rope::Rotary;
 use crate::blocks::swiglu::Activation;
 use crate::linalg::Real;
@@ -165,6 +166,8 @@ pub struct Options {
     pub residual_multiplier: f64,
     /// Factor of the logits.
     pub logit_multiplier: f64,
+    /// Format of the checkpoint's weights, where they are quantized.
+    pub quantization: Option<Quantization>,
     /// The file's own keys, for writing it again.
     pub(super) source: Source,
 }
@@ -205,6 +208,7 @@ impl Default for Options {
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logit_multiplier: 1.0,
+            quantization: None,
             source: Source::default(),
         }
     }

@@ -587,7 +587,7 @@ impl<T: Real> Ops for Cpu<T> {
             value.view(),
             inputs.shape,
             inputs.visible(scoring),
-            Scores { scale: scoring.scale, cap: scoring.cap },
+            Scores { scale: scoring.scale, cap: scoring.cap, errors: scoring.errors },
             &mut self.scratch,
             &mut self.cost,
         )?;
@@ -614,7 +614,7 @@ impl<T: Real> Ops for Cpu<T> {
             &views,
             inputs.shape,
             inputs.visible(scoring),
-            Scores { scale: scoring.scale, cap: scoring.cap },
+            Scores { scale: scoring.scale, cap: scoring.cap, errors: scoring.errors },
             &mut self.scratch,
             &mut self.cost,
         )?;

@@ -15,6 +15,7 @@ mod cpu;
 mod side;
 mod sizes;
 
+use crate::blocks::causal_attention::ScoreErrors;
 pub use crate::blocks::experts::Choice;
 use crate::blocks::swiglu::Activation;
 use crate::error::{Error, Result};
@@ -77,6 +78,8 @@ pub struct Scoring {
     pub ahead: usize,
     /// Keys up to its own that a query sees; all of them when absent.
     pub window: Option<usize>,
+    /// Random errors of the scores; on the processor only.
+    pub errors: Option<ScoreErrors>,
 }
 
 /// A function shown each chunk of logits (false) and of their gradient (true), which it may change.

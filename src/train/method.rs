@@ -57,6 +57,11 @@ impl MethodName {
         }
     }
 
+    /// Whether the base weights may be quantized: what is trained stands beside them.
+    pub fn trains_beside_the_base(self) -> bool {
+        !matches!(self, Self::Full | Self::S2ft)
+    }
+
     /// Whether the base is kept in NF4.
     pub fn quantized(self) -> bool {
         matches!(self, Self::Qlora | Self::Qpaca)
@@ -272,13 +277,13 @@ impl MethodParams {
     }
 }
 
-/// Packs every projection of a model into NF4.
+/// Packs every projection of a model into NF4; what a checkpoint holds packed stays as it is.
 ///
 /// # Errors
 /// As [`Nf4Matrix::quantize`].
 pub fn quantize<T: Real>(model: &mut Model<T>) -> Result<()> {
     for layer in &mut model.layers {
-        for (_, projection) in layer.projections_mut() {
+        for (_, projection) in layer.projections_mut().filter(|(_, p)| !p.base.is_packed()) {
             let packed: Arc<dyn PackedWeight<T>> = Arc::new(Nf4Matrix::quantize(projection.base.dense().view())?);
             projection.base = BaseWeight::Packed(packed);
         }

@@ -1,17 +1,18 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
 use super::diagnosis::budget::Effort;
-use super::manifest::{Loss, Manifest, OptimizerRecord};
+use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
 use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
-use super::reference::Rounding;
+use super::reference::{Restored, Rounding};
 use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
+use crate::model::checkpoint::PackedPlaces;
 use crate::model::options::Norm;
 use crate::model::{Batch, Model, Outside, Projection};
 use crate::tensor_file::TensorFile;
@@ -99,6 +100,8 @@ pub struct Case {
     pub trained: Vec<String>,
     /// Where the trainer rounds.
     pub rounding: Rounding,
+    /// Weights that the checkpoint holds quantized, by place; the model has them restored.
+    pub quantized: PackedPlaces<f64>,
     /// The trainer's results.
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
@@ -177,6 +180,9 @@ impl Case {
         let file = TensorFile::open_on_disk(&paths.step)?;
         refuse_unsupported(paths)?;
         let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
+        let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
+        // Before an adapter is read: some are made of the weight.
+        let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward));
         let kind = match &paths.adapter {
             Some(folder) => Some(model.read_adapter(folder)?),
             None => None,
@@ -209,7 +215,12 @@ impl Case {
         model.share_frozen();
         let known: Vec<String> = model.trainable_names();
         let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
-        let rounding = rounding(manifest, &trainer, plain);
+        let mut rounding = rounding(manifest, &trainer, plain);
+        // Without a word the products are those of the weights' own format.
+        rounding.quantized = (!quantized.is_empty()).then(|| {
+            let (compute, whole) = (rounding.products, Precision::F32);
+            restored.unwrap_or(Restored { compute, forward: whole, backward: whole.coarser(compute) })
+        });
         trainer.setting = Setting {
             dropout: declared_dropout(paths)
                 .into_iter()
@@ -233,6 +244,7 @@ impl Case {
             optimizer: manifest.and_then(|m| m.optimizer.clone()),
             trained,
             rounding,
+            quantized,
             trainer,
             ties: Vec::new(),
             layers: None,
@@ -337,7 +349,8 @@ fn rounding(manifest: Option<&Manifest>, trainer: &Trainer, plain: &PlainSetting
     let weights = plain.dtype.or(weights).or(stored).unwrap_or(Precision::F32);
     let autocast = manifest.and_then(|m| parse(&m.compute.autocast));
     let internals = manifest.and_then(|m| parse(&m.compute.internals)).unwrap_or(weights);
-    Rounding { stream: weights, products: autocast.unwrap_or(weights), autocast: autocast.is_some(), internals }
+    let products = autocast.unwrap_or(weights);
+    Rounding { stream: weights, products, autocast: autocast.is_some(), internals, quantized: None }
 }
 
 /// Makes trainable what the trainer trains outside the adapter.

@@ -2,6 +2,7 @@
 
 use super::own_forward::OwnForward;
 use super::precision::Precision;
+use super::reference::Restored;
 use crate::error::{Error, Result};
 use crate::train::optimizer::{OptimizerKind, OptimizerParams};
 use serde::Deserialize;
@@ -35,6 +36,31 @@ pub struct Compute {
     pub autocast: Option<String>,
     /// Format of norms, rotary angles, softmax and loss where it is not that of the weights.
     pub internals: Option<String>,
+    /// Formats of the products with quantized weights, if the base has any.
+    pub quantized: Option<Quantized>,
+}
+
+/// Formats of the products with quantized weights.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantized {
+    /// Of their inputs and outputs.
+    pub compute: String,
+    /// Of the weights restored for the forward pass.
+    pub forward: String,
+    /// Of those restored for the backward pass.
+    pub backward: String,
+}
+
+impl Quantized {
+    /// The formats.
+    ///
+    /// # Errors
+    /// As [`Precision::parse`].
+    pub fn restored(&self) -> Result<Restored> {
+        let [compute, forward, backward] = [&self.compute, &self.forward, &self.backward].map(|n| Precision::parse(n));
+        Ok(Restored { compute: compute?, forward: forward?, backward: backward? })
+    }
 }
 
 /// The loss of the step.
@@ -80,9 +106,11 @@ pub struct ParameterGroup {
     pub parameters: Vec<String>,
     /// Learning rate.
     pub lr: f64,
-    /// Decay of AdamW's moments.
+    /// Decay of AdamW's moments, likewise.
+    #[serde(deserialize_with = "two_numbers")]
     pub betas: Option<(f64, f64)>,
-    /// AdamW's eps.
+    /// AdamW's eps; other optimizers' groups may hold something else under that name.
+    #[serde(deserialize_with = "one_number")]
     pub eps: Option<f64>,
     /// Weight decay.
     pub weight_decay: f64,
@@ -93,6 +121,14 @@ pub struct ParameterGroup {
     maximize: bool,
     nesterov: bool,
     dampening: f64,
+}
+
+fn one_number<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
+    Ok(serde_json::Value::deserialize(from)?.as_f64())
+}
+
+fn two_numbers<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<(f64, f64)>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(from)?).ok())
 }
 
 /// The optimizer that made the parameters after the step.
@@ -210,7 +246,13 @@ impl Manifest {
         }
         let manifest: Self =
             serde_json::from_value(value).map_err(|e| wrong("file", "a dump manifest of version 1", e.to_string()))?;
+        let quantized = manifest.compute.quantized.clone();
+        let [compute, forward, backward] =
+            quantized.map_or([const { None }; 3], |q| [Some(q.compute), Some(q.forward), Some(q.backward)]);
         for (key, dtype) in [
+            ("compute.quantized.compute", &compute),
+            ("compute.quantized.forward", &forward),
+            ("compute.quantized.backward", &backward),
             ("compute.weights", &manifest.compute.weights),
             ("compute.autocast", &manifest.compute.autocast),
             ("compute.internals", &manifest.compute.internals),

@@ -111,7 +111,12 @@ pub fn plan(paths: &DumpPaths, manifest: Option<&Manifest>, limit: usize) -> Res
     let parameters = config.parameters();
     let weights = [parameters * size_of::<f64>(), read_at_a_time(&config) * size_of::<f64>()];
     let mut least = None;
+    // Quantized weights are restored when they are read, and stay in memory.
+    let may_stay = config.options.quantization.is_none();
     for (on_disk, recompute) in [(false, false), (true, false), (false, true), (true, true)] {
+        if on_disk && !may_stay {
+            continue;
+        }
         let shape = StepShape { batch: rows, length, bytes: size_of::<f64>(), state: 0, checkpointing: recompute };
         let step = predict(&config, &method, &shape)?;
         let bytes = step.total() - step.weights + weights[usize::from(on_disk)] + recorded;

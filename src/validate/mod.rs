@@ -18,15 +18,16 @@ mod names;
 mod not_exercised;
 pub mod objective;
 pub mod own_forward;
-mod precision;
 mod recorded;
 pub mod reference;
 mod report;
+mod roundings;
 pub mod routing;
 pub mod selftest;
 mod stacked;
 mod update;
 
+use crate::precision;
+pub use crate::precision::Precision;
 pub use names::{canonical_name, place_of};
-pub use precision::Precision;
 pub use report::{Report, Silent, Watch, validate};

@@ -6,9 +6,11 @@ use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
 use super::report::Watch;
+use crate::blocks::causal_attention::ScoreErrors;
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
+use crate::model::adapter_folder::AdapterKind;
 use crate::model::{Batch, Instruments, Masked, Model, Outside, Place, Point, Projection, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
@@ -23,6 +25,8 @@ use std::ops::Range;
 /// | embedding, sums after attention and feed-forward, and their gradients | `stream` |
 /// | inputs and outputs of matrix products and attention, logits, and their gradients | `products` |
 /// | normalised inputs, rotated queries and keys, attention, logits | also to `internals`, if that is coarser |
+/// | products of a layer whose weights are quantized | also to the format they are computed in, if that is coarser |
+/// | quantized weights in backward | the format they are restored in there, which may differ from that of the forward pass |
 /// | parameter gradients | the format they are stored in, or `products` under autocast |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rounding {
@@ -34,26 +38,41 @@ pub struct Rounding {
     pub autocast: bool,
     /// Format of norms, angles, softmax and loss.
     pub internals: Precision,
+    /// How products with a quantized base are computed, where there are any.
+    pub quantized: Option<Restored>,
+}
+
+/// Formats of the products with a quantized base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restored {
+    /// Of the inputs and outputs of the products.
+    pub compute: Precision,
+    /// Of the weights restored for the forward pass: what the exact step has.
+    pub forward: Precision,
+    /// Of the weights restored for the backward pass.
+    pub backward: Precision,
 }
 
 impl Rounding {
     /// The coarsest format.
     pub fn coarsest(&self) -> Precision {
-        self.stream.coarser(self.products).coarser(self.internals)
+        self.stream.coarser(self.inside()).coarser(self.internals)
+    }
+
+    /// Format of the products of a layer.
+    pub(super) fn inside(&self) -> Precision {
+        self.quantized.map_or(self.products, |restored| self.products.coarser(restored.compute))
     }
 
     /// The format of a tensor.
     pub(super) fn at(&self, place: Place) -> Precision {
         match place.point {
             Point::Embedded | Point::Middle | Point::Output => self.stream,
-            Point::NormedInput
-            | Point::NormedMiddle
-            | Point::FinalNorm
-            | Point::RotatedQuery
-            | Point::RotatedKey
-            | Point::Attended
-            | Point::Logits => self.products.coarser(self.internals),
-            _ => self.products,
+            Point::FinalNorm | Point::Logits => self.products.coarser(self.internals),
+            Point::NormedInput | Point::NormedMiddle | Point::RotatedQuery | Point::RotatedKey | Point::Attended => {
+                self.inside().coarser(self.internals)
+            }
+            _ => self.inside(),
         }
     }
 }
@@ -103,6 +122,8 @@ pub struct Variant<'a> {
     pub scale: Option<f64>,
     /// Tokens ahead that a query sees.
     pub ahead: usize,
+    /// Random errors of the scores.
+    pub score_errors: Option<ScoreErrors>,
     /// (row, label) pairs that the loss counts, rows being those of the whole batch.
     pub targets: Option<Vec<(usize, usize)>>,
     /// Changes tensors on their way.
@@ -277,6 +298,15 @@ impl Case {
         Ok(self)
     }
 
+    /// A copy of the model whose quantized weights are in another format.
+    fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
+        let mut copy = model.clone();
+        for &((layer, p), _) in &self.quantized {
+            format.round_array(copy.layers[layer].projection_mut(p).base.dense_mut("restored")?);
+        }
+        Ok(copy)
+    }
+
     /// Runs one step.
     ///
     /// # Errors
@@ -292,6 +322,11 @@ impl Case {
         };
         let tied_cast = cast.is_some() && forward.is_tied();
         let backward = cast_backward.as_ref().or(cast.as_ref()).unwrap_or(backward);
+        let restored = variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
+        let restored = restored.map(|q| self.restored_again(backward, q.backward)).transpose()?;
+        let backward = restored.as_ref().unwrap_or(backward);
+        // PEFT takes DoRA's norms of the weight as backward restores it.
+        let forward = restored.as_ref().filter(|_| self.kind == Some(AdapterKind::Dora)).unwrap_or(forward);
         let forward = cast.as_ref().unwrap_or(forward);
 
         let batch = variant.batch.unwrap_or(&self.batch);
@@ -318,8 +353,7 @@ impl Case {
         let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
         // A hypothesis that begins at the top layer is judged by gradients.
-        let want_logits =
-            self.trainer.logits.is_some() && variant.part.until.is_none() && variant.part.from.is_none();
+        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none() && variant.part.from.is_none();
         if want_logits {
             evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
         }
@@ -417,6 +451,7 @@ impl Case {
                 mask: (!self.trainer.masks.is_empty()).then_some(&mask),
                 scale: variant.scale,
                 ahead: variant.ahead,
+                score_errors: variant.score_errors,
                 targets: Some(&targets),
                 tap: Some(&tap),
                 ..Instruments::default()
@@ -465,8 +500,15 @@ impl Case {
         Ok(evidence)
     }
 
-    /// Rows of logits and hidden states that mean something: not padding.
+    /// Rows of logits and hidden states that mean something: not padding, nor in a micro-batch that counts no token.
     pub fn real_rows(&self) -> Vec<usize> {
+        let length = self.batch.input_ids.ncols();
+        let parts = self.parts();
+        let run = |row: &usize| parts.iter().any(|(rows, _)| rows.contains(&(row / length)));
+        self.unpadded_rows().into_iter().filter(run).collect()
+    }
+
+    fn unpadded_rows(&self) -> Vec<usize> {
         match &self.batch.attention_mask {
             Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
             None => {

@@ -254,3 +254,54 @@ fn broken_adapters_are_refused_with_file_and_key() {
     assert_close("mixed", &logits(&whole).view(), &logits(&mixed).view(), 1e-13);
     let _: Array2<f64> = whole.embedding;
 }
+
+/// A checkpoint of Transformers in bitsandbytes' NF4 or int8 stays packed; written, it is dense and computes the same.
+#[test]
+fn quantized_checkpoints_are_read_as_they_are() {
+    for (name, share) in [("qlora-bf16", 0.15), ("qlora-f32-single", 0.16), ("int8-bf16", 0.31)] {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantized/clean").join(name).join("model");
+        let model = Model::<f32>::read(&source).unwrap();
+        let of_projections = || model.layers.iter().flat_map(|layer| layer.projections());
+        let entries: usize = of_projections().map(|(_, p)| p.shape().0 * p.shape().1).sum();
+        let bytes: usize = of_projections().map(|(_, p)| p.base.bytes()).sum();
+        assert!(of_projections().all(|(_, p)| p.base.is_packed()), "{name}");
+        assert!((bytes as f64) < share * (4 * entries) as f64, "{name}: {bytes} bytes for {entries} entries");
+        let folder = tempfile::tempdir().unwrap();
+        model.write(folder.path()).unwrap();
+        let dense = Model::<f32>::read(folder.path()).unwrap();
+        assert_eq!(logits(&dense), logits(&model), "{name}");
+
+        // Parts that are missing or contradict each other are named.
+        let copy = |config: &dyn Fn(String) -> String, without: &str, cut: &str| -> String {
+            let folder = tempfile::tempdir().unwrap();
+            let text = std::fs::read_to_string(source.join("config.json")).unwrap();
+            std::fs::write(folder.path().join("config.json"), config(text)).unwrap();
+            let file = TensorFile::open(source.join("model.safetensors")).unwrap();
+            let mut writer = TensorWriter::new();
+            for tensor in file.names().filter(|n| *n != without) {
+                let (dtype, bytes) = file.bytes(tensor, "test").unwrap();
+                let (mut shape, mut bytes) = (file.shape(tensor).unwrap().to_vec(), bytes.to_vec());
+                if tensor == cut {
+                    bytes.truncate(bytes.len() / shape[0] * (shape[0] - 1));
+                    shape[0] -= 1;
+                }
+                writer.raw(tensor, dtype, &shape, bytes);
+            }
+            writer.write(&folder.path().join("model.safetensors")).unwrap();
+            Model::<f32>::read(folder.path()).map(drop).unwrap_err().to_string()
+        };
+        let weight = "model.layers.1.mlp.up_proj.weight";
+        let scales =
+            if name == "int8-bf16" { "model.layers.1.mlp.up_proj.SCB".to_string() } else { format!("{weight}.absmax") };
+        let text = copy(&|text| text, &scales, "");
+        assert!(text.contains(&scales) && text.contains("bitsandbytes"), "{text}");
+        let text = copy(&|text| text, "", &scales);
+        assert!(text.contains(weight) && text.contains("scales"), "{text}");
+        let text = copy(&|text| text, "", weight);
+        assert!(text.contains(weight), "{text}");
+        let text = copy(&|text| text.replace("quantization_config", "other"), "", "");
+        assert!(text.contains("quantization_config") && text.contains("quantized weights"), "{text}");
+        let text = copy(&|text| text.replace("\"bitsandbytes\"", "\"gptq\""), "", "");
+        assert!(text.contains("quant_method") && text.contains("gptq"), "{text}");
+    }
+}

@@ -1,10 +1,10 @@
 //! Weights that stay on the disk, steps that are run in part, searches that may cost only so much.
 
 use super::{FAULTS, case, common, dumps, folders};
+use peft_limits::tensor_file::TensorFile;
 use peft_limits::validate::diagnosis::budget::Effort;
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::{Evidence, Part, Variant};
-use peft_limits::tensor_file::TensorFile;
 use peft_limits::validate::{Silent, validate};
 use std::path::{Path, PathBuf};
 

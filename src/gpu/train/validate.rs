@@ -110,7 +110,8 @@ impl DeviceCase {
             trainer.after.insert(name, Observed { values, precision: Precision::F32, shape });
         }
         let single = Precision::F32;
-        let rounding = Rounding { stream: single, products: single, autocast: false, internals: single };
+        let rounding =
+            Rounding { stream: single, products: single, autocast: false, internals: single, quantized: None };
         Ok(Case {
             name: self.name,
             trained: self.model.trainable_values().into_iter().map(|(name, _)| name).collect(),
@@ -121,6 +122,7 @@ impl DeviceCase {
             objective: Default::default(),
             optimizer: Some(OptimizerRecord::of(&params)),
             rounding,
+            quantized: Vec::new(),
             trainer,
             ties: Vec::new(),
             effort: Effort { steps: f64::INFINITY, parts_first: false },

@@ -14,11 +14,11 @@
 //! with a counting allocator, within 1% for every method.
 
 pub mod ledger;
+pub mod pytorch;
 
 use crate::adapters::dora::DoraOn;
 use crate::adapters::lora::{LoraOn, LoraSpec};
 use crate::adapters::moslora::MosloraOn;
-use crate::adapters::nf4::Nf4Matrix;
 use crate::adapters::paca::PacaOn;
 use crate::adapters::s2ft::{S2ftSliceOn, Side};
 use crate::adapters::{LinearOn, MethodOn};
@@ -26,8 +26,8 @@ use crate::error::{Error, Result};
 use crate::model::options::Norm;
 use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{
-    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, NormOn, Projection, TrainableParts,
-    attention_shape,
+    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, NormOn, Projection, Quantization,
+    TrainableParts, attention_shape,
 };
 use crate::ops::{Buffer, SizedWeight, Sizes};
 use crate::train::method::{MethodName, MethodParams};
@@ -51,7 +51,7 @@ pub struct StepShape {
 /// Bytes by category.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Memory {
-    /// Base weights at rest, NF4 where the method packs them.
+    /// Base weights at rest, quantized where the checkpoint has them so, NF4 where the method packs them.
     pub weights: usize,
     /// Tensors that the method holds beside them.
     pub adapters: usize,
@@ -121,7 +121,8 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
     let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
     let base = |projection: &LinearOn<Sizes>| {
         let (out, input) = projection.shape();
-        if projection.base.packed { Nf4Matrix::bytes_for(out, input) } else { out * input * shape.bytes }
+        let packed = config.options.quantization.unwrap_or(Quantization::Nf4 { double: true });
+        if projection.base.packed { packed.bytes_for(out, input) } else { out * input * shape.bytes }
     };
     let elements: usize = projections().map(|p| p.shape().0 * p.shape().1).sum();
     let outside = config.parameters() - elements;
@@ -162,9 +163,11 @@ pub(crate) fn over_layers(named: impl IntoIterator<Item = (String, usize)>) -> B
 /// # Errors
 /// As [`predict`].
 pub fn longest(config: &ModelConfig, method: &MethodParams, shape: &StepShape, limit: usize) -> Result<Option<usize>> {
-    let fits = |length: usize| -> Result<bool> {
-        Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit)
-    };
+    longest_that(|length| Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit))
+}
+
+/// The largest length that fits, by bisection.
+fn longest_that(fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
     if !fits(1)? {
         return Ok(None);
     }
@@ -199,6 +202,10 @@ fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usiz
 fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> {
     config.check()?;
     method.check()?;
+    if let (Some(quantization), false) = (config.options.quantization, method.name.trains_beside_the_base()) {
+        let requirement = format!("writes into the base weights, which are quantized ({})", quantization.name());
+        return Err(Error::invalid("method", method.name.name(), requirement));
+    }
     let gain = |width: usize| Buffer::at_rest((1, width));
     let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
     let norm = |width: usize| NormOn { gain: gain(width), bias: config.options.layer_norm.then(|| gain(width)) };
@@ -234,7 +241,10 @@ fn sized_projection(
     p: Projection,
 ) -> Result<LinearOn<Sizes>> {
     let shape = config.projection_shape(p);
-    let base = SizedWeight { dense: Buffer::at_rest(shape), packed: method.name.quantized() };
+    let base = SizedWeight {
+        dense: Buffer::at_rest(shape),
+        packed: method.name.quantized() || config.options.quantization.is_some(),
+    };
     // The rank is that of the method, and the projection it does not fit is named.
     let named = |error: Error| match error {
         Error::InvalidParam { name, value, requirement } if name == "rank" => {

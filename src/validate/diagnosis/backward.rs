@@ -1,6 +1,7 @@
 //! Faults of the backward pass: loss and logits are right, gradients are not.
 
-use super::forward::{one_part, previous_model, whole_table};
+use super::forward::{one_part, whole_table};
+use super::stale::previous_model;
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
 use crate::blocks::rope::rope_forward;

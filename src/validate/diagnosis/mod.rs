@@ -7,15 +7,20 @@
 
 pub(super) mod applied;
 mod backward;
+mod bases;
 pub mod budget;
 mod factors;
 mod families;
+mod fitted;
 mod forward;
+mod frequencies;
 mod gradient;
 mod loss;
+mod quantized;
 mod rows;
 pub(super) mod setting;
 mod slices;
+mod stale;
 mod unjudged;
 mod update;
 
@@ -392,6 +397,11 @@ impl<'a> Tested<'a> {
     fn settled(&self) -> bool {
         self.found.iter().any(|d| d.complete)
     }
+
+    /// Whether it does so within the tolerances of a right step.
+    fn settled_well(&self) -> bool {
+        self.found.iter().any(|d| d.complete && d.share <= 1.0)
+    }
 }
 
 /// Runs the step with each fault in it that is found by running it; returns how many steps that took.
@@ -474,6 +484,9 @@ pub(super) fn diagnose(
     });
     let complete = found.iter().any(|d| d.complete);
     found.retain(|d| !complete || d.complete);
+    if let Some(best) = found.first().filter(|d| d.complete).map(|d| d.share) {
+        found.retain(|d| d.share <= 2.0 * best.max(0.5));
+    }
     found.truncate(5);
     if measured.is_some() {
         found.clear();

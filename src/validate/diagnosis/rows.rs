@@ -26,6 +26,9 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     half_accumulation(context, tested)?;
     stale_gradients(context, tested)?;
     if !tested.settled() {
+        last_micro_batch(context, tested)?;
+    }
+    if !tested.settled() {
         single_rows(context, tested)?;
     }
     if !tested.settled() {
@@ -107,7 +110,8 @@ impl Context<'_> {
 /// The gradient of the step before is still there: G = R + c m with m the optimizer's first moment.
 fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
-    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0) else { return Ok(()) };
+    // SGD counts no steps; its buffer says that there were some.
+    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0 || r.kind == "sgd") else { return Ok(()) };
     let (mut along, mut square) = (0.0, 0.0);
     for (name, w) in context.weights() {
         let (Some(m), Some(r), Some(g)) =
@@ -142,6 +146,18 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     );
     let fix = "call optimizer.zero_grad() (or set gradients to None) after every update";
     context.propose(Fault::new("stale-gradients", what, fix), &context.with_gradients(gradients), tested)
+}
+
+/// The gradients of the last micro-batch alone.
+fn last_micro_batch(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    let parts = context.case.parts();
+    let Some(last) = parts.last().filter(|_| parts.len() > 1) else { return Ok(()) };
+    tested.steps += 1;
+    let variant = Variant { parts: Some(vec![last.clone()]), ..Variant::default() };
+    let alone = context.case.run(&variant)?;
+    let what = format!("only the last of {} micro-batches is in the gradient", parts.len());
+    let fix = "call zero_grad once a step, before the first micro-batch, not before each";
+    context.propose(Fault::new("last-micro-batch-only", what, fix), &context.with_gradients(alone.gradients), tested)
 }
 
 /// Weights with which the gradients of single rows make up the trainer's.
@@ -298,6 +314,8 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     &context.with_gradients(gradients),
                     tested,
                 )?;
+                // A part says nothing: each position is in some shard.
+                tested.found.pop_if(|found| !found.complete);
             }
         }
     }
