@@ -501,7 +501,7 @@ mod tests {
                 assert!(equal(if name == "f32" { &misplaced } else { &ours }), "{name} {kind}");
                 if name == "f32" {
                     let gap = |a: &Array2<f32>| norms::relative_frobenius(&a.view(), &weight.view());
-                    assert!(gap(&ours) < 0.1 && gap(&theirs) > 0.2, "{} {}", gap(&ours), gap(&theirs));
+                    assert!(gap(&theirs) > 2.0 * gap(&ours), "{} {}", gap(&ours), gap(&theirs));
                 }
                 cases += 1;
             }
