@@ -66,6 +66,7 @@ pub mod check;
 pub mod cli;
 pub mod cost;
 pub mod device;
+mod disk_file;
 #[cfg(feature = "mpi")]
 pub mod distributed;
 pub mod error;

@@ -1,28 +1,46 @@
 //! Reading and writing safetensors files, with errors that name file and tensor.
 
 use crate::atomic_file::write_bytes;
+use crate::disk_file::DiskFile;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use ndarray::{Array1, Array2, ArrayView2};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use rayon::prelude::*;
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// A safetensors file in memory.
+/// A safetensors file, in memory or read tensor by tensor.
+#[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
-    bytes: Vec<u8>,
+    bytes: Bytes,
     metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Entry>,
 }
 
+/// Where the file's bytes are.
+#[derive(Debug)]
+enum Bytes {
+    Memory(Vec<u8>),
+    Disk(DiskFile),
+}
+
 /// Where a tensor lies in the file.
+#[derive(Debug)]
 struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     range: Range<usize>,
 }
+
+/// Longest header that is read, as the format's own library has it.
+const LONGEST_HEADER: u64 = 100_000_000;
+/// Numbers that are read and converted at a time, by one thread.
+const PIECE: usize = 1 << 17;
 
 impl TensorFile {
     /// Reads a file and checks its header against its length.
@@ -46,13 +64,50 @@ impl TensorFile {
             Error::format(&path, "file", "a complete safetensors file", format!("{e} ({length} bytes)"))
         };
         let (header_bytes, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        Ok(Self::with_header(path, Bytes::Memory(bytes), header_bytes, &header))
+    }
+
+    /// Opens a file and checks its header against its length; tensors stay on the disk until they are asked for.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`]. A later change of the file is an error of whatever reads it then.
+    pub fn open_on_disk(path: impl AsRef<Path>) -> Result<Self> {
+        let file = DiskFile::open(&path)?;
+        let path = path.as_ref().to_path_buf();
+        let length = file.length();
+        let broken = |what: String| {
+            Error::format(&path, "file", "a complete safetensors file", format!("{what} ({length} bytes)"))
+        };
+        let mut size = [0; size_of::<u64>()];
+        let start = size.len() as u64;
+        if length < start {
+            return Err(broken(SafeTensorError::HeaderTooSmall.to_string()));
+        }
+        file.read(0, &mut size)?;
+        let header_bytes = u64::from_le_bytes(size);
+        if header_bytes > LONGEST_HEADER {
+            return Err(broken(SafeTensorError::HeaderTooLarge.to_string()));
+        }
+        if header_bytes > length - start {
+            return Err(broken(SafeTensorError::InvalidHeaderLength.to_string()));
+        }
+        let mut header = vec![0; header_bytes as usize];
+        file.read(start, &mut header)?;
+        let parsed: Metadata = serde_json::from_slice(&header).map_err(|e| broken(e.to_string()))?;
+        if start + header_bytes + parsed.data_len() as u64 != length {
+            return Err(broken(SafeTensorError::MetadataIncompleteBuffer.to_string()));
+        }
+        Ok(Self::with_header(path, Bytes::Disk(file), header.len(), &parsed))
+    }
+
+    fn with_header(path: PathBuf, bytes: Bytes, header_bytes: usize, header: &Metadata) -> Self {
         let start = size_of::<u64>() + header_bytes;
         let tensors = header.tensors().into_iter().map(|(name, info)| {
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
             (name, Entry { dtype: info.dtype, shape: info.shape.clone(), range })
         });
         let (tensors, metadata) = (tensors.collect(), header.metadata().clone().unwrap_or_default());
-        Ok(Self { path, bytes, metadata, tensors })
+        Self { path, bytes, metadata, tensors }
     }
 
     /// The file's path.
@@ -104,23 +159,48 @@ impl TensorFile {
     /// Precision and bytes of a tensor, as they are in the file.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`].
-    pub fn bytes(&self, name: &str, reason: &str) -> Result<(Dtype, &[u8])> {
+    /// [`Error::MissingTensor`]; those of reading.
+    pub fn bytes(&self, name: &str, reason: &str) -> Result<(Dtype, Cow<'_, [u8]>)> {
         let entry = self.entry(name, reason)?;
-        Ok((entry.dtype, &self.bytes[entry.range.clone()]))
+        Ok((entry.dtype, self.part(entry.range.clone())?))
+    }
+
+    /// Some of the file's bytes.
+    fn part(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>> {
+        match &self.bytes {
+            Bytes::Memory(bytes) => Ok(Cow::Borrowed(&bytes[range])),
+            Bytes::Disk(file) => {
+                let mut part = vec![0; range.len()];
+                file.read(range.start as u64, &mut part)?;
+                Ok(Cow::Owned(part))
+            }
+        }
     }
 
     /// As [`TensorFile::bytes`], to be changed in memory ([`TensorFile::write_back`] writes the file).
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::Format`] if the tensor does not hold floating-point numbers.
+    /// [`Error::MissingTensor`]; [`Error::Format`] if the tensor does not hold floating-point numbers; those of reading.
     pub fn bytes_mut(&mut self, name: &str) -> Result<(Dtype, &mut [u8])> {
         let entry = self.entry(name, "it is to be changed")?;
         let (dtype, range) = (entry.dtype, entry.range.clone());
         if float_bytes(dtype) == 0 {
             return Err(self.malformed(format!("tensor {name}"), "dtype F64, F32, F16 or BF16", format!("{dtype:?}")));
         }
-        Ok((dtype, &mut self.bytes[range]))
+        Ok((dtype, &mut self.in_memory()?[range]))
+    }
+
+    /// All bytes, read now if they were not.
+    fn in_memory(&mut self) -> Result<&mut Vec<u8>> {
+        if let Bytes::Disk(file) = &self.bytes {
+            let mut bytes = vec![0; file.length() as usize];
+            file.read(0, &mut bytes)?;
+            self.bytes = Bytes::Memory(bytes);
+        }
+        match &mut self.bytes {
+            Bytes::Memory(bytes) => Ok(bytes),
+            Bytes::Disk(_) => unreachable!("they have just been read"),
+        }
     }
 
     /// Writes the bytes in memory to the file's path, whole or not at all.
@@ -128,7 +208,11 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Io`].
     pub fn write_back(&self) -> Result<()> {
-        write_bytes(&self.path, &self.bytes)
+        match &self.bytes {
+            Bytes::Memory(bytes) => write_bytes(&self.path, bytes),
+            // Nothing was changed.
+            Bytes::Disk(_) => Ok(()),
+        }
     }
 
     /// Precision of a tensor as the format names it (`F32`, `BF16`, ...), if present.
@@ -144,14 +228,22 @@ impl TensorFile {
     /// [`Error::MissingTensor`], [`Error::Format`] for an unsupported dtype.
     pub fn raw_tensor<T: Real>(&self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
         let entry = self.entry(name, reason)?;
-        let data = &self.bytes[entry.range.clone()];
-        let values: Vec<T> = match entry.dtype {
-            Dtype::F64 => decode(data, |b| T::of(f64::from_le_bytes(b))),
-            Dtype::F32 => decode(data, |b| T::of(f64::from(f32::from_le_bytes(b)))),
-            Dtype::F16 => decode(data, |b| T::of(half::f16::from_le_bytes(b).to_f64())),
-            Dtype::BF16 => decode(data, |b| T::of(half::bf16::from_le_bytes(b).to_f64())),
-            Dtype::I64 => decode(data, |b| T::of(i64::from_le_bytes(b) as f64)),
-            Dtype::I32 => decode(data, |b| T::of(f64::from(i32::from_le_bytes(b)))),
+        let mut values = vec![T::zero(); entry.shape.iter().product()];
+        self.decode(name, entry, 0, &mut values)?;
+        Ok((entry.shape.clone(), values))
+    }
+
+    /// Numbers of a tensor from its entry `first` on, converted to `T`; NaN and infinity pass. What is not in memory is read
+    /// in pieces, several at a time.
+    fn decode<T: Real>(&self, name: &str, entry: &Entry, first: usize, values: &mut [T]) -> Result<()> {
+        let convert: fn(&[u8], &mut [T]) = match entry.dtype {
+            Dtype::F64 => |data, to| decode(data, to, |b| T::of(f64::from_le_bytes(b))),
+            Dtype::F32 => |data, to| decode(data, to, |b| T::of(f64::from(f32::from_le_bytes(b)))),
+            Dtype::F16 => |data, to| decode(data, to, |b| T::of(half::f16::from_le_bytes(b).to_f64())),
+            // Its bits are the upper half of those of f32.
+            Dtype::BF16 => |data, to| decode(data, to, |[a, b]| T::of(f64::from(f32::from_le_bytes([0, 0, a, b])))),
+            Dtype::I64 => |data, to| decode(data, to, |b| T::of(i64::from_le_bytes(b) as f64)),
+            Dtype::I32 => |data, to| decode(data, to, |b| T::of(f64::from(i32::from_le_bytes(b)))),
             other => {
                 return Err(self.malformed(
                     format!("tensor {name}"),
@@ -160,7 +252,51 @@ impl TensorFile {
                 ));
             }
         };
-        Ok((entry.shape.clone(), values))
+        let width = entry.dtype.bitsize() / 8;
+        let start = entry.range.start + first * width;
+        debug_assert!(start + values.len() * width <= entry.range.end);
+        values.par_chunks_mut(PIECE).enumerate().try_for_each(|(k, piece)| {
+            let from = start + k * PIECE * width;
+            convert(&self.part(from..from + piece.len() * width)?, piece);
+            Ok(())
+        })
+    }
+
+    /// Rows of a tensor whose leading axes count as one, every entry being finite; `values` is as long as they are.
+    ///
+    /// # Errors
+    /// As [`TensorFile::tensor`]; [`Error::Format`] for rows that the tensor does not have.
+    pub fn rows<T: Real>(&self, name: &str, reason: &str, rows: Range<usize>, values: &mut [T]) -> Result<()> {
+        let entry = self.entry(name, reason)?;
+        let columns = entry.shape.last().copied().unwrap_or(1);
+        let all: usize = entry.shape.iter().rev().skip(1).product();
+        if rows.end > all || rows.len() * columns != values.len() {
+            let expected = format!("rows {rows:?}, {} numbers", values.len());
+            return Err(self.malformed(format!("tensor {name}"), expected, format!("shape {:?}", entry.shape)));
+        }
+        self.decode(name, entry, rows.start * columns, values)?;
+        self.require_finite(name, &entry.shape, rows.start * columns, values)
+    }
+
+    /// Refuses numbers that are not finite, the first of which is entry `first` of the tensor.
+    fn require_finite<T: Real>(&self, name: &str, shape: &[usize], first: usize, values: &[T]) -> Result<()> {
+        let fine = values.par_chunks(PIECE).all(|piece| piece.iter().all(|x| x.is_finite()));
+        let Some(position) = (if fine { None } else { values.iter().position(|x| !x.is_finite()) }) else {
+            return Ok(());
+        };
+        let mut rest = first + position;
+        let mut index: Vec<usize> = shape
+            .iter()
+            .rev()
+            .map(|&size| {
+                let i = rest % size.max(1);
+                rest /= size.max(1);
+                i
+            })
+            .collect();
+        index.reverse();
+        let found = format!("{} at {index:?}", values[position]);
+        Err(self.malformed(format!("tensor {name}"), "finite entries", found))
     }
 
     /// As [`TensorFile::raw_tensor`], every entry being finite.
@@ -169,24 +305,7 @@ impl TensorFile {
     /// As there; [`Error::Format`] naming the first entry that is not finite.
     pub fn tensor<T: Real>(&self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
         let (shape, values) = self.raw_tensor::<T>(name, reason)?;
-        if let Some(position) = values.iter().position(|x| !x.is_finite()) {
-            let mut rest = position;
-            let mut index: Vec<usize> = shape
-                .iter()
-                .rev()
-                .map(|&size| {
-                    let i = rest % size.max(1);
-                    rest /= size.max(1);
-                    i
-                })
-                .collect();
-            index.reverse();
-            return Err(self.malformed(
-                format!("tensor {name}"),
-                "finite entries",
-                format!("{} at {index:?}", values[position]),
-            ));
-        }
+        self.require_finite(name, &shape, 0, &values)?;
         Ok((shape, values))
     }
 
@@ -229,8 +348,8 @@ impl TensorFile {
     }
 }
 
-fn decode<T, const N: usize>(data: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
-    data.as_chunks::<N>().0.iter().map(|&b| convert(b)).collect()
+fn decode<T, const N: usize>(data: &[u8], values: &mut [T], convert: impl Fn([u8; N]) -> T) {
+    values.iter_mut().zip(data.as_chunks::<N>().0).for_each(|(value, &bytes)| *value = convert(bytes));
 }
 
 /// Bytes of one floating-point number; 0 for a dtype that holds none.
@@ -345,6 +464,30 @@ mod tests {
         for cut in [0, 4, 20, bytes.len() - 1] {
             let outcome = TensorFile::from_bytes(&path, bytes[..cut].to_vec());
             assert!(matches!(outcome, Err(Error::Format { .. })), "cut at {cut}");
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            let outcome = TensorFile::open_on_disk(&path);
+            assert!(matches!(outcome, Err(Error::Format { .. })), "cut at {cut} on the disk");
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let mut lazy = TensorFile::open_on_disk(&path).unwrap();
+        let mut row = [0.0f64; 3];
+        lazy.rows("X", "test", 1..2, &mut row).unwrap();
+        assert_eq!(row.map(f64::to_bits), [4.0f64, 5.0, 6.5].map(f64::to_bits));
+        assert!(lazy.rows("X", "test", 1..3, &mut row).unwrap_err().to_string().contains("rows 1..3"));
+        assert_eq!(lazy.bytes("X", "test").unwrap(), file.bytes("X", "test").unwrap());
+        let text = lazy.vector::<f64>("v", "test").unwrap_err().to_string();
+        assert!(text.contains("[1]") && text.contains("inf"), "{text}");
+        lazy.bytes_mut("X").unwrap().1.fill(0);
+        lazy.write_back().unwrap();
+        assert!(TensorFile::open(&path).unwrap().matrix::<f64>("X", "test").unwrap().iter().all(|x| x.to_bits() == 0));
+        // The half format by its bits, as the crate of half formats converts it.
+        let all: Vec<u8> = (0..=u16::MAX).filter(|b| b & 0x7f80 != 0x7f80).flat_map(u16::to_le_bytes).collect();
+        let mut writer = TensorWriter::new();
+        writer.raw("h", Dtype::BF16, &[all.len() / 2], all.clone());
+        writer.write(&path).unwrap();
+        let values = TensorFile::open_on_disk(&path).unwrap().vector::<f64>("h", "test").unwrap();
+        for (bytes, value) in all.as_chunks::<2>().0.iter().zip(values) {
+            assert_eq!(half::bf16::from_le_bytes(*bytes).to_f64().to_bits(), value.to_bits());
         }
         assert!(matches!(TensorFile::open(folder.path().join("none")), Err(Error::Io { .. })));
     }

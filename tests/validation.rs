@@ -2,6 +2,8 @@
 
 use peft_limits::Error;
 mod common;
+#[path = "validation/streaming.rs"]
+mod streaming;
 
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::Variant;
@@ -111,7 +113,7 @@ const FAULTS: [(&str, &str); 52] = [
     ("accumulation-not-divided", "accumulation"),
     ("adapter-input-gradient", "adapter-input-gradient"),
     ("adapter-not-applied", "adapter-not-applied"),
-    ("adapter-twice", "adapter-twice"),
+    ("adapter-twice", "adapter-scaling"),
     ("alpha-over-root-r", "adapter-scaling"),
     ("attention-scale-backward", "attention-scale-backward"),
     ("bias-correction", "bias-correction"),

@@ -113,6 +113,18 @@ def jsonable(value):
     return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
 
 
+def under_checkpoint_names(model, tensors):
+    """Weights as files name them, where Transformers names and stacks them otherwise in memory (experts, GPT-NeoX's head)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return tensors
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not type(inner).__module__.startswith("transformers."):
+        return tensors
+    return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
+
+
 class dump_step:
     """See the module's text."""
 
@@ -311,6 +323,7 @@ class dump_step:
         groups = []
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if id(p) in self.names]
+            group = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
             settings = {k: jsonable(v) for k, v in group.items() if k != "params"
                         and isinstance(v, (bool, int, float, tuple, list, type(None)))}
             # One group for everything needs no names.
@@ -373,6 +386,7 @@ class dump_step:
             if not config:
                 raise ValueError("dump_step: give config=, the model has none")
             self.write_json("model/config.json", jsonable(config))
+            base = under_checkpoint_names(model, base)
             save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
         adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
         if self.adapter_path is None and adapter:

@@ -82,10 +82,36 @@ impl<E: Ops> LinearOn<E> {
         if let Some(y) = &add_to {
             require("y", E::shape(y), (rows, out))?;
         }
-        if self.is_merged() {
-            return Ok((e.product(x, &self.base, add_to), None));
-        }
-        self.method.adaptation().forward(e, &self.base, x, add_to, save)
+        let base = e.resident(&self.base)?;
+        let outcome = if self.is_merged() {
+            Ok((e.product(x, &base, add_to), None))
+        } else {
+            self.method.adaptation().forward(e, &base, x, add_to, save)
+        };
+        e.give_back(base);
+        outcome
+    }
+
+    /// y = x W^T with the weight alone, added to a matrix.
+    ///
+    /// # Errors
+    /// Those of reading a stored weight.
+    pub(crate) fn base_forward(&self, e: &mut E, x: &E::Matrix, add_to: E::Matrix) -> Result<E::Matrix> {
+        let base = e.resident(&self.base)?;
+        let y = e.product(x, &base, Some(add_to));
+        e.give_back(base);
+        Ok(y)
+    }
+
+    /// dx = dy W with the weight alone.
+    ///
+    /// # Errors
+    /// Those of reading a stored weight.
+    pub(crate) fn base_backward(&self, e: &mut E, dy: &E::Matrix) -> Result<E::Matrix> {
+        let base = e.resident(&self.base)?;
+        let dx = e.product_backward(dy, &base, None);
+        e.give_back(base);
+        Ok(dx)
     }
 
     /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`MethodOn::trainable_names`]) and returns that
@@ -122,7 +148,14 @@ impl<E: Ops> LinearOn<E> {
         if let InputGradient::AddTo(dx) = &dx {
             require("dx", E::shape(dx), (rows, width))?;
         }
-        self.method.adaptation().backward(e, &self.base, dy, x, saved, sinks, dx)
+        // A frozen weight below which nothing is trained is not looked at.
+        if !self.is_trainable() && matches!(dx, InputGradient::Skip) {
+            return Ok(None);
+        }
+        let base = e.resident(&self.base)?;
+        let outcome = self.method.adaptation().backward(e, &base, dy, x, saved, sinks, dx);
+        e.give_back(base);
+        outcome
     }
 
     /// Shapes of the trainable tensors, ordered as [`MethodOn::trainable_names`].
@@ -196,7 +229,7 @@ impl<T: Real> AdaptedLinear<T> {
     /// [`Error::InvalidParam`] for a DoRA row of norm zero.
     pub fn effective_weight(&self) -> Result<Array2<T>> {
         let mut cost = Cost::default();
-        let mut weight = self.base.dense().into_owned();
+        let mut weight = self.base.read()?.into_owned();
         if self.is_merged() {
             return Ok(weight);
         }
@@ -212,6 +245,26 @@ impl<T: Real> AdaptedLinear<T> {
             _ => {}
         }
         Ok(weight)
+    }
+
+    /// Adds `factor` times the low-rank update of `of` to the base weight, beside which the method stays; false where `of`
+    /// has none that is a sum.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a packed base weight.
+    pub fn add_update_to_base(&mut self, of: &Method<T>, factor: f64) -> Result<bool> {
+        match of.clone() {
+            Method::Lora(mut lora) => {
+                lora.scaling *= factor;
+                self.base.change("base", move |weight| lora.add_delta(&mut weight.view_mut(), &mut Cost::default()))?;
+            }
+            Method::Moslora(mut lora) => {
+                lora.scaling *= factor;
+                self.base.change("base", move |weight| lora.add_delta(&mut weight.view_mut(), &mut Cost::default()))?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
     }
 
     /// Folds the method into the base weight: inference then costs nothing extra. The old weight is kept, so

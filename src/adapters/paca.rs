@@ -186,7 +186,7 @@ impl<T: Real> Paca<T> {
         if !scaling.is_finite() || scaling.abs() < f64::MIN_POSITIVE {
             return Err(Error::invalid("scaling", scaling, "must be finite and not zero"));
         }
-        let original = base.columns(&index);
+        let original = base.read_columns(&index)?;
         if base.is_packed() {
             base.put_columns(&index, original.clone());
         }

@@ -152,11 +152,11 @@ impl<T: Real> Stored<T> for S2ftSlice<T> {
             return Err(from.malformed("s2ft_range", "start and end", format!("{} entries", range.len())));
         };
         let shape = base.shape();
-        let weight = base.dense_mut("s2ft")?;
-        let slice = Self::new(settings.side, start..end, weight.view())
+        let slice = Self::new(settings.side, start..end, base.read()?.view())
             .map_err(|e| from.malformed("s2ft_range", "a range of the weight", e.to_string()))?;
         let values = from.matrix("s2ft_slice", slice.side.shape(shape, &slice.range))?;
-        slice.of_mut(weight).assign(&values);
+        let (side, range) = (slice.side, slice.range.clone());
+        base.change("s2ft", move |weight| side.of_mut(weight, range.clone()).assign(&values))?;
         Ok(slice)
     }
 }

@@ -1,5 +1,6 @@
-//! The weight under an adapter: dense, or packed by a codec such as NF4.
+//! The weight under an adapter: dense, packed by a codec such as NF4, or stored elsewhere.
 
+use super::stored_weight::StoredWeight;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::precision::Precision;
@@ -31,9 +32,9 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
 /// Columns that stand in place of those of a packed weight, which cannot hold them.
 #[derive(Debug, Clone)]
 pub struct OwnColumns<T> {
-    index: Vec<usize>,
+    pub(super) index: Vec<usize>,
     /// `out x r`.
-    values: Array2<T>,
+    pub(super) values: Array2<T>,
 }
 
 /// Weight of a projection, `out x in`.
@@ -45,6 +46,8 @@ pub enum BaseWeight<T> {
     Packed(Arc<dyn PackedWeight<T>>),
     /// Packed, with some columns of its own (QPaCA).
     PackedWith(Arc<dyn PackedWeight<T>>, OwnColumns<T>),
+    /// Shared with other models, or read each time it is needed.
+    Stored(StoredWeight<T>),
 }
 
 impl<T: Real> BaseWeight<T> {
@@ -53,15 +56,17 @@ impl<T: Real> BaseWeight<T> {
         match self {
             BaseWeight::Dense(weight) => weight.dim(),
             BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => packed.shape(),
+            BaseWeight::Stored(stored) => stored.shape(),
         }
     }
 
     /// Whether it is stored packed.
     pub fn is_packed(&self) -> bool {
-        !matches!(self, BaseWeight::Dense(_))
+        matches!(self, BaseWeight::Packed(_) | BaseWeight::PackedWith(..))
     }
 
-    /// The matrix itself: borrowed when dense, decoded into a fresh array when packed.
+    /// The matrix itself: borrowed when dense, decoded into a fresh array when packed. A stored weight that cannot be read
+    /// is NaN here: [`BaseWeight::read`] says why.
     pub fn dense(&self) -> CowArray<'_, T, Ix2> {
         let decode = |packed: &dyn PackedWeight<T>| {
             let mut dense = Array2::zeros(packed.shape());
@@ -76,13 +81,71 @@ impl<T: Real> BaseWeight<T> {
                 write_columns(&mut dense, &own.index, &own.values);
                 CowArray::from(dense)
             }
+            BaseWeight::Stored(stored) => match stored.in_memory() {
+                Some(weight) => weight.dense(),
+                None => CowArray::from(stored.read().unwrap_or_else(|_| Array2::from_elem(stored.shape(), T::nan()))),
+            },
         }
+    }
+
+    /// As [`BaseWeight::dense`], with the reason where a stored weight cannot be read.
+    ///
+    /// # Errors
+    /// As [`super::stored_weight::WeightSource::read_rows`].
+    pub fn read(&self) -> Result<CowArray<'_, T, Ix2>> {
+        match self {
+            BaseWeight::Stored(stored) if stored.in_memory().is_none() => stored.read().map(CowArray::from),
+            _ => Ok(self.dense()),
+        }
+    }
+
+    /// As [`BaseWeight::columns`], with the reason where a stored weight cannot be read.
+    ///
+    /// # Errors
+    /// As [`BaseWeight::read`].
+    pub fn read_columns(&self, index: &[usize]) -> Result<Array2<T>> {
+        match self {
+            BaseWeight::Stored(stored) => stored.read_columns(index),
+            _ => Ok(self.columns(index)),
+        }
+    }
+
+    /// Changes the matrix, which keeps its shape; a stored one each time that it is read.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a packed weight.
+    pub fn change(
+        &mut self,
+        method: &'static str,
+        change: impl Fn(&mut Array2<T>) + Send + Sync + 'static,
+    ) -> Result<()> {
+        match self {
+            BaseWeight::Stored(stored) => stored.change(change),
+            _ => change(self.dense_mut(method)?),
+        }
+        Ok(())
+    }
+
+    /// Changes each entry by itself; those of a stored weight each time that it is read.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a packed weight.
+    pub fn change_entries(
+        &mut self,
+        method: &'static str,
+        change: impl Fn(T) -> T + Send + Sync + 'static,
+    ) -> Result<()> {
+        match self {
+            BaseWeight::Stored(stored) => stored.change_entries(change),
+            _ => self.dense_mut(method)?.par_mapv_inplace(change),
+        }
+        Ok(())
     }
 
     /// Restores a packed weight in a format and keeps it dense; what it was packed in.
     pub fn unpack_in(&mut self, format: Precision) -> Option<Arc<dyn PackedWeight<T>>> {
         let (packed, own) = match self {
-            BaseWeight::Dense(_) => return None,
+            BaseWeight::Dense(_) | BaseWeight::Stored(_) => return None,
             BaseWeight::Packed(packed) => (packed.clone(), None),
             BaseWeight::PackedWith(packed, own) => (packed.clone(), Some(own)),
         };
@@ -99,6 +162,9 @@ impl<T: Real> BaseWeight<T> {
     pub fn columns(&self, index: &[usize]) -> Array2<T> {
         match self {
             BaseWeight::PackedWith(_, own) if own.index == index => own.values.clone(),
+            BaseWeight::Stored(stored) if stored.own_columns(index).is_some() => {
+                stored.own_columns(index).cloned().unwrap_or_default()
+            }
             _ => self.dense().select(Axis(1), index),
         }
     }
@@ -107,6 +173,7 @@ impl<T: Real> BaseWeight<T> {
     pub fn put_columns(&mut self, index: &[usize], values: Array2<T>) {
         match self {
             BaseWeight::Dense(weight) => write_columns(weight, index, &values),
+            BaseWeight::Stored(stored) => stored.put_columns(index, values),
             BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => {
                 *self = BaseWeight::PackedWith(packed.clone(), OwnColumns { index: index.to_vec(), values });
             }
@@ -118,14 +185,18 @@ impl<T: Real> BaseWeight<T> {
         match self {
             BaseWeight::Dense(weight) => weight.len() * size_of::<T>(),
             BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => packed.bytes(),
+            BaseWeight::Stored(stored) => stored.bytes(),
         }
     }
 
-    /// The array, for a method that trains it or part of it in place.
+    /// The array, for a method that trains it or part of it in place. A stored weight becomes this model's own.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a packed weight.
+    /// [`Error::InvalidParam`] for a packed weight; as [`BaseWeight::read`].
     pub fn dense_mut(&mut self, method: &'static str) -> Result<&mut Array2<T>> {
+        if let BaseWeight::Stored(stored) = self {
+            *self = BaseWeight::Dense(stored.read()?);
+        }
         match self {
             BaseWeight::Dense(weight) => Ok(weight),
             _ => Err(Error::invalid("method", method, "writes into the base weight, which is packed (quantized)")),
@@ -133,7 +204,7 @@ impl<T: Real> BaseWeight<T> {
     }
 }
 
-fn write_columns<T: Real>(dense: &mut Array2<T>, index: &[usize], values: &Array2<T>) {
+pub(super) fn write_columns<T: Real>(dense: &mut Array2<T>, index: &[usize], values: &Array2<T>) {
     for (k, &i) in index.iter().enumerate() {
         dense.column_mut(i).assign(&values.column(k));
     }

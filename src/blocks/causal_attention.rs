@@ -7,6 +7,7 @@ use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backwa
 use crate::linalg::gemm::multiply;
 use crate::linalg::row_dots::row_dots;
 use crate::linalg::{Real, Scratch};
+use crate::streams::mix;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
@@ -83,15 +84,42 @@ pub struct Scores {
     pub scale: f64,
     /// c of c tanh(s / c), applied to the scores before the mask.
     pub cap: Option<f64>,
+    /// Random errors of the scores, as rounding them makes.
+    pub errors: Option<ScoreErrors>,
+}
+
+/// Each score is multiplied by 1 + `size` u, u uniform in (-1, 1) and a function of the seed and the score's place.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreErrors {
+    /// Largest relative error.
+    pub size: f64,
+    /// Seed of the errors.
+    pub seed: u64,
+}
+
+impl ScoreErrors {
+    /// The factor of the score of one query and key; `head` counts over sequences and heads.
+    fn factor(self, head: usize, query: usize, key: usize) -> f64 {
+        let place = mix(self.seed ^ mix(head as u64 ^ mix(query as u64 ^ mix(key as u64 ^ 0x9e37_79b9_7f4a_7c15))));
+        // 53 bits to [0, 2), then to [-1, 1).
+        1.0 + self.size * ((place >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+    }
 }
 
 impl From<f64> for Scores {
     fn from(scale: f64) -> Self {
-        Self { scale, cap: None }
+        Self { scale, cap: None, errors: None }
     }
 }
 
 impl Scores {
+    /// Errors of a tile of scores that begins at (query, key).
+    fn disturb<T: Real>(&self, scores: &mut ArrayViewMut2<T>, head: usize, (query, key): (usize, usize)) {
+        if let Some(errors) = self.errors {
+            scores.indexed_iter_mut().for_each(|((i, j), s)| *s *= T::of(errors.factor(head, query + i, key + j)));
+        }
+    }
+
     /// s becomes c tanh(s / c); `slope`, if given, receives the derivative there.
     fn apply_cap<T: Real>(&self, scores: &mut ArrayViewMut2<T>, slope: Option<&mut ArrayViewMut2<T>>) {
         let Some(cap) = self.cap.map(T::of) else { return };
@@ -248,6 +276,7 @@ pub fn causal_attention_forward<T: Real>(
             let mut tile = tile_view(scores, rows, key_end - key_start);
             let keys = k.slice(s![key_start..key_end, ..]);
             multiply(T::of(scoring.scale), &q, &keys.t(), T::zero(), &mut tile);
+            scoring.disturb(&mut tile, index, (start, key_start));
             scoring.apply_cap(&mut tile, None);
             visible.hide(&mut tile, &shape, batch, start, key_start);
             online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
@@ -368,6 +397,7 @@ pub fn causal_attention_backward<T: Real>(
                     let mut p = tile_view(scores, rows, width);
                     let mut ds = tile_view(products, rows, width);
                     multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
+                    scoring.disturb(&mut p, batch * shape.heads + head, (start, key_start));
                     if scoring.cap.is_some() {
                         scoring.apply_cap(&mut p, Some(&mut tile_view(slopes, rows, width)));
                     }

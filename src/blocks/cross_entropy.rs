@@ -1,12 +1,14 @@
 //! Next-token cross-entropy through the output projection, in chunks of positions.
 
+use super::base_weight::BaseWeight;
+use super::stored_weight::StoredWeight;
 use super::{numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::linalg::elementwise::{row_exp_sum, row_max, vectorized_closure};
 use crate::linalg::gemm::parallel_product_into;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use rayon::prelude::*;
 
 /// The label that excludes a position from the loss.
@@ -50,6 +52,70 @@ pub struct CrossEntropySinks<'a, 'b, T> {
     pub dweight: Option<ArrayViewMut2<'a, T>>,
 }
 
+/// The output projection, `V x D`.
+pub enum Head<'a, T> {
+    /// In memory.
+    Whole(ArrayView2<'a, T>),
+    /// Read in blocks of rows, for each product anew.
+    Blocks(&'a StoredWeight<T>),
+}
+
+impl<'a, T: Real> Head<'a, T> {
+    /// A weight that is not packed.
+    pub fn of(weight: &'a BaseWeight<T>) -> Self {
+        match weight {
+            BaseWeight::Dense(weight) => Self::Whole(weight.view()),
+            BaseWeight::Stored(stored) => match stored.in_memory() {
+                Some(BaseWeight::Dense(weight)) => Self::Whole(weight.view()),
+                _ => Self::Blocks(stored),
+            },
+            _ => unreachable!("an output projection is never packed"),
+        }
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Whole(weight) => weight.dim(),
+            Self::Blocks(stored) => stored.shape(),
+        }
+    }
+
+    /// z = x W^T. A block of it has the bits of the whole.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub fn logits(&self, x: ArrayView2<T>, cost: &mut Cost) -> Result<Array2<T>> {
+        let mut z = Array2::zeros((x.nrows(), self.shape().0));
+        match self {
+            Self::Whole(weight) => {
+                parallel_product_into(T::one(), x, weight.t(), T::zero(), &mut z.view_mut(), cost);
+            }
+            Self::Blocks(stored) => stored.blocks(&mut |first, rows| {
+                let mut part = z.slice_mut(s![.., first..first + rows.nrows()]);
+                parallel_product_into(T::one(), x, rows.t(), T::zero(), &mut part, cost);
+                Ok(())
+            })?,
+        }
+        Ok(z)
+    }
+
+    /// dx = dz W; a sum over blocks where W is read in blocks.
+    fn logits_backward(&self, dz: ArrayView2<T>, cost: &mut Cost) -> Result<Array2<T>> {
+        let mut dx = Array2::zeros((dz.nrows(), self.shape().1));
+        match self {
+            Self::Whole(weight) => {
+                parallel_product_into(T::one(), dz, *weight, T::zero(), &mut dx.view_mut(), cost);
+            }
+            Self::Blocks(stored) => stored.blocks(&mut |first, rows| {
+                let part = dz.slice(s![.., first..first + rows.nrows()]);
+                parallel_product_into(T::one(), part, rows.view(), T::one(), &mut dx.view_mut(), cost);
+                Ok(())
+            })?,
+        }
+        Ok(dx)
+    }
+}
+
 /// Sum over the targets (i, y) of (log sum_v exp z_iv - z_iy) / divisor, in nats, with z = hidden W^T.
 ///
 /// Shapes: hidden `N x D`, weight `V x D`. With `divisor` the number of targets this is the mean. The
@@ -79,12 +145,30 @@ pub fn cross_entropy_observed<T: Real>(
     weight: ArrayView2<T>,
     targets: &[(usize, usize)],
     (divisor, cap): (f64, Option<f64>),
+    sinks: Option<CrossEntropySinks<'_, '_, T>>,
+    observe: &dyn Fn(bool, &mut Array2<T>),
+    cost: &mut Cost,
+) -> Result<f64> {
+    cross_entropy_through(hidden, &Head::Whole(weight), targets, (divisor, cap), sinks, observe, cost)
+}
+
+/// As [`cross_entropy_observed`], through an output projection that may be read block by block.
+///
+/// # Errors
+/// As there; those of reading.
+pub fn cross_entropy_through<T: Real>(
+    hidden: ArrayView2<T>,
+    head: &Head<'_, T>,
+    targets: &[(usize, usize)],
+    (divisor, cap): (f64, Option<f64>),
     mut sinks: Option<CrossEntropySinks<'_, '_, T>>,
     observe: &dyn Fn(bool, &mut Array2<T>),
     cost: &mut Cost,
 ) -> Result<f64> {
-    let (op, width, vocabulary) = ("cross_entropy", hidden.ncols(), weight.nrows());
-    require_shape(op, "weight", &weight, (vocabulary, width))?;
+    let (op, width, vocabulary) = ("cross_entropy", hidden.ncols(), head.shape().0);
+    if head.shape().1 != width {
+        return Err(Error::shape(op, "weight", (vocabulary, width), head.shape()));
+    }
     if let Some(sinks) = &sinks {
         require_shape(op, "dhidden", &sinks.dhidden.view(), hidden.dim())?;
         if let Some(dweight) = &sinks.dweight {
@@ -96,12 +180,11 @@ pub fn cross_entropy_observed<T: Real>(
     for chunk in targets.chunks(LOGIT_ROWS) {
         let indices: Vec<usize> = chunk.iter().map(|&(row, _)| row).collect();
         let rows = hidden.select(Axis(0), &indices);
-        let mut logits = Array2::<T>::zeros((chunk.len(), vocabulary));
         cost.hold(rows.len());
-        cost.hold(logits.len());
+        cost.hold(chunk.len() * vocabulary);
+        let mut logits = head.logits(rows.view(), cost)?;
         cost.exponentials += logits.len() as u64;
         cost.elementwise += 4 * logits.len() as u64;
-        parallel_product_into(T::one(), rows.view(), weight.t(), T::zero(), &mut logits.view_mut(), cost);
         if let Some(cap) = cap.map(T::of) {
             logits.mapv_inplace(|z| cap * (z / cap).tanh());
         }
@@ -123,8 +206,7 @@ pub fn cross_entropy_observed<T: Real>(
                 logits.zip_mut_with(capped, |d, z| *d *= T::one() - (*z / *cap) * (*z / *cap));
             }
             observe(true, &mut logits);
-            let mut drows = Array2::<T>::zeros(rows.dim());
-            parallel_product_into(T::one(), logits.view(), weight, T::zero(), &mut drows.view_mut(), cost);
+            let drows = head.logits_backward(logits.view(), cost)?;
             for (&row, drow) in indices.iter().zip(drows.rows()) {
                 let mut sink = sinks.dhidden.row_mut(row);
                 sink += &drow;

@@ -18,6 +18,7 @@ pub mod linear;
 pub(crate) mod low_rank;
 pub mod rms_norm;
 pub mod rope;
+pub mod stored_weight;
 pub mod swiglu;
 
 use crate::error::{Error, Result};

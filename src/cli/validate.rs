@@ -11,6 +11,7 @@ use crate::validate::selftest::{Planted, selftest};
 use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -96,30 +97,46 @@ pub(super) struct ValidateArgs {
     /// Plant each known fault into this dump, which must pass, and show whether it is found
     #[arg(long, requires = "dump", conflicts_with_all = ["heat_map", "html", "reference"])]
     selftest: bool,
-    /// Memory that may be used, for instance 24GiB (default: what is free)
+    /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not fit stays on the disk and
+    /// is read layer by layer
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
 }
 
 /// A spinner on a terminal, nothing elsewhere.
-struct Spinner(ProgressBar);
+struct Spinner {
+    bar: ProgressBar,
+    what: RefCell<String>,
+    /// Layers of the model, once it is read.
+    layers: Cell<usize>,
+}
 
 impl Spinner {
     fn new() -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self(ProgressBar::hidden());
+            return Self::of(ProgressBar::hidden());
         }
         let bar = ProgressBar::new_spinner();
         let style = ProgressStyle::with_template("{spinner} {msg}  {elapsed}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
         bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
+        Self::of(bar)
+    }
+
+    fn of(bar: ProgressBar) -> Self {
+        Self { bar, what: RefCell::default(), layers: Cell::default() }
     }
 }
 
 impl Watch for Spinner {
     fn begins(&self, what: &str) {
-        self.0.set_message(what.to_string());
+        *self.what.borrow_mut() = what.to_string();
+        self.bar.set_message(what.to_string());
+    }
+
+    fn layer(&self, layer: usize, backward: bool) {
+        let (way, all) = (if backward { "backward" } else { "forward" }, self.layers.get());
+        self.bar.set_message(format!("{}, {way}, layer {} of {all}", self.what.borrow(), layer + 1));
     }
 }
 
@@ -206,11 +223,16 @@ fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) ->
     let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
     spinner.begins("reading");
     let plain = PlainSettings { dtype: args.dtype };
-    let result = memory::require(&paths, manifest.as_ref(), limit)
-        .and_then(|_| Case::read(&name.display().to_string(), &paths, manifest.as_ref(), &plain))
-        .map(|case| Case { faint: args.faint.then_some(true), ..case })
-        .and_then(|case| judge(&case));
-    spinner.0.finish_and_clear();
+    let result = memory::plan(&paths, manifest.as_ref(), limit).and_then(|plan| {
+        if plan.on_disk || plan.recompute {
+            eprintln!("{}: {}", name.display(), plan.line(memory::rate()));
+        }
+        let read = if plan.on_disk { Case::open } else { Case::read };
+        let case = read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
+        spinner.layers.set(case.model.layers.len());
+        judge(&Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case })
+    });
+    spinner.bar.finish_and_clear();
     // What needs no reference is said of models that it does not have, too.
     if let (Err(_), Some(own)) = (&result, manifest.and_then(|m| m.check)) {
         eprintln!("{}", own.line().trim());
@@ -251,7 +273,7 @@ fn validate_device(args: &ValidateArgs) -> Result<Report> {
     let name = format!("{} on {}", folder.display(), device.info());
     let case = device.run("training step", DeviceCase { name, model, kind, batch })?;
     let report = validate(&case, &spinner);
-    spinner.0.finish_and_clear();
+    spinner.bar.finish_and_clear();
     if !args.json {
         println!("{memory}");
     }

@@ -70,7 +70,16 @@ pub(super) fn print(report: &Report, all: bool) {
     }
     if !report.diagnoses.iter().any(|d| d.complete) {
         println!();
-        println!("  No known fault explains all of it ({} steps of the reference tried).", report.reference_steps);
+        let parts = match report.ruled_out {
+            0 => String::new(),
+            n => format!(", {n} faults ruled out by a part of one"),
+        };
+        let steps = report.reference_steps;
+        println!("  No known fault explains all of it ({steps} steps of the reference tried{parts}).");
+        if !report.left_out.is_empty() {
+            let names = report.left_out.join(", ");
+            println!("  The search stopped there, at five times a right step; not tried: {names}.");
+        }
         if let Some(lead) = report.lead() {
             println!("  Where to look: {lead}.");
         }

@@ -49,15 +49,20 @@ impl<T: Real> Model<T> {
                 match module {
                     Outside::Embedding => {
                         // The output projection keeps the old table if it shared it.
-                        if self.lm_head.is_none() {
-                            self.lm_head = Some(self.embedding.clone());
+                        if self.is_tied() {
+                            match self.tables.embedding.clone() {
+                                Some(table) => self.tables.head = Some(table),
+                                None => self.lm_head = Some(self.embedding.clone()),
+                            }
                             self.config.tie_word_embeddings = false;
                         }
                         self.embedding = copy;
+                        self.tables.embedding = None;
                         self.trainable.embedding = true;
                     }
                     _ => {
                         self.lm_head = Some(copy);
+                        self.tables.head = None;
                         self.config.tie_word_embeddings = false;
                         self.trainable.lm_head = true;
                     }

@@ -2,13 +2,14 @@
 
 use super::config::ModelConfig;
 use super::layer::Layer;
-use super::layout::{read_projections, write_projections};
+use super::layout::{self, read_projections, write_projections};
 use super::names::Outside;
 use super::norm::NormOn;
 use super::options::{Family, Norm, Options};
 use super::parameters::{Model, Projection, TrainableParts};
 use super::quantized::{self, Quantization};
-use crate::adapters::PackedWeight;
+use super::tables::Tables;
+use crate::adapters::{BaseWeight, PackedWeight};
 use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -17,13 +18,15 @@ use crate::precision::Precision;
 use crate::tensor_file::{TensorFile, TensorWriter};
 use ndarray::{Array1, Array2};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Packed weights by (layer, projection).
 pub type PackedPlaces<T> = Vec<((usize, Projection), Arc<dyn PackedWeight<T>>)>;
 
-/// The tensors of a checkpoint folder, one file or several.
+/// The tensors of a checkpoint folder, one file or several, which stay on the disk.
+#[derive(Debug)]
 pub(super) struct Shards {
     files: Vec<TensorFile>,
     place: BTreeMap<String, usize>,
@@ -35,7 +38,7 @@ impl Shards {
         let single = folder.join("model.safetensors");
         let index = folder.join("model.safetensors.index.json");
         if single.exists() || !index.exists() {
-            let file = TensorFile::open(&single)?;
+            let file = TensorFile::open_on_disk(&single)?;
             let place = file.names().map(|name| (name.to_string(), 0)).collect();
             return Ok(Self { files: vec![file], place, changed: BTreeSet::new() });
         }
@@ -56,7 +59,7 @@ impl Shards {
             };
         }
         let names: Vec<String> = names.into_iter().collect();
-        let files = names.iter().map(|name| TensorFile::open(folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let files = names.iter().map(|name| TensorFile::open_on_disk(folder.join(name))).collect::<Result<Vec<_>>>()?;
         let mut place = BTreeMap::new();
         for (tensor, file) in map {
             let at = names.iter().position(|name| Some(name.as_str()) == file.as_str()).unwrap_or(0);
@@ -93,16 +96,26 @@ impl Shards {
         }
     }
 
-    /// A tensor of a known shape.
-    pub(super) fn tensor<T: Real>(&self, name: &str, expected: &[usize]) -> Result<(Vec<usize>, Vec<T>)> {
+    /// Refuses a tensor that is absent or not of a shape.
+    pub(super) fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
         let name = self.actual(name);
         let file = self.file(name);
-        let (shape, values) = file.tensor::<T>(name, "config.json asks for it")?;
+        let Some(shape) = file.shape(name) else { return Err(file.missing(name, "config.json asks for it")) };
         if shape == expected {
-            return Ok((shape, values));
+            return Ok(());
         }
-        let (expected, found) = (format!("shape {expected:?} (from config.json)"), format!("{shape:?}"));
+        let text = |shape: &[usize]| match shape {
+            [rows, columns] => format!("({rows}, {columns})"),
+            _ => format!("{shape:?}"),
+        };
+        let (expected, found) = (format!("shape {} (from config.json)", text(expected)), text(shape));
         Err(file.malformed(format!("tensor {name}"), expected, found))
+    }
+
+    /// Rows of a tensor that was checked, whose leading axes count as one.
+    pub(super) fn rows<T: Real>(&self, name: &str, rows: Range<usize>, into: &mut [T]) -> Result<()> {
+        let name = self.actual(name);
+        self.file(name).rows(name, "config.json asks for it", rows, into)
     }
 
     pub(super) fn matrix<T: Real>(&self, name: &str, expected: (usize, usize)) -> Result<Array2<T>> {
@@ -156,14 +169,37 @@ impl<T: Real> Model<T> {
     /// [`Error::Io`]; [`Error::Format`] naming file and key or tensor (wrong shape, NaN, a tensor that no part of
     /// the model takes); [`Error::MissingTensor`].
     pub fn read(folder: &Path) -> Result<Self> {
+        Self::read_or_open(folder, false)
+    }
+
+    /// As [`Model::read`], but weights of projections, embedding and output projection stay on the disk and are read each time
+    /// a step needs them. Norms, biases and learned positions are read now.
+    ///
+    /// # Errors
+    /// As [`Model::read`], what is read later excepted: that is an error of the step.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Self::read_or_open(folder, true)
+    }
+
+    fn read_or_open(folder: &Path, later: bool) -> Result<Self> {
         let config = ModelConfig::read(&folder.join("config.json"))?;
-        let shards = Shards::open(folder)?;
+        let shards = Arc::new(Shards::open(folder)?);
         let width = config.hidden_size;
         let table = (config.vocab_size, width);
         let options = &config.options;
         let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
-        let dense = |name: String| Ok::<_, Error>(quantized::read(&shards, &name, table)?.dense().into_owned());
-        let embedding = dense(outside(Outside::Embedding, "weight"))?;
+        let of_table = |module: Outside| -> Result<(Array2<T>, Option<BaseWeight<T>>)> {
+            let name = outside(module, "weight");
+            if quantized::is_packed(&shards, &name) {
+                return Ok((quantized::read(&shards, &name, table)?.dense().into_owned(), None));
+            }
+            let stored = layout::table(&shards, &name, table)?;
+            if later {
+                return Ok((Array2::zeros((0, width)), Some(BaseWeight::Stored(stored))));
+            }
+            Ok((stored.read()?, None))
+        };
+        let (embedding, stored_embedding) = of_table(Outside::Embedding)?;
         let mut known: BTreeSet<String> = [Outside::Embedding, Outside::Head].map(|m| outside(m, "weight")).into();
         let positions = match options.positions {
             Some(offset) => {
@@ -177,7 +213,7 @@ impl<T: Real> Model<T> {
         // Not sized in advance: the config's number of layers is a claim until their tensors are found.
         let mut layers = Vec::new();
         for l in 0..config.num_hidden_layers {
-            let projections = read_projections(&shards, &config, l, &mut known)?;
+            let projections = read_projections(&shards, &config, l, later, &mut known)?;
             let mut norms = [const { None }; 6];
             for norm in Norm::ALL {
                 if let (Some(_), Some(width)) = (options.norm_name(norm), config.norm_width(norm)) {
@@ -205,7 +241,11 @@ impl<T: Real> Model<T> {
         }
         let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
         let final_norm = shards.norm(names, width, options, &mut known)?;
-        let lm_head = if config.tie_word_embeddings { None } else { Some(dense(outside(Outside::Head, "weight"))?) };
+        let (mut lm_head, mut stored_head) = (None, None);
+        if !config.tie_word_embeddings {
+            let (own, stored) = of_table(Outside::Head)?;
+            (lm_head, stored_head) = (stored.is_none().then_some(own), stored);
+        }
         let known: BTreeSet<&str> = known.iter().map(|name| shards.actual(name)).collect();
         let belongs =
             |name: &str| known.contains(name) || quantized::weight_of(name).is_some_and(|w| known.contains(w.as_str()));
@@ -230,6 +270,7 @@ impl<T: Real> Model<T> {
             lm_head,
             trainable: TrainableParts::default(),
             adapters: Default::default(),
+            tables: Tables { embedding: stored_embedding, head: stored_head },
         })
     }
 

@@ -2,6 +2,7 @@
 //! of a trainer's precision, and computes what a known fault would give.
 
 use super::parameters::Projection;
+use crate::blocks::causal_attention::ScoreErrors;
 use crate::error::Result;
 use crate::ops::{Cpu, Ops};
 use std::fmt;
@@ -89,6 +90,8 @@ pub struct InstrumentsOn<'a, E: Ops> {
     pub scale: Option<f64>,
     /// Tokens after its own that a query sees.
     pub ahead: usize,
+    /// Random errors of the scores.
+    pub score_errors: Option<ScoreErrors>,
     /// (row, label) pairs of the loss in place of those that the labels give.
     pub targets: Option<&'a [(usize, usize)]>,
     /// Sees every tensor.
@@ -97,6 +100,12 @@ pub struct InstrumentsOn<'a, E: Ops> {
     pub mask: Option<MaskOn<'a, E>>,
     /// Added to every projection's output, in forwards that save nothing.
     pub extra: Option<AddToOutput<'a, E>>,
+    /// A layer and its input: nothing below it runs, forward or backward.
+    pub from: Option<(usize, &'a E::Matrix)>,
+    /// The layer after which a forward that saves nothing ends.
+    pub until: Option<usize>,
+    /// The lowest layer whose gradients are wanted; those below run forward only.
+    pub lowest: usize,
 }
 
 /// Instruments on the processor.
@@ -104,7 +113,18 @@ pub type Instruments<'a, T> = InstrumentsOn<'a, Cpu<T>>;
 
 impl<E: Ops> Default for InstrumentsOn<'_, E> {
     fn default() -> Self {
-        Self { scale: None, ahead: 0, targets: None, tap: None, mask: None, extra: None }
+        Self {
+            scale: None,
+            ahead: 0,
+            score_errors: None,
+            targets: None,
+            tap: None,
+            mask: None,
+            extra: None,
+            from: None,
+            until: None,
+            lowest: 0,
+        }
     }
 }
 
@@ -117,6 +137,16 @@ impl<E: Ops> Clone for InstrumentsOn<'_, E> {
 impl<E: Ops> Copy for InstrumentsOn<'_, E> {}
 
 impl<E: Ops> InstrumentsOn<'_, E> {
+    /// The first layer that runs.
+    pub(super) fn first(&self) -> usize {
+        self.from.map_or(0, |(layer, _)| layer)
+    }
+
+    /// The lowest layer of the backward.
+    pub(super) fn lowest(&self) -> usize {
+        self.lowest.max(self.first())
+    }
+
     pub(super) fn tap(&self, layer: Option<usize>, point: Point, gradient: bool, tensor: &mut E::Matrix) {
         if let Some(tap) = self.tap {
             tap(Place { layer, point, gradient }, tensor);

@@ -124,10 +124,11 @@ pub(super) struct LayerNeeds {
 }
 
 impl LayerNeeds {
-    pub fn of<E: Ops>(model: &ModelOn<E>, index: usize) -> Self {
+    /// Of a layer in a step that begins at layer `first`.
+    pub fn of<E: Ops>(model: &ModelOn<E>, index: usize, first: usize) -> Self {
         let (layer, parts) = (&model.layers[index], model.trainable);
         let norms = parts.norms || parts.biases;
-        let input = model.trained_below(index);
+        let input = model.trained_below(index, first);
         let normed_input = input || norms;
         let attention = normed_input || layer.trains(Input::Normed);
         let middle = attention || layer.trains(Input::Attended);
@@ -155,6 +156,7 @@ impl<E: Ops> Context<'_, E> {
             cap: options.attention_cap,
             ahead: self.instruments.ahead,
             window: options.window(self.layer),
+            errors: self.instruments.score_errors,
         }
     }
 

@@ -63,6 +63,7 @@ mod projecting;
 mod quantized;
 pub mod s2ft;
 mod step;
+mod tables;
 pub mod update;
 
 pub use attach::{AdapterPlan, MethodSpec};
@@ -83,3 +84,4 @@ pub(crate) use step::attention_shape;
 pub use step::{Pass, PassOn};
 #[cfg(feature = "gpu")]
 pub(crate) use step::{divisor, rope_tables};
+pub use tables::Tables;

@@ -7,6 +7,7 @@ use super::names::Outside;
 use super::norm::NormOn;
 use super::options::Norm;
 use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideAdapters};
+use super::tables::Tables;
 use crate::adapters::lora::LoraOn;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
@@ -185,6 +186,8 @@ pub struct ModelOn<E: Ops> {
     pub trainable: TrainableParts,
     /// Low-rank updates of embedding and output projection.
     pub adapters: OutsideAdapters<E>,
+    /// Embedding and output projection where they are not arrays of this model.
+    pub tables: Tables<E>,
 }
 
 /// A decoder with its adapters on the processor.
@@ -248,7 +251,12 @@ impl<E: Ops> ModelOn<E> {
         }
     }
 
-    /// The output projection.
+    /// Whether the output projection is the embedding.
+    pub fn is_tied(&self) -> bool {
+        self.lm_head.is_none() && self.tables.head.is_none()
+    }
+
+    /// The output projection; of no rows where it stands in [`ModelOn::tables`].
     pub fn head(&self) -> &E::Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
@@ -440,14 +448,15 @@ impl<E: Ops> ModelOn<E> {
         })
     }
 
-    /// Whether anything strictly below layer `index` is trained, so that its input's gradient is needed.
-    pub(crate) fn trained_below(&self, index: usize) -> bool {
-        self.trainable.embedding
-            || (index > 0 && (self.trainable.norms || self.trainable.biases))
-            || self.trainable.positions
-            || self.adapters.embedding.is_some()
-            || (index > 0 && self.trainable.sinks && self.config.options.sinks)
-            || self.layers[..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
+    /// Whether anything strictly below layer `index` is trained in a step that begins at layer `first`, so that the gradient
+    /// of the layer's input is needed.
+    pub(crate) fn trained_below(&self, index: usize, first: usize) -> bool {
+        let parts = self.trainable;
+        let outside = parts.embedding || parts.positions || self.adapters.embedding.is_some();
+        let vectors = parts.norms || parts.biases || (parts.sinks && self.config.options.sinks);
+        (first == 0 && outside)
+            || (index > first && vectors)
+            || self.layers[first..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
     }
 }
 
@@ -504,6 +513,7 @@ impl<T: Real> Model<T> {
             lm_head,
             trainable: TrainableParts::default(),
             adapters: Default::default(),
+            tables: Default::default(),
         })
     }
 
@@ -549,6 +559,14 @@ impl<T: Real> Model<T> {
     /// Values are gathered without being written back, so the model is not touched.
     pub fn trainable_values(&self) -> Vec<(String, Array2<T>)> {
         self.trained_copies(&mut Cpu::default(), |projection, e| projection.values(e))
+    }
+
+    /// Names of the trainable tensors, in the order of [`ModelOn::for_each_trainable_on`].
+    pub fn trainable_names(&self) -> Vec<String> {
+        let nothing = |projection: &LinearOn<Cpu<T>>, _: &mut Cpu<T>| {
+            projection.method.trainable_names().iter().map(|_| Array2::default((0, 0))).collect()
+        };
+        self.trained_copies(&mut Cpu::default(), nothing).into_iter().map(|(name, _)| name).collect()
     }
 
     /// As [`ModelOn::acting_values_on`].

@@ -5,8 +5,6 @@ use super::layer::{Context, LayerOn};
 use super::norm::NormInput;
 use super::options::Norm;
 use super::parameters::Projection;
-use crate::adapters::Adaptation;
-use crate::adapters::full::Frozen;
 use crate::error::{Error, Result};
 use crate::ops::{InputGradient, Ops};
 use std::collections::BTreeMap;
@@ -55,7 +53,7 @@ impl<E: Ops> Projecting<'_, '_, E> {
             Some(masked) => {
                 let (y, kept) = projection.forward_without_bias(e, &masked, add_to, self.save)?;
                 match self.context.masked(place, Masked::Input, true, x, e) {
-                    Some(rest) => (e.product(&rest, &projection.base, Some(y)), kept),
+                    Some(rest) => (projection.base_forward(e, &rest, y)?, kept),
                     None => (y, kept),
                 }
             }
@@ -144,9 +142,9 @@ impl<E: Ops> Unprojecting<'_, '_, E> {
         let wanted = InputGradient::fresh_if(!matches!(dx, InputGradient::Skip));
         let own = projection.backward(e, dy, Some(&masked), saved, sinks, wanted)?;
         let Some(own) = own else { return Ok(None) };
-        let frozen = Frozen.backward(e, &projection.base, dy, None, None, &mut [], InputGradient::fresh_if(true))?;
+        let frozen = projection.base_backward(e, dy)?;
         let own = context.masked(place, Masked::InputGradient, false, &own, e).unwrap_or(own);
-        let sum = match frozen.and_then(|f| context.masked(place, Masked::InputGradient, true, &f, e)) {
+        let sum = match context.masked(place, Masked::InputGradient, true, &frozen, e) {
             Some(rest) => e.add(own, rest, 1.0),
             None => own,
         };

@@ -162,7 +162,7 @@ fn nf4(shards: &Shards, name: &str, shape: (usize, usize)) -> Result<Nf4Matrix> 
         let expected = "a JSON object with blocksize, dtype and shape, and nested_blocksize and nested_offset together";
         file(&state_name).malformed(format!("tensor {state_name}"), expected, found)
     };
-    let state: State = serde_json::from_slice(bytes(&state_name)?).map_err(|e| broken(e.to_string()))?;
+    let state: State = serde_json::from_slice(&bytes(&state_name)?).map_err(|e| broken(e.to_string()))?;
     same_shape(file(name), name, shape, state.shape)?;
     let format = Precision::parse(&state.dtype).map_err(|_| broken(state.dtype.clone()))?;
     let map = part("quant_map");
@@ -197,7 +197,7 @@ fn int8(shards: &Shards, name: &str, shape: (usize, usize)) -> Result<Int8Matrix
     let module = name.strip_suffix(".weight").unwrap_or(name);
     let layout = format!("{module}.weight_format");
     if let Ok((_, bytes)) = shards.file(&layout).bytes(&layout, reason)
-        && bytes != [0]
+        && *bytes != [0]
     {
         let found = format!("{bytes:?}, a layout of a GPU");
         return Err(shards.file(&layout).malformed(format!("tensor {layout}"), "0, row-major", found));

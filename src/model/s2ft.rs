@@ -280,8 +280,8 @@ impl<T: Real> Layer<T> {
                 let requirement = "S2FT reorders weights; attach it before other methods";
                 return Err(Error::invalid(p.path(), projection.method.name(), requirement));
             }
-            let weight = projection.base.dense_mut("s2ft")?;
-            *weight = reorder(weight, p, order, config);
+            let (order_of_lines, config_of) = (order.to_vec(), config.clone());
+            projection.base.change("s2ft", move |weight| *weight = reorder(weight, p, &order_of_lines, &config_of))?;
             if side_of(p) == Side::Output
                 && let Some(bias) = &mut projection.bias
             {

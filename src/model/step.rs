@@ -9,8 +9,7 @@ use super::norm::{NormInput, keep, norm_backward, norm_forward};
 use super::options::Family;
 use super::parameters::{Model, ModelOn};
 use crate::blocks::causal_attention::AttentionShape;
-use crate::blocks::cross_entropy::{cross_entropy_observed, prediction_targets};
-use crate::blocks::linear::linear_forward;
+use crate::blocks::cross_entropy::{Head, cross_entropy_through, prediction_targets};
 use crate::blocks::rope::RopeTable;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -84,9 +83,26 @@ impl<E: Ops> ModelOn<E> {
         Context { layer: 0, config: &self.config, inputs, instruments: *instruments }
     }
 
+    /// The input of the first layer that runs.
+    fn start(&self, e: &mut E, inputs: &E::Inputs, instruments: &InstrumentsOn<'_, E>) -> Result<E::Matrix> {
+        if let Some((layer, x)) = instruments.from {
+            if layer > self.layers.len() {
+                let requirement = format!("the model has {} layers", self.layers.len());
+                return Err(Error::invalid("first layer", layer, requirement));
+            }
+            return Ok(e.copy(x));
+        }
+        let mut x = self.embedded(e, inputs)?;
+        instruments.tap(None, Point::Embedded, false, &mut x);
+        Ok(x)
+    }
+
     /// The embedded tokens, with positions where they are learned.
     fn embedded(&self, e: &mut E, inputs: &E::Inputs) -> Result<E::Matrix> {
-        let x = e.embed(inputs, &self.embedding)?;
+        let x = match &self.tables.embedding {
+            Some(table) => e.embed_from(inputs, table)?,
+            None => e.embed(inputs, &self.embedding)?,
+        };
         let x = self.embedding_update(x, inputs, e)?;
         let x = self.multiplied(x, self.config.options.embedding_multiplier, e);
         let (Some(table), Some(offset)) = (&self.positions, self.config.options.positions) else { return Ok(x) };
@@ -99,7 +115,8 @@ impl<E: Ops> ModelOn<E> {
         if factor.to_bits() == 1f64.to_bits() { x } else { e.scale(x, factor) }
     }
 
-    /// Embedding and layers without saving anything, then the last norm: `N x D`.
+    /// Embedding and layers without saving anything, then the last norm: `N x D`. The output of the layer after which
+    /// the forward ends, if there is one.
     pub(crate) fn hidden_on(
         &self,
         e: &mut E,
@@ -107,11 +124,13 @@ impl<E: Ops> ModelOn<E> {
         instruments: &InstrumentsOn<'_, E>,
     ) -> Result<E::Matrix> {
         let mut context = self.context(inputs, instruments);
-        let mut x = self.embedded(e, inputs)?;
-        instruments.tap(None, Point::Embedded, false, &mut x);
-        for (l, layer) in self.layers.iter().enumerate() {
+        let mut x = self.start(e, inputs, instruments)?;
+        for (l, layer) in self.layers.iter().enumerate().skip(instruments.first()) {
             context.layer = l;
             x = layer_forward(layer, x, &context, None, e)?.0;
+            if instruments.until == Some(l) {
+                return Ok(x);
+            }
         }
         let normed = norm_forward(&x, &self.final_norm, &self.config, e)?.0;
         let mut normed = self.multiplied(normed, self.config.options.logit_multiplier, e);
@@ -134,13 +153,19 @@ impl<E: Ops> ModelOn<E> {
         let GradientsOn { embedding, lm_head, engine: e, .. } = gradients;
         let mut context = self.context(&inputs, instruments);
         let options = &self.config.options;
-        let mut x = self.embedded(e, &inputs)?;
+        let mut x = self.start(e, &inputs, instruments)?;
         e.next_step();
-        instruments.tap(None, Point::Embedded, false, &mut x);
+        let (first, lowest) = (instruments.first(), instruments.lowest().min(self.layers.len()));
         let mut layers = Vec::with_capacity(self.layers.len());
-        for (l, layer) in self.layers.iter().enumerate() {
-            let needs = LayerNeeds::of(self, l);
+        layers.extend((0..first).map(|_| Kept::Nothing));
+        for (l, layer) in self.layers.iter().enumerate().skip(first) {
             context.layer = l;
+            if l < lowest {
+                x = layer_forward(layer, x, &context, None, e)?.0;
+                layers.push(Kept::Nothing);
+                continue;
+            }
+            let needs = LayerNeeds::of(self, l, lowest);
             let kept = if !needs.any {
                 x = layer_forward(layer, x, &context, None, e)?.0;
                 Kept::Nothing
@@ -159,15 +184,17 @@ impl<E: Ops> ModelOn<E> {
         // A factor of the logits is one of the hidden rows.
         let mut normed = self.multiplied(normed, options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
-        let wanted = self.trained_below(self.layers.len()) || self.trainable.norms || self.trainable.biases;
+        let wanted = self.trained_below(self.layers.len(), lowest) || self.trainable.norms || self.trainable.biases;
         let cap = options.logit_cap;
         let head = self.head_with_update(e);
         let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));
         let own = if self.lm_head.is_some() { lm_head } else { embedding };
         let sink = whole.as_mut().or(own.as_mut());
         let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
-        let (loss, mut dnormed) =
-            e.loss(&normed, head.as_ref().unwrap_or(self.head()), &inputs, sink, cap, wanted, &observe)?;
+        let (loss, mut dnormed) = match self.stored_head() {
+            Some(head) => e.loss_through(&normed, head, &inputs, cap, wanted, &observe)?,
+            None => e.loss(&normed, head.as_ref().unwrap_or(self.head()), &inputs, sink, cap, wanted, &observe)?,
+        };
         if let Some(dnormed) = &mut dnormed {
             instruments.tap(None, Point::FinalNorm, true, dnormed);
         }
@@ -183,12 +210,14 @@ impl<E: Ops> ModelOn<E> {
         Ok(PassOn { loss, inputs, layers, last, dnormed })
     }
 
-    /// The backward half: consumes the pass, releasing each saved tensor after its last use.
+    /// The backward half: consumes the pass, releasing each saved tensor after its last use. Layers whose input alone was
+    /// kept run again as in `forward`, the model of the pass.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
     pub(crate) fn backward_on(
         &self,
+        forward: &Self,
         pass: PassOn<E>,
         instruments: &InstrumentsOn<'_, E>,
         gradients: &mut GradientsOn<E>,
@@ -207,12 +236,13 @@ impl<E: Ops> ModelOn<E> {
             let Some(mut dout) = upstream.take() else { break };
             context.layer = l;
             context.tap_gradient(Point::Output, &mut dout);
-            let (layer, needs) = (&self.layers[l], LayerNeeds::of(self, l));
+            let (layer, needs) = (&self.layers[l], LayerNeeds::of(self, l, instruments.lowest()));
             let cache = match kept {
                 Kept::Nothing => break,
                 Kept::Cache(cache) => *cache,
                 Kept::Input(input) => {
-                    let (out, cache) = layer_forward(layer, input, &context, Some(needs), e)?;
+                    let context = Context { config: &forward.config, ..context };
+                    let (out, cache) = layer_forward(&forward.layers[l], input, &context, Some(needs), e)?;
                     e.release(out);
                     match cache {
                         Some(cache) => cache,
@@ -271,8 +301,12 @@ impl<T: Real> Model<T> {
         })
     }
 
-    /// Hidden rows after the last norm, `N x D`, saving nothing.
-    pub(super) fn hidden(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+    /// Hidden rows after the last norm, or the output of the layer after which the instruments end the forward: `N x D`,
+    /// saving nothing.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub(crate) fn hidden(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
         let inputs = self.inputs(batch, Vec::new(), 1.0)?;
         counted(&mut Cpu::default(), cost, |e| self.hidden_on(e, &inputs, instruments))
     }
@@ -291,8 +325,7 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
     pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
-        let mut logits =
-            linear_forward(self.hidden(batch, instruments, cost)?.view(), self.acting_head().view(), cost)?;
+        let mut logits = self.project(self.hidden(batch, instruments, cost)?.view(), cost)?;
         self.config.options.cap_logits(&mut logits);
         instruments.tap(None, Point::Logits, false, &mut logits);
         Ok(logits)
@@ -303,14 +336,34 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// As [`Model::forward`].
     pub fn loss(&self, batch: &Batch, cost: &mut Cost) -> Result<f64> {
-        let targets = prediction_targets(batch.labels.view(), self.config.vocab_size)?;
-        let divisor = divisor(&StepOptions::default(), targets.len())?;
-        on_workers(|| {
-            let hidden = self.hidden(batch, &Instruments::default(), cost)?;
-            let head = self.acting_head();
-            let (hidden, head, cap) = (hidden.view(), head.view(), self.config.options.logit_cap);
-            cross_entropy_observed(hidden, head, &targets, (divisor, cap), None, &|_, _| (), cost)
-        })
+        let loss = on_workers(|| self.loss_with(batch, &StepOptions::default(), &Instruments::default(), cost))?;
+        loss.ok_or_else(|| Error::invalid("loss", "absent", "the forward ends before it"))
+    }
+
+    /// Loss of a batch without gradients, saving nothing; `None` where the instruments end the forward before it.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn loss_with(
+        &self,
+        batch: &Batch,
+        options: &StepOptions,
+        instruments: &Instruments<'_, T>,
+        cost: &mut Cost,
+    ) -> Result<Option<f64>> {
+        let hidden = self.hidden(batch, instruments, cost)?;
+        if instruments.until.is_some() {
+            return Ok(None);
+        }
+        let targets = match instruments.targets {
+            Some(targets) => targets.to_vec(),
+            None => prediction_targets(batch.labels.view(), self.config.vocab_size)?,
+        };
+        let divisor = (divisor(options, targets.len())?, self.config.options.logit_cap);
+        let own = self.acting_head();
+        let head = self.stored_head().map_or_else(|| Head::Whole(own.view()), Head::of);
+        let observe = |gradient: bool, logits: &mut Array2<T>| instruments.tap(None, Point::Logits, gradient, logits);
+        cross_entropy_through(hidden.view(), &head, &targets, divisor, None, &observe, cost).map(Some)
     }
 
     /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
@@ -358,15 +411,17 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
     pub fn backward(&self, pass: Pass<T>, gradients: &mut Gradients<T>, cost: &mut Cost) -> Result<StepOutput> {
-        on_workers(|| self.backward_with(pass, &Instruments::default(), gradients, cost))
+        on_workers(|| self.backward_with(self, pass, &Instruments::default(), gradients, cost))
     }
 
-    /// As [`Model::backward`], with the instruments of the forward.
+    /// As [`Model::backward`], with the instruments of the forward, and its model, from which layers that kept nothing but
+    /// their input run again.
     ///
     /// # Errors
     /// As [`Model::backward`].
     pub fn backward_with(
         &self,
+        forward: &Self,
         pass: Pass<T>,
         instruments: &Instruments<'_, T>,
         gradients: &mut Gradients<T>,
@@ -374,7 +429,7 @@ impl<T: Real> Model<T> {
     ) -> Result<StepOutput> {
         let output = pass.output();
         std::mem::swap(&mut gradients.engine.cost, cost);
-        let done = self.backward_on(pass, instruments, gradients);
+        let done = self.backward_on(forward, pass, instruments, gradients);
         std::mem::swap(&mut gradients.engine.cost, cost);
         done.map(|_| output)
     }

@@ -6,7 +6,7 @@ use crate::blocks::base_weight::BaseWeight;
 use crate::blocks::causal_attention::{
     AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward, causal_attention_forward,
 };
-use crate::blocks::cross_entropy::{CrossEntropySinks, cross_entropy_observed};
+use crate::blocks::cross_entropy::{CrossEntropySinks, Head, cross_entropy_through};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
 use crate::blocks::experts::{self, Routing};
 use crate::blocks::linear::linear_backward_weight;
@@ -22,6 +22,7 @@ use crate::linalg::gemm::{parallel_product, parallel_product_into};
 use crate::linalg::{Real, Scratch};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// The processor with its working memory and its counters.
@@ -102,6 +103,28 @@ impl<T: Real> Cpu<T> {
         let (mut y, beta) = self.target((a.nrows(), b.ncols()), add_to);
         parallel_product_into(T::one(), a, b, beta, &mut y.view_mut(), &mut self.cost);
         y
+    }
+
+    fn cross_entropy(
+        &mut self,
+        hidden: &Array2<T>,
+        head: &Head<'_, T>,
+        inputs: &CpuInputs<T>,
+        sink: Option<&mut Array2<T>>,
+        cap: Option<f64>,
+        wanted: bool,
+        observe: ObserveLogits<'_, Self>,
+    ) -> Result<(f64, Option<Array2<T>>)> {
+        let mut dhidden = self.scratch.zeros(hidden.dim());
+        let mut view = dhidden.view_mut();
+        let sinks = CrossEntropySinks { dhidden: &mut view, dweight: sink.map(|sink| sink.view_mut()) };
+        let (targets, divisor) = (&inputs.targets, (inputs.divisor, cap));
+        let loss = cross_entropy_through(hidden.view(), head, targets, divisor, Some(sinks), observe, &mut self.cost)?;
+        if wanted {
+            return Ok((loss, Some(dhidden)));
+        }
+        self.scratch.keep(dhidden);
+        Ok((loss, None))
     }
 
     /// Changes every row of a matrix, several at a time; `change` gets the row's number.
@@ -196,6 +219,41 @@ impl<T: Real> Ops for Cpu<T> {
 
     fn accumulate(&mut self, sink: &mut Array2<T>, factor: f64, x: &Array2<T>) {
         sink.scaled_add(T::of(factor), x);
+    }
+
+    fn resident<'a>(&mut self, weight: &'a BaseWeight<T>) -> Result<Cow<'a, BaseWeight<T>>> {
+        let BaseWeight::Stored(stored) = weight else { return Ok(Cow::Borrowed(weight)) };
+        if let Some(there) = stored.in_memory() {
+            return Ok(Cow::Borrowed(there));
+        }
+        let mut dense = self.scratch.array(stored.shape());
+        stored.read_into(&mut dense)?;
+        Ok(Cow::Owned(BaseWeight::Dense(dense)))
+    }
+
+    fn give_back(&mut self, weight: Cow<'_, BaseWeight<T>>) {
+        if let Cow::Owned(BaseWeight::Dense(dense)) = weight {
+            self.scratch.keep(dense);
+        }
+    }
+
+    fn embed_from(&mut self, inputs: &CpuInputs<T>, table: &BaseWeight<T>) -> Result<Array2<T>> {
+        match table {
+            BaseWeight::Stored(stored) if stored.in_memory().is_none() => stored.gather(&inputs.ids),
+            _ => embedding_forward(&inputs.ids, table.dense().view()),
+        }
+    }
+
+    fn loss_through(
+        &mut self,
+        hidden: &Array2<T>,
+        head: &BaseWeight<T>,
+        inputs: &CpuInputs<T>,
+        cap: Option<f64>,
+        wanted: bool,
+        observe: ObserveLogits<'_, Self>,
+    ) -> Result<(f64, Option<Array2<T>>)> {
+        self.cross_entropy(hidden, &Head::of(head), inputs, None, cap, wanted, observe)
     }
 
     fn embed(&mut self, inputs: &CpuInputs<T>, table: &Array2<T>) -> Result<Array2<T>> {
@@ -489,7 +547,7 @@ impl<T: Real> Ops for Cpu<T> {
         range: Range<usize>,
         values: Array2<T>,
     ) -> Result<()> {
-        side.of_mut(weight.dense_mut("s2ft")?, range).assign(&values);
+        weight.change("s2ft", move |weight| side.of_mut(weight, range.clone()).assign(&values))?;
         Ok(())
     }
 
@@ -529,7 +587,7 @@ impl<T: Real> Ops for Cpu<T> {
             value.view(),
             inputs.shape,
             inputs.visible(scoring),
-            Scores { scale: scoring.scale, cap: scoring.cap },
+            Scores { scale: scoring.scale, cap: scoring.cap, errors: scoring.errors },
             &mut self.scratch,
             &mut self.cost,
         )?;
@@ -556,7 +614,7 @@ impl<T: Real> Ops for Cpu<T> {
             &views,
             inputs.shape,
             inputs.visible(scoring),
-            Scores { scale: scoring.scale, cap: scoring.cap },
+            Scores { scale: scoring.scale, cap: scoring.cap, errors: scoring.errors },
             &mut self.scratch,
             &mut self.cost,
         )?;
@@ -659,16 +717,6 @@ impl<T: Real> Ops for Cpu<T> {
         wanted: bool,
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(f64, Option<Array2<T>>)> {
-        let mut dhidden = self.scratch.zeros(hidden.dim());
-        let mut view = dhidden.view_mut();
-        let sinks = CrossEntropySinks { dhidden: &mut view, dweight: sink.map(|sink| sink.view_mut()) };
-        let (targets, divisor) = (&inputs.targets, (inputs.divisor, cap));
-        let (hidden, head) = (hidden.view(), head.view());
-        let loss = cross_entropy_observed(hidden, head, targets, divisor, Some(sinks), observe, &mut self.cost)?;
-        if wanted {
-            return Ok((loss, Some(dhidden)));
-        }
-        self.scratch.keep(dhidden);
-        Ok((loss, None))
+        self.cross_entropy(hidden, &Head::Whole(head.view()), inputs, sink, cap, wanted, observe)
     }
 }

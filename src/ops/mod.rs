@@ -15,6 +15,7 @@ mod cpu;
 mod side;
 mod sizes;
 
+use crate::blocks::causal_attention::ScoreErrors;
 pub use crate::blocks::experts::Choice;
 use crate::blocks::swiglu::Activation;
 use crate::error::{Error, Result};
@@ -22,6 +23,7 @@ pub use cpu::{Cpu, CpuInputs, SavedAttention};
 pub use side::Side;
 pub(crate) use sizes::loss_chunk;
 pub use sizes::{Buffer, SizeInputs, SizedWeight, Sizes};
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -76,6 +78,8 @@ pub struct Scoring {
     pub ahead: usize,
     /// Keys up to its own that a query sees; all of them when absent.
     pub window: Option<usize>,
+    /// Random errors of the scores; on the processor only.
+    pub errors: Option<ScoreErrors>,
 }
 
 /// A function shown each chunk of logits (false) and of their gradient (true), which it may change.
@@ -142,6 +146,38 @@ pub trait Ops: Clone + Debug + Sized {
     fn sink(&self, shape: (usize, usize)) -> Self::Sink;
     /// sink += factor x.
     fn accumulate(&mut self, sink: &mut Self::Sink, factor: f64, x: &Self::Matrix);
+
+    /// The weight in memory: itself, or what is read now. [`Ops::give_back`] takes it when it is no longer needed.
+    ///
+    /// # Errors
+    /// Those of reading.
+    fn resident<'a>(&mut self, weight: &'a Self::Weight) -> Result<Cow<'a, Self::Weight>> {
+        Ok(Cow::Borrowed(weight))
+    }
+    /// Takes back what [`Ops::resident`] gave.
+    fn give_back(&mut self, _weight: Cow<'_, Self::Weight>) {}
+    /// As [`Ops::embed`], from a weight.
+    ///
+    /// # Errors
+    /// As there; those of reading.
+    fn embed_from(&mut self, _inputs: &Self::Inputs, _table: &Self::Weight) -> Result<Self::Matrix> {
+        Err(lacking("a stored embedding"))
+    }
+    /// As [`Ops::loss`], with a weight for the output projection, which is frozen.
+    ///
+    /// # Errors
+    /// As there; those of reading.
+    fn loss_through(
+        &mut self,
+        _hidden: &Self::Matrix,
+        _head: &Self::Weight,
+        _inputs: &Self::Inputs,
+        _cap: Option<f64>,
+        _wanted: bool,
+        _observe: ObserveLogits<'_, Self>,
+    ) -> Result<(Self::Loss, Option<Self::Matrix>)> {
+        Err(lacking("a stored output projection"))
+    }
 
     /// Rows of the table by id.
     ///

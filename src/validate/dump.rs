@@ -1,5 +1,6 @@
 //! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
 
+use super::diagnosis::budget::Effort;
 use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
 use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
@@ -105,6 +106,10 @@ pub struct Case {
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
     pub ties: Vec<Tie>,
+    /// How much a search for faults may cost.
+    pub effort: Effort,
+    /// Whether backward runs each layer's forward again instead of keeping its activations.
+    pub recompute: bool,
     /// Whether faults below every tolerance are looked for; by the size of the step when absent.
     pub faint: Option<bool>,
 }
@@ -150,9 +155,27 @@ impl Case {
     /// # Errors
     /// Those of the model and adapter folders and of the tensor file; [`Error::Format`] for inputs of a wrong shape.
     pub fn read(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
-        let file = TensorFile::open(&paths.step)?;
+        Self::read_or_open(name, paths, manifest, plain, false)
+    }
+
+    /// As [`Case::read`], with the model's weights left on the disk ([`Model::open`]).
+    ///
+    /// # Errors
+    /// As [`Case::read`].
+    pub fn open(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
+        Self::read_or_open(name, paths, manifest, plain, true)
+    }
+
+    fn read_or_open(
+        name: &str,
+        paths: &DumpPaths,
+        manifest: Option<&Manifest>,
+        plain: &PlainSettings,
+        open: bool,
+    ) -> Result<Self> {
+        let file = TensorFile::open_on_disk(&paths.step)?;
         refuse_unsupported(paths)?;
-        let mut model = Model::<f64>::read(&paths.model)?;
+        let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
         let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
         // Before an adapter is read: some are made of the weight.
         let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward));
@@ -174,17 +197,19 @@ impl Case {
         };
         let mut trainer = read_trainer(&file, loss.scale, &model, batch.tokens())?;
         let of_adapter: Vec<String> = match kind {
-            Some(_) => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
+            Some(_) => model.trainable_names(),
             None => Vec::new(),
         };
         let named = manifest.and_then(|m| m.trained.as_ref());
         let trained: Vec<String> = match named {
             Some(names) => names.iter().flat_map(|n| names_of(n, &model)).collect(),
-            None if kind.is_some() => model.trainable_values().into_iter().map(|(name, _)| name).collect(),
+            None if kind.is_some() => model.trainable_names(),
             None => trainer.gradients.keys().cloned().collect(),
         };
         train_these(&mut model, &trained, &paths.step)?;
-        let known: Vec<String> = model.trainable_values().into_iter().map(|(name, _)| name).collect();
+        model.own_trained_tables()?;
+        model.share_frozen();
+        let known: Vec<String> = model.trainable_names();
         let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
         let mut rounding = rounding(manifest, &trainer, plain);
         // Without a word the products are those of the weights' own format.
@@ -204,6 +229,7 @@ impl Case {
             row_lengths: row_lengths(&file, batch.input_ids.dim())?,
             from_upstream: false,
         };
+        let effort = Effort::of(&model.config, batch.tokens());
         Ok(Self {
             name: name.to_string(),
             model,
@@ -217,6 +243,8 @@ impl Case {
             quantized,
             trainer,
             ties: Vec::new(),
+            effort,
+            recompute: false,
             faint: None,
         })
     }
@@ -252,7 +280,7 @@ fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
     };
     let weights = paths.model.join("model.safetensors");
     if weights.exists() {
-        let file = TensorFile::open(&weights)?;
+        let file = TensorFile::open_on_disk(&weights)?;
         if let Some(name) = copies(&file) {
             return refuse(&file, name);
         }

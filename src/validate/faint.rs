@@ -8,19 +8,16 @@
 //! s = deviation of <R~ - B, F - R> / |F - R|^2 over the roundings
 //! ```
 //!
-//! Dither moves each tensor by up to half a unit in the last place before it is rounded, so that the roundings are independent
-//! and somewhat larger than the trainer's.
+//! Dither (module `roundings`) makes the roundings independent, and somewhat larger than the trainer's.
 
 use super::diagnosis::{self, Context, Diagnosis, Fault};
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, gradient_scale, rung_of};
-use super::reference::{Evidence, Variant, select_rows};
+use super::reference::{Evidence, select_rows};
 use super::report::Watch;
+use super::roundings::dithered;
 use crate::error::Result;
 use crate::linalg::norms::frobenius;
-use crate::model::Place;
-use ndarray::Array2;
-use rand::RngExt;
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -79,7 +76,7 @@ pub(super) fn search(context: &Context<'_>, watch: &dyn Watch) -> Result<Search>
     let right = vector(context.exact);
     let mut roundings = Vec::with_capacity(ROUNDINGS);
     for seed in 0..ROUNDINGS as u64 {
-        roundings.push(vector(&dithered(case, seed)?));
+        roundings.push(vector(&dithered(case, seed, false)?));
     }
     let count = roundings.len() as f64;
     let mean: Vec<f64> = (0..right.len()).map(|i| roundings.iter().map(|r| r[i]).sum::<f64>() / count).collect();
@@ -137,18 +134,6 @@ fn verdict(strongest: Option<&(Amplitude, Fault)>, tried: usize) -> (Rung, Optio
 
 fn inner(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-/// The step rounded as the trainer rounds, each tensor moved by up to half a unit before.
-fn dithered(case: &Case, seed: u64) -> Result<Evidence> {
-    let generator = RefCell::new(crate::streams::generator(seed, "validate/dither", 0));
-    let rounding = case.rounding;
-    let dither = |place: Place, x: &mut Array2<f64>| {
-        let unit = rounding.at(place).epsilon() / 2.0;
-        let mut generator = generator.borrow_mut();
-        x.mapv_inplace(|x| x * (1.0 + unit * generator.random_range(-1.0..1.0)));
-    };
-    case.run(&Variant { tap: Some(&dither), rounding: Some(rounding), ..Variant::default() })
 }
 
 /// What the trainer computed, as evidence.

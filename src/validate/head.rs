@@ -80,6 +80,8 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         not_exercised: Vec::new(),
         amplitudes: Vec::new(),
         reference_steps: steps,
+        ruled_out: 0,
+        left_out: Vec::new(),
     })
 }
 

@@ -109,6 +109,11 @@ impl Rung {
         self.outcome == Outcome::Fail
     }
 
+    /// Whether a tensor is outside its tolerance.
+    pub(super) fn fails(&self, tensor: &str) -> bool {
+        self.tensors.iter().any(|m| m.name == tensor && !m.passes())
+    }
+
     /// Largest share of a tolerance.
     pub fn share(&self) -> f64 {
         self.tensors.iter().map(|m| m.share).fold(0.0, f64::max)

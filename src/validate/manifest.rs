@@ -106,9 +106,11 @@ pub struct ParameterGroup {
     pub parameters: Vec<String>,
     /// Learning rate.
     pub lr: f64,
-    /// Decay of AdamW's moments.
+    /// Decay of AdamW's moments, likewise.
+    #[serde(deserialize_with = "two_numbers")]
     pub betas: Option<(f64, f64)>,
-    /// AdamW's eps.
+    /// AdamW's eps; other optimizers' groups may hold something else under that name.
+    #[serde(deserialize_with = "one_number")]
     pub eps: Option<f64>,
     /// Weight decay.
     pub weight_decay: f64,
@@ -119,6 +121,14 @@ pub struct ParameterGroup {
     maximize: bool,
     nesterov: bool,
     dampening: f64,
+}
+
+fn one_number<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
+    Ok(serde_json::Value::deserialize(from)?.as_f64())
+}
+
+fn two_numbers<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<(f64, f64)>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(from)?).ok())
 }
 
 /// The optimizer that made the parameters after the step.

@@ -21,6 +21,7 @@ pub mod own_forward;
 mod recorded;
 pub mod reference;
 mod report;
+mod roundings;
 pub mod routing;
 pub mod selftest;
 mod stacked;

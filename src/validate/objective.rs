@@ -5,8 +5,10 @@
 //! dz_iv  = w_i [ (1 + 2 c lse_i) p_iv - (1 - eps) [v = y] - eps / V ] / divisor,     lse_i = log sum_v exp z_iv
 //! ```
 
-use crate::blocks::cross_entropy::LOGIT_ROWS;
-use ndarray::{Array2, ArrayView1, ArrayViewMut1};
+use super::dump::Case;
+use crate::blocks::cross_entropy::{LOGIT_ROWS, prediction_targets};
+use ndarray::{Array1, Array2, ArrayView1, ArrayViewMut1};
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Cross-entropy with label smoothing, token weights and z-loss.
@@ -59,6 +61,43 @@ impl Upstream {
         };
         let any = |row: &ArrayView1<'_, f64>| row.iter().any(|x| x.abs() > 0.0 || x.is_nan());
         gradient.rows().into_iter().enumerate().filter(|(_, row)| any(row)).map(|(i, _)| (i, 0)).collect()
+    }
+}
+
+impl Case {
+    /// Whether the recorded gradient of the logits is that of the declared loss at the trainer's own logits, as far as their
+    /// format tells: then judging from it on says nothing else than judging with the loss.
+    pub(super) fn left_the_declared_gradient(&self) -> bool {
+        let (Some(Upstream::Logits(left)), Some(logits)) = (&self.trainer.upstream, &self.trainer.logits) else {
+            return false;
+        };
+        let config = &self.model.config;
+        let (rows, length) = self.batch.input_ids.dim();
+        let plain = config.options.logit_cap.is_none() && left.dim() == logits.values.dim();
+        let Ok(targets) = prediction_targets(self.batch.labels.view(), config.vocab_size) else { return false };
+        if !plain || left.nrows() != rows * length {
+            return false;
+        }
+        let multiplier = config.options.logit_multiplier;
+        let mut of_row = vec![None; rows * length];
+        for (range, divisor) in self.parts() {
+            let inside = range.start * length..range.end * length;
+            let counted = targets.iter().filter(|(row, _)| inside.contains(row));
+            counted.for_each(|&(row, label)| of_row[row] = Some((label, divisor)));
+        }
+        let gap_and_norm = |row: usize| {
+            let mut want = Array1::zeros(left.ncols());
+            if let Some((label, divisor)) = of_row[row] {
+                self.objective.row(logits.values.row(row), row, label, want.view_mut());
+                want /= divisor * multiplier.recip();
+            }
+            let gap = left.row(row).iter().zip(&want).map(|(l, w)| (l - w) * (l - w)).sum::<f64>();
+            [gap, want.dot(&want)]
+        };
+        let sum = |a: [f64; 2], b: [f64; 2]| [a[0] + b[0], a[1] + b[1]];
+        let [gap, norm] = (0..left.nrows()).into_par_iter().map(gap_and_norm).reduce(|| [0.0; 2], sum);
+        let near = 4.0 * self.rounding.coarsest().epsilon().max(1e-5);
+        gap.sqrt() <= near * norm.sqrt()
     }
 }
 

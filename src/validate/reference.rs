@@ -5,12 +5,13 @@ use super::ladder::RungName;
 use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
 use super::precision::Precision;
+use super::report::Watch;
+use crate::blocks::causal_attention::ScoreErrors;
 use crate::blocks::cross_entropy::prediction_targets;
-use crate::blocks::linear::linear_forward;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
-use crate::model::{Batch, Instruments, Masked, Model, Place, Point, Projection, StepOptions, Tap};
+use crate::model::{Batch, Instruments, Masked, Model, Outside, Place, Point, Projection, StepOptions, Tap};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -121,6 +122,8 @@ pub struct Variant<'a> {
     pub scale: Option<f64>,
     /// Tokens ahead that a query sees.
     pub ahead: usize,
+    /// Random errors of the scores.
+    pub score_errors: Option<ScoreErrors>,
     /// (row, label) pairs that the loss counts, rows being those of the whole batch.
     pub targets: Option<Vec<(usize, usize)>>,
     /// Changes tensors on their way.
@@ -133,6 +136,48 @@ pub struct Variant<'a> {
     pub unmasked: Option<Masked>,
     /// The loss, in place of the declared one.
     pub objective: Option<Objective>,
+    /// Layers whose output is recorded besides those of the dump.
+    pub hidden: Vec<usize>,
+    /// Which part of the step is run.
+    pub part: Part<'a>,
+    /// Is told of each layer.
+    pub watch: Option<&'a dyn Watch>,
+}
+
+/// A part of a step; the default is all of it.
+#[derive(Clone, Copy, Default)]
+pub struct Part<'a> {
+    /// A layer and its input, rows of the whole batch: nothing below it runs, and it has no gradients.
+    pub from: Option<(usize, &'a Array2<f64>)>,
+    /// The lowest layer whose gradients are wanted.
+    pub lowest: usize,
+    /// No gradients at all.
+    pub forward_only: bool,
+    /// The layer after whose output a step without gradients ends: it has no loss and no logits.
+    pub until: Option<usize>,
+}
+
+impl Part<'_> {
+    /// Layers that run forward, and backward, of `layers`; whether the loss is formed.
+    fn extent(&self, layers: usize) -> (usize, usize, bool) {
+        let first = self.from.map_or(0, |(layer, _)| layer);
+        let last = self.until.map_or(layers, |layer| layer + 1);
+        let backward = if self.forward_only { 0 } else { layers.saturating_sub(first.max(self.lowest)) };
+        (last.saturating_sub(first), backward, self.until.is_none())
+    }
+
+    /// Cost as a share of the whole step's, whose layers and output projection have so many weights each.
+    pub(super) fn cost(&self, layers: usize, layer: f64, head: f64) -> f64 {
+        let (forward, backward, loss) = self.extent(layers);
+        let head = if !loss {
+            0.0
+        } else if self.forward_only {
+            head
+        } else {
+            2.0 * head
+        };
+        ((forward + backward) as f64 * layer + head) / (2.0 * (layers as f64 * layer + head.max(f64::MIN_POSITIVE)))
+    }
 }
 
 /// A copy of the model whose weights are rounded as autocast does; embedding and norms are not cast.
@@ -140,7 +185,7 @@ fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>>
     let mut cast = model.clone();
     for layer in &mut cast.layers {
         for (_, projection) in layer.projections_mut() {
-            precision.round_array(projection.base.dense_mut("autocast")?);
+            projection.base.change_entries("autocast", move |x| precision.round(x))?;
             if let Some(bias) = &mut projection.bias {
                 bias.mapv_inplace(|x| precision.round(x));
             }
@@ -150,8 +195,14 @@ fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>>
             })?;
         }
     }
-    if cast.lm_head.is_none() {
-        cast.lm_head = Some(cast.embedding.clone());
+    if cast.is_tied() {
+        match cast.tables.embedding.clone() {
+            Some(table) => cast.tables.head = Some(table),
+            None => cast.lm_head = Some(cast.embedding.clone()),
+        }
+    }
+    if let Some(head) = &mut cast.tables.head {
+        head.change_entries("autocast", move |x| precision.round(x))?;
     }
     if let Some(head) = &mut cast.lm_head {
         precision.round_array(head);
@@ -222,7 +273,7 @@ impl Case {
             Some(p) if !std::ptr::eq(forward, backward) => Some(cast_products(backward, p)?),
             _ => None,
         };
-        let tied_cast = cast.is_some() && forward.lm_head.is_none();
+        let tied_cast = cast.is_some() && forward.is_tied();
         let backward = cast_backward.as_ref().or(cast.as_ref()).unwrap_or(backward);
         let restored = variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
         let restored = restored.map(|q| self.restored_again(backward, q.backward)).transpose()?;
@@ -254,11 +305,17 @@ impl Case {
         let objective = variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
         let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
-        let want_logits = self.trainer.logits.is_some();
+        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none();
         if want_logits {
             evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
         }
-        for &layer in self.trainer.hidden.keys().filter(|l| **l < forward.layers.len()) {
+        let part = variant.part;
+        let runs = |layer: usize| {
+            part.from.is_none_or(|(first, _)| layer >= first) && part.until.is_none_or(|last| layer <= last)
+        };
+        for &layer in
+            self.trainer.hidden.keys().chain(&variant.hidden).filter(|l| **l < forward.layers.len() && runs(**l))
+        {
             evidence.hidden.insert(layer, Array2::zeros((rows * length, forward.config.hidden_size)));
         }
         for (range, divisor) in &parts {
@@ -292,6 +349,9 @@ impl Case {
                 if let Some(rounding) = &variant.rounding {
                     rounding.at(place).round_array(tensor);
                 }
+                if let (Some(watch), Point::Output, Some(layer)) = (variant.watch, place.point, place.layer) {
+                    watch.layer(layer, place.gradient);
+                }
                 if place.gradient {
                     return;
                 }
@@ -308,8 +368,7 @@ impl Case {
                     }
                     (Point::FinalNorm, None) => {
                         if let Some(all) = &mut evidence.logits
-                            && let Ok(mut logits) =
-                                linear_forward(tensor.view(), forward.acting_head().view(), &mut Cost::default())
+                            && let Ok(mut logits) = forward.project(tensor.view(), &mut Cost::default())
                         {
                             forward.config.options.cap_logits(&mut logits);
                             if let Some(rounding) = &variant.rounding {
@@ -336,28 +395,46 @@ impl Case {
                 });
                 true
             };
+            let from = part.from.map(|(layer, all)| (layer, all.slice(s![inside.clone(), ..]).to_owned()));
             let instruments = Instruments {
+                from: from.as_ref().map(|(layer, x)| (*layer, x)),
+                until: part.until,
+                lowest: part.lowest,
                 mask: (!self.trainer.masks.is_empty()).then_some(&mask),
                 scale: variant.scale,
                 ahead: variant.ahead,
+                score_errors: variant.score_errors,
                 targets: Some(&targets),
                 tap: Some(&tap),
                 ..Instruments::default()
             };
-            let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: false };
-            let part = rows_of(batch, range)?;
+            let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: self.recompute };
+            let rows = rows_of(batch, range)?;
             let mut cost = Cost::default();
-            let pass = forward.forward_with(&part, &options, &instruments, &mut gradients, &mut cost)?;
-            let output = backward.backward_with(pass, &instruments, &mut gradients, &mut cost)?;
+            if part.forward_only {
+                let loss = forward.loss_with(&rows, &options, &instruments, &mut cost)?;
+                evidence.loss += loss.map_or(f64::NAN, |loss| loss / scale);
+                continue;
+            }
+            let pass = forward.forward_with(&rows, &options, &instruments, &mut gradients, &mut cost)?;
+            let output = backward.backward_with(forward, pass, &instruments, &mut gradients, &mut cost)?;
             let whole = if objective.is_some() { chunks.into_inner().loss / divisor } else { output.loss / scale };
             evidence.loss += whole;
         }
         if tied_cast && let (Some(head), Some(embedding)) = (gradients.lm_head.take(), &mut gradients.embedding) {
             *embedding += &head;
         }
-        evidence.gradients = gradients
-            .named()
+        let first = part.lowest.max(part.from.map_or(0, |(layer, _)| layer));
+        let embedding = [Outside::Embedding, Outside::Positions].map(|m| forward.config.options.outside(m));
+        // What lies below the part has no gradient.
+        let inside = |name: &str| match super::names::place_of(name).0 {
+            Some(layer) => layer >= first,
+            None => first == 0 || !embedding.iter().any(|module| !module.is_empty() && name.starts_with(module)),
+        };
+        let named = if part.forward_only { Vec::new() } else { gradients.named() };
+        evidence.gradients = named
             .into_iter()
+            .filter(|(name, _)| inside(name))
             .map(|(name, g)| {
                 let mut g = g.to_owned();
                 if let Some(rounding) = &variant.rounding {
@@ -373,8 +450,15 @@ impl Case {
         Ok(evidence)
     }
 
-    /// Rows of logits and hidden states that mean something: not padding.
+    /// Rows of logits and hidden states that mean something: not padding, nor in a micro-batch that counts no token.
     pub fn real_rows(&self) -> Vec<usize> {
+        let length = self.batch.input_ids.ncols();
+        let parts = self.parts();
+        let run = |row: &usize| parts.iter().any(|(rows, _)| rows.contains(&(row / length)));
+        self.unpadded_rows().into_iter().filter(run).collect()
+    }
+
+    fn unpadded_rows(&self) -> Vec<usize> {
         match &self.batch.attention_mask {
             Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
             None => {

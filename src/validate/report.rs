@@ -38,6 +38,10 @@ pub struct Report {
     pub amplitudes: Vec<Amplitude>,
     /// Steps of the reference that were run.
     pub reference_steps: usize,
+    /// Hypotheses that a part of a step ruled out.
+    pub ruled_out: usize,
+    /// Hypotheses that were not tried because the search had cost what it may.
+    pub left_out: Vec<String>,
 }
 
 impl Report {
@@ -83,6 +87,8 @@ impl Report {
 pub trait Watch {
     /// A part begins.
     fn begins(&self, what: &str);
+    /// A layer is done, forward or backward.
+    fn layer(&self, _layer: usize, _backward: bool) {}
 }
 
 /// Says nothing.
@@ -115,7 +121,7 @@ pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
     if let Ok(report) = &declared {
         // Dropout is the word where nothing could be compared: from the loss on there may be more to say.
         let named = report.diagnoses.iter().any(|d| d.complete && d.fault != "dropout-active");
-        if !of_step(report) || named {
+        if !of_step(report) || named || case.left_the_declared_gradient() {
             return declared;
         }
     }
@@ -138,7 +144,7 @@ fn below_the_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let mut below = case.clone();
     below.trainer.setting.from_upstream = true;
     if matches!(case.trainer.upstream, Some(Upstream::FinalNorm(_))) {
-        let module = if case.model.lm_head.is_some() { Outside::Head } else { Outside::Embedding };
+        let module = if !case.model.is_tied() { Outside::Head } else { Outside::Embedding };
         let head = case.model.config.options.outside_tensor(module, "weight");
         below.trained.retain(|name| *name != head);
     }
@@ -184,16 +190,28 @@ fn with_declared_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
 
 fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     watch.begins("exact reference");
-    let exact = case.run(&Variant::default())?;
+    let below = diagnosis::budget::top_layer(case).and_then(|top| top.checked_sub(1));
+    let hidden = below.into_iter().collect();
+    let exact = case.run(&Variant { watch: Some(watch), hidden, ..Variant::default() })?;
     watch.begins("reference with the trainer's rounding");
-    let rounded = case.run(&Variant { rounding: Some(case.rounding), ..Variant::default() })?;
+    let rounded = case.run(&Variant { rounding: Some(case.rounding), watch: Some(watch), ..Variant::default() })?;
     let mut rungs = climb(case, &exact, &rounded);
+    let mut steps = 2;
+    if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
+        steps += 5;
+        if let Some(passed) = super::roundings::second_look(case, &exact, &rounded, &rungs, watch)? {
+            rungs = passed;
+        }
+    }
     let (faults, remarks) = setting::findings(case, &rungs)?;
-    let (mut diagnoses, mut steps, mut amplitudes) = (Vec::new(), 2, Vec::new());
+    let (mut diagnoses, mut amplitudes) = (Vec::new(), Vec::new());
+    let (mut ruled_out, mut left_out) = (0, Vec::new());
     if rungs.iter().any(Rung::failed) {
         let outcome = diagnosis::diagnose(case, &exact, &rounded, &rungs, watch)?;
         diagnoses = outcome.found;
         steps += outcome.steps;
+        ruled_out = outcome.budget.ruled_out;
+        left_out = outcome.budget.left_out.into_iter().collect();
         if let Some(measured) = outcome.measured {
             rungs = measured;
         }
@@ -230,5 +248,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         not_exercised: super::not_exercised::list(case),
         amplitudes,
         reference_steps: steps,
+        ruled_out,
+        left_out,
     })
 }

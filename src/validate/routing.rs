@@ -3,7 +3,7 @@
 
 use super::dump::Case;
 use super::ladder::climb;
-use super::reference::Variant;
+use super::reference::{Part, Variant};
 use super::report::Watch;
 use crate::error::Result;
 use crate::model::{Place, Point};
@@ -53,7 +53,8 @@ fn scores(case: &Case, rounded: bool) -> Result<BTreeMap<usize, Array2<f64>>> {
         }
     };
     let rounding = rounded.then_some(case.rounding);
-    case.run(&Variant { tap: Some(&tap), rounding, ..Variant::default() })?;
+    let part = Part { forward_only: true, ..Part::default() };
+    case.run(&Variant { tap: Some(&tap), rounding, part, ..Variant::default() })?;
     let joined = |parts: Vec<Array2<f64>>| {
         let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
         ndarray::concatenate(ndarray::Axis(0), &views).unwrap_or_default()

@@ -117,18 +117,20 @@ fn ulp(precision: Precision, x: f64) -> f64 {
 /// Whether `after` is the exact result in the parameter's own format: rounded to nearest, or up and down by chance
 /// (stochastic rounding, a compensating buffer), where the mean of the update must arrive.
 ///
-/// `slack` is what the optimizer's own arithmetic may be off, entry by entry.
+/// `slack` is what the optimizer's own arithmetic may be off, entry by entry. After the `first` update a compensating
+/// buffer holds what earlier ones lost, up to half a unit each, and gives it back.
 pub(super) fn stored_in_format(
     before: &Array2<f64>,
     after: &Array2<f64>,
     expected: &Array2<f64>,
     slack: &Array2<f64>,
     precision: Precision,
+    first: bool,
 ) -> Option<Stored> {
-    if precision.epsilon() < 1e-4 || after.dim() != before.dim() || expected.dim() != before.dim() {
+    if precision == Precision::F64 || after.dim() != before.dim() || expected.dim() != before.dim() {
         return None;
     }
-    let (mut farthest, mut beyond) = (0.0f64, 0usize);
+    let (mut farthest, mut beyond, mut moved, mut should_move) = (0.0f64, 0usize, 0usize, 0usize);
     let (mut arrived, mut wanted, mut spread, mut allowed) = (0.0, 0.0, 0.0, 0.0);
     let (mut plain, mut whole) = (0.0, 0.0);
     for (((&b, &a), &e), &s) in before.iter().zip(after).zip(expected).zip(slack) {
@@ -144,6 +146,8 @@ pub(super) fn stored_in_format(
             return None;
         }
         beyond += usize::from(!nearest);
+        moved += usize::from((a - b).abs() > 0.0);
+        should_move += usize::from((precision.round(target) - b).abs() > 0.0);
         farthest = farthest.max(((a - high).max(low - a) / unit).max(0.0));
         plain += (a - b) * e;
         whole += e * e;
@@ -158,14 +162,27 @@ pub(super) fn stored_in_format(
     // By chance or not, the mean must arrive: otherwise the update is another one.
     let arrives = (arrived - wanted).abs() <= 5.0 * spread.sqrt() + allowed + 1e-12;
     let kept = if whole > 0.0 { plain / whole } else { 1.0 };
-    (nearest || arrives).then_some(Stored { farthest, kept, nearest })
+    let repaid = !first && 2 * moved >= should_move;
+    (nearest || arrives || repaid).then_some(Stored { farthest, kept, nearest })
 }
 
-/// What the arithmetic of an optimizer in a half format may be off: moments and their quotient are rounded, and decay is
-/// applied by itself.
-pub(super) fn slack(expected: &Array2<f64>, before: &Array2<f64>, params: OptimizerParams) -> Array2<f64> {
+/// What the arithmetic of an optimizer in the parameter's format may be off: moments and their quotient are rounded, and
+/// decay is applied by itself.
+pub(super) fn slack(
+    expected: &Array2<f64>,
+    before: &Array2<f64>,
+    params: OptimizerParams,
+    precision: Precision,
+) -> Array2<f64> {
     let decay = params.lr * params.weight_decay;
-    ndarray::Zip::from(expected).and(before).map_collect(|e, b| 0.03 * e.abs() + decay * b.abs())
+    let decayed = decay.abs() > 0.0;
+    ndarray::Zip::from(expected).and(before).map_collect(|e, b| {
+        if precision.epsilon() > 1e-4 {
+            return 0.03 * e.abs() + decay * b.abs();
+        }
+        // Decay rounds the parameter once more.
+        1e-5 * e.abs() + if decayed { ulp(precision, *b) } else { 0.0 }
+    })
 }
 
 /// The rung.
@@ -202,8 +219,9 @@ pub(super) fn rung(case: &Case) -> Rung {
         match expected {
             Ok(expected) if after.values.dim() == before.dim() => {
                 let mut measure = measure_change(parameter, before, &after.values, &expected, after.precision);
-                let slack = slack(&expected, before, params);
-                let stored = stored_in_format(before, &after.values, &expected, &slack, after.precision);
+                let slack = slack(&expected, before, params, after.precision);
+                let first = record.steps_before == 0;
+                let stored = stored_in_format(before, &after.values, &expected, &slack, after.precision, first);
                 if let Some(stored) = stored {
                     let size = crate::linalg::norms::frobenius(&expected.view()).powi(2);
                     arrived += stored.kept * size;

@@ -178,6 +178,7 @@ impl<B: Engine> DeviceModel<B> {
             lm_head: head.transpose()?,
             trainable: model.trainable,
             adapters: Default::default(),
+            tables: Default::default(),
         };
         Ok(Self { on: on.clone(), model: there })
     }
@@ -251,7 +252,7 @@ impl<B: Engine> DeviceModel<B> {
         gradients: &mut DeviceGradients<B>,
         tap: Option<DeviceTap<'_, B>>,
     ) -> Result<DeviceLoss<B>> {
-        with_tap(tap, |instruments| self.model.backward_on(pass, instruments, gradients))
+        with_tap(tap, |instruments| self.model.backward_on(&self.model, pass, instruments, gradients))
     }
 
     /// Forward and backward; gradients are added to the sinks.

@@ -10,6 +10,7 @@ use crate::model::adapter_folder::AdapterKind;
 use crate::model::{Batch, Model, Place, Point, StepOptions};
 use crate::train::optimizer::OptimizerParams;
 use crate::validate::Precision;
+use crate::validate::diagnosis::budget::Effort;
 use crate::validate::dump::{Case, Observed, Trainer};
 use crate::validate::manifest::{Loss, OptimizerRecord};
 use crate::validate::reference::Rounding;
@@ -124,6 +125,8 @@ impl DeviceCase {
             quantized: Vec::new(),
             trainer,
             ties: Vec::new(),
+            effort: Effort { steps: f64::INFINITY, parts_first: false },
+            recompute: false,
             faint: None,
         })
     }

@@ -115,7 +115,7 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
         let inputs = engine.inputs(attention, angles, shape.bytes);
         let pass = model.forward_on(inputs, shape.checkpointing, &instruments, &mut gradients)?;
         saved = pass.saved_by_name();
-        model.backward_on(pass, &instruments, &mut gradients)?;
+        model.backward_on(&model, pass, &instruments, &mut gradients)?;
     }
     let activations = over_layers(saved.into_iter().map(|(name, numbers)| (name, numbers * shape.bytes)));
     let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
@@ -226,6 +226,7 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
         lm_head: (!config.tie_word_embeddings).then(table),
         trainable: TrainableParts::default(),
         adapters: Default::default(),
+        tables: Default::default(),
     };
     if method.name == MethodName::Full && method.targets.is_none() {
         model.train_fully();

@@ -54,13 +54,26 @@ fn between(case: &Case) -> Option<Between> {
         return None;
     }
     let bound = pairs.iter().flat_map(|p| p.2.iter()).fold(0.0f64, |m, x| m.max(x.abs()));
-    let at_bound = |x: &&f64| x.abs() >= bound * (1.0 - 1e-6);
-    let many = pairs.iter().flat_map(|p| p.2.iter()).filter(at_bound).count() > 1;
-    let clipped = |g: &Array2<f64>| g.mapv(|x| x.clamp(-bound, bound));
+    let at_bound = |x: f64| x.abs() >= bound * (1.0 - 1e-6);
+    let many = pairs.iter().flat_map(|p| p.2.iter()).filter(|x| at_bound(**x)).count() > 1;
+    // A factor first, perhaps, then the bound: what is below it shows the factor.
+    let below = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
+        pairs
+            .iter()
+            .flat_map(|p| p.1.iter().zip(p.2.iter()))
+            .filter(|(_, a)| !at_bound(**a))
+            .map(|(g, a)| f(*g, *a))
+            .sum()
+    };
+    let inside = below(&|g, _| g * g);
+    let before_bound = if inside > 0.0 { below(&|g, a| g * a) / inside } else { 1.0 };
+    let clipped = |g: &Array2<f64>| g.mapv(|x| (before_bound * x).clamp(-bound, bound));
     let by_value = sum(&|g, a| frobenius(&(&clipped(g) - a).view()).powi(2));
     let factor = along / left;
     let by_norm = sum(&|g, a| frobenius(&(&(g * factor) - a).view()).powi(2));
-    let bound = (many && bound > 0.0 && by_value < by_norm).then_some(bound);
+    let bound =
+        (many && bound > 0.0 && by_value < by_norm && before_bound > 0.0 && before_bound < 1.001).then_some(bound);
+    let factor = if bound.is_some() { before_bound } else { factor };
     Some(Between { left: left.sqrt(), seen: seen.sqrt(), factor, bound })
 }
 
@@ -77,7 +90,16 @@ fn is_setting(x: f64) -> bool {
 pub(in crate::validate) fn rung(case: &Case) -> Rung {
     let name = RungName::Applied;
     if case.trainer.applied.is_empty() {
-        return Rung::skipped(name, "the optimizer saw the gradients as backward left them");
+        let scale = case.loss.scale;
+        let seen = "the optimizer saw the gradients as backward left them";
+        return Rung::skipped(
+            name,
+            if (scale - 1.0).abs() < 1e-9 {
+                seen.to_string()
+            } else {
+                format!("{seen}, loss scale {scale} included: unscale them before the step (AdamW hides it)")
+            },
+        );
     }
     let Some(between) = between(case) else {
         return Rung::skipped(name, "nothing to compare with the gradients of backward");
@@ -85,7 +107,7 @@ pub(in crate::validate) fn rung(case: &Case) -> Rung {
     let mut tensors = Vec::new();
     for (name, left, seen, format) in pairs(case) {
         let expected = match between.bound {
-            Some(bound) => left.mapv(|x| x.clamp(-bound, bound)),
+            Some(bound) => left.mapv(|x| (between.factor * x).clamp(-bound, bound)),
             None => left * between.factor,
         };
         let mut rounded = expected.clone();
@@ -102,7 +124,10 @@ pub(in crate::validate) fn rung(case: &Case) -> Rung {
                 rung.problems.push(fault.what);
             }
             None => rung.problems.push(match between.bound {
-                Some(bound) => format!("entries are clipped at {bound:.4e}"),
+                Some(bound) if between.factor > 0.999 => format!("entries are clipped at {bound:.4e}"),
+                Some(bound) => {
+                    format!("all are {:.4e} times those of backward, then clipped at {bound:.4e}", between.factor)
+                }
                 None => format!(
                     "all are {:.4e} times those of backward: norm {:.4e}, clipped to {:.4e}",
                     between.factor, between.left, between.seen

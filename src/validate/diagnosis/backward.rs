@@ -1,6 +1,7 @@
 //! Faults of the backward pass: loss and logits are right, gradients are not.
 
-use super::forward::{one_part, previous_model, whole_table};
+use super::forward::{one_part, whole_table};
+use super::stale::previous_model;
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
 use crate::blocks::rope::rope_forward;
@@ -107,9 +108,8 @@ fn input_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     for (l, layer) in context.case.model.layers.iter().enumerate() {
         for (p, projection) in layer.projections() {
             if low_rank(projection) {
-                let delta = projection.effective_weight()? - &projection.base.dense();
-                *without_adapter.layers[l].projection_mut(p).base.dense_mut("base")? -= &delta;
-                without_base.layers[l].projection_mut(p).base.dense_mut("base")?.fill(0.0);
+                without_adapter.layers[l].projection_mut(p).add_update_to_base(&projection.method, -1.0)?;
+                without_base.layers[l].projection_mut(p).base.change("base", |weight| weight.fill(0.0))?;
             }
         }
     }

@@ -44,13 +44,18 @@ pub(super) fn factors(context: &Context<'_>, tested: &mut Tested<'_>) {
     if usable(c) {
         let (count, share) = explained(&names, c);
         if count == names.len() {
-            let everything =
-                names.len() == context.exact.gradients.values().filter(|g| frobenius(&g.view()) > 0.0).count();
+            // Those that do not fail must agree with the factor, too.
+            let not_zero = |name: &&String| frobenius(&context.exact.gradients[*name].view()) > 0.0;
+            let rest = context.exact.gradients.keys().filter(not_zero).filter(|name| !names.contains(&name.as_str()));
+            let everything = rest.fold(true, |all, name| {
+                let got = context.observed(name);
+                all && got.is_some_and(|o| context.share_of(name, &o.values.mapv(|x| x / c)) <= 2.0)
+            });
             let near = context.case.rounding.coarsest().epsilon().max(1e-4);
             let (name, meaning, fix) = meaning(context, c, near, everything);
             let what = format!("the gradients of {} are {c:.6} times the right ones{meaning}", some(&names));
             let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), count, share);
-            same_in_loss(context, c, 1e-3, &mut diagnosis);
+            same_in_loss(context, c, if context.coarse() { 2.0 * near } else { 1e-3 }, &mut diagnosis);
             tested.found.push(diagnosis);
             return;
         }
@@ -117,7 +122,11 @@ pub(super) fn common_factor(context: &Context<'_>, tested: &mut Tested<'_>) {
     if scatter > 2.5 * noise + 1e-6 && scatter > 0.25 * (c - 1.0).abs() {
         return;
     }
-    let (name, meaning, fix) = meaning(context, c, near, true);
+    let (mut name, meaning, fix) = meaning(context, c, near, true);
+    // A divisor would show in the loss.
+    if name == "loss-divisor" && context.checked(RungName::Loss) && !context.failed(RungName::Loss) {
+        name = "constant-factor";
+    }
     let what = format!("all gradients together are {c:.4} (+- {near:.0e}) times the right ones{meaning}");
     let mut diagnosis = context.of_gradients(Fault::new(name, what, fix), 0, 0.0);
     same_in_loss(context, c, near.max(1e-3), &mut diagnosis);

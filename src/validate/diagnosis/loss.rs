@@ -175,6 +175,9 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         if !(0.004..0.95).contains(&epsilon) {
             continue;
         }
+        if !tested.affords(2.0, "label smoothing") {
+            break;
+        }
         let predicted = smoothed(case, &targets, &parts, epsilon, None)?;
         let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding))?;
         tested.steps += 2;

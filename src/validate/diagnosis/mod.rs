@@ -7,15 +7,20 @@
 
 pub(super) mod applied;
 mod backward;
+mod bases;
+pub mod budget;
 mod factors;
 mod families;
+mod fitted;
 mod forward;
+mod frequencies;
 mod gradient;
 mod loss;
 mod quantized;
 mod rows;
 pub(super) mod setting;
 mod slices;
+mod stale;
 mod unjudged;
 mod update;
 
@@ -25,6 +30,7 @@ use super::measure::Measure;
 use super::reference::{Evidence, Variant, hidden_name};
 use super::report::Watch;
 use crate::error::Result;
+use budget::Budget;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -93,6 +99,8 @@ pub(super) struct Search {
     pub steps: usize,
     /// The rungs measured against another loss than the declared one, where that explains the whole step as right.
     pub measured: Option<Vec<Rung>>,
+    /// What it cost, and what was left out.
+    pub budget: Budget,
 }
 
 /// How much of a gap a fault accounts for.
@@ -113,6 +121,10 @@ pub(super) struct Context<'a> {
     pub failing: Vec<&'a Measure>,
     failed: BTreeSet<RungName>,
     pub rungs: &'a [Rung],
+    /// Typical norm of a gradient.
+    scale: f64,
+    /// The top layer, if the exact evidence holds its input.
+    top: Option<usize>,
 }
 
 impl<'a> Context<'a> {
@@ -121,7 +133,8 @@ impl<'a> Context<'a> {
         // The optimizer's two rungs are explained by themselves.
         let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
         let failed = rungs.iter().filter(of_step).map(|r| r.name).collect();
-        Self { case, exact, rounded, failing, failed, rungs }
+        let scale = gradient_scale(&exact.gradients);
+        Self { case, exact, rounded, failing, failed, rungs, scale, top: budget::top_layer(case) }
     }
 
     /// Whether a rung failed.
@@ -223,7 +236,7 @@ impl<'a> Context<'a> {
             let norm = crate::linalg::norms::frobenius(&right.view());
             let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance))
-                * if norm > 0.0 { norm } else { gradient_scale(&self.exact.gradients) };
+                * if norm > 0.0 { norm } else { self.scale };
             let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
             ndarray::Zip::from(got).and(right).and(faulty).for_each(|&g, &r, &f| {
                 along += weight * (g - r) * (f - r);
@@ -335,6 +348,10 @@ impl<'a> Context<'a> {
         tested: &mut Tested<'_>,
     ) -> Result<()> {
         tested.watch.begins(&format!("hypothesis: {}", fault.name));
+        let variant = &Variant { watch: Some(tested.watch), ..variant.clone() };
+        if !self.may_explain(variant, &edit, tested)? || !tested.affords(1.0, fault.name) {
+            return Ok(());
+        }
         tested.steps += 1;
         // A hypothesis that cannot be run (a loss that overflows, say) explains nothing.
         if let Ok(mut predicted) = self.case.run(variant) {
@@ -345,7 +362,7 @@ impl<'a> Context<'a> {
             let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
             let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
             // In a half format the fault may make rounding matter more than it does in the right step.
-            if near && !diagnosis.complete && self.coarse() {
+            if near && !diagnosis.complete && self.coarse() && tested.affords(1.0, fault.name) {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
@@ -366,18 +383,24 @@ pub(super) struct Tested<'a> {
     pub watch: &'a dyn Watch,
     pub found: Vec<Diagnosis>,
     pub steps: usize,
+    pub budget: Budget,
     /// Where the faults are listed, not searched: takes each in place of a comparison.
     pub visit: Option<Visit<'a>>,
 }
 
 impl<'a> Tested<'a> {
-    fn new(watch: &'a dyn Watch) -> Self {
-        Self { watch, found: Vec::new(), steps: 0, visit: None }
+    fn new(watch: &'a dyn Watch, budget: Budget) -> Self {
+        Self { watch, found: Vec::new(), steps: 0, budget, visit: None }
     }
 
     /// Whether something explains everything that failed in the step itself.
     fn settled(&self) -> bool {
         self.found.iter().any(|d| d.complete)
+    }
+
+    /// Whether it does so within the tolerances of a right step.
+    fn settled_well(&self) -> bool {
+        self.found.iter().any(|d| d.complete && d.share <= 1.0)
     }
 }
 
@@ -386,7 +409,7 @@ impl<'a> Tested<'a> {
 /// # Errors
 /// Those of `visit`.
 pub(super) fn list(context: &Context<'_>, watch: &dyn Watch, visit: Visit<'_>) -> Result<usize> {
-    let mut tested = Tested { visit: Some(visit), ..Tested::new(watch) };
+    let mut tested = Tested { visit: Some(visit), ..Tested::new(watch, Budget::unlimited()) };
     forward::list(context, &mut tested)?;
     loss::test(context, &mut tested)?;
     loss::masked_backward(context, &mut tested)?;
@@ -416,7 +439,7 @@ pub(super) fn diagnose(
     watch: &dyn Watch,
 ) -> Result<Search> {
     let mut context = Context::new(case, exact, rounded, rungs);
-    let mut tested = Tested::new(watch);
+    let mut tested = Tested::new(watch, Budget::of(case));
     let mut measured = None;
     if !context.failed.is_empty() {
         gradient::test(&context, &mut tested)?;
@@ -461,6 +484,9 @@ pub(super) fn diagnose(
     });
     let complete = found.iter().any(|d| d.complete);
     found.retain(|d| !complete || d.complete);
+    if let Some(best) = found.first().filter(|d| d.complete).map(|d| d.share) {
+        found.retain(|d| d.share <= 2.0 * best.max(0.5));
+    }
     found.truncate(5);
     if measured.is_some() {
         found.clear();
@@ -472,5 +498,6 @@ pub(super) fn diagnose(
     if let Some(rung) = rung_of(rungs, RungName::Update).filter(|r| r.failed() && !other) {
         found.extend(update::explain(case, rung));
     }
-    Ok(Search { found, steps: tested.steps, measured })
+    tested.budget.left_out.remove("");
+    Ok(Search { found, steps: tested.steps, measured, budget: tested.budget })
 }

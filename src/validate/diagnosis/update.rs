@@ -217,8 +217,8 @@ fn best_rule<'a>(
             let expected = rule(p, &m.name, x, &gradient.values)?;
             let mut share = measure_change(&m.name, x, &after.values, &expected, after.precision).share;
             if share > 1.0 {
-                let slack = slack(&expected, x, OptimizerParams { weight_decay: 0.0, ..p });
-                let stored = stored_in_format(x, &after.values, &expected, &slack, after.precision);
+                let slack = slack(&expected, x, OptimizerParams { weight_decay: 0.0, ..p }, after.precision);
+                let stored = stored_in_format(x, &after.values, &expected, &slack, after.precision, true);
                 share = stored.map_or(share, |s| s.farthest.min(1.0));
             }
             most = most.max(share);
