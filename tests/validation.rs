@@ -1,6 +1,7 @@
 //! Dumps of real trainers (tests/data/dumps, made by PyTorch): right steps pass, each planted fault is named.
 
 use peft_limits::Error;
+use peft_limits::adapters::BaseWeight;
 mod common;
 #[path = "validation/streaming.rs"]
 mod streaming;
@@ -389,14 +390,18 @@ fn steps_on_quantized_bases_are_judged() {
         let report = validate(&case, &Silent).unwrap();
         let shares: Vec<f64> = report.rungs.iter().map(|r| r.share()).collect();
         assert!(report.passed && report.diagnoses.is_empty(), "{}: {shares:?}", report.name);
+        // With the weights left on the disk and packed: the same numbers.
+        let (paths, manifest) = DumpPaths::of_folder(&path).unwrap();
+        let opened = Case::open("opened", &paths, Some(&manifest), &PlainSettings::default()).unwrap();
+        let [exact, again] = [&case, &opened].map(|case| case.run(&Variant::default()).unwrap());
+        assert!(exact.gradients == again.gradients, "{}", path.display());
         assert!(shares.iter().all(|s| *s < 0.8), "{}: {shares:?}", report.name);
         // Restored in another format than the trainer's, the same step fails.
         if path.ends_with("qlora-f32-single") {
             let mut other = case.clone();
             for ((layer, p), packed) in &case.quantized {
-                let mut dense = ndarray::Array2::zeros(packed.shape());
-                packed.decode_in(Precision::Bf16, &mut dense.view_mut());
-                other.model.layers[*layer].projection_mut(*p).base.dense_mut("test").unwrap().assign(&dense);
+                other.model.layers[*layer].projection_mut(*p).base =
+                    BaseWeight::restored(packed.clone(), Precision::Bf16);
             }
             assert!(!validate(&other, &Silent).unwrap().passed);
         }

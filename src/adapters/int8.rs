@@ -58,11 +58,12 @@ impl<T: Real> super::PackedWeight<T> for Int8Matrix {
     }
 
     fn decode_into(&self, dense: &mut ArrayViewMut2<T>) {
-        super::PackedWeight::<T>::decode_in(self, self.format, dense);
+        super::PackedWeight::<T>::decode_rows(self, self.format, 0, dense);
     }
 
-    fn decode_in(&self, format: Precision, dense: &mut ArrayViewMut2<T>) {
-        for ((codes, mut row), &scale) in self.codes.rows().into_iter().zip(dense.rows_mut()).zip(&self.scales) {
+    fn decode_rows(&self, format: Precision, first: usize, dense: &mut ArrayViewMut2<T>) {
+        let stored = self.codes.rows().into_iter().zip(&self.scales).skip(first);
+        for ((codes, &scale), mut row) in stored.zip(dense.rows_mut()) {
             let step = scale * (1.0 / 127.0f32);
             row.zip_mut_with(&codes, |x, &code| *x = T::of(format.round(f64::from(f32::from(code) * step))));
         }

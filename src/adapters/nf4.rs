@@ -412,23 +412,18 @@ impl<T: Real> super::PackedWeight<T> for Nf4Matrix {
         self.dequantize_rows(0, dense.view_mut());
     }
 
-    fn decode_in(&self, format: Precision, dense: &mut ArrayViewMut2<T>) {
-        self.rows_in(format, 0, dense.view_mut());
+    fn decode_rows(&self, format: Precision, first: usize, dense: &mut ArrayViewMut2<T>) {
+        self.rows_in(format, first, dense.view_mut());
     }
 
-    fn misread(&self, format: Precision) -> Vec<(&'static str, Array2<T>)> {
-        let restored = |matrix: &Self| {
-            let mut dense = Array2::zeros(matrix.shape);
-            matrix.rows_in(format, 0, dense.view_mut());
-            dense
-        };
+    fn misread(&self) -> Vec<(&'static str, Arc<dyn super::PackedWeight<T>>)> {
         let mut swapped = self.clone();
         swapped.codes.iter_mut().for_each(|byte| *byte = byte.rotate_left(4));
-        let mut all = vec![("nf4-nibbles", restored(&swapped))];
+        let mut all: Vec<(&'static str, Arc<dyn super::PackedWeight<T>>)> = vec![("nf4-nibbles", Arc::new(swapped))];
         let mut without = self.clone();
         if let Scales::Double { mean, .. } = &mut without.scales {
             *mean = 0.0;
-            all.push(("nf4-offset", restored(&without)));
+            all.push(("nf4-offset", Arc::new(without)));
         }
         all
     }
@@ -501,7 +496,7 @@ mod tests {
                 assert!(equal(if name == "f32" { &misplaced } else { &ours }), "{name} {kind}");
                 if name == "f32" {
                     let gap = |a: &Array2<f32>| norms::relative_frobenius(&a.view(), &weight.view());
-                    assert!(gap(&ours) < 0.1 && gap(&theirs) > 0.2, "{} {}", gap(&ours), gap(&theirs));
+                    assert!(gap(&theirs) > 2.0 * gap(&ours), "{} {}", gap(&ours), gap(&theirs));
                 }
                 cases += 1;
             }

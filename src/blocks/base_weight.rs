@@ -1,11 +1,12 @@
 //! The weight under an adapter: dense, packed by a codec such as NF4, or stored elsewhere.
 
-use super::stored_weight::StoredWeight;
+use super::stored_weight::{StoredWeight, WeightSource};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::precision::Precision;
 use ndarray::{Array2, ArrayViewMut2, Axis, CowArray, Ix2};
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A frozen matrix in a compressed form.
@@ -17,16 +18,32 @@ pub trait PackedWeight<T>: Debug + Send + Sync {
     fn shape(&self) -> (usize, usize);
     /// Writes every entry of the decoded matrix.
     fn decode_into(&self, dense: &mut ArrayViewMut2<T>);
-    /// As [`PackedWeight::decode_into`], restored in another format than the codec's own, where it has one.
-    fn decode_in(&self, _format: Precision, dense: &mut ArrayViewMut2<T>) {
-        self.decode_into(dense);
-    }
-    /// Weights that known mistakes in reading the parts would restore, by the mistake's name.
-    fn misread(&self, _format: Precision) -> Vec<(&'static str, Array2<T>)> {
+    /// Writes the decoded rows from `first` on, restored in a format where the codec has one.
+    fn decode_rows(&self, format: Precision, first: usize, dense: &mut ArrayViewMut2<T>);
+    /// What known mistakes in reading the parts would make of them, by the mistake's name.
+    fn misread(&self) -> Vec<(&'static str, Arc<dyn PackedWeight<T>>)> {
         Vec::new()
     }
     /// Bytes held, constants and second-level scales included.
     fn bytes(&self) -> usize;
+}
+
+/// A packed weight that is restored in a format each time it is read.
+#[derive(Debug)]
+struct Restored<T> {
+    packed: Arc<dyn PackedWeight<T>>,
+    format: Precision,
+}
+
+impl<T: Real> WeightSource<T> for Restored<T> {
+    fn shape(&self) -> (usize, usize) {
+        self.packed.shape()
+    }
+
+    fn read_rows(&self, rows: Range<usize>, into: &mut Array2<T>) -> Result<()> {
+        self.packed.decode_rows(self.format, rows.start, &mut into.view_mut());
+        Ok(())
+    }
 }
 
 /// Columns that stand in place of those of a packed weight, which cannot hold them.
@@ -142,19 +159,29 @@ impl<T: Real> BaseWeight<T> {
         Ok(())
     }
 
-    /// Restores a packed weight in a format and keeps it dense; what it was packed in.
-    pub fn unpack_in(&mut self, format: Precision) -> Option<Arc<dyn PackedWeight<T>>> {
+    /// A packed weight that is restored in a format each time it is read, and can be changed like a stored one.
+    pub fn restored(packed: Arc<dyn PackedWeight<T>>, format: Precision) -> Self {
+        BaseWeight::Stored(StoredWeight::elsewhere(Arc::new(Restored { packed, format })))
+    }
+
+    /// Restores a packed weight in a format, and keeps it dense or, `later`, does so each time it is read; what it was packed in.
+    pub fn unpack_in(&mut self, format: Precision, later: bool) -> Option<Arc<dyn PackedWeight<T>>> {
         let (packed, own) = match self {
             BaseWeight::Dense(_) | BaseWeight::Stored(_) => return None,
             BaseWeight::Packed(packed) => (packed.clone(), None),
-            BaseWeight::PackedWith(packed, own) => (packed.clone(), Some(own)),
+            BaseWeight::PackedWith(packed, own) => (packed.clone(), Some(&*own)),
         };
-        let mut dense = Array2::zeros(packed.shape());
-        packed.decode_in(format, &mut dense.view_mut());
+        let own = own.cloned();
+        *self = if later {
+            Self::restored(packed.clone(), format)
+        } else {
+            let mut dense = Array2::zeros(packed.shape());
+            packed.decode_rows(format, 0, &mut dense.view_mut());
+            BaseWeight::Dense(dense)
+        };
         if let Some(own) = own {
-            write_columns(&mut dense, &own.index, &own.values);
+            self.put_columns(&own.index, own.values);
         }
-        *self = BaseWeight::Dense(dense);
         Some(packed)
     }
 

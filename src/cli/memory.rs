@@ -267,7 +267,7 @@ fn columns(row: &Row, of: Of) -> Vec<(&'static str, Option<usize>)> {
             ("loss, layer", theirs.moment),
             ("allocator", theirs.allocator),
             ("context", theirs.context),
-            ("peak pytorch", theirs.total()),
+            ("peak", theirs.total()),
         ]
         .map(|(name, bytes)| (name, Some(bytes)))
         .to_vec();
@@ -279,10 +279,10 @@ fn columns(row: &Row, of: Of) -> Vec<(&'static str, Option<usize>)> {
         ("optimizer", Some(ours.optimizer)),
         ("activations", Some(ours.activation_bytes())),
         ("workspace", Some(ours.workspace)),
-        ("peak", Some(ours.total())),
+        (if of == Of::Both { "peak: ours" } else { "peak" }, Some(ours.total())),
     ];
     if of == Of::Both {
-        all.push(("peak pytorch", row.theirs.as_ref().map(TrainerMemory::total)));
+        all.push(("pytorch", row.theirs.as_ref().map(TrainerMemory::total)));
     }
     all
 }
@@ -295,7 +295,7 @@ fn print_table(args: &MemoryArgs, rows: &[Row]) {
     }
     if args.fits.is_some() {
         head += match args.trainer {
-            Of::Both => "  longest  pytorch",
+            Of::Both => "    longest: ours  pytorch",
             _ => "  longest",
         };
     }
@@ -311,8 +311,9 @@ fn print_table(args: &MemoryArgs, rows: &[Row]) {
                 Of::Pytorch => vec![theirs],
                 Of::Both => vec![ours, theirs],
             };
-            for length in wanted {
-                line += &format!("{:>9}", length.map_or("none".into(), |n| n.to_string()));
+            let width = if args.trainer == Of::Both { [17, 9] } else { [9, 9] };
+            for (length, width) in wanted.into_iter().zip(width) {
+                line += &format!("{:>width$}", length.map_or("none".into(), |n| n.to_string()));
             }
         }
         println!("{line}");

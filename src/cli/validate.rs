@@ -285,7 +285,7 @@ fn validate_device(args: &ValidateArgs) -> Result<Report> {
     };
     let device = Device::open(choice)?;
     let mut model = crate::model::Model::<f64>::read(folder)?;
-    model.unpack_in(crate::precision::Precision::F32);
+    model.unpack_in(crate::precision::Precision::F32, false);
     let kind = match &args.adapter {
         Some(adapter) => Some(model.read_adapter(adapter)?),
         None => {

@@ -276,12 +276,13 @@ impl<T: Real> Model<T> {
 
     /// Restores every packed weight in a format, so that it can be looked at and changed; what they were packed in, by place.
     ///
+    /// With `later` they stay packed and are restored each time they are read.
     /// The codec's own format does not matter: bitsandbytes restores a weight in that of the activations.
-    pub fn unpack_in(&mut self, format: Precision) -> PackedPlaces<T> {
+    pub fn unpack_in(&mut self, format: Precision, later: bool) -> PackedPlaces<T> {
         let mut places = Vec::new();
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let linears = layer.projections_mut();
-            let packed = linears.filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format)?)));
+            let packed = linears.filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format, later)?)));
             places.extend(packed);
         }
         places

@@ -182,7 +182,7 @@ impl Case {
         let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
         let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
         // Before an adapter is read: some are made of the weight.
-        let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward));
+        let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward), open);
         let kind = match &paths.adapter {
             Some(folder) => Some(model.read_adapter(folder)?),
             None => None,

@@ -302,7 +302,7 @@ impl Case {
     fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
         let mut copy = model.clone();
         for &((layer, p), _) in &self.quantized {
-            format.round_array(copy.layers[layer].projection_mut(p).base.dense_mut("restored")?);
+            copy.layers[layer].projection_mut(p).base.change_entries("restored", move |x| format.round(x))?;
         }
         Ok(copy)
     }

@@ -11,6 +11,7 @@ use peft_limits::check::finite_differences::{central_differences, observed_order
 use peft_limits::cost::Cost;
 use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::{AdapterPlan, Gradients, MethodSpec, Model, Projection, StepOptions};
+use peft_limits::precision::Precision;
 use rand::RngExt;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -358,7 +359,11 @@ impl PackedWeight<f64> for Quarters {
         self.0.dim()
     }
     fn decode_into(&self, dense: &mut ndarray::ArrayViewMut2<f64>) {
-        dense.zip_mut_with(&self.0, |d, &q| *d = f64::from(q) / 4.0);
+        self.decode_rows(Precision::F64, 0, dense);
+    }
+    fn decode_rows(&self, _: Precision, first: usize, dense: &mut ndarray::ArrayViewMut2<f64>) {
+        let rows = self.0.slice(ndarray::s![first..first + dense.nrows(), ..]);
+        dense.zip_mut_with(&rows, |d, &q| *d = f64::from(q) / 4.0);
     }
     fn bytes(&self) -> usize {
         2 * self.0.len()

@@ -200,7 +200,8 @@ impl LayerCount<'_> {
                     self.add("adapters.xA", a * n * dora.spec.rank);
                     self.add("adapters.base_result", s * n * out);
                     self.add("adapters.lora_result", a * n * out);
-                    self.add("adapters.magnitude", 3 * a * out);
+                    // The factor of a base result that needs no gradient is not kept.
+                    self.add("adapters.magnitude", if input_needed { 3 } else { 2 } * a * out);
                 }
                 MethodOn::Moslora(mosaic) => {
                     whole(self, &mut kept);
@@ -367,7 +368,8 @@ pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &Traine
     }
     if !shape.fused_loss {
         outside.insert("log_softmax".into(), 4 * n * config.vocab_size);
-        outside.insert("labels".into(), 8 * n + 4);
+        // One row's shifted labels stay a part of the padded ones.
+        outside.insert("labels".into(), 8 * (n + usize::from(shape.batch == 1)) + 4);
         if options.logit_cap.is_some() {
             outside.insert("logits.cap".into(), s * n * config.vocab_size);
         }

@@ -1,6 +1,7 @@
 //! Faults of a quantized base: its stored parts are read in another way than they were written.
 
 use super::{Context, Fault, Tested};
+use crate::adapters::BaseWeight;
 use crate::error::Result;
 use crate::precision::Precision;
 use crate::validate::reference::Variant;
@@ -28,8 +29,8 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         let mut model = context.case.model.clone();
         let mut any = false;
         for ((layer, p), packed) in &context.case.quantized {
-            if let Some((_, weight)) = packed.misread(format).into_iter().find(|(mistake, _)| *mistake == name) {
-                model.layers[*layer].projection_mut(*p).base.dense_mut("misread")?.assign(&weight);
+            if let Some((_, misread)) = packed.misread().into_iter().find(|(mistake, _)| *mistake == name) {
+                model.layers[*layer].projection_mut(*p).base = BaseWeight::restored(misread, format);
                 any = true;
             }
         }
