@@ -168,7 +168,7 @@ fn some_layers_are_judged_alone() {
         };
         let passes = |case: Case, layers| {
             let report = validate(&case.only_layers(layers).unwrap(), &Silent).unwrap();
-            assert!(report.gradients().len() > 1 && report.rungs.len() == 8, "{folder}");
+            assert!(report.gradients().len() > 1 && report.rungs.len() >= 8, "{folder}");
             report.passed
         };
         assert!(passes(all.clone(), top..top + 1) && passes(all.clone(), 0..1) && passes(all.clone(), 0..top + 1));
