@@ -208,7 +208,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     }
     let (faults, remarks) = setting::findings(case, &rungs)?;
     let (mut diagnoses, mut amplitudes) = (Vec::new(), Vec::new());
-    let (mut ruled_out, mut left_out) = (0, Vec::new());
+    let (mut ruled_out, mut left_out, mut other_loss) = (0, Vec::new(), false);
     if rungs.iter().any(Rung::failed) {
         let outcome = diagnosis::diagnose(case, &exact, &rounded, &rungs, watch)?;
         diagnoses = outcome.found;
@@ -216,7 +216,7 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         ruled_out = outcome.budget.ruled_out;
         left_out = outcome.budget.left_out.into_iter().collect();
         if let Some(measured) = outcome.measured {
-            rungs = measured;
+            (rungs, other_loss) = (measured, true);
         } else if let Some(why) = lost
             && !diagnoses.iter().any(|d| d.complete)
         {
@@ -224,7 +224,8 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         }
     }
     let alone = !rungs.iter().any(Rung::failed);
-    if alone && faults.is_empty() && super::faint::wanted(case) {
+    // The exact step has the declared loss.
+    if alone && !other_loss && faults.is_empty() && super::faint::wanted(case) {
         let context = diagnosis::Context::new(case, &exact, &rounded, &rungs);
         let search = super::faint::search(&context, watch)?;
         diagnoses.extend(search.found);
