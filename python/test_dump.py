@@ -203,6 +203,32 @@ class DumpTest(unittest.TestCase):
                     self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report))
                 self.setUp()
 
+    def test_families_under_the_names_that_they_have_in_memory(self):
+        """Stacked experts, GPT-NeoX's head, GPT-2's layers, OPT's folded rows: recorded under checkpoint names, dropout too."""
+        small = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        mixture = small | {"intermediate_size": 24, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+        stacks = [f"model.layers.{l}.mlp.experts.{t}" for l in range(2) for t in ("gate_up_proj", "down_proj")]
+        both = {"target_modules": ["q_proj"], "target_parameters": stacks}
+        families = [
+            (transformers.MixtralConfig(**mixture, num_local_experts=3), both),
+            (transformers.Qwen3MoeConfig(**mixture, moe_intermediate_size=16, num_experts=3, head_dim=16), both),
+            (transformers.GPTNeoXConfig(**small, intermediate_size=56, hidden_dropout=0.0, attention_dropout=0.0),
+             {"lora_dropout": 0.2}),
+            (transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+             {"lora_dropout": 0.2, "fan_in_fan_out": True}),
+            (transformers.OPTConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=56, dropout=0.0,
+                                    word_embed_proj_dim=32, pad_token_id=0), {"lora_dropout": 0.2}),
+        ]
+        for config, adapter in families:
+            torch.manual_seed(0)
+            m = transformers.AutoModelForCausalLM.from_config(config)
+            settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | adapter
+            m = peft.get_peft_model(m, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).train()
+            self.step(m, {**batch(), "use_cache": False})
+            report = self.verdict()
+            self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report), config.model_type)
+            self.setUp()
+
     def test_activation_checkpointing_and_clipping(self):
         m = model()
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
