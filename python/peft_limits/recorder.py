@@ -282,9 +282,11 @@ class dump_step:
     def dropped(self, name):
         """Keeps the mask of an adapter's dropout: what is left is multiplied by 1 / (1 - p)."""
         def hook(module, args, output):
-            if self.inside and module.training and output.dim() == 3:
-                # Where x is zero its mask shows neither here nor in the forward.
-                left = (output != 0) | (args[0] == 0)
+            rows, length = self.micro[-1]["input_ids"].shape if self.inside else (0, 0)
+            if self.inside and module.training and output.numel() == rows * length * output.shape[-1]:
+                # Some families fold rows and positions into one axis. Where x is zero its mask shows neither here nor in
+                # the forward.
+                left = ((output != 0) | (args[0] == 0)).reshape(rows, length, -1)
                 self.micro[-1].setdefault("masks", {})[name] = full(left).float() / (1.0 - module.p)
         return hook
 
@@ -364,17 +366,21 @@ class dump_step:
                 continue
             saved = saved or ".modules_to_save." in clean
             clean = clean.replace(f".modules_to_save.{active}.", ".")
-            name = self.rename(clean).replace(f".{active}", "").replace(".base_layer.", ".")
+            name = self.rename(clean).replace(f".{active}", "")
             name = name.removeprefix("base_model.model.")
+            # PEFT wraps a module once for each of its parameters that it trains; an adapter's own files keep that.
+            bare = name
+            while ".base_layer." in bare:
+                bare = bare.replace(".base_layer.", ".")
             if is_quantized(tensor):
-                base |= self.quantized.tensors(raw, tensor, name)
+                base |= self.quantized.tensors(raw, tensor, bare)
             elif ADAPTER_TENSOR.search(name):
                 name = name.removesuffix(".weight")
                 # PEFT's files end in .weight for the factors, not for the magnitude.
                 factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
                 adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
             else:
-                base[name] = full(tensor)
+                base[bare] = full(tensor)
         # The parts of a quantized weight are in formats of their own.
         plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
         self.weights = dtype_name(next(plain_weights).dtype)

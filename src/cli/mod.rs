@@ -71,6 +71,8 @@ enum Command {
 
 /// Parses the process's arguments, runs the subcommand and returns its exit code.
 pub fn main() -> ExitCode {
+    // `peft-limits ... | head` ends with its reader.
+    sigpipe::reset();
     let command = Arguments::parse().command;
     // Training saves first; it installs a handler of its own.
     if !matches!(command, Command::Train(_)) {

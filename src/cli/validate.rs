@@ -97,10 +97,36 @@ pub(super) struct ValidateArgs {
     /// Plant each known fault into this dump, which must pass, and show whether it is found
     #[arg(long, requires = "dump", conflicts_with_all = ["heat_map", "html", "reference"])]
     selftest: bool,
+    /// Judge the gradients of these layers alone, from the recorded output of the layer below on if the dump has it:
+    /// FIRST..END or FIRST.. (layers count from 0)
+    #[arg(long, value_name = "LAYERS", value_parser = Layers::parse, conflicts_with_all = ["head", "trainer"])]
+    layers: Option<Layers>,
     /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not fit stays on the disk and
     /// is read layer by layer
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
+}
+
+/// Layers from one on, up to another or the last.
+#[derive(Debug, Clone, Copy)]
+struct Layers {
+    first: usize,
+    end: Option<usize>,
+}
+
+impl Layers {
+    fn parse(text: &str) -> std::result::Result<Self, &'static str> {
+        let read = || {
+            let (first, end) = text.split_once("..")?;
+            let end = if end.is_empty() { None } else { Some(end.parse().ok()?) };
+            Some(Self { first: first.parse().ok()?, end })
+        };
+        read().ok_or("expected FIRST..END or FIRST.., for instance 20..24")
+    }
+
+    fn within(self, layers: usize) -> std::ops::Range<usize> {
+        self.first..self.end.unwrap_or(layers)
+    }
 }
 
 /// A spinner on a terminal, nothing elsewhere.
@@ -230,7 +256,11 @@ fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) ->
         let read = if plan.on_disk { Case::open } else { Case::read };
         let case = read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
         spinner.layers.set(case.model.layers.len());
-        judge(&Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case })
+        let case = Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case };
+        judge(&match &args.layers {
+            Some(layers) => case.only_layers(layers.within(spinner.layers.get()))?,
+            None => case,
+        })
     });
     spinner.bar.finish_and_clear();
     // What needs no reference is said of models that it does not have, too.

@@ -61,6 +61,7 @@ fn page(report: &Report) -> String {
         escaped(&sentence(report))
     );
     faults(report, &mut html);
+    list("Faults that no step was left for", &report.left_out, &mut html);
     ladder(report, &mut html);
     heat_map(report, &mut html);
     worst(report, &mut html);

@@ -106,6 +106,10 @@ pub struct Case {
     pub trainer: Trainer,
     /// Which of two experts a token goes to, where rounding alone decides.
     pub ties: Vec<Tie>,
+    /// The layers whose gradients are judged, if not all are ([`Case::only_layers`]).
+    pub layers: Option<std::ops::Range<usize>>,
+    /// Input of the first of them, as recorded.
+    pub input: Option<Array2<f64>>,
     /// How much a search for faults may cost.
     pub effort: Effort,
     /// Whether backward runs each layer's forward again instead of keeping its activations.
@@ -243,6 +247,8 @@ impl Case {
             quantized,
             trainer,
             ties: Vec::new(),
+            layers: None,
+            input: None,
             effort,
             recompute: false,
             faint: None,

@@ -52,6 +52,11 @@ pub(super) struct Search {
 }
 
 impl Amplitude {
+    /// Whether the value is 1 as far as its deviation lets it.
+    fn is_the_fault(&self) -> bool {
+        AMPLITUDES.contains(&self.value) && (self.value - 1.0).abs() <= 0.1 + 3.0 * self.deviation
+    }
+
     /// The value in deviations.
     pub fn deviations(&self) -> f64 {
         self.value / self.deviation.max(f64::MIN_POSITIVE)
@@ -99,7 +104,7 @@ pub(super) fn search(context: &Context<'_>, watch: &dyn Watch) -> Result<Search>
     };
     let steps = ROUNDINGS + diagnosis::list(context, watch, &visit)?;
     let amplitudes = amplitudes.into_inner();
-    let near = amplitudes.iter().filter(|(a, _)| AMPLITUDES.contains(&a.value) && a.deviations() >= MENTIONED);
+    let near = amplitudes.iter().filter(|(a, _)| a.is_the_fault() && a.deviations() >= MENTIONED);
     let strongest = near.max_by(|a, b| a.0.deviations().total_cmp(&b.0.deviations()));
     let (rung, found) = verdict(strongest, amplitudes.len());
     Ok(Search { rung, found, amplitudes: amplitudes.into_iter().map(|(a, _)| a).collect(), steps })

@@ -54,11 +54,13 @@ pub fn canonical_name(raw: &str) -> String {
 /// use peft_limits::validate::place_of;
 /// let place = place_of("model.layers.3.mlp.up_proj.lora_A");
 /// assert_eq!(place, (Some(3), "up_proj".to_string(), "lora_A".to_string()));
+/// assert_eq!(place_of("transformer.h.1.attn.c_attn.lora_B").0, Some(1));
 /// assert_eq!(place_of("lm_head.weight"), (None, "lm_head".to_string(), "weight".to_string()));
 /// ```
 pub fn place_of(name: &str) -> (Option<usize>, String, String) {
     let parts: Vec<&str> = name.split('.').collect();
-    let layer = parts.iter().position(|p| *p == "layers").and_then(|i| parts.get(i + 1)?.parse().ok());
+    // GPT-2 calls its layers h.
+    let layer = parts.iter().position(|p| ["layers", "h"].contains(p)).and_then(|i| parts.get(i + 1)?.parse().ok());
     let tensor = parts.last().copied().unwrap_or_default();
     let module = parts.len().checked_sub(2).map_or("", |i| parts[i]);
     (layer, module.to_string(), tensor.to_string())

@@ -251,6 +251,53 @@ impl Case {
         self.trainer.upstream.as_ref().filter(|_| self.trainer.setting.from_upstream)
     }
 
+    /// A part of the step within the layers that are judged.
+    fn within<'a>(&'a self, part: Part<'a>) -> Part<'a> {
+        match &self.layers {
+            Some(layers) if part.from.is_none() => Part {
+                from: self.input.as_ref().map(|input| (layers.start, input)),
+                lowest: part.lowest.max(layers.start),
+                ..part
+            },
+            _ => part,
+        }
+    }
+
+    /// The case with the gradients of some layers alone. It begins at the recorded input of the first of them, if the dump
+    /// has it; what the optimizer made of all gradients is not judged.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for layers that the model does not have or that train nothing; [`Error::Format`] for a
+    /// recorded input of another shape.
+    pub fn only_layers(mut self, layers: Range<usize>) -> Result<Self> {
+        let all = self.model.layers.len();
+        let text = format!("{}..{}", layers.start, layers.end);
+        if layers.is_empty() || layers.end > all {
+            return Err(Error::invalid("layers", text, format!("must be a range within 0..{all}, from 0 on")));
+        }
+        let inside = |name: &str| super::names::place_of(name).0.is_some_and(|layer| layers.contains(&layer));
+        self.trained.retain(|name| inside(name));
+        if self.trained.is_empty() {
+            return Err(Error::invalid("layers", text, "must hold something that is trained"));
+        }
+        self.trainer.gradients.retain(|name, _| inside(name));
+        for group in [&mut self.trainer.applied, &mut self.trainer.after, &mut self.trainer.previous] {
+            group.clear();
+        }
+        let below = layers.start.checked_sub(1).and_then(|below| self.trainer.hidden.get(&below));
+        if let Some(input) = below {
+            let expected = (self.batch.tokens(), self.model.config.hidden_size);
+            if input.values.dim() != expected {
+                let name = format!("hidden.{}", layers.start - 1);
+                return Err(Error::shape("validate", name, expected, input.values.dim()));
+            }
+            self.input = Some(input.values.clone());
+        }
+        self.trainer.hidden.retain(|&layer, _| layer >= layers.start);
+        self.layers = Some(layers);
+        Ok(self)
+    }
+
     /// A copy of the model whose quantized weights are in another format.
     fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
         let mut copy = model.clone();
@@ -305,11 +352,12 @@ impl Case {
         let objective = variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
         let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
-        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none();
+        // A hypothesis that begins at the top layer is judged by gradients.
+        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none() && variant.part.from.is_none();
         if want_logits {
             evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
         }
-        let part = variant.part;
+        let part = self.within(variant.part);
         let runs = |layer: usize| {
             part.from.is_none_or(|(first, _)| layer >= first) && part.until.is_none_or(|last| layer <= last)
         };
@@ -413,7 +461,8 @@ impl Case {
             let mut cost = Cost::default();
             if part.forward_only {
                 let loss = forward.loss_with(&rows, &options, &instruments, &mut cost)?;
-                evidence.loss += loss.map_or(f64::NAN, |loss| loss / scale);
+                // Another objective than the plain one is summed up where its gradient is formed.
+                evidence.loss += loss.filter(|_| objective.is_none()).map_or(f64::NAN, |loss| loss / scale);
                 continue;
             }
             let pass = forward.forward_with(&rows, &options, &instruments, &mut gradients, &mut cost)?;
@@ -428,7 +477,8 @@ impl Case {
         let embedding = [Outside::Embedding, Outside::Positions].map(|m| forward.config.options.outside(m));
         // What lies below the part has no gradient.
         let inside = |name: &str| match super::names::place_of(name).0 {
-            Some(layer) => layer >= first,
+            Some(layer) => layer >= first && self.layers.as_ref().is_none_or(|all| layer < all.end),
+            None if self.layers.is_some() => false,
             None => first == 0 || !embedding.iter().any(|module| !module.is_empty() && name.starts_with(module)),
         };
         let named = if part.forward_only { Vec::new() } else { gradients.named() };

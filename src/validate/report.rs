@@ -9,6 +9,7 @@ use super::measure::Measure;
 use super::objective::Upstream;
 use super::own_forward::OwnForward;
 use super::reference::Variant;
+use super::roundings::{self, SecondLook};
 use crate::error::Result;
 use crate::model::Outside;
 use serde::Serialize;
@@ -196,16 +197,18 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     watch.begins("reference with the trainer's rounding");
     let rounded = case.run(&Variant { rounding: Some(case.rounding), watch: Some(watch), ..Variant::default() })?;
     let mut rungs = climb(case, &exact, &rounded);
-    let mut steps = 2;
+    let (mut steps, mut lost) = (2, None);
     if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
-        steps += 5;
-        if let Some(passed) = super::roundings::second_look(case, &exact, &rounded, &rungs, watch)? {
-            rungs = passed;
+        steps += roundings::looks(case);
+        match roundings::second_look(case, &exact, &rounded, &rungs, watch)? {
+            SecondLook::Passes(passed) => rungs = passed,
+            SecondLook::Lost(why) => lost = Some(why),
+            SecondLook::Fails => {}
         }
     }
     let (faults, remarks) = setting::findings(case, &rungs)?;
     let (mut diagnoses, mut amplitudes) = (Vec::new(), Vec::new());
-    let (mut ruled_out, mut left_out) = (0, Vec::new());
+    let (mut ruled_out, mut left_out, mut other_loss) = (0, Vec::new(), false);
     if rungs.iter().any(Rung::failed) {
         let outcome = diagnosis::diagnose(case, &exact, &rounded, &rungs, watch)?;
         diagnoses = outcome.found;
@@ -213,11 +216,16 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         ruled_out = outcome.budget.ruled_out;
         left_out = outcome.budget.left_out.into_iter().collect();
         if let Some(measured) = outcome.measured {
-            rungs = measured;
+            (rungs, other_loss) = (measured, true);
+        } else if let Some(why) = lost
+            && !diagnoses.iter().any(|d| d.complete)
+        {
+            return Err(why);
         }
     }
     let alone = !rungs.iter().any(Rung::failed);
-    if alone && faults.is_empty() && super::faint::wanted(case) {
+    // The exact step has the declared loss.
+    if alone && !other_loss && faults.is_empty() && super::faint::wanted(case) {
         let context = diagnosis::Context::new(case, &exact, &rounded, &rungs);
         let search = super::faint::search(&context, watch)?;
         diagnoses.extend(search.found);

@@ -19,7 +19,9 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 /// Roundings of a second look.
-const SECOND_LOOK: u64 = 5;
+const SECOND_LOOK: usize = 5;
+/// Steps that a search may take from which on a step counts as cheap.
+const CHEAP: f64 = 40.0;
 /// The widest of several errors counts by half: the multiples of `measure` are for one sample.
 const OF_THE_WIDEST: f64 = 0.5;
 /// Shares beyond this are no rounding.
@@ -41,32 +43,46 @@ pub(super) fn dithered(case: &Case, seed: u64, scores: bool) -> Result<Evidence>
     case.run(&Variant { tap: Some(&dither), score_errors, rounding: Some(rounding), ..Variant::default() })
 }
 
-/// Measures a step that failed against several roundings; the rungs if it passes these.
+/// What several roundings say of a step that failed against one.
+pub(super) enum SecondLook {
+    /// Nothing else.
+    Fails,
+    /// It is within these.
+    Passes(Vec<Rung>),
+    /// Rounding alone decides most of the gradients: unless a fault explains them, the step cannot be judged.
+    Lost(Error),
+}
+
+/// Roundings that a second look takes.
+pub(super) fn looks(case: &Case) -> usize {
+    if case.effort.steps < CHEAP { 2 } else { SECOND_LOOK }
+}
+
+/// Measures a step that failed against several roundings.
 ///
 /// # Errors
-/// As [`Case::run`]; [`Error::InvalidParam`] if rounding alone decides most of the gradients.
+/// As [`Case::run`].
 pub(super) fn second_look(
     case: &Case,
     exact: &Evidence,
     rounded: &Evidence,
     rungs: &[Rung],
     watch: &dyn Watch,
-) -> Result<Option<Vec<Rung>>> {
+) -> Result<SecondLook> {
     let of_step = || rungs.iter().filter(|r| r.name.is_of_the_step());
     let finite = of_step().flat_map(|r| &r.tensors).all(|m| m.share.is_finite());
     let numbers_only = of_step().all(|r| r.problems.is_empty());
     if case.rounding.coarsest() == Precision::F64 || !of_step().any(Rung::failed) || !finite || !numbers_only {
-        return Ok(None);
+        return Ok(SecondLook::Fails);
     }
     // Where a step is expensive, only for gaps that rounding may have made.
-    let expensive = case.effort.parts_first;
-    if expensive && of_step().map(Rung::share).fold(0.0, f64::max) > FAR {
-        return Ok(None);
+    let looks = looks(case);
+    if looks < SECOND_LOOK && of_step().map(Rung::share).fold(0.0, f64::max) > FAR {
+        return Ok(SecondLook::Fails);
     }
     watch.begins("several roundings");
     let mut widest = Widest::new(exact, rounded);
-    let looks = if expensive { 2 } else { SECOND_LOOK };
-    for seed in 0..looks {
+    for seed in 0..looks as u64 {
         widest.see(&dithered(case, seed, true)?);
     }
     let lost = widest.lost(case);
@@ -82,7 +98,7 @@ pub(super) fn second_look(
         rungs = climb(&kept, exact, &widest);
     }
     if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
-        return Ok(None);
+        return Ok(SecondLook::Fails);
     }
     let format = case.rounding.coarsest().name();
     if judged < lost.len() {
@@ -91,7 +107,7 @@ pub(super) fn second_look(
             lost.len(),
             case.trained.len()
         );
-        return Err(Error::invalid("compute", format, what));
+        return Ok(SecondLook::Lost(Error::invalid("compute", format, what)));
     }
     if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Gradients) {
         if lost.is_empty() {
@@ -104,7 +120,7 @@ pub(super) fn second_look(
             ));
         }
     }
-    Ok(Some(rungs))
+    Ok(SecondLook::Passes(rungs))
 }
 
 /// The largest of several rounding errors, tensor by tensor.

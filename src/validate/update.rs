@@ -141,7 +141,10 @@ pub(super) fn stored_in_format(
             return None;
         }
         let nearest = precision.round(low) <= a && a <= precision.round(high);
-        let within = neighbours(precision, low).0 <= a && a <= neighbours(precision, high).1;
+        // What earlier updates lost may come back in either direction.
+        let repaid = if first { 0.0 } else { unit };
+        let within = neighbours(precision, low).0.min(low - repaid) <= a
+            && a <= neighbours(precision, high).1.max(high + repaid);
         if !within {
             return None;
         }

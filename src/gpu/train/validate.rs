@@ -126,6 +126,8 @@ impl DeviceCase {
             trainer,
             ties: Vec::new(),
             effort: Effort { steps: f64::INFINITY, parts_first: false },
+            layers: None,
+            input: None,
             recompute: false,
             faint: None,
         })

@@ -102,8 +102,7 @@ impl Context<'_> {
         tested: &mut Tested<'_>,
     ) -> Result<bool> {
         let Some(part) = self.part_of(variant).filter(|_| tested.visit.is_none()) else { return Ok(true) };
-        let (layer, head) = weights(&self.case.model.config);
-        let cost = part.cost(self.case.model.layers.len(), layer, head);
+        let cost = self.cost_of(&part);
         // Where the part is nearly all of it, it spares nothing.
         if cost > 0.6 {
             return Ok(true);
@@ -144,9 +143,19 @@ impl Context<'_> {
             && variant.scale.is_none()
             && variant.ahead == 0
             && variant.unmasked.is_none();
+        self.from_top().filter(|_| same_forward && self.failed(RungName::Gradients))
+    }
+
+    /// The step from the exact input of the top layer on, where hypotheses are run in part.
+    pub(super) fn from_top(&self) -> Option<Part<'_>> {
         let from = self.exact.hidden.get(&self.top?.checked_sub(1)?)?;
-        (same_forward && self.failed(RungName::Gradients))
-            .then_some(Part { from: Some((self.top?, from)), ..Part::default() })
+        Some(Part { from: Some((self.top?, from)), ..Part::default() })
+    }
+
+    /// What a part of a step costs, in steps.
+    pub(super) fn cost_of(&self, part: &Part<'_>) -> f64 {
+        let (layer, head) = weights(&self.case.model.config);
+        part.cost(self.case.model.layers.len(), layer, head)
     }
 
     /// The first layer whose recorded output is wrong.

@@ -7,7 +7,7 @@ use crate::validate::dump::Case;
 use crate::validate::ladder::{Rung, RungName, climb};
 use crate::validate::manifest::Reduction;
 use crate::validate::objective::Objective;
-use crate::validate::reference::{Evidence, Rounding, Variant};
+use crate::validate::reference::{Evidence, Part, Rounding, Variant};
 use std::ops::Range;
 
 /// Name, sentence and fix of a fault with the (row, label) pairs that it counts.
@@ -164,10 +164,16 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         let parts: Vec<(Range<usize>, f64)> = case.micro_batches().into_iter().map(|r| (r, divisor)).collect();
         // The gradient is linear in the smoothing: its amplitude is that of the gap along a tenth of it.
         tested.watch.begins("hypothesis: label smoothing");
+        // Where a step is expensive the top layer tells as much.
+        let part = context.from_top().filter(|_| !context.forward_wrong()).unwrap_or_default();
+        if !tested.affords(2.0 * context.cost_of(&part), "label smoothing") {
+            break;
+        }
         tested.steps += 2;
-        let plain = Variant { targets: Some(targets.clone()), parts: Some(parts.clone()), ..Variant::default() };
+        let (of_targets, of_parts) = (Some(targets.clone()), Some(parts.clone()));
+        let plain = Variant { targets: of_targets, parts: of_parts, part, ..Variant::default() };
         let Ok(plain) = case.run(&plain) else { continue };
-        let tenth = smoothed(case, &targets, &parts, 0.1, None)?;
+        let tenth = smoothed(case, &targets, &parts, 0.1, None, part)?;
         let exact = 0.1 * context.amplitude(&plain, &tenth);
         let short = (exact * 200.0).round() / 200.0;
         let near = if context.coarse() { 0.04 * exact } else { 1e-3 * exact };
@@ -178,8 +184,8 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         if !tested.affords(2.0, "label smoothing") {
             break;
         }
-        let predicted = smoothed(case, &targets, &parts, epsilon, None)?;
-        let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding))?;
+        let predicted = smoothed(case, &targets, &parts, epsilon, None, Part::default())?;
+        let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding), Part::default())?;
         tested.steps += 2;
         // A common factor must leave more.
         if context.left_by(&predicted) > 0.8 * context.left_by(&context.common_factor()) {
@@ -214,12 +220,14 @@ fn smoothed(
     parts: &[(Range<usize>, f64)],
     epsilon: f64,
     rounding: Option<Rounding>,
+    part: Part<'_>,
 ) -> Result<Evidence> {
     case.run(&Variant {
         targets: Some(targets.to_vec()),
         parts: Some(parts.to_vec()),
         objective: Some(Objective { label_smoothing: epsilon, ..case.objective.clone() }),
         rounding,
+        part,
         ..Variant::default()
     })
 }

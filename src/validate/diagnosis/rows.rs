@@ -152,6 +152,9 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 fn last_micro_batch(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let parts = context.case.parts();
     let Some(last) = parts.last().filter(|_| parts.len() > 1) else { return Ok(()) };
+    if !tested.affords(1.0, "last-micro-batch-only") {
+        return Ok(());
+    }
     tested.steps += 1;
     let variant = Variant { parts: Some(vec![last.clone()]), ..Variant::default() };
     let alone = context.case.run(&variant)?;
@@ -174,9 +177,9 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     }
     let parts = case.parts();
     let mut each = Vec::new();
+    tested.steps += 1;
     for (range, divisor) in &parts {
         for row in range.clone() {
-            tested.steps += 1;
             let variant = Variant { parts: Some(vec![(row..row + 1, *divisor)]), ..Variant::default() };
             each.push((row, case.run(&variant)?.gradients));
         }

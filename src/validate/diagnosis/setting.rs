@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::validate::dump::Case;
 use crate::validate::ladder::{Outcome, Rung, RungName, rung_of};
 use crate::validate::names::place_of;
-use crate::validate::reference::Variant;
+use crate::validate::reference::{Part, Variant};
 use std::collections::BTreeSet;
 
 /// Tensors of the adapter that are not trained; the kinds that are trained nowhere, if these are all.
@@ -80,7 +80,8 @@ pub(in crate::validate) fn declared_loss(case: &Case) -> Option<f64> {
     if case.batch.counted() == 0 {
         return None;
     }
-    let run = case.run(&Variant::default());
+    let part = Part { forward_only: case.objective.is_plain(), ..Part::default() };
+    let run = case.run(&Variant { part, ..Variant::default() });
     run.ok().map(|evidence| evidence.loss)
 }
 
