@@ -3,7 +3,8 @@
 
 A hook sees every tensor that an operation saves; what is still held when forward has ended is counted by storage, once each,
 without parameters and buffers. Transformers models with PEFT adapters on the CPU: families x methods x attention x formats x
-batches. --large adds one pair of layers of LLaMA-2-7B's width. Needs torch, transformers and peft.
+batches; bases in bitsandbytes' NF4, as loaded and as prepare_model_for_kbit_training leaves them. --large adds one pair of
+layers of LLaMA-2-7B's width. Needs torch, transformers, peft and bitsandbytes.
 `peft-limits memory --trainer pytorch` predicts these numbers (tests/memory.rs).
 """
 
@@ -13,6 +14,7 @@ import csv
 import itertools
 import re
 import sys
+import tempfile
 import weakref
 
 import peft
@@ -24,7 +26,7 @@ SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_lay
              num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
 LARGE = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32,
              num_key_value_heads=32, head_dim=128, max_position_embeddings=4096)
-COLUMNS = ["family", "size", "method", "rank", "targets", "attention", "dtype", "adapter_dtype", "checkpointing", "batch", "length",
+COLUMNS = ["family", "size", "base", "method", "rank", "targets", "attention", "dtype", "adapter_dtype", "checkpointing", "batch", "length",
            "first_layer", "other_layer", "outside"]
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
@@ -43,6 +45,15 @@ def build(row):
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, row["dtype"]), attn_implementation=row["attention"])
     if row["method"] == "full":
         return model
+    if row["base"] != "plain":
+        settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                   bnb_4bit_compute_dtype=getattr(torch, row["dtype"]))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=getattr(torch, row["dtype"]),
+                                                         attn_implementation=row["attention"])
+        if row["base"] == "nf4-prepared":
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = row["targets"] if row["targets"] == "all-linear" else row["targets"].split("+")
     adapter = peft.LoraConfig(r=row["rank"], target_modules=targets, use_dora=row["method"] == "dora", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, adapter, autocast_adapter_dtype=row["adapter_dtype"] == "float32")
@@ -84,7 +95,7 @@ def count(row):
 
 
 def rows(large):
-    plain = dict(size="small", method="lora", rank=4, targets="all-linear", attention="sdpa", dtype="bfloat16",
+    plain = dict(size="small", base="plain", method="lora", rank=4, targets="all-linear", attention="sdpa", dtype="bfloat16",
                  adapter_dtype="bfloat16", checkpointing=0, batch=2, length=8)
     families = ["llama", "qwen2", "qwen3", "mistral", "phi3", "granite", "olmo2", "gemma3_text"]
     for family in families + ["gemma2"]:
@@ -98,6 +109,8 @@ def rows(large):
     for method in ["lora", "dora"]:
         yield plain | dict(family="llama", method=method, adapter_dtype="float32")
         yield plain | dict(family="llama", method=method, adapter_dtype="float32", attention="eager", batch=3, length=16)
+        for base, adapter in itertools.product(["nf4", "nf4-prepared"], ["bfloat16", "float32"]):
+            yield plain | dict(family="llama", method=method, base=base, adapter_dtype=adapter)
         for targets in ["q_proj+v_proj", "down_proj", "o_proj+gate_proj"]:
             yield plain | dict(family="llama", method=method, targets=targets)
         if large:

@@ -235,6 +235,7 @@ fn saved_tensors_of_pytorch_are_predicted() {
             adapter_bytes: bytes("adapter_dtype"),
             kernel: if get("attention") == "eager" { Kernel::Eager } else { Kernel::Sdpa },
             checkpointing: get("checkpointing") == "1",
+            prepared: get("base") == "nf4-prepared",
             ..TrainerShape::default()
         };
         let parts = saved_tensors(&config, &method, &shape).unwrap();

@@ -78,7 +78,7 @@ pub struct MemoryArgs {
     /// PyTorch: the optimizer
     #[arg(long, value_enum, default_value = "adamw")]
     optimizer: OptimizerArg,
-    /// PyTorch: what is not quantized is in f32, as prepare_model_for_kbit_training leaves it
+    /// PyTorch: what is not quantized, and with it every activation, is in f32, as prepare_model_for_kbit_training leaves it
     #[arg(long)]
     prepared: bool,
     /// PyTorch: cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO stage 3)

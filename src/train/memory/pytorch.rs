@@ -29,7 +29,7 @@ use crate::adapters::MethodOn;
 use crate::adapters::s2ft::Side;
 use crate::error::{Error, Result};
 use crate::model::options::{Family, MlpKind, Norm, QueryKeyNorm};
-use crate::model::{LayerOn, ModelConfig, Projection};
+use crate::model::{LayerOn, ModelConfig, Projection, Quantization};
 use crate::ops::Sizes;
 use crate::train::method::{MethodName, MethodParams};
 use std::collections::BTreeMap;
@@ -77,7 +77,7 @@ pub struct TrainerShape {
     pub fused_loss: bool,
     /// The optimizer.
     pub optimizer: TrainerOptimizer,
-    /// What of a quantized model is not quantized is in f32 (`prepare_model_for_kbit_training`).
+    /// What of a quantized model is not quantized is in f32 (`prepare_model_for_kbit_training`), and so are the activations.
     pub prepared: bool,
     /// Cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO stage 3).
     pub cards: usize,
@@ -180,6 +180,11 @@ impl LayerCount<'_> {
             let Some((_, projection)) = found else { continue };
             let (out, width) = projection.shape();
             let a = adapter_bytes(self.shape, &projection.method);
+            // int8 keeps its input for itself, where no hook sees it.
+            if self.config.options.quantization == Some(Quantization::Int8) && input_needed && !kept {
+                self.add("int8.input", s * n * width);
+                kept = true;
+            }
             let whole = |this: &mut Self, kept: &mut bool| {
                 if a != s {
                     this.add(input, a * n * width);
@@ -299,6 +304,10 @@ impl LayerCount<'_> {
     }
 }
 
+fn activation_bytes(shape: &TrainerShape) -> usize {
+    if shape.prepared { 4 } else { shape.bytes }
+}
+
 /// Bytes of the numbers of a method: adapters have a format of their own, parts of the weights do not.
 fn adapter_bytes(shape: &TrainerShape, method: &MethodOn<Sizes>) -> usize {
     match method {
@@ -332,6 +341,8 @@ pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &Traine
         return Err(Error::invalid("model_type", options.family.model_type(), requirement));
     }
     let model = sized(config, method)?;
+    // Norms and embedding in f32 make every activation f32.
+    let shape = &TrainerShape { bytes: activation_bytes(shape), ..shape.clone() };
     let full = method.name == MethodName::Full && method.targets.is_none();
     let (s, n, hidden) = (shape.bytes, shape.batch * shape.length, config.hidden_size);
     let mut parts = SavedParts::default();
@@ -404,7 +415,7 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
     let model = sized(config, method)?;
     let (s, n) = (shape.bytes, shape.batch * shape.length);
     let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
-    let packed = config.options.quantization.unwrap_or(crate::model::Quantization::Nf4 { double: true });
+    let packed = config.options.quantization.unwrap_or(Quantization::Nf4 { double: true });
     let (mut weights, mut allocator, mut elements) = (0, 0, 0);
     let mut hold = |bytes: usize, rounded: &mut usize| {
         weights += bytes;
@@ -443,7 +454,7 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
         *saved.entry(name.clone()).or_default() += bytes;
     }
     // Gradients of one layer's activations: three of the MLP's width and two of the model's at once.
-    let backward = s * n * (3 * config.intermediate_size + 2 * config.hidden_size);
+    let backward = activation_bytes(shape) * n * (3 * config.intermediate_size + 2 * config.hidden_size);
     let again = parts.inside.iter().map(|layer| layer.values().sum::<usize>()).max().unwrap_or(0);
     // PEFT's DoRA multiplies its factors with an identity, adds the product to the weight and takes the norms: four such matrices.
     let dora = projections().filter(|p| matches!(p.method, MethodOn::Dora(_))).map(|p| {
