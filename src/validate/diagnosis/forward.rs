@@ -561,7 +561,7 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     m.magnitude = m.magnitude.select(Axis(1), &lines);
                 }
                 Method::Dora(m) => pick(&mut m.a, axis),
-                Method::Paca(_) | Method::S2ft(_) => return Ok(()),
+                Method::Paca(_) | Method::S2ft(_) | Method::Spft(_) => return Ok(()),
             }
             pick(projection.base.dense_mut("grouped heads")?, axis);
         }
