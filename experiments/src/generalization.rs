@@ -3,11 +3,11 @@
 //! and far out of distribution, and S2FT keeps that while LoRA does not; on a two-layer linear model a slice keeps the
 //! out-of-distribution risk within (1 + eps^2) of the pretrained one, and LoRA's is at least the distance of the tasks.
 //!
-//! Measured, 1: pretrained models of ours (`harness::study`) learn one new task by full, LoRA, PaCA, S2FT and SpFT at 10%, 1%
+//! Measured, 1: three pretrained models of ours (`harness::study`) learn one new task by full, LoRA, PaCA, S2FT and SpFT at 10%, 1%
 //! and 0.2% (the least that LoRA has here, rank 1 on v alone) of the parameters. In full each method has, at each budget,
 //! the learning rate that is best by in-domain loss on a base of its own, between a smaller and a larger one that are
 //! worse, and runs at a quarter of it too, because what is kept depends on it. Intervals are over bases.
-//! Measured, 2 (`--base`, `--text`): the same at 10% and 1% on a trained decoder that is not ours (`harness::decoder`),
+//! Measured, 2 (`--base`, `--text`): the same at 1% on a trained decoder that is not ours (`harness::decoder`), at the best rate,
 //! with the divergence from the base on its own samples; one base, so its ranges are over seeds.
 //! Computed, 3: the two-layer linear model from n samples with noise (`generalization::linear`), with a shift that is
 //! shared in a few channels as the theorem assumes, and with one that is not; the bounds drawn.
@@ -57,7 +57,7 @@ const METHODS: [MethodName; 5] =
     [MethodName::Full, MethodName::Lora, MethodName::Paca, MethodName::S2ft, MethodName::Spft];
 const SEEDS: u64 = 5;
 /// Bases of the full profile.
-const BASES: u64 = 4;
+const BASES: u64 = 3;
 /// Share of the parameters, with its name.
 const SHARES: [(&str, f64); 3] = [("0.2%", 0.0022), ("1%", 0.01), ("10%", 0.1)];
 /// Name of the share of full fine-tuning.
@@ -65,7 +65,7 @@ const ALL: &str = "100%";
 /// Rates, as factors of the best.
 const FACTORS: [f64; 2] = [0.25, 1.0];
 /// Seeds and updates on the decoder.
-const DECODER: (u64, u64) = (3, 120);
+const DECODER: (u64, u64) = (3, 80);
 /// Seed of the runs that choose a rate.
 const TUNING_SEED: u64 = 500;
 
@@ -88,12 +88,10 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
         let start = |label: String| Point::new(label).with("kind", "decoder").with("base", name.as_str());
         points.push(start("decoder, before".into()).with("method", "none").with("share", "0%").with("seed", seed));
         for seed in seed..seed + DECODER.0 {
-            for (method, share) in cases(&SHARES[1..]) {
-                for factor in FACTORS {
-                    let point = start(format!("decoder, {} {share} at {factor}, seed {seed}", method.name()));
-                    let point = point.with("method", method.name()).with("share", share).with("factor", factor);
-                    points.push(point.with("tuned", true).with("steps", DECODER.1).with("seed", seed));
-                }
+            for (method, share) in cases(&SHARES[1..2]) {
+                let point = start(format!("decoder, {} {share}, seed {seed}", method.name()));
+                let point = point.with("method", method.name()).with("share", share).with("factor", 1.0);
+                points.push(point.with("tuned", true).with("steps", DECODER.1).with("seed", seed));
             }
         }
     }
@@ -212,7 +210,8 @@ impl Start {
             Self::Ours(study, _) => Self::Ours(study.clone(), study.pretrained(TUNING_BASE)?),
             Self::Decoder(decoder, steps) => Self::Decoder(Arc::clone(decoder), *steps),
         };
-        let sweep = sweep_rates(usual_rate(name), |lr| match of.run(name, share_of(share), lr, TUNING_SEED) {
+        let first = usual_rate(name) * if matches!(self, Self::Ours(..)) { 1.0 } else { 0.25 };
+        let sweep = sweep_rates(first, |lr| match of.run(name, share_of(share), lr, TUNING_SEED) {
             Ok(row) => Ok(row.get(IN_DOMAIN).and_then(Cell::as_f64).unwrap_or(f64::NAN)),
             // A rate at which training breaks down is a bad rate.
             Err(Error::NonFinite { .. }) => Ok(f64::INFINITY),
@@ -222,7 +221,7 @@ impl Start {
     }
 }
 
-/// Where a sweep starts, and the rate of the quick profile.
+/// Where a sweep on our bases starts, and the rate of the quick profile; the decoder wants about a quarter.
 fn usual_rate(name: MethodName) -> f64 {
     if name == MethodName::Full { 4e-3 } else { 4e-2 }
 }

@@ -13,7 +13,7 @@
 //! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full about 12 minutes on
 //! one core.
 
-use crate::harness::over_bases::{difference as paired, interval, over_bases};
+use crate::harness::over_bases::{difference as paired, drawn, interval, over_bases};
 use crate::harness::rates::{RateSweep, sweep_rates};
 use crate::harness::study::{BUDGET_RANK, PAPERS, Study, TUNING_BASE, accuracies, on_own_threads, train};
 use crate::harness::{Experiment, Point, Profile};
@@ -130,7 +130,7 @@ fn values(table: &Table, method: &str, column: &str) -> Result<Vec<f64>> {
 
 /// Its mean with the 95% interval over bases.
 fn mean(table: &Table, method: &str, column: &str) -> Result<(f64, f64, f64)> {
-    Ok(interval(&over_bases(&table.filter_eq("method", method), column)?, 0.95))
+    Ok(drawn(&over_bases(&table.filter_eq("method", method), column)?))
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {

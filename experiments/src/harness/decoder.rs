@@ -132,7 +132,7 @@ impl Decoder {
             data: vec![Part { weight: 1.0, task: TaskParams::Text(text) }],
             ..TrainConfig::default()
         };
-        (config.train.steps, config.train.batch, config.train.length) = (steps, 12, WINDOW);
+        (config.train.steps, config.train.batch, config.train.length) = (steps, 8, WINDOW);
         config.train.truncate = true;
         config.train.eval_rows = ROWS;
         Trainer::with_model(config, self.model.clone())
