@@ -73,7 +73,7 @@ fn rates(method: &str) -> [f64; 3] {
 }
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
-    let study = profile.pick(Study { steps: 200, ..Study::quick() }, Study { steps: 300, ..Study::full() });
+    let study = profile.pick(Study { steps: 200, ..Study::quick() }, Study { steps: 200, ..Study::full() });
     let mut points = Vec::new();
     for seed in seed..seed + profile.pick(SEEDS, BASES) {
         for (method, _) in METHODS {

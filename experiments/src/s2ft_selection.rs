@@ -4,8 +4,8 @@
 //! known.
 //!
 //! Measured: three pretrained models of ours (`harness::study`: 704 channels, 32 heads) learn one new task by training 2% of
-//! the model in one projection, (1) down or o with each of nine selections, (2) each of seven projections with a random
-//! one; at learning rates a factor of four apart. In-domain and retained accuracy; scores of activations and gradients
+//! the model in one projection, (1) down with each of nine selections, o with three of them, (2) each of seven projections
+//! with a random one; at learning rates a factor of four apart. In-domain and retained accuracy; scores of activations and gradients
 //! come from rows of the new task. With `--base` and `--text` the selections of down also on a trained decoder (`harness::decoder`).
 //! Each is taken at the rate that the *other* bases find best by in-domain loss. A selection is compared with random by
 //! paired differences over bases; the paper's two signs at 95%, all eight selections after Bonferroni's correction.
@@ -75,26 +75,24 @@ const SHARE: f64 = 0.02;
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let study = profile.pick(Study { steps: 80, ..Study::quick() }, Study { steps: 100, ..Study::full() });
-    let rates = profile.pick(&RATES[..1], &RATES[..]);
-    let quick = [RANDOM, "activation, smallest", "gradient"];
     let mut points = Vec::new();
     for seed in seed..seed + profile.pick(SEEDS, BASES) {
-        let mut add = |component: &str, rule: &str| {
-            // Heads are best at the second rate whatever the selection; channels of small activations want more.
-            let heads = component == "o_proj" && rule != RANDOM;
-            for lr in rates.iter().take(if heads { 2 } else { rates.len() }) {
+        let mut add = |component: &str, rule: &str, rates: &[f64]| {
+            for lr in rates {
                 let point = study.seeded(format!("{component}, {rule} at {lr}, seed {seed}"), profile, seed);
                 points.push(point.with("component", component).with("selection", rule).with("lr", *lr));
             }
         };
-        for (rule, _) in RULES.iter().filter(|r| profile == Profile::Full || quick.contains(&r.0)) {
-            profile.pick(&SELECTED[..1], &SELECTED[..]).iter().for_each(|component| add(component, rule));
-        }
-        let others = profile.pick(&COMPONENTS[..1], &COMPONENTS[..5]);
-        others.iter().for_each(|component| add(component, RANDOM));
         if profile == Profile::Quick {
-            add("o_proj", RANDOM);
+            [RANDOM, SIGNS[0], SIGNS[1]].iter().for_each(|rule| add("down_proj", rule, &RATES[1..2]));
+            ["q_proj", "o_proj"].iter().for_each(|component| add(component, RANDOM, &RATES[1..2]));
+            continue;
         }
+        RULES.iter().for_each(|(rule, _)| add("down_proj", rule, &RATES));
+        add("o_proj", RANDOM, &RATES);
+        // Heads are best at the second rate whatever the selection; channels of small activations want more.
+        SIGNS.iter().for_each(|rule| add("o_proj", rule, &RATES[..2]));
+        COMPONENTS[..5].iter().for_each(|component| add(component, RANDOM, &RATES[1..]));
     }
     if let (Profile::Full, Some(name)) = (profile, decoder_name()) {
         for seed in seed..seed + DECODER.0 {
