@@ -12,6 +12,7 @@ use ndarray::Array2;
 use peft_limits::adapters::lora::LoraSpec;
 use peft_limits::adapters::moslora::MixerInit;
 use peft_limits::adapters::paca::PacaSpec;
+use peft_limits::adapters::spft::SpftSpec;
 use peft_limits::cost::Cost;
 use peft_limits::linalg::gemm::parallel_product_into;
 use peft_limits::model::s2ft::S2ftSpec;
@@ -118,6 +119,7 @@ fn main() {
         ("paca 2r", MethodSpec::Paca(PacaSpec { rank: 2 * rank, alpha: None, ..PacaSpec::default() })),
         ("dora", MethodSpec::Dora { spec: lora, true_derivative: false }),
         ("moslora", MethodSpec::Moslora { spec: lora, mixer: MixerInit::Orthogonal }),
+        ("spft", MethodSpec::Spft(SpftSpec::default())),
         ("full", MethodSpec::Full),
     ];
     let mut contenders: Vec<Contender> = Vec::new();

@@ -41,7 +41,7 @@
 //! | [`limits`] | threshold, degree, rank, fitted exponents, certified bounds, hardness instances, the norm guard |
 //! | [`blocks`] | forward and backward of every block of the reference transformer, one file each |
 //! | [`ops`] | the operations of a training step, on arrays, on a GPU, or on sizes alone |
-//! | [`adapters`] | full, LoRA, DoRA, MosLoRA, PaCA, S2FT, NF4 bases; selection; updates after training |
+//! | [`adapters`] | full, LoRA, DoRA, MosLoRA, PaCA, S2FT, SpFT, NF4 bases; selection; updates after training |
 //! | [`model`] | configuration, parameters, wiring, Hugging Face checkpoints |
 //! | [`train`] | tasks, optimizer, trainer, the memory ledger |
 //! | [`validate`] | dumps, the ladder of comparisons, known faults |

@@ -5,15 +5,14 @@
 //! Measured, 1: plain gradient descent on one fixed batch of the new task of `harness::study`, in f64, for every method;
 //! eta is the largest power of two (at most 1/2) with which the descent inequality
 //! loss_{t+1} <= loss_t - eta / 2 ||g_t||^2, all that the proof uses, holds at every step. Mean squared gradient against T,
-//! the slope of its logarithms with an interval over five seeds, and the theorem's bound.
+//! the slope of its logarithms with an interval over five runs (in full each on a pretrained model of its own), and the theorem's bound.
 //! Measured, 2: training loss of AdamW on fresh rows against the step, with the slope of logarithms over the second half.
 //!
 //! The theorem's bound holds for every such eta (sum the inequality), so that it is below the theorem's bound is no finding.
 //!
 //! Refuted if PaCA's slope in 1 were separated above full fine-tuning's by more than 0.25.
 //!
-//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full 38 minutes beside other work on two
-//! cores.
+//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full about 15 minutes on one core.
 
 use crate::harness::study::{Study, on_own_threads, train};
 use crate::harness::{Experiment, Point, Profile, interrupted};
@@ -57,11 +56,12 @@ const ADAMW: &str = "AdamW";
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let study = profile.pick(Study::quick(), Study::full());
     let mut points = Vec::new();
-    for method in METHODS.map(MethodName::name) {
-        for seed in seed..seed + SEEDS {
+    for seed in seed..seed + SEEDS {
+        for method in METHODS.map(MethodName::name) {
             for (kind, steps) in [(DESCENT, profile.pick(64u64, 256)), (ADAMW, study.steps)] {
-                let point = Study { steps, ..study.clone() }.point(format!("{kind}, {method}, seed {seed}"));
-                points.push(point.with("kind", kind).with("method", method).with("seed", seed));
+                let label = format!("{kind}, {method}, seed {seed}");
+                let point = Study { steps, ..study.clone() }.seeded(label, profile, seed);
+                points.push(point.with("kind", kind).with("method", method));
             }
         }
     }
@@ -70,7 +70,7 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let study = Study::of(point)?;
-    let base = study.pretrained()?;
+    let base = study.base_of(point)?;
     let name: MethodName = point.text("method")?.parse()?;
     let (seed, kind) = (point.u64("seed")?, point.text("kind")?);
     on_own_threads(1, || {
@@ -257,7 +257,7 @@ fn findings(table: &Table) -> Result<Vec<String>> {
 }
 
 /// Paired difference of slopes, PaCA less full fine-tuning.
-fn gap(table: &Table) -> Result<(f64, f64, f64)> {
+pub(crate) fn gap(table: &Table) -> Result<(f64, f64, f64)> {
     let from = fitted_from(table, DESCENT)?;
     let of = |method: &str| slopes(table, DESCENT, method, PANELS[0].1, from);
     let gaps: Vec<f64> = of("paca")?.iter().zip(of("full")?).map(|(a, b)| a - b).collect();

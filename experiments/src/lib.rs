@@ -7,6 +7,7 @@ pub mod harness;
 pub mod random_head;
 pub mod two_layer;
 
+pub mod adapter_fusion;
 pub mod adapter_serving;
 pub mod approximate_descent;
 pub mod bounds;
@@ -33,7 +34,7 @@ pub mod speed_accuracy;
 pub mod theorem_limits;
 
 /// Every experiment that needs no device, in the order of the index page.
-pub const ALL: [harness::Experiment; 20] = [
+pub const ALL: [harness::Experiment; 21] = [
     phase_diagram::EXPERIMENT,
     solvable_model::EXPERIMENT,
     theorem_limits::EXPERIMENT,
@@ -53,5 +54,6 @@ pub const ALL: [harness::Experiment; 20] = [
     s2ft_selection::EXPERIMENT,
     generalization::EXPERIMENT,
     convergence::EXPERIMENT,
+    adapter_fusion::EXPERIMENT,
     adapter_serving::EXPERIMENT,
 ];

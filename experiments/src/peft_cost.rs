@@ -10,6 +10,7 @@
 //!
 //! `cargo run --release --bin peft_cost [-- --profile full]`; about 15 seconds, in full an estimated 5 minutes. Timed: run it alone.
 
+use crate::harness::study::PAPERS;
 use crate::harness::timed_step::{StepSeconds, TimedStep};
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::Result;
@@ -58,7 +59,7 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 /// Every method with PaCA at LoRA's rank and at twice it, S2FT at LoRA's number of trained numbers.
 fn methods(config: &ModelConfig) -> Result<Vec<(&'static str, MethodParams)>> {
     let of = |name| MethodParams { rank: RANK, ..MethodParams::named(name) };
-    let mut all: Vec<(&str, MethodParams)> = MethodName::ALL.map(|name| (name.name(), of(name))).into();
+    let mut all: Vec<(&str, MethodParams)> = PAPERS.map(|name| (name.name(), of(name))).into();
     let s2ft = with_budget(MethodName::S2ft, config, trained_numbers(config, &of(MethodName::Lora))?)?;
     for (name, method) in &mut all {
         if *name == "s2ft" {

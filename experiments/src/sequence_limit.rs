@@ -9,6 +9,7 @@
 //!
 //! `cargo run --release --bin sequence_limit [-- --profile full]`; about 20 seconds, in full five minutes. Timed: run it alone.
 
+use crate::harness::study::PAPERS;
 use crate::harness::timed_step::TimedStep;
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::Result;
@@ -79,7 +80,7 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let checkpointing = point.bool("checkpointing")?;
     let shape = StepShape { batch: 1, length: 1, bytes: if real { 4 } else { 2 }, state: 2, checkpointing };
     let mut rows = Vec::new();
-    for name in MethodName::ALL {
+    for name in PAPERS {
         let found = longest(&config, &method(name), &shape, limit)?;
         let mut row = Row::new().with("method", name.name()).with("longest (tokens)", found.unwrap_or(0));
         if let (Some(length), true) = (found, real) {
@@ -97,7 +98,7 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
 /// Median tokens per second of every method, the methods interleaved.
 fn throughput(config: &ModelConfig, shape: &StepShape, repeats: usize, seed: u64) -> Result<Vec<Row>> {
     let enter = |name| Ok((name, TimedStep::new(config, &method(name), shape, seed)?, Vec::with_capacity(repeats)));
-    let mut runs = MethodName::ALL.into_iter().map(enter).collect::<Result<Vec<_>>>()?;
+    let mut runs = PAPERS.into_iter().map(enter).collect::<Result<Vec<_>>>()?;
     for repeat in 0..repeats + 2 {
         for (_, step, rates) in &mut runs {
             let elapsed = step.run()?.total();
@@ -116,7 +117,7 @@ fn throughput(config: &ModelConfig, shape: &StepShape, repeats: usize, seed: u64
 }
 
 fn names() -> impl Iterator<Item = &'static str> {
-    MethodName::ALL.into_iter().map(MethodName::name)
+    PAPERS.into_iter().map(MethodName::name)
 }
 
 fn longest_of(rows: &Table, method: &str) -> f64 {

@@ -37,6 +37,8 @@ use peft_limits::adapters::paca::check_index;
 use peft_limits::error::{Error, Result};
 use peft_limits::linalg::decompositions::{Svd, svd};
 use peft_limits::linalg::norms::require_finite;
+use rand::Rng;
+use rand_distr::{Distribution, StandardNormal};
 
 /// Directions below this share of the largest singular value count as absent.
 const CUT: f64 = 1e-12;
@@ -50,7 +52,7 @@ pub struct TwoLayer {
     pub second: Array2<f64>,
 }
 
-/// A regression without noise (noise adds a constant to every risk).
+/// A regression (noise of y adds a constant to every risk, and error to what is fitted to a sample).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
     /// B, p x d: y = B x.
@@ -101,6 +103,34 @@ impl Task {
         expect("second_moment", self.second_moment.dim(), (product.ncols(), product.ncols()))?;
         let gap = &self.target - product;
         Ok((&gap.dot(&self.second_moment) * &gap).sum())
+    }
+
+    /// The task that n samples with Gaussian inputs and noise of deviation sigma stand for: fitting it is fitting them.
+    ///
+    /// With X (d x n) and Y = B X + sigma Z, ||Y - C X||^2 / n is the risk of C on the least-squares map Y X^T (X X^T)^-1
+    /// under X X^T / n, plus what no C changes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for n <= d + 1 or a negative sigma; as [`svd`].
+    pub fn sampled(&self, n: usize, sigma: f64, rng: &mut impl Rng) -> Result<Self> {
+        let (p, d) = self.target.dim();
+        expect("second_moment", self.second_moment.dim(), (d, d))?;
+        if n <= d + 1 {
+            return Err(Error::invalid("samples", n, format!("must be above {}", d + 1)));
+        }
+        if !(sigma >= 0.0) {
+            return Err(Error::invalid("noise", sigma, "must not be negative"));
+        }
+        let mut normal = |rows: usize, columns: usize| -> Array2<f64> {
+            Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(rng))
+        };
+        let inputs = square_root(&self.second_moment)?.dot(&normal(d, n));
+        let noise = normal(p, n) * sigma;
+        // noise X^T (X X^T)^-1 = noise V diag(1/s) U^T.
+        let range = Range::of(&inputs)?;
+        let scaled = &noise.dot(&range.domain) / &range.values.view().insert_axis(Axis(0));
+        let target = &self.target + &scaled.dot(&range.basis.t());
+        Ok(Self { target, second_moment: inputs.dot(&inputs.t()) / n as f64 })
     }
 }
 
@@ -160,14 +190,15 @@ impl TwoLayer {
 }
 
 /// The range of a matrix: A = basis diag(values) domain^T with the absent directions dropped.
-struct Range {
-    basis: Array2<f64>,
+pub(crate) struct Range {
+    /// Orthonormal columns.
+    pub(crate) basis: Array2<f64>,
     values: Array1<f64>,
     domain: Array2<f64>,
 }
 
 impl Range {
-    fn of(a: &Array2<f64>) -> Result<Self> {
+    pub(crate) fn of(a: &Array2<f64>) -> Result<Self> {
         let Svd { u, s, vt } = svd(a.view())?;
         let largest = s.iter().copied().fold(0.0, f64::max);
         let kept = s.iter().filter(|&&x| x > CUT * largest).count();
@@ -346,6 +377,34 @@ mod tests {
         assert!((risk(Update::SecondLowRank(5)) - full).abs() < 1e-10);
         assert_eq!(Update::SecondLowRank(2).trained(&model), 22);
         assert_eq!(Update::FirstRows(vec![1, 2]).trained(&model), 8);
+    }
+
+    /// Mean over samples of a slice's risk elsewhere, against the closed form of `generalization::linear`.
+    #[test]
+    fn noise_costs_a_slice_its_degrees_of_freedom() {
+        let (model, task) = case(5);
+        let (n, sigma, units) = (12, 0.7, vec![1, 4]);
+        let other = Task { target: case(6).1.target, ..task.clone() };
+        let q = Range::of(&model.second.select(Axis(1), &units)).unwrap().basis;
+        let inside = |m: &Array2<f64>| q.dot(&q.t()).dot(m);
+        let energy = |m: &Array2<f64>| (&m.dot(&task.second_moment) * m).sum();
+        let (from_base, apart) = (&other.target - &model.product(), &other.target - &task.target);
+        let want = energy(&(&from_base - &inside(&from_base)))
+            + energy(&inside(&apart))
+            + sigma * sigma * (2 * 4) as f64 / (n - 4 - 1) as f64;
+        let mut rng = generator(1, "two_layer/samples", 0);
+        let mut risks = Vec::new();
+        for _ in 0..4000 {
+            let sampled = task.sampled(n, sigma, &mut rng).unwrap();
+            risks.push(other.risk(&model.fine_tune(&sampled, &Update::FirstRows(units.clone())).unwrap()).unwrap());
+        }
+        let mean = risks.iter().sum::<f64>() / 4000.0;
+        let deviation = (risks.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / 4000.0 / 4000.0).sqrt();
+        assert!((mean - want).abs() < 5.0 * deviation, "{mean} against {want}, deviation {deviation}");
+        assert!(task.sampled(5, 0.1, &mut rng).is_err() && task.sampled(9, -1.0, &mut rng).is_err());
+        // Without noise the sample has the task's map.
+        let clean = task.sampled(9, 0.0, &mut rng).unwrap();
+        assert!((&clean.target - &task.target).iter().all(|x| x.abs() < 1e-12));
     }
 
     #[test]

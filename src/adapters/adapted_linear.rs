@@ -268,7 +268,7 @@ impl<T: Real> AdaptedLinear<T> {
     }
 
     /// Folds the method into the base weight: inference then costs nothing extra. The old weight is kept, so
-    /// that [`AdaptedLinear::unmerge`] restores it bit for bit. PaCA and S2FT put their trained values back.
+    /// that [`AdaptedLinear::unmerge`] restores it bit for bit. PaCA, S2FT and SpFT put their trained values back.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a packed base weight under an additive method.
@@ -278,6 +278,7 @@ impl<T: Real> AdaptedLinear<T> {
             Method::Frozen | Method::Full => {}
             Method::Paca(paca) => paca.activate(&mut self.base, true),
             Method::S2ft(slice) => slice.activate(self.base.dense_mut("s2ft")?, true),
+            Method::Spft(entries) => entries.activate(&mut self.base, true)?,
             Method::Lora(_) | Method::Dora(_) | Method::Moslora(_) if merged_already => {}
             Method::Lora(_) | Method::Dora(_) | Method::Moslora(_) => {
                 let merged = self.effective_weight()?;
@@ -288,7 +289,7 @@ impl<T: Real> AdaptedLinear<T> {
         Ok(())
     }
 
-    /// Undoes [`AdaptedLinear::merge`]; for PaCA and S2FT, whose values live in the base weight, puts the
+    /// Undoes [`AdaptedLinear::merge`]; for PaCA, S2FT and SpFT, whose values live in the base weight, puts the
     /// original values back (they stay away until merged again).
     ///
     /// # Errors
@@ -299,6 +300,7 @@ impl<T: Real> AdaptedLinear<T> {
             Method::Full => return Err(Error::invalid("method", "full", "keeps no original weight to return to")),
             Method::Paca(paca) => paca.activate(&mut self.base, false),
             Method::S2ft(slice) => slice.activate(self.base.dense_mut("s2ft")?, false),
+            Method::Spft(entries) => entries.activate(&mut self.base, false)?,
             Method::Lora(_) | Method::Dora(_) | Method::Moslora(_) => {
                 if let Some(original) = self.unmerged.take() {
                     *self.base.dense_mut("merged")? = original;

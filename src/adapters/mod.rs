@@ -12,6 +12,7 @@
 //! | `Dora` | A, B, magnitude | whole | [`dora`] |
 //! | `Moslora` | A, B, mixer | whole, and xA^T | [`moslora`] |
 //! | `Paca` | r columns of W in place | x at r columns | [`paca`] |
+//! | `Spft` | single entries of W in place | whole | [`spft`] |
 //! | `S2ft` | a slice of rows or columns of W in place | whole (rows) or the slice (columns) | [`s2ft`] |
 //!
 //! A new method is a file that implements [`Adaptation`] and, to be kept in adapter files, [`stored::Stored`]; and a line
@@ -27,6 +28,7 @@ pub mod nf4;
 pub mod paca;
 pub mod s2ft;
 pub mod selection;
+pub mod spft;
 pub mod stored;
 pub mod update;
 
@@ -55,6 +57,8 @@ pub enum MethodOn<E: Ops> {
     Paca(paca::PacaOn<E>),
     /// A dense slice of a co-permuted weight.
     S2ft(s2ft::S2ftSliceOn<E>),
+    /// Single entries, anywhere in the weight.
+    Spft(spft::SpftOn<E>),
 }
 
 /// A method on the processor.
@@ -161,6 +165,7 @@ impl<E: Ops> MethodOn<E> {
             MethodOn::Moslora(method) => method,
             MethodOn::Paca(method) => method,
             MethodOn::S2ft(method) => method,
+            MethodOn::Spft(method) => method,
         }
     }
 
@@ -173,6 +178,7 @@ impl<E: Ops> MethodOn<E> {
             MethodOn::Moslora(method) => Some(method),
             MethodOn::Paca(method) => Some(method),
             MethodOn::S2ft(method) => Some(method),
+            MethodOn::Spft(method) => Some(method),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::lora::LoraSpec;
 use super::s2ft::Side;
-use super::{BaseWeight, Method, dora, lora, moslora, paca, s2ft};
+use super::{BaseWeight, Method, dora, lora, moslora, paca, s2ft, spft};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use ndarray::{Array2, ArrayView2};
@@ -20,11 +20,13 @@ pub enum AdapterKind {
     Paca,
     /// Ours: slices of co-permuted weights.
     S2ft,
+    /// Ours: single entries.
+    Spft,
 }
 
 impl AdapterKind {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft];
+    pub const ALL: [Self; 6] = [Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Spft];
 
     /// The `peft_type` of `adapter_config.json`. DoRA's is LoRA's, with `use_dora`.
     pub fn peft_type(self) -> &'static str {
@@ -33,6 +35,7 @@ impl AdapterKind {
             Self::Moslora => "MOSLORA",
             Self::Paca => "PACA",
             Self::S2ft => "S2FT",
+            Self::Spft => "SPFT",
         }
     }
 
@@ -133,6 +136,7 @@ impl<T: Real> Method<T> {
             AdapterKind::Moslora => Method::Moslora(moslora::Moslora::load(settings, base, from)?),
             AdapterKind::Paca => Method::Paca(paca::Paca::load(settings, base, from)?),
             AdapterKind::S2ft => Method::S2ft(s2ft::S2ftSlice::load(settings, base, from)?),
+            AdapterKind::Spft => Method::Spft(spft::Spft::load(settings, base, from)?),
         })
     }
 
@@ -166,6 +170,10 @@ impl<T: Real> Method<T> {
             Method::S2ft(method) => {
                 method.save(base, to);
                 (AdapterKind::S2ft, none)
+            }
+            Method::Spft(method) => {
+                method.save(base, to);
+                (AdapterKind::Spft, none)
             }
         }))
     }

@@ -62,7 +62,7 @@ pub struct TrainArgs {
     /// Checkpoint folder to start from
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// full, lora, dora, moslora, paca, s2ft, qlora or qpaca
+    /// full, lora, dora, moslora, paca, s2ft, spft, qlora or qpaca
     #[arg(long)]
     method: Option<MethodName>,
     /// Rank (number of columns for PaCA)

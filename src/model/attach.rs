@@ -6,6 +6,7 @@ use crate::adapters::lora::{Lora, LoraSpec};
 use crate::adapters::moslora::{MixerInit, Moslora};
 use crate::adapters::paca::{Paca, PacaSpec};
 use crate::adapters::selection::ColumnScores;
+use crate::adapters::spft::{Spft, SpftSpec};
 use crate::adapters::{AdaptedLinear, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -38,6 +39,8 @@ pub enum MethodSpec {
     },
     /// Partial connections.
     Paca(PacaSpec),
+    /// Single entries.
+    Spft(SpftSpec),
 }
 
 /// Which projections of which layers get which method; a later entry overrides an earlier one.
@@ -135,6 +138,7 @@ pub(super) fn attach_one<T: Real>(
         }
         MethodSpec::Moslora { spec, mixer } => Method::Moslora(Moslora::init(spec, mixer, shape, rng)?),
         MethodSpec::Paca(spec) => Method::Paca(Paca::init(spec, &mut projection.base, scores, rng)?),
+        MethodSpec::Spft(spec) => Method::Spft(Spft::init(spec, &mut projection.base, rng)?),
     };
     Ok(())
 }

@@ -559,6 +559,11 @@ impl<T: Real> Ops for Cpu<T> {
         weight.dense_mut(method)
     }
 
+    fn put_entries(&mut self, weight: &mut Array2<T>, index: &Vec<usize>, values: &Array2<T>) -> Result<()> {
+        crate::adapters::spft::put(weight, index, values);
+        Ok(())
+    }
+
     fn row(&mut self, vector: &Array1<T>) -> Array2<T> {
         vector.view().insert_axis(Axis(0)).to_owned()
     }

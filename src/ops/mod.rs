@@ -390,6 +390,13 @@ pub trait Ops: Clone + Debug + Sized {
     /// # Errors
     /// [`crate::Error::InvalidParam`] for a packed weight.
     fn dense_mut<'a>(weight: &'a mut Self::Weight, method: &'static str) -> Result<&'a mut Self::Matrix>;
+    /// Writes values, `1 x n`, to entries (row x columns + column) of a weight.
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidParam`] for an engine without this operation.
+    fn put_entries(&mut self, _weight: &mut Self::Matrix, _index: &Self::Index, _values: &Self::Matrix) -> Result<()> {
+        Err(lacking("writes of single entries"))
+    }
     /// A gain as a `1 x D` matrix, a copy.
     fn row(&mut self, vector: &Self::Vector) -> Self::Matrix;
     /// Puts a `1 x D` matrix into a gain.

@@ -485,6 +485,10 @@ impl Ops for Sizes {
         Ok(&mut weight.dense)
     }
 
+    fn put_entries(&mut self, _: &mut Buffer, _: &usize, _: &Buffer) -> Result<()> {
+        Ok(())
+    }
+
     fn row(&mut self, vector: &Buffer) -> Buffer {
         self.fresh(vector.shape)
     }

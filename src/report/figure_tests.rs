@@ -311,3 +311,22 @@ fn a_series_looks_the_same_in_every_panel() {
     assert_ne!(first[0].colour, first[1].colour);
     assert_ne!(first[0].marker, first[1].marker);
 }
+
+#[test]
+fn a_method_has_its_colour_in_every_figure() {
+    let style = |names: &[&str], name: &str| {
+        let figure = Figure::new("", [cost_chart("", names)]);
+        figure.styles(&figure.plots()).of(name)
+    };
+    // Alone with other series or in another order: the same colour.
+    for names in [&["lora", "paca", "full"][..], &["s2ft", "full", "paca"], &["other", "paca", "dora"]] {
+        assert_eq!(style(names, "paca").0, crate::report::theme::CATEGORICAL[2]);
+    }
+    // A variant shares the colour and differs in its marker; nobody else takes a colour in use.
+    let names = ["s2ft, random channels", "s2ft, large gradients", "lora", "qlora", "oracle"];
+    let [a, b, lora, packed, other] = names.map(|name| style(&names, name));
+    assert!(a.0 == b.0 && a.1 != b.1 && lora.0 == packed.0 && lora.1 != packed.1);
+    assert!(other.0 != a.0 && other.0 != lora.0);
+    // One name that happens to be a method's changes nothing.
+    assert_eq!(style(&["tiles", "full"], "full").0, crate::report::theme::CATEGORICAL[1]);
+}

@@ -41,7 +41,34 @@ impl Styles {
             return (theme::INK, theme::Marker::Circle);
         }
         let slot = self.names.iter().position(|n| n == name).unwrap_or(0);
+        if self.palette == Palette::Categorical
+            && let Some(style) = self.among_methods(slot)
+        {
+            return style;
+        }
         theme::series_style(self.palette, slot, self.names.len())
+    }
+
+    /// Style of a series in a figure that compares methods (names at least two of them): a method's own colour, its
+    /// variants told apart by the marker; the colours that are left for other series.
+    fn among_methods(&self, slot: usize) -> Option<(RGBColor, theme::Marker)> {
+        let slots: Vec<Option<usize>> = self.names.iter().map(|n| theme::method_slot(n)).collect();
+        let used: Vec<usize> = slots.iter().flatten().copied().collect();
+        if used.len() < 2 {
+            return None;
+        }
+        let marker = |i: usize| theme::MARKERS[i % theme::MARKERS.len()];
+        let before = |like: Option<usize>| slots[..slot].iter().filter(|s| **s == like).count();
+        let own = slots.get(slot).copied().flatten();
+        Some(match own {
+            Some(method) => (theme::CATEGORICAL[method], marker(method + 3 * before(own))),
+            None => {
+                let free: Vec<usize> = (0..theme::CATEGORICAL.len()).filter(|i| !used.contains(i)).collect();
+                let nth = before(None);
+                let colour = free.get(nth % free.len().max(1)).copied().unwrap_or(nth % theme::CATEGORICAL.len());
+                (theme::CATEGORICAL[colour], marker(theme::MARKERS.len() - 1 - nth % theme::MARKERS.len()))
+            }
+        })
     }
 }
 

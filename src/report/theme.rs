@@ -79,6 +79,16 @@ pub const MARKERS: [Marker; 8] = [
     Marker::Ring,
 ];
 
+/// Fine-tuning methods by the place of their colour in [`CATEGORICAL`]: the same in every figure.
+const METHODS: [&str; 7] = ["full", "lora", "paca", "s2ft", "spft", "dora", "moslora"];
+
+/// The place of a method's colour; of variants too, whose names begin with the method's (`qlora`, `paca 2r`).
+pub fn method_slot(name: &str) -> Option<usize> {
+    let word: String = name.chars().take_while(|c| c.is_alphanumeric()).collect::<String>().to_lowercase();
+    let base = if word == "qlora" || word == "qpaca" { &word[1..] } else { &word[..] };
+    METHODS.iter().position(|method| *method == base)
+}
+
 /// How the colours of a figure's series are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Palette {

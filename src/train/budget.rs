@@ -3,6 +3,7 @@
 //! ```text
 //! LoRA, QLoRA    r sum(in + out)             DoRA     r sum(in + out) + sum(out)
 //! MosLoRA        r sum(in + out) + 7 r^2     PaCA     r sum(out)              sums over the seven projections
+//! SpFT           share sum(in out)
 //! S2FT           n_o g D + n_d D             n_o head groups of g columns, n_d channels
 //! ```
 //!
@@ -51,6 +52,12 @@ pub fn with_budget(name: MethodName, config: &ModelConfig, trained: usize) -> Re
                 (Projection::Down.module().to_string(), channels.max(1) as f64 / all(config.intermediate_size)),
             ]);
             Ok(MethodParams { ratios: Some(ratios), ..base })
+        }
+        MethodName::Spft => {
+            let shapes = config.all_projections().into_iter().map(|p| config.projection_shape(p));
+            let each: usize = shapes.map(|(out, input)| out * input).sum();
+            let share = (trained as f64 / (config.num_hidden_layers * each) as f64).min(1.0);
+            Ok(MethodParams { share: Some(share), ..base })
         }
         _ => {
             // PaCA's scaling stays the paper's 1.

@@ -5,6 +5,7 @@ use crate::adapters::moslora::MixerInit;
 use crate::adapters::nf4::Nf4Matrix;
 use crate::adapters::paca::PacaSpec;
 use crate::adapters::selection::{ColumnRule, Order, Score};
+use crate::adapters::spft::SpftSpec;
 use crate::adapters::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -32,6 +33,8 @@ pub enum MethodName {
     Paca,
     /// Heads and channels, co-permuted to dense slices.
     S2ft,
+    /// Single entries, anywhere.
+    Spft,
     /// LoRA on a base in NF4.
     Qlora,
     /// PaCA on a base in NF4.
@@ -40,8 +43,17 @@ pub enum MethodName {
 
 impl MethodName {
     /// All of them.
-    pub const ALL: [MethodName; 8] =
-        [Self::Full, Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Qlora, Self::Qpaca];
+    pub const ALL: [MethodName; 9] = [
+        Self::Full,
+        Self::Lora,
+        Self::Dora,
+        Self::Moslora,
+        Self::Paca,
+        Self::S2ft,
+        Self::Spft,
+        Self::Qlora,
+        Self::Qpaca,
+    ];
 
     /// Name in files, flags and tables.
     pub fn name(self) -> &'static str {
@@ -52,6 +64,7 @@ impl MethodName {
             Self::Moslora => "moslora",
             Self::Paca => "paca",
             Self::S2ft => "s2ft",
+            Self::Spft => "spft",
             Self::Qlora => "qlora",
             Self::Qpaca => "qpaca",
         }
@@ -85,7 +98,7 @@ pub const ALL_LINEAR: &str = "all-linear";
 ///
 /// | name | default | purpose | range |
 /// |---|---|---|---|
-/// | `name` | `full` | the method | `full`, `lora`, `dora`, `moslora`, `paca`, `s2ft`, `qlora`, `qpaca` |
+/// | `name` | `full` | the method | `full`, `lora`, `dora`, `moslora`, `paca`, `s2ft`, `spft`, `qlora`, `qpaca` |
 /// | `rank` | 8 | rank, or number of columns for PaCA | 1 to the smaller side of every target |
 /// | `alpha` | 16; none for PaCA | scaling alpha / rank; without it PaCA's is 1 | finite |
 /// | `rank_stabilized` | false | alpha / sqrt(rank) (LoRA family) | |
@@ -93,6 +106,7 @@ pub const ALL_LINEAR: &str = "all-linear";
 /// | `selection` | `random` | columns (PaCA) or heads and channels (S2FT) by `random`, `weight`, `activation`, `weight-activation`, `gradient` | |
 /// | `smallest` | false | take the smallest scores first | |
 /// | `ratios` | o 0.052, down 0.02 | S2FT: share of heads or channels by module name | 0 to 1 |
+/// | `share` | 0.01 | SpFT: share of each target's entries, drawn at random | above 0, at most 1 |
 /// | `each_layer` | false | S2FT: the same number in every layer rather than the best of all layers | |
 /// | `targets` | all seven | projections, by module name, or `all-linear` (not S2FT); for `full`: everything, if absent | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -116,6 +130,9 @@ pub struct MethodParams {
     /// S2FT: shares by module name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratios: Option<BTreeMap<String, f64>>,
+    /// SpFT: share of each target's entries.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<f64>,
     /// S2FT: the same number in every layer.
     pub each_layer: bool,
     /// Projections, by module name.
@@ -134,6 +151,7 @@ impl Default for MethodParams {
             selection: "random".into(),
             smallest: false,
             ratios: None,
+            share: None,
             each_layer: false,
             targets: None,
         }
@@ -224,6 +242,7 @@ impl MethodParams {
             MethodName::Paca | MethodName::Qpaca => {
                 MethodSpec::Paca(PacaSpec { rank: self.rank, alpha: self.alpha, rule })
             }
+            MethodName::Spft => MethodSpec::Spft(SpftSpec { share: self.share.unwrap_or(SpftSpec::default().share) }),
             MethodName::S2ft => return Ok(None),
         }))
     }
@@ -241,6 +260,9 @@ impl MethodParams {
         }
         if self.name != MethodName::S2ft && (self.ratios.is_some() || self.each_layer) {
             return Err(Error::invalid("method.ratios", "set", "ratios and each_layer belong to method s2ft"));
+        }
+        if self.name != MethodName::Spft && self.share.is_some() {
+            return Err(Error::invalid("method.share", "set", "belongs to method spft"));
         }
         Ok(())
     }
@@ -332,6 +354,7 @@ mod tests {
                 MethodName::Paca | MethodName::Qpaca => each(|(o, _)| 3 * o),
                 // Shares of all layers together: 10 groups of two 32-wide heads, 5 * 344 channels.
                 MethodName::S2ft => config.hidden_size * (64 + 34),
+                MethodName::Spft => each(|(o, i)| (0.01 * (o * i) as f64).round() as usize),
             };
             assert_eq!(model.trainable_elements(), want, "{}", name.name());
             let mut again = model.clone();

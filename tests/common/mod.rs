@@ -5,6 +5,7 @@ use ndarray::Array2;
 use peft_limits::adapters::lora::LoraSpec;
 use peft_limits::adapters::moslora::MixerInit;
 use peft_limits::adapters::paca::PacaSpec;
+use peft_limits::adapters::spft::SpftSpec;
 use peft_limits::cost::Cost;
 use peft_limits::linalg::Real;
 use peft_limits::model::s2ft::{S2ftSpec, Scope};
@@ -81,6 +82,7 @@ pub fn every_method<T: Real>() -> Vec<(&'static str, Model<T>)> {
         ("dora-true", MethodSpec::Dora { spec: lora(3), true_derivative: true }),
         ("moslora", MethodSpec::Moslora { spec: lora(5), mixer: MixerInit::Kaiming }),
         ("paca", MethodSpec::Paca(PacaSpec { rank: 5, ..PacaSpec::default() })),
+        ("spft", MethodSpec::Spft(SpftSpec { share: 0.05 })),
         ("paca-scaled", MethodSpec::Paca(PacaSpec { rank: 5, alpha: Some(7.0), ..PacaSpec::default() })),
     ];
     let mut all: Vec<(&'static str, Model<T>)> = specs

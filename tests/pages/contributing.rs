@@ -103,7 +103,8 @@ fn a_method() {
             format!("{name}: an entry of every_method in tests/common"),
         );
         todo.require(bench.contains(&format!("\"{name}\"")), format!("{name}: a case of benches/train_step.rs"));
-        for precision in ["f32", "bf16", "f16"] {
+        // No other trainer writes single entries, so there is no dump to compare with.
+        for precision in ["f32", "bf16", "f16"].into_iter().filter(|_| method != MethodName::Spft) {
             let folder = format!("tests/data/dumps/clean/{name}-{precision}");
             todo.require(root().join(&folder).is_dir(), format!("{name}: a right dump {folder}"));
         }

@@ -5,6 +5,7 @@ use ndarray::{Array2, Axis};
 use peft_limits::Error;
 use peft_limits::adapters::paca::{Paca, PacaSpec};
 use peft_limits::adapters::selection::{ColumnRule, Order, Score};
+use peft_limits::adapters::spft::SpftSpec;
 use peft_limits::adapters::{BaseWeight, Method, PackedWeight};
 use peft_limits::check::compare::{assert_close, gap};
 use peft_limits::check::finite_differences::{central_differences, observed_order};
@@ -91,6 +92,38 @@ fn paca_gradients_are_columns_of_the_full_gradient() {
             }
         }
     }
+}
+
+#[test]
+fn spft_gradients_are_entries_of_the_full_gradient() {
+    let full = full_gradients(&model(3));
+    let (_, model) = every_method::<f64>().into_iter().find(|(name, _)| *name == "spft").unwrap();
+    let (_, gradients, _) = step(&model, &batch(), &StepOptions::default());
+    for (l, layer) in model.layers.iter().enumerate() {
+        for p in Projection::ALL {
+            let Method::Spft(spft) = &layer.projection(p).method else { panic!("attached everywhere") };
+            let whole = &full.layers[l].projections[&p][0];
+            let want: Vec<f64> = spft.index.iter().map(|i| whole[[i / whole.ncols(), i % whole.ncols()]]).collect();
+            let want = Array2::from_shape_vec((1, want.len()), want).unwrap();
+            assert!(spft.index.len() > 5 && spft.index.is_sorted());
+            assert_close(&format!("{l} {p:?}"), &gradients.layers[l].projections[&p][0].view(), &want.view(), 1e-12);
+        }
+    }
+}
+
+#[test]
+fn spft_refuses_shares_entries_and_packed_weights() {
+    use peft_limits::adapters::spft::Spft;
+    let text = |outcome: peft_limits::Result<()>| outcome.unwrap_err().to_string();
+    for share in [0.0, -0.1, 1.5, f64::NAN] {
+        let plan = AdapterPlan::everywhere(&Projection::ALL, MethodSpec::Spft(SpftSpec { share }));
+        assert!(text(model::<f64>(3).attach(&plan, &mut rng(1))).contains("share"));
+    }
+    let mut weight = BaseWeight::Dense(Array2::<f64>::ones((3, 4)));
+    assert!(text(Spft::from_index(vec![3, 12], &mut weight).map(drop)).contains("index[1]"));
+    assert!(text(Spft::from_index(vec![7, 7], &mut weight).map(drop)).contains("twice"));
+    let mut packed = BaseWeight::Packed(Arc::new(Quarters(Array2::ones((3, 4)))));
+    assert!(text(Spft::from_index(vec![1], &mut packed).map(drop)).contains("packed"));
 }
 
 /// Positions in the checkpoint's order, worked out here from the definition of the order.
@@ -230,6 +263,7 @@ fn frozen_weights_keep_every_bit() {
                 let free = |i: usize, j: usize| match &new.projection(p).method {
                     Method::Full => true,
                     Method::Paca(paca) => paca.index.contains(&j),
+                    Method::Spft(entries) => entries.index.contains(&(i * is.ncols() + j)),
                     Method::S2ft(slice) => match slice.side {
                         peft_limits::adapters::s2ft::Side::Output => slice.range.contains(&i),
                         peft_limits::adapters::s2ft::Side::Input => slice.range.contains(&j),
@@ -243,7 +277,11 @@ fn frozen_weights_keep_every_bit() {
                 }
             }
         }
-        assert_eq!(changed > 0, matches!(name, "full" | "everything" | "paca" | "paca-scaled" | "s2ft"), "{name}");
+        assert_eq!(
+            changed > 0,
+            matches!(name, "full" | "everything" | "paca" | "paca-scaled" | "s2ft" | "spft"),
+            "{name}"
+        );
         if name != "everything" {
             assert_eq!(before.embedding, adapted.embedding);
             assert_eq!(before.lm_head, adapted.lm_head);

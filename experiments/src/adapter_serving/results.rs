@@ -1,7 +1,7 @@
 //! Figures, findings and checks of the table.
 
-use super::{DRIFT_SWITCHES, FUSED, SERVED, SWITCHES};
-use peft_limits::report::{Axis, BarChart, BarSeries, Figure, LineChart, NamedFigure, Panel, Series, Summary, Table};
+use super::{DRIFT_SWITCHES, SERVED, SWITCHES};
+use peft_limits::report::{Axis, Figure, LineChart, NamedFigure, Panel, Series, Table};
 use peft_limits::{Error, Result};
 
 fn part(table: &Table, name: &str) -> Table {
@@ -40,19 +40,6 @@ fn lines(table: &Table, methods: &[&str], x: &str, column: &str) -> Result<Vec<S
         .collect()
 }
 
-/// Mean share of the gain kept over seeds and both tasks, with the 95% interval over seeds.
-fn kept(table: &Table, method: &str, fused: &str) -> Result<(f64, f64, f64)> {
-    let chosen = part(table, "fusion").filter_eq("method", method).filter_eq("fused by", fused);
-    let mut by_seed = Vec::new();
-    for (_, rows) in chosen.group_by(&["seed"])? {
-        let shares = rows.floats("share of the gain kept")?;
-        by_seed.push(shares.iter().sum::<f64>() / shares.len() as f64);
-    }
-    let mean = by_seed.iter().sum::<f64>() / by_seed.len() as f64;
-    let (low, high) = Summary::of(&by_seed).t_interval(0.95).unwrap_or((f64::NAN, f64::NAN));
-    Ok((mean, low, high))
-}
-
 pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let (switch, mixed) = (part(table, "switch"), part(table, "mixed"));
     let chart = |title: &str, x: &str, y: &str, series: Vec<Series>| LineChart {
@@ -74,21 +61,6 @@ pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let title = "Serving one batch of 32 sequences";
     panels
         .push(chart(title, "different adapters", "time (ms)", lines(&mixed, &SERVED, "adapters", "time (ms)")?).into());
-    let mut series = Vec::new();
-    for method in FUSED {
-        let bars = ["sum", "mean"].map(|fused| kept(table, method, fused)).into_iter().collect::<Result<Vec<_>>>()?;
-        series.push(BarSeries::new(method, bars));
-    }
-    let groups = vec!["sum (1, 1)".to_string(), "mean (0.5, 0.5)".to_string()];
-    let fusion = BarChart {
-        title: "Fused adapters".into(),
-        group_label: "fused by".into(),
-        groups,
-        y: Axis::linear("share of own gain in loss kept"),
-        series,
-        values: true,
-        ..Default::default()
-    };
     let mut figure = Figure::new("Adapters after training: S2FT slices against LoRA of the same size", panels)
         .columns(3)
         .caption(
@@ -96,15 +68,11 @@ pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
              except where LoRA is subtracted. One by one: switch, run that adapter's sequences, switch again. Medians over 5 seeds with their range.",
         );
     figure.share_y = false;
-    let bars = Figure::new("Two tasks' adapters in one: S2FT against LoRA of the same size", [fusion]).caption(
-        "Adapters of down, trained apart on two list tasks from one pretrained model, then summed or averaged; 1 keeps all of the own adapter's gain, \
-         0 is the base. Mean over both tasks and 5 seeds with 95% intervals.",
-    );
-    Ok(vec![NamedFigure::new("adapter_serving", figure), NamedFigure::new("adapter_fusion", bars)])
+    Ok(vec![NamedFigure::new("adapter_serving", figure)])
 }
 
 pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
-    let (switch, mixed, fusion) = (part(table, "switch"), part(table, "mixed"), part(table, "fusion"));
+    let (switch, mixed) = (part(table, "switch"), part(table, "mixed"));
     let mut lines = Vec::new();
     let widths = numbers(&switch, "width")?;
     let last = widths[widths.len() - 1];
@@ -136,35 +104,6 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
         serve(SERVED[0], "time (ms)")?,
         100.0 * (serve(SERVED[1], "multiply-adds")? / serve(SERVED[0], "multiply-adds")? - 1.0),
         100.0 * (serve(SERVED[2], "multiply-adds")? / serve(SERVED[0], "multiply-adds")? - 1.0),
-    ));
-    let mean = |method: &str, column: &str| -> Result<f64> {
-        let values = fusion.filter_eq("method", method).floats(column)?;
-        Ok(values.iter().sum::<f64>() / values.len() as f64)
-    };
-    for method in FUSED {
-        let (sum, average) = (kept(table, method, "sum")?, kept(table, method, "mean")?);
-        lines.push(format!(
-            "{method} ({:.0} numbers, overlap {:.2}): loss {:.2} before, {:.2} with the own adapter; fused, the share of that gain kept is {:.2} [{:.2}, {:.2}] \
-             for the sum and {:.2} [{:.2}, {:.2}] for the mean.",
-            mean(method, "numbers")?,
-            mean(method, "overlap")?,
-            mean(method, "loss, base (nats)")?,
-            mean(method, "loss, own adapter (nats)")?,
-            sum.0, sum.1, sum.2, average.0, average.1, average.2
-        ));
-    }
-    let better = |fused: &str| -> Result<&'static str> {
-        let (s, l) = (kept(table, FUSED[0], fused)?, kept(table, FUSED[2], fused)?);
-        Ok(match () {
-            () if s.1 > l.2 => "more than LoRA (intervals apart)",
-            () if s.2 < l.1 => "less than LoRA (intervals apart): the claim is refuted here",
-            () => "neither more nor less than LoRA within the intervals: the claim does not show at this size",
-        })
-    };
-    lines.push(format!(
-        "Fused S2FT adapters on independent channels keep {} for the sum; {} for the mean.",
-        better("sum")?,
-        better("mean")?
     ));
     Ok(lines)
 }

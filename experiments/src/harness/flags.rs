@@ -33,12 +33,25 @@ pub struct Flags {
     /// Folder of attention head files (*.safetensors) for real-heads [default: tests/data/heads]
     #[arg(long, value_name = "DIR")]
     pub heads: Option<PathBuf>,
+    /// Folder of a trained decoder with its tokenizer, for the studies of fine-tuning: they then run on it too
+    #[arg(long, value_name = "DIR", requires = "text")]
+    pub base: Option<PathBuf>,
+    /// Text that the decoder of --base learns
+    #[arg(long, value_name = "FILE", requires = "base")]
+    pub text: Option<PathBuf>,
     /// Redraw figures and findings from table.csv without measuring
     #[arg(long, conflicts_with_all = ["resume", "force"])]
     pub plot_only: bool,
 }
 
 static HEADS: OnceLock<PathBuf> = OnceLock::new();
+
+static DECODER: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
+
+/// The trained decoder of `--base` and the text of `--text`, if given.
+pub(super) fn trained_decoder() -> Option<(PathBuf, PathBuf)> {
+    DECODER.get().cloned()
+}
 
 /// The folder of `--heads`: by default the heads that come with the project.
 pub fn heads_folder() -> PathBuf {
@@ -55,11 +68,14 @@ pub fn head_files() -> Vec<(String, PathBuf)> {
 }
 
 impl Flags {
-    /// Sets what holds for the whole process: the thread pool and the folder of head files.
+    /// Sets what holds for the whole process: the thread pool, the folder of head files, the trained decoder.
     pub(super) fn use_for_process(&self) -> Result<()> {
         if let Some(folder) = &self.heads {
             // A second run in one process (tests) keeps the first folder.
             let _ = HEADS.set(folder.clone());
+        }
+        if let (Some(base), Some(text)) = (&self.base, &self.text) {
+            let _ = DECODER.set((base.clone(), text.clone()));
         }
         if self.threads == 0 {
             return Ok(());

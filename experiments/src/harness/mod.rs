@@ -14,6 +14,7 @@
 //! Exit codes: 0 done, 1 a check or a grid point failed, 2 bad usage or input/output, 130
 //! interrupted (finished points are kept for `--resume`).
 
+pub mod decoder;
 mod experiment;
 mod flags;
 mod gallery;
@@ -22,6 +23,7 @@ mod interrupt;
 #[cfg(feature = "gpu")]
 mod on_device;
 mod outputs;
+pub mod over_bases;
 mod partial;
 mod progress;
 #[cfg(feature = "mpi")]
@@ -29,6 +31,7 @@ mod ranks;
 #[cfg(not(feature = "mpi"))]
 #[path = "one_process.rs"]
 mod ranks;
+pub mod rates;
 mod reproduce;
 mod run;
 pub mod study;

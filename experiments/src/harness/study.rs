@@ -1,18 +1,21 @@
-//! The fine-tuning study that several experiments share: one small pretrained model, one new task, three accuracies.
+//! The fine-tuning study that several experiments share: small pretrained models, one new task, three accuracies.
 //!
-//! The model is pretrained by the run itself on lists of up to nine digits (largest, smallest, first, last, length,
+//! A model is pretrained by the run itself on lists of up to nine digits (largest, smallest, first, last, length,
 //! backwards) and on facts, and then learns to **sort** lists of up to six. Measured are
 //!
 //! - *in-domain*: sorting unseen lists of up to six digits;
-//! - *shifted*: sorting lists of seven to nine, lengths that only pretraining has seen;
-//! - *retained*: the pretraining tasks, unseen problems, mean of the two.
+//! - *shifted* (near): sorting lists of seven to nine, lengths that only pretraining has seen;
+//! - *retained*: the pretraining tasks, unseen problems: the lists (far: the same form, other questions) and the facts
+//!   (forgotten: another language), and their mean.
 //!
-//! Everything is a function of the seeds. The pretrained model is made once per process and shared.
+//! Everything is a function of the seeds. **A base is one pretrained model**: its number seeds its weights and its data,
+//! and what is independent is bases (`harness::over_bases`). Each is made once per process and shared.
 
-use super::Point;
+use super::{Point, Profile};
 use peft_limits::error::{Error, Result};
-use peft_limits::model::Model;
+use peft_limits::model::{Model, ModelConfig};
 use peft_limits::report::Row;
+use peft_limits::streams::generator;
 use peft_limits::train::budget::with_budget;
 use peft_limits::train::config::{ModelSource, TrainConfig};
 use peft_limits::train::evaluate::Scores;
@@ -34,16 +37,32 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 const SORTED: usize = 6;
 /// Longest list of pretraining, and of the shifted test.
 const READ: usize = 9;
+/// The methods that the papers compare with one another.
+pub const PAPERS: [MethodName; 8] = [
+    MethodName::Full,
+    MethodName::Lora,
+    MethodName::Dora,
+    MethodName::Moslora,
+    MethodName::Paca,
+    MethodName::S2ft,
+    MethodName::Qlora,
+    MethodName::Qpaca,
+];
 /// LoRA's rank that sets the budget.
 pub const BUDGET_RANK: usize = 4;
-/// Seed of pretraining; fine-tuning seeds start elsewhere.
+/// Seed of the first base's pretraining.
 const PRETRAINING_SEED: u64 = 1;
+/// What the names of our own bases begin with; a number follows.
+pub const OURS: &str = "ours ";
 
-/// Size and length of the study.
+/// Bases of the quick profile: a later seed uses an earlier base again.
+pub const QUICK_BASES: u64 = 3;
+/// Number of the base on which learning rates are tuned; no experiment reports it.
+pub const TUNING_BASE: u64 = 1000;
+
+/// Length of the study.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Study {
-    /// Size of the model ([`peft_limits::train::preset`]).
-    pub preset: String,
     /// Updates of pretraining, 48 rows each.
     pub pretraining_steps: u64,
     /// Updates of fine-tuning, 24 rows each.
@@ -84,7 +103,8 @@ impl Accuracies {
             .with("retained exact", self.retained_exact())
             .with("retained tokens", self.retained_tokens());
         for (task, scores) in &self.retained {
-            row.set(format!("{task} exact"), scores.exact);
+            row.set(format!("{task} tokens"), scores.tokens);
+            row.set(format!("{task} loss (nats)"), scores.loss);
         }
         row.with("in-domain loss (nats)", self.in_domain.loss).with("shifted loss (nats)", self.shifted.loss)
     }
@@ -96,23 +116,37 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 }
 
 impl Study {
-    /// Minutes on two cores: a model of 0.2 M parameters.
+    /// Minutes on two cores.
     pub fn quick() -> Self {
-        Self { preset: "pico".into(), pretraining_steps: 600, steps: 120, rows: 128 }
+        Self { pretraining_steps: 500, steps: 120, rows: 128 }
     }
 
-    /// An hour: a model of 1 M parameters.
+    /// Longer pretraining and fine-tuning of the same model.
     pub fn full() -> Self {
-        Self { preset: "nano".into(), pretraining_steps: 3000, steps: 400, rows: 512 }
+        Self { pretraining_steps: 800, steps: 120, rows: 192 }
+    }
+
+    /// Sizes of the model: `pico` (0.2 M parameters) with eight heads of eight, so that selections of heads can differ.
+    ///
+    /// # Errors
+    /// As [`preset`].
+    pub fn sizes() -> Result<ModelConfig> {
+        let (heads, head_dim) = (8, 8);
+        Ok(ModelConfig { num_attention_heads: heads, num_key_value_heads: heads, head_dim, ..preset("pico")? })
     }
 
     /// Writes the study into a grid point.
     pub fn point(&self, label: impl Into<String>) -> Point {
         Point::new(label)
-            .with("model", self.preset.as_str())
             .with("pretraining steps", self.pretraining_steps)
             .with("steps", self.steps)
             .with("test rows", self.rows)
+    }
+
+    /// As [`Study::point`], of a seed and its base: its own in the full profile, one of [`QUICK_BASES`] in the quick one.
+    pub fn seeded(&self, label: impl Into<String>, profile: Profile, seed: u64) -> Point {
+        let base = profile.pick(seed % QUICK_BASES, seed);
+        self.point(label).with("base", format!("{OURS}{base}")).with("seed", seed)
     }
 
     /// Reads it back.
@@ -121,39 +155,19 @@ impl Study {
     /// As [`Point::u64`].
     pub fn of(point: &Point) -> Result<Self> {
         Ok(Self {
-            preset: point.text("model")?.into(),
             pretraining_steps: point.u64("pretraining steps")?,
             steps: point.u64("steps")?,
             rows: point.usize("test rows")?,
         })
     }
 
-    /// Peak learning rate of a method.
+    /// Peak learning rate of a method at the study's budget.
     ///
-    /// For `pico`: chosen for full, LoRA, PaCA and S2FT among a few rates, factors of two, on one or two seeds that no
-    /// experiment reports. Full fine-tuning was still improving at the highest rate tried; twice the adapters' rate makes
-    /// LoRA unstable. DoRA, MosLoRA and the packed methods take LoRA's or PaCA's rate unswept. Wider models get half,
-    /// also unswept: only the full profile of `peft_accuracy` sweeps around it.
+    /// Chosen for full, LoRA, PaCA and S2FT among a few rates, factors of two, on one or two seeds that no experiment
+    /// reports. DoRA, MosLoRA and the packed methods take LoRA's or PaCA's rate unswept: the full profile of
+    /// `peft_accuracy` sweeps around it.
     pub fn learning_rate(&self, name: MethodName) -> f64 {
-        let lr = if name == MethodName::Full { 4e-3 } else { 2e-2 };
-        if self.preset == "pico" { lr } else { lr / 2.0 }
-    }
-
-    /// Learning rate of a method that a smaller and a larger one bracket, for [`Study::full`]; else [`Self::learning_rate`].
-    ///
-    /// Column `lr` of the full run of `peft_accuracy`, which sweeps rates by factors of two on seeds that it does not report.
-    pub fn swept_rate(&self, name: MethodName) -> f64 {
-        if *self != Self::full() {
-            return self.learning_rate(name);
-        }
-        match name {
-            MethodName::Full => 2e-3,
-            MethodName::Moslora => 5e-3,
-            MethodName::Lora | MethodName::Qlora => 1e-2,
-            MethodName::Dora => 2e-2,
-            MethodName::Paca | MethodName::Qpaca => 4e-2,
-            MethodName::S2ft => 8e-2,
-        }
+        if name == MethodName::Full { 4e-3 } else { 2e-2 }
     }
 
     /// A method at the study's budget: the trained numbers of LoRA with rank 4.
@@ -161,7 +175,7 @@ impl Study {
     /// # Errors
     /// As [`with_budget`].
     pub fn method(&self, name: MethodName) -> Result<MethodParams> {
-        let config = preset(&self.preset)?;
+        let config = Self::sizes()?;
         let lora = MethodParams { rank: BUDGET_RANK, ..MethodParams::named(MethodName::Lora) };
         with_budget(name, &config, trained_numbers(&config, &lora)?)
     }
@@ -175,19 +189,14 @@ impl Study {
     }
 
     /// The configuration of pretraining.
-    pub fn pretraining(&self) -> TrainConfig {
+    pub fn pretraining(&self, base: u64) -> TrainConfig {
         let mut config = TrainConfig {
-            seed: PRETRAINING_SEED,
-            model: ModelSource::Preset(self.preset.clone()),
+            seed: PRETRAINING_SEED + base,
             optimizer: OptimizerParams { lr: 5e-3, beta2: 0.99, clip: 1.0, ..OptimizerParams::default() },
             schedule: ScheduleParams { decay: Decay::Linear, warmup: 30.min(self.pretraining_steps), floor: 0.0 },
             data: Self::pretraining_data(),
             ..TrainConfig::default()
         };
-        if self.preset != "pico" {
-            // Wider models want a smaller step.
-            config.optimizer.lr = 3e-3;
-        }
         (config.train.steps, config.train.batch, config.train.length) = (self.pretraining_steps, 48, 96);
         config
     }
@@ -196,7 +205,7 @@ impl Study {
     pub fn fine_tuning(&self, method: MethodParams, lr: f64, seed: u64) -> TrainConfig {
         let sort = ListsParams { length: SORTED, operations: vec![Operation::Sort] };
         let mut config = TrainConfig {
-            seed: seed + 1000 * PRETRAINING_SEED,
+            seed: seed + 1000,
             model: ModelSource::Path("pretrained".into()),
             method,
             optimizer: OptimizerParams { lr, clip: 1.0, ..OptimizerParams::default() },
@@ -210,31 +219,44 @@ impl Study {
         config
     }
 
-    /// The pretrained model: made on the first call in a process, shared afterwards.
+    /// A pretrained model: made on the first call in a process, shared afterwards.
     ///
     /// # Errors
     /// As [`train`].
-    pub fn pretrained(&self) -> Result<Arc<Model<f32>>> {
-        static MODELS: OnceLock<Mutex<HashMap<String, Arc<Model<f32>>>>> = OnceLock::new();
-        let config = self.pretraining();
+    pub fn pretrained(&self, base: u64) -> Result<Arc<Model<f32>>> {
+        type Slot = Arc<Mutex<Option<Arc<Model<f32>>>>>;
+        static MODELS: OnceLock<Mutex<HashMap<String, Slot>>> = OnceLock::new();
+        let config = self.pretraining(base);
         let key = config.to_toml()?;
-        let models = MODELS.get_or_init(Mutex::default);
-        // Held while training: points that want the same model wait for it. The threads that wait do nothing else,
-        // because the training has its own.
-        let mut models = models.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(model) = models.get(&key) {
+        let slot = {
+            let mut models = MODELS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(models.entry(key).or_default())
+        };
+        // Held while training: points that want the same model wait for it, others make theirs.
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = slot.as_ref() {
             return Ok(Arc::clone(model));
         }
-        let model = on_own_threads(rayon::current_num_threads(), || {
-            let mut trainer = Trainer::<f32>::new(config)?;
+        let model = on_own_threads(1, || {
+            let weights = Model::random(Self::sizes()?, &mut generator(config.seed, "init/model", 0))?;
+            let mut trainer = Trainer::<f32>::with_model(config, weights)?;
             train(&mut trainer, |_| Ok(()))?;
             let mut model = trainer.model;
             model.freeze();
             Ok(model)
         })?;
-        let model = Arc::new(model);
-        models.insert(key, Arc::clone(&model));
-        Ok(model)
+        Ok(Arc::clone(slot.insert(Arc::new(model))))
+    }
+
+    /// The pretrained model that a point names.
+    ///
+    /// # Errors
+    /// As [`Study::pretrained`]; [`Error::InvalidParam`] unless it is one of ours.
+    pub fn base_of(&self, point: &Point) -> Result<Arc<Model<f32>>> {
+        let name = point.text("base")?;
+        let number = name.strip_prefix(OURS).and_then(|number| number.parse().ok());
+        let missing = || Error::invalid("base", name, format!("must be {OURS}N"));
+        self.pretrained(number.ok_or_else(missing)?)
     }
 
     /// A run that fine-tunes the pretrained model.
@@ -274,64 +296,6 @@ pub fn train(trainer: &mut Trainer<f32>, mut each: impl FnMut((&Trainer<f32>, f6
     Ok(())
 }
 
-/// Learning rates that were tried with their losses, the best of them, and whether it lies between worse ones.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RateSweep {
-    /// Rate and loss (nats), by rising rate.
-    pub tried: Vec<(f64, f64)>,
-    /// The rate with the least loss.
-    pub best: f64,
-    /// A smaller and a larger rate were tried and both are worse.
-    pub bracketed: bool,
-}
-
-impl RateSweep {
-    /// Of rates and losses in any order; without any, the best is NaN.
-    pub fn of(mut tried: Vec<(f64, f64)>) -> Self {
-        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let best = (0..tried.len()).min_by(|&a, &b| tried[a].1.total_cmp(&tried[b].1)).unwrap_or(0);
-        let bracketed = best > 0 && best + 1 < tried.len();
-        Self { best: tried.get(best).map_or(f64::NAN, |t| t.0), tried, bracketed }
-    }
-}
-
-/// Tries half, once and twice `start`, then further factors of two on the better side until both neighbours of the best are
-/// worse, at most [`SWEEP_DOUBLINGS`] from `start`.
-///
-/// A loss that is NaN counts as infinite.
-///
-/// # Errors
-/// Those of `loss_at`.
-pub fn sweep_rates(start: f64, mut loss_at: impl FnMut(f64) -> Result<f64>) -> Result<RateSweep> {
-    let (mut low, mut high) = (-1, 1);
-    let mut sweep =
-        RateSweep::of((low..=high).map(|power| attempt(start, power, &mut loss_at)).collect::<Result<_>>()?);
-    loop {
-        let power = if sweep.bracketed {
-            return Ok(sweep);
-        } else if sweep.best < start && low > -SWEEP_DOUBLINGS {
-            low -= 1;
-            low
-        } else if sweep.best > start && high < SWEEP_DOUBLINGS {
-            high += 1;
-            high
-        } else {
-            return Ok(sweep);
-        };
-        sweep.tried.push(attempt(start, power, &mut loss_at)?);
-        sweep = RateSweep::of(sweep.tried);
-    }
-}
-
-fn attempt(start: f64, power: i32, loss_at: &mut impl FnMut(f64) -> Result<f64>) -> Result<(f64, f64)> {
-    let rate = start * 2f64.powi(power);
-    let loss = loss_at(rate)?;
-    Ok((rate, if loss.is_nan() { f64::INFINITY } else { loss }))
-}
-
-/// Furthest rate of [`sweep_rates`]: this many factors of two from the start.
-pub const SWEEP_DOUBLINGS: i32 = 5;
-
 /// In-domain, shifted and retained accuracy of a run's model as it is now.
 ///
 /// # Errors
@@ -370,51 +334,33 @@ mod tests {
     use super::*;
 
     fn tiny() -> Study {
-        Study { preset: "pico".into(), pretraining_steps: 2, steps: 2, rows: 4 }
-    }
-
-    #[test]
-    fn swept_rates_are_those_of_the_committed_figure() {
-        let table = concat!(env!("CARGO_MANIFEST_DIR"), "/../figures/peft_accuracy/table.csv");
-        let table = peft_limits::report::Table::read_csv(std::path::Path::new(table)).unwrap();
-        for method in MethodName::ALL {
-            let rates = table.filter_eq("method", method.name()).floats("lr").unwrap();
-            assert_eq!(rates.len(), 5, "{method:?}");
-            let swept = Study::full().swept_rate(method);
-            assert!(rates.iter().all(|lr| lr.to_bits() == swept.to_bits()), "{method:?}: {rates:?} against {swept}");
-        }
-    }
-
-    #[test]
-    fn a_sweep_of_rates_ends_between_two_worse_ones() {
-        // Least at 8: up from 1, past 8, to 16.
-        let up = sweep_rates(1.0, |lr| Ok((lr.log2() - 3.0).powi(2))).unwrap();
-        assert_eq!(up.tried.iter().map(|t| t.0).collect::<Vec<_>>(), [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]);
-        assert!(up.bracketed && up.best.to_bits() == 8f64.to_bits());
-        // Down, where the start breaks down.
-        let down = sweep_rates(1.0, |lr| Ok(if lr > 0.3 { f64::NAN } else { 1.0 - lr })).unwrap();
-        assert!(down.bracketed && down.best.to_bits() == 0.25f64.to_bits(), "{down:?}");
-        assert!(down.tried.last().unwrap().1.is_infinite());
-        // Better without end: stops, and says so.
-        let open = sweep_rates(1.0, |lr| Ok(-lr)).unwrap();
-        assert!(!open.bracketed && open.best.to_bits() == 2f64.powi(SWEEP_DOUBLINGS).to_bits());
-        assert!(matches!(sweep_rates(1.0, |_| Err(Error::Interrupted)), Err(Error::Interrupted)));
+        Study { pretraining_steps: 2, steps: 2, rows: 4 }
     }
 
     #[test]
     fn points_carry_the_study_and_the_model_is_made_once() {
         let study = tiny();
         assert_eq!(Study::of(&study.point("x")).unwrap(), study);
-        let (a, b) = (study.pretrained().unwrap(), study.pretrained().unwrap());
+        let (a, b) = (study.pretrained(0).unwrap(), study.pretrained(0).unwrap());
         assert!(Arc::ptr_eq(&a, &b));
-        let other = Study { pretraining_steps: 1, ..study }.pretrained().unwrap();
+        // Another base has other weights, and so has another length of pretraining.
+        let other = study.pretrained(1).unwrap();
         assert_ne!(other.embedding, a.embedding);
+        let shorter = Study { pretraining_steps: 1, ..study.clone() }.pretrained(0).unwrap();
+        assert_ne!(shorter.embedding, a.embedding);
+        let bases = |profile| [0, 3].map(|seed| study.seeded("x", profile, seed).text("base").unwrap().to_string());
+        assert_eq!(
+            (bases(Profile::Quick), bases(Profile::Full)),
+            (["ours 0"; 2].map(String::from), ["ours 0".into(), "ours 3".into()])
+        );
+        assert!(Arc::ptr_eq(&study.base_of(&study.seeded("x", Profile::Quick, 3)).unwrap(), &a));
+        assert!(study.base_of(&study.point("x").with("base", "theirs")).is_err());
     }
 
     #[test]
     fn accuracies_have_all_parts_and_a_run_is_reproducible() {
         let study = tiny();
-        let base = study.pretrained().unwrap();
+        let base = study.pretrained(0).unwrap();
         let run = || {
             let mut trainer = study.trainer(&base, MethodParams::named(MethodName::Paca), 1e-3, 3).unwrap();
             let mut losses = Vec::new();

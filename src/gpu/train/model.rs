@@ -112,6 +112,7 @@ fn upload_projection<T: Real, B: Engine>(
             let index = index_tensor(m.index.iter().copied(), &on.device);
             MethodOn::Paca(PacaOn { index, scaling: m.scaling, inactive: None, active: true })
         }
+        Method::Spft(_) => return Err(refuse("writes single entries, which a device does not; use --device cpu")),
         Method::S2ft(m) => {
             MethodOn::S2ft(S2ftSliceOn { side: m.side, range: m.range.clone(), original: None, active: true })
         }

@@ -6,7 +6,7 @@
 //! | LoRA, MosLoRA | s B A; s (B M) A |
 //! | PaCA | the selected columns, trained - original |
 //! | S2FT | the slice, trained - original, at its original rows or columns |
-//! | DoRA, full fine-tuning | every row that changed (a dense update) |
+//! | DoRA, SpFT, full fine-tuning | every row that changed (a dense update) |
 //!
 //! A slice update in a precision of unit u gives the trained weight back to within u times the larger of the two
 //! values, and exactly where trained and base are within a factor of two of each other (Sterbenz).
@@ -77,6 +77,14 @@ impl<T: Real> ModelUpdate<T> {
                     Method::Dora(_) => {
                         let trained = projection.effective_weight()?;
                         SliceUpdate::between(projection.base.dense().view(), trained.view())?.map(WeightUpdate::Slice)
+                    }
+                    Method::Spft(_) => {
+                        let mut before = projection.clone();
+                        before.unmerge()?;
+                        let mut after = projection.clone();
+                        after.merge()?;
+                        let (before, after) = (before.base.dense(), after.base.dense());
+                        SliceUpdate::between(before.view(), after.view())?.map(WeightUpdate::Slice)
                     }
                     Method::Paca(_) if projection.base.is_packed() => {
                         return Err(refuse("differs from a quantized weight, not from the checkpoint's"));

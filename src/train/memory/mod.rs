@@ -21,6 +21,7 @@ use crate::adapters::lora::{LoraOn, LoraSpec};
 use crate::adapters::moslora::MosloraOn;
 use crate::adapters::paca::PacaOn;
 use crate::adapters::s2ft::{S2ftSliceOn, Side};
+use crate::adapters::spft::SpftOn;
 use crate::adapters::{LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::model::options::Norm;
@@ -277,6 +278,9 @@ fn sized_projection(
         Some(MethodSpec::Paca(spec)) => {
             let scaling = spec.scaling(shape).map_err(named)?;
             MethodOn::Paca(PacaOn { index: spec.rank, scaling, inactive: None, active: true })
+        }
+        Some(MethodSpec::Spft(spec)) => {
+            MethodOn::Spft(SpftOn { index: spec.entries(shape)?, inactive: None, active: true })
         }
         None if method.name == MethodName::S2ft => {
             let spec = method.s2ft()?;

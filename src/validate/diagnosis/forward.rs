@@ -197,7 +197,7 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     m.magnitude = m.magnitude.select(Axis(1), &lines);
                 }
                 Method::Dora(m) => pick(&mut m.a, axis),
-                Method::Paca(_) | Method::S2ft(_) => return Ok(()),
+                Method::Paca(_) | Method::S2ft(_) | Method::Spft(_) => return Ok(()),
             }
             let picked = lines.clone();
             let pick = move |a: &mut Array2<f64>| *a = a.select(axis, &picked).as_standard_layout().into_owned();
