@@ -195,7 +195,7 @@ impl LayerCount<'_> {
             };
             match &projection.method {
                 MethodOn::Frozen => {}
-                MethodOn::Full => whole(self, &mut kept),
+                MethodOn::Full | MethodOn::Spft(_) => whole(self, &mut kept),
                 MethodOn::Lora(lora) => {
                     whole(self, &mut kept);
                     self.add("adapters.xA", a * n * lora.spec.rank);
