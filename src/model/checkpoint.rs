@@ -259,7 +259,7 @@ impl<T: Real> Model<T> {
             let says = config.options.quantization.map_or("nothing", Quantization::name);
             let found = format!("{says}, and {} weights", if packed { "quantized" } else { "no quantized" });
             let expected = "what the weights are stored in";
-            return Err(Error::format(&folder.join("config.json"), "key quantization_config", expected, found));
+            return Err(Error::format(folder.join("config.json"), "key quantization_config", expected, found));
         }
         Ok(Self {
             config,
