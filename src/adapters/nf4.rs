@@ -500,7 +500,7 @@ mod tests {
                 let misplaced = Array2::from_shape_fn(ours.dim(), |(i, j)| {
                     let position = i * ours.ncols() + j;
                     let byte = packed.codes()[position / 2];
-                    let code = if position % 2 == 0 { byte >> 4 } else { byte & 15 };
+                    let code = if position.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
                     LEVELS[usize::from(code)] * packed.scale(i * (ours.ncols() / BLOCK) + j / BLOCK)
                 });
                 assert!(equal(if name == "f32" { &misplaced } else { &ours }), "{name} {kind}");
