@@ -27,13 +27,18 @@ enum Source<T> {
     Elsewhere(Arc<dyn WeightSource<T>>),
 }
 
+/// A function of an entry.
+type OfEntry<T> = dyn Fn(T) -> T + Send + Sync;
+/// A change of a matrix in place.
+type OfMatrix<T> = dyn Fn(&mut Array2<T>) + Send + Sync;
+
 /// A change of a weight, made again each time it is read.
 #[derive(Clone)]
 enum Change<T> {
     /// Of each entry by itself.
-    Entries(Arc<dyn Fn(T) -> T + Send + Sync>),
+    Entries(Arc<OfEntry<T>>),
     /// Of the whole matrix, its shape excepted.
-    Whole(Arc<dyn Fn(&mut Array2<T>) + Send + Sync>),
+    Whole(Arc<OfMatrix<T>>),
 }
 
 /// A weight that is shared or read when it is needed. A clone costs nothing.
