@@ -143,11 +143,11 @@ impl Context<'_> {
             && variant.scale.is_none()
             && variant.ahead == 0
             && variant.unmasked.is_none();
-        self.top_alone().filter(|_| same_forward && self.failed(RungName::Gradients))
+        self.top_part().filter(|_| same_forward && self.failed(RungName::Gradients))
     }
 
     /// The step from the exact input of the top layer on, where hypotheses are run in part.
-    pub(super) fn top_alone(&self) -> Option<Part<'_>> {
+    pub(super) fn top_part(&self) -> Option<Part<'_>> {
         let from = self.exact.hidden.get(&self.top?.checked_sub(1)?)?;
         Some(Part { from: Some((self.top?, from)), ..Part::default() })
     }

@@ -165,7 +165,7 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         // The gradient is linear in the smoothing: its amplitude is that of the gap along a tenth of it.
         tested.watch.begins("hypothesis: label smoothing");
         // Where a step is expensive the top layer tells as much.
-        let part = context.top_alone().filter(|_| !context.forward_wrong()).unwrap_or_default();
+        let part = context.top_part().filter(|_| !context.forward_wrong()).unwrap_or_default();
         if !tested.affords(2.0 * context.cost_of(&part), "label smoothing") {
             break;
         }

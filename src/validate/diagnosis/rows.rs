@@ -18,6 +18,8 @@ use std::collections::{BTreeMap, HashMap};
 /// Rows of the batch that are run one by one at most, and entries of all their gradients.
 const MOST_ROWS: usize = 16;
 const MOST_ENTRIES: usize = 1 << 28;
+/// Most entries of activations that are kept for a hypothesis: 512 MiB, which the plan of a large model does not count.
+const MOST_SEEN: usize = 1 << 26;
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     if context.failing.is_empty() {
@@ -258,7 +260,7 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     tested.watch.begins("hypothesis: shards of sequences");
     let config = &model.config;
     let widths = 8 * config.hidden_size + 4 * config.intermediate_size;
-    if case.batch.tokens() * widths * model.layers.len() > MOST_ENTRIES || !tested.affords(1.0, "sequence-shard-only") {
+    if case.batch.tokens() * widths * model.layers.len() > MOST_SEEN || !tested.affords(1.0, "sequence-shard-only") {
         return Ok(());
     }
     tested.steps += 1;
