@@ -17,7 +17,7 @@
 //! pretrains; in full about 25 minutes on one core, the decoder's part included.
 
 use crate::harness::decoder::{decoder, decoder_name};
-use crate::harness::over_bases::{at_best_rate, difference, interval, is_rate, over_bases, word};
+use crate::harness::over_bases::{at_best_rate, difference, interval, is_rate, not_bracketed, over_bases, word};
 use crate::harness::study::{OURS, Study, accuracies, on_own_threads, train};
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::Result;
@@ -200,16 +200,26 @@ fn bars(title: &str, label: &str, group: &str, groups: Vec<String>, series: Vec<
     }
 }
 
+/// `W large` for the largest weights, and so on.
+fn short(rule: &str) -> String {
+    let (score, end) = rule.strip_suffix(", smallest").map_or((rule, "large"), |score| (score, "small"));
+    let score = match score {
+        "weight" => "W",
+        "activation" => "A",
+        "weight-activation" => "WA",
+        _ => "G",
+    };
+    format!("{score} {end}")
+}
+
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let (all, components) = (rules(table)?, present(table, "component", &COMPONENTS)?);
     let others: Vec<&str> = all.into_iter().filter(|r| *r != RANDOM).collect();
-    let names = || others.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let names = || others.iter().map(|r| short(r)).collect::<Vec<_>>();
     let mut panels = Vec::new();
     for (name, column) in METRICS {
         let mut series = Vec::new();
-        for component in
-            present(table, "component", &SELECTED)?.into_iter().filter(|c| *c == "down_proj" || others.len() > 2)
-        {
+        for component in present(table, "component", &SELECTED)? {
             let mut values = Vec::new();
             for rule in &others {
                 let (mean, low, high) = from_random(table, component, rule, column, 0.95)?;
@@ -217,18 +227,18 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             }
             series.push(BarSeries::new(component, values));
         }
-        for (i, paper) in
-            ["paper, commonsense", "paper, arithmetic"].into_iter().enumerate().filter(|_| column == METRICS[0].1)
-        {
-            let of = |rule: &&str| RULES.iter().find(|r| r.0 == *rule).map_or(f64::NAN, |r| r.1[i]);
-            series.push(BarSeries::new(paper, others.iter().map(of).collect::<Vec<_>>()));
-        }
-        panels.push(bars(&format!("{name}, against random selection"), "points", "selection", names(), series));
+        panels.push(bars(&format!("{name}: against random selection"), "points", "selection", names(), series));
     }
-    let caption = "2% of the model trained in one projection, each at its best rate (a factor of four apart), means over our bases with 95% intervals. \
-                   The paper's values are points of accuracy on its own tasks.";
+    let mut series = Vec::new();
+    for (i, paper) in ["paper, commonsense", "paper, arithmetic"].into_iter().enumerate() {
+        let of = |rule: &&str| RULES.iter().find(|r| r.0 == *rule).map_or(f64::NAN, |r| r.1[i]);
+        series.push(BarSeries::new(paper, others.iter().map(of).collect::<Vec<_>>()));
+    }
+    panels.push(bars("the paper's table 4, on its own tasks", "points", "selection", names(), series));
+    let caption = "Channels (heads) by weight W, activation A, their product or gradient G. 2% of the model trained in one projection, each at its \
+                   best rate (a factor of four apart), means over our bases with 95% intervals.";
     let mut selection = Figure::new("S2FT: selections against random", panels).caption(caption).columns(1);
-    selection.panel_size = (1000.0, 380.0);
+    selection.panel_size = (900.0, 330.0);
     selection.share_y = false;
     let mut figures = vec![NamedFigure::new("s2ft_selection", selection)];
     let mut panels = Vec::new();
@@ -253,7 +263,7 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         let mut figure = Figure::new("The same on a trained decoder (stories260K on Shakespeare)", panels)
             .caption("Below zero: less loss, less forgotten than under random selection. One base; 95% intervals over seeds, paired.")
             .columns(1);
-        figure.panel_size = (1000.0, 380.0);
+        figure.panel_size = (900.0, 330.0);
         figure.share_y = false;
         figures.push(NamedFigure::new("s2ft_selection_decoder", figure));
     }
@@ -303,6 +313,20 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         means.sort_by(|a, b| b.0.0.total_cmp(&a.0.0));
         let text: Vec<String> = means.iter().map(|((m, l, h), c)| format!("{c} {m:.3} ({l:.3} to {h:.3})")).collect();
         lines.push(format!("{name}, components under random selection, best first: {}.", text.join(", ")));
+    }
+    let mut open = Vec::new();
+    for component in &components {
+        for rule in &all {
+            if let Some(lr) = not_bracketed(&runs(&our_rows(table), component, rule), IN_DOMAIN)? {
+                open.push(format!("{component} {rule} ({lr})"));
+            }
+        }
+    }
+    if !open.is_empty() {
+        lines.push(format!(
+            "The best rate is the smallest or the largest tried, so that another may be better, for {}.",
+            open.join(", ")
+        ));
     }
     // What is learned and what is kept together: at one rate a selection that learns less keeps more.
     for lr in RATES {

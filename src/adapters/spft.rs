@@ -148,7 +148,7 @@ impl<T: Real> Spft<T> {
         {
             let weight = base.dense_mut("spft")?;
             self.inactive = Some(entries(weight.view(), &self.index));
-            put(weight, &self.index, &other);
+            Cpu::default().put_entries(weight, &self.index, &other)?;
             self.active = trained;
         }
         Ok(())
@@ -158,14 +158,6 @@ impl<T: Real> Spft<T> {
 fn entries<T: Real>(weight: ArrayView2<T>, index: &[usize]) -> Array2<T> {
     let width = weight.ncols();
     Array2::from_shape_fn((1, index.len()), |(_, i)| weight[[index[i] / width, index[i] % width]])
-}
-
-/// Writes values, `1 x n`, to entries (row x in + column) of a weight.
-pub(crate) fn put<T: Real>(weight: &mut Array2<T>, index: &[usize], values: &Array2<T>) {
-    let width = weight.ncols();
-    for (&i, &x) in index.iter().zip(values) {
-        weight[[i / width, i % width]] = x;
-    }
 }
 
 impl<T: Real> Stored<T> for Spft<T> {
@@ -190,7 +182,7 @@ impl<T: Real> Stored<T> for Spft<T> {
         let loaded = Self::from_index(index, base)
             .map_err(|e| from.malformed("spft_index", "distinct entries of the weight", e.to_string()))?;
         let values = from.matrix("spft_entries", (1, loaded.index.len()))?;
-        put(base.dense_mut("spft")?, &loaded.index, &values);
+        Cpu::default().put_entries(base.dense_mut("spft")?, &loaded.index, &values)?;
         Ok(loaded)
     }
 }

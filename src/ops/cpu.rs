@@ -560,7 +560,10 @@ impl<T: Real> Ops for Cpu<T> {
     }
 
     fn put_entries(&mut self, weight: &mut Array2<T>, index: &Vec<usize>, values: &Array2<T>) -> Result<()> {
-        crate::adapters::spft::put(weight, index, values);
+        let width = weight.ncols();
+        for (&i, &x) in index.iter().zip(values) {
+            weight[[i / width, i % width]] = x;
+        }
         Ok(())
     }
 
