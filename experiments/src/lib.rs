@@ -7,6 +7,9 @@ pub mod harness;
 pub mod random_head;
 pub mod two_layer;
 
+#[cfg(test)]
+mod reproduced;
+
 pub mod adapter_fusion;
 pub mod adapter_serving;
 pub mod approximate_descent;
