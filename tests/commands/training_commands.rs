@@ -256,7 +256,7 @@ fn memory_of_a_7b_model_is_predicted_from_its_config() {
     succeeded(&outcome);
     let out = stdout(&outcome);
     let rows: Vec<serde_json::Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 9);
     let of = |method: &str, key: &str| {
         let row = rows.iter().find(|r| r["method"] == method).unwrap();
         row[key].as_u64().unwrap_or_else(|| panic!("{method} {key}: {row}"))
