@@ -63,8 +63,8 @@ def built(family, method, dtype, event):
     if METHODS[method] is not None:
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": event == "first",
                     "lora_dropout": 0.1 if event == "dropout" else 0.0, "fan_in_fan_out": family == "gpt2"}
-        if event == "dropout" and "num_experts_per_tok" in FAMILIES[family]:
-            # PEFT's wrappers of experts have no dropout.
+        if (event == "dropout" or method == "dora") and "num_experts_per_tok" in FAMILIES[family]:
+            # PEFT's wrappers of experts have neither dropout nor DoRA.
             settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**settings, **METHODS[method]}))
     if event == "checkpointed":

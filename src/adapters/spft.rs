@@ -1,6 +1,6 @@
 //! SpFT: single entries of W, anywhere in it, are trained in place (\[S2FT\], unstructured sparse fine-tuning).
 //!
-//! With I the trained positions, dW[I] = (dy^T x)[I]. Nothing is added to the forward, but unlike a slice or a few columns
+//! With I the trained positions, `dW[I] = (dy^T x)[I]`. Nothing is added to the forward, but unlike a slice or a few columns
 //! the entries need the whole input and, in passing, the whole of dy^T x: sparsity without structure saves optimizer
 //! state and nothing else. That is the paper's reason for structure; this method is what it is compared with.
 
