@@ -17,7 +17,9 @@
 //! pretrains; in full about 25 minutes on one core, the decoder's part included.
 
 use crate::harness::decoder::{decoder, decoder_name};
-use crate::harness::over_bases::{at_best_rate, difference, interval, is_rate, not_bracketed, over_bases, word};
+use crate::harness::over_bases::{
+    at_best_rate, by_base, difference, interval, is_rate, not_bracketed, over_bases, word,
+};
 use crate::harness::study::{OURS, Study, accuracies, on_own_threads, train};
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::Result;
@@ -189,6 +191,32 @@ pub(crate) fn of_component(table: &Table, component: &str, column: &str) -> Resu
     Ok(interval(&over_bases(&at_best_rate(&runs(&our_rows(table), component, RANDOM), IN_DOMAIN)?, column)?, 0.95))
 }
 
+/// Groups of components from worst to best in the paper's Figure 4.
+pub(crate) const PAPERS_ORDER: [&[&str]; 3] =
+    [&["q_proj", "k_proj"], &["v_proj", "up_proj", "gate_proj"], &["o_proj", "down_proj"]];
+
+/// Mean of some components less that of others under random selection, with its interval over our bases.
+pub(crate) fn groups_apart(
+    table: &Table,
+    (above, below): (&[&str], &[&str]),
+    column: &str,
+    level: f64,
+) -> Result<(f64, f64, f64)> {
+    let ours = our_rows(table);
+    let of = |names: &[&str]| -> Result<BTreeMap<String, f64>> {
+        let mut means = BTreeMap::new();
+        for name in names {
+            for (base, mean) in by_base(&at_best_rate(&runs(&ours, name, RANDOM), IN_DOMAIN)?, column)? {
+                *means.entry(base).or_default() += mean / names.len() as f64;
+            }
+        }
+        Ok(means)
+    };
+    let (above, below) = (of(above)?, of(below)?);
+    let gaps: Vec<f64> = above.iter().filter_map(|(base, mean)| Some(mean - below.get(base)?)).collect();
+    Ok(interval(&Summary::of(&gaps), level))
+}
+
 fn bars(title: &str, label: &str, group: &str, groups: Vec<String>, series: Vec<BarSeries>) -> BarChart {
     BarChart {
         title: title.into(),
@@ -313,6 +341,11 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         means.sort_by(|a, b| b.0.0.total_cmp(&a.0.0));
         let text: Vec<String> = means.iter().map(|((m, l, h), c)| format!("{c} {m:.3} ({l:.3} to {h:.3})")).collect();
         lines.push(format!("{name}, components under random selection, best first: {}.", text.join(", ")));
+        if PAPERS_ORDER.iter().flat_map(|group| group.iter()).all(|c| components.iter().any(|there| there == c)) {
+            let [low, _, high] = PAPERS_ORDER;
+            let (m, l, h) = groups_apart(table, (high, low), column, 0.95)?;
+            lines.push(format!("{name}, o and down less q and k: {m:+.3} ({l:+.3} to {h:+.3})."));
+        }
     }
     let mut open = Vec::new();
     for component in &components {
