@@ -224,7 +224,7 @@ fn a_fault_below_every_tolerance_is_found() {
 /// Faults planted into right dumps: those that leave a tolerance fail, nearly all under their own name.
 #[test]
 fn planted_faults_are_found() {
-    for (name, all, first) in [("lora-f32", 50, 0.9), ("full-f32", 35, 0.85), ("lora-right-bf16", 50, 0.6)] {
+    for (name, all, first) in [("lora-f32", 50, 0.95), ("full-f32", 35, 0.85), ("lora-right-bf16", 50, 0.7)] {
         let planted = selftest(&case(&dumps("clean").join(name)), &Silent).unwrap();
         assert!(planted.len() >= all, "{name}: {}", planted.len());
         let missed: Vec<_> = planted.iter().filter(|p| p.shows() && !p.failed).collect();

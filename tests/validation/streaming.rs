@@ -104,7 +104,7 @@ fn parts_of_steps_rule_out_no_fault_that_is_there() {
     assert!(ruled_out > 20, "{ruled_out}");
 }
 
-/// Gradients that nothing explains cost at most four times what a right step costs, and the report says what was not tried.
+/// A search for what explains wild gradients ends with its budget, and the report says what was not tried.
 #[test]
 fn a_search_ends_when_it_has_cost_what_it_may() {
     for folder in ["lora-bf16", "lora-f32", "dora-bf16"] {

@@ -1,7 +1,7 @@
 //! What a search for faults may cost, and how a hypothesis is ruled out by a part of a step.
 //!
 //! A step of the reference costs what its multiply-adds cost. A right step is two of them (exact, rounded); a search may
-//! add eight, so that a wrong step costs at most five times a right one. Small models may use more: nobody waits for them.
+//! add eight, so that a wrong step costs some five times a right one. Small models may use more: nobody waits for them.
 //!
 //! Where a step is expensive a hypothesis is first run in part. Its forward must come nearer to the first wrong hidden state;
 //! where the forward is right, its backward must come nearer to the gradients of the top layer, from the exact input of
