@@ -1,6 +1,7 @@
 //! Writes figures, findings and the manifest of a measured table.
 
 use super::experiment::Experiment;
+use super::run::caught;
 use peft_limits::atomic_file::write_bytes;
 use peft_limits::error::{Error, Result};
 use peft_limits::report::Table;
@@ -55,10 +56,13 @@ pub(super) fn write_outputs(
     let mut failures = Vec::new();
     let mut record = |step: &str, error: Error| failures.push(Failure { point: step.into(), error: error.to_string() });
 
-    match (experiment.plot)(&table) {
+    // A table that was changed by hand may hold what no measurement does.
+    let path = folder.join("table.csv");
+    let foreign = |text: String| Error::format(&path, "rows", "those of this experiment", format!("others ({text})"));
+    match caught(|| (experiment.plot)(&table), foreign) {
         Ok(figures) => {
             for named in figures {
-                match named.figure.write(folder, &named.name) {
+                match caught(|| named.figure.write(folder, &named.name), foreign) {
                     Ok(_) => {
                         manifest.add_file(folder, &format!("{}.svg", named.name))?;
                         manifest.add_file(folder, &format!("{}.png", named.name))?;
@@ -71,11 +75,12 @@ pub(super) fn write_outputs(
         }
         Err(error) => record(STEPS[0], error),
     }
-    manifest.findings = (experiment.findings)(&table).unwrap_or_else(|error| {
+    manifest.findings = caught(|| (experiment.findings)(&table), foreign).unwrap_or_else(|error| {
         record(STEPS[1], error);
         Vec::new()
     });
-    let checks = experiment.checks.map_or(Ok(Vec::new()), |checks| checks(&table)).unwrap_or_else(|error| {
+    let checks = caught(|| experiment.checks.map_or(Ok(Vec::new()), |checks| checks(&table)), foreign);
+    let checks = checks.unwrap_or_else(|error| {
         record(STEPS[2], error);
         Vec::new()
     });

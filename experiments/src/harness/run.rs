@@ -109,7 +109,11 @@ pub(super) fn run(
 
 /// Figures and findings anew from the saved table.
 fn redraw(experiment: &Experiment, folder: &Path, earlier: Option<Manifest>) -> Result<Finished> {
-    let table = Table::read_csv(&folder.join("table.csv"))?;
+    let path = folder.join("table.csv");
+    let table = Table::read_csv(&path)?;
+    if table.is_empty() {
+        return Err(Error::format(path, "rows", "at least one", "none"));
+    }
     let Some(mut manifest) = earlier else {
         return Err(Error::invalid(
             "--plot-only",
@@ -275,10 +279,15 @@ impl Collected<'_> {
 
 /// A panic in one point is that point's failure, not the run's.
 pub(super) fn measure_caught(experiment: &Experiment, point: &Point) -> Result<Vec<Row>> {
-    catch_unwind(AssertUnwindSafe(|| (experiment.measure)(point))).unwrap_or_else(|panic| {
+    let failed = |text: String| Error::invalid("measure", &point.label, format!("panicked: {text}"));
+    caught(|| (experiment.measure)(point), failed)
+}
+
+/// Runs `act`; a panic in it becomes the error that `failed` makes of its message.
+pub(super) fn caught<T>(act: impl FnOnce() -> Result<T>, failed: impl FnOnce(String) -> Error) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
-        let text = text.unwrap_or_else(|| "a panic without a message".into());
-        Err(Error::invalid("measure", &point.label, format!("panicked: {text}")))
+        Err(failed(text.unwrap_or_else(|| "a panic without a message".into())))
     })
 }

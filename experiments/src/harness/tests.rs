@@ -297,6 +297,21 @@ fn plot_only_reads_the_table_and_measures_nothing() {
     assert_ne!(after.files["table.csv"], before.files["table.csv"]);
 }
 
+/// A table that somebody changed: no panic, and what cannot be drawn is a failure that names the file.
+#[test]
+fn a_table_of_another_form_is_said_to_be_one() {
+    let home = tempfile::tempdir().unwrap();
+    execute(&DEMO, home.path(), "", &never);
+    let csv = text(home.path(), "table.csv");
+    std::fs::write(home.path().join("table.csv"), csv.lines().next().unwrap()).unwrap();
+    assert_eq!(execute(&DEMO, home.path(), "--plot-only", &never).0, 2, "no rows");
+    std::fs::write(home.path().join("table.csv"), csv).unwrap();
+    let panics = Experiment { findings: |table| Ok(vec![table.columns()[1000].clone()]), ..DEMO };
+    assert_eq!(execute(&panics, home.path(), "--plot-only", &never).0, 1);
+    let failures = manifest(home.path()).failures;
+    assert!(failures[0].point == "(findings)" && failures[0].error.contains("table.csv"), "{failures:?}");
+}
+
 #[test]
 fn an_experiment_that_cannot_draw_or_judge_says_so() {
     let home = tempfile::tempdir().unwrap();
