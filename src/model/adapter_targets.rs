@@ -4,13 +4,19 @@ use fancy_regex::{Regex, RegexBuilder};
 
 /// Steps of a pattern that goes back on itself; names are short.
 const BACKTRACK_LIMIT: usize = 100_000;
+/// Bytes of a compiled pattern: some tens of thousands of characters.
+const SIZE_LIMIT: usize = 8 << 20;
 
 /// A pattern in Python's syntax, look-around included.
 ///
 /// # Errors
 /// Why it is none.
 pub(super) fn pattern(text: &str) -> Result<Regex, String> {
-    RegexBuilder::new(text).backtrack_limit(BACKTRACK_LIMIT).build().map_err(|e| e.to_string())
+    RegexBuilder::new(text)
+        .backtrack_limit(BACKTRACK_LIMIT)
+        .delegate_size_limit(SIZE_LIMIT)
+        .build()
+        .map_err(|e| e.to_string())
 }
 
 /// One that must match the whole name.
@@ -194,5 +200,9 @@ mod tests {
         assert_eq!(ranks.of("model.layers.0.self_attn.q_proj"), Some(6.0));
         assert_eq!((ranks.of("lm_head"), ranks.of("model.embed_tokens")), (Some(3.0), None));
         assert!(ByPattern::new([("(", 1.0)].into_iter()).unwrap_err().contains("paren"));
+        // Neither memory nor time grows with what a pattern asks for.
+        assert!(pattern("((a{1000}){1000}){1000}").is_err());
+        let back = targets(Names::Pattern(whole(r"(?=(a+)+$)(a|aa)+\1b").unwrap()));
+        assert!(!back.module(&"a".repeat(60)));
     }
 }
