@@ -355,7 +355,7 @@ class dump_step:
         tensors = dict(self.model.named_parameters())
         tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
         inactive = [n for n in (peft or {}) if n != active]
-        saved = False
+        copies = {}
         for raw, tensor in tensors.items():
             clean = plain(raw)
             if id(tensor) in self.official.names or ".paca_indices." in clean:
@@ -364,7 +364,7 @@ class dump_step:
             if ".original_module." in clean or any(
                     re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
                 continue
-            saved = saved or ".modules_to_save." in clean
+            copied = ".modules_to_save." in clean
             clean = clean.replace(f".modules_to_save.{active}.", ".")
             name = self.rename(clean).replace(f".{active}", "")
             name = name.removeprefix("base_model.model.")
@@ -380,7 +380,7 @@ class dump_step:
                 factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
                 adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
             else:
-                base[bare] = full(tensor)
+                (copies if copied else base)[bare] = full(tensor)
         # The parts of a quantized weight are in formats of their own.
         plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
         self.weights = dtype_name(next(plain_weights).dtype)
@@ -391,19 +391,36 @@ class dump_step:
             config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
             if not config:
                 raise ValueError("dump_step: give config=, the model has none")
-            self.write_json("model/config.json", jsonable(config))
+            # The copies of modules_to_save are written as the modules themselves.
+            base |= copies
+            self.write_json("model/config.json", jsonable(self.untied(model, base, config)))
             base = under_checkpoint_names(model, base)
             save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
         adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
+        if self.model_path is not None:
+            adapter |= {"base_model.model." + n: t for n, t in copies.items()}
         if self.adapter_path is None and adapter:
             config = self.adapter_config or self.official.config or (peft and peft[active].to_dict())
             if not config:
                 raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-            # The copies of modules_to_save are written as the modules themselves.
-            config = jsonable(config) | ({"modules_to_save": None} if saved else {})
+            config = jsonable(config) | ({"modules_to_save": None} if copies and self.model_path is None else {})
             self.write_json("adapter/adapter_config.json", config)
             save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
         self.has_adapter = self.adapter_path is not None or bool(adapter)
+
+    def untied(self, model, base, config):
+        """The config, not tied where embedding and head are two weights: `modules_to_save` copies one of them."""
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        ends = [getattr(inner, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        weights = [getattr(end, "weight", None) for end in ends]
+        if not config.get("tie_word_embeddings") or any(not isinstance(w, torch.Tensor) for w in weights):
+            return config
+        if weights[0].data_ptr() == weights[1].data_ptr() or is_quantized(weights[1]):
+            return config
+        # PEFT's wrapper hides the original that the other end still uses.
+        names = {name: module for name, module in inner.named_modules(remove_duplicate=False) if module in ends}
+        base |= {self.rename(name + ".weight"): full(module.weight) for name, module in names.items()}
+        return config | {"tie_word_embeddings": False}
 
     def write_json(self, path, value):
         path = os.path.join(self.writing, path)

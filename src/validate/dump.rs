@@ -494,9 +494,14 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
 }
 
 /// The projection of a layer with a name such as `q_proj`.
-fn projection_named(model: &Model<f64>, layer: usize, module: &str) -> Option<Projection> {
-    let mut all = model.layers.get(layer)?.projections();
-    all.find(|(p, _)| model.config.options.module_kind(*p) == module).map(|(p, _)| p)
+/// The projection of a module such as `transformer.h.0.mlp.c_proj`, by its last name where that stands for one.
+fn projection_named(model: &Model<f64>, module: &str) -> Option<(usize, Projection)> {
+    let (layer, kind, _) = super::names::place_of(&format!("{module}.mask"));
+    let (layer, options) = (layer?, &model.config.options);
+    let all = model.layers.get(layer)?.projections().map(|(p, _)| p);
+    let named: Vec<Projection> = all.filter(|&p| options.module_kind(p) == kind).collect();
+    let whole = named.iter().copied().find(|&p| options.module(layer, p) == module);
+    whole.or_else(|| <[Projection; 1]>::try_from(named).ok().map(|[p]| p)).map(|p| (layer, p))
 }
 
 fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize) -> Result<Trainer> {
@@ -545,9 +550,7 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
             "exp_avg" | "momentum_buffer" => &mut trainer.first,
             "exp_avg_sq" => &mut trainer.second,
             "dropout" => {
-                let (layer, module, _) = super::names::place_of(&format!("{raw}.mask"));
-                let place = layer.and_then(|layer| Some((layer, projection_named(model, layer, &module)?)));
-                let Some(place) = place else {
+                let Some(place) = projection_named(model, &super::names::canonical_name(raw)) else {
                     return Err(file.malformed(format!("tensor {name}"), "dropout. and a projection of a layer", raw));
                 };
                 let mask = observed(file, name, 1.0)?.values;
@@ -575,4 +578,26 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
         }
     }
     Ok(trainer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_stands_for_two_projections_needs_its_module() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/gpt2");
+        let model: Model<f64> = Model::read(&folder).unwrap();
+        let attention = projection_named(&model, "transformer.h.1.attn.c_proj").unwrap();
+        let mlp = projection_named(&model, "transformer.h.1.mlp.c_proj").unwrap();
+        assert_eq!((attention.0, mlp.0), (1, 1));
+        assert_ne!(attention.1, mlp.1, "each has its own mask");
+        assert_eq!(projection_named(&model, "transformer.h.1.c_proj"), None, "two of that name");
+        assert_eq!(
+            projection_named(&model, "h.1.c_attn"),
+            projection_named(&model, "transformer.h.1.attn.c_attn"),
+            "one of that name"
+        );
+        assert_eq!(projection_named(&model, "transformer.h.9.attn.c_attn"), None);
+    }
 }
