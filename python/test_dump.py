@@ -229,6 +229,33 @@ class DumpTest(unittest.TestCase):
             self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report), config.model_type)
             self.setUp()
 
+    def test_what_is_not_known_is_refused_before_anything_is_written_and_never_stops_a_step(self):
+        small = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))  # noqa: E731
+        refused = {
+            "method IA3 is not known": peft.get_peft_model(base(), peft.IA3Config(
+                task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
+            "trainable_token_indices": peft.get_peft_model(base(), peft.LoraConfig(
+                task_type="CAUSAL_LM", target_modules=["k_proj"], trainable_token_indices=[1])),
+            "no decoder": transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**small, pad_token_id=0)),
+            "model_type": transformers.Starcoder2ForCausalLM(transformers.Starcoder2Config(**small)),
+        }
+        for why, m in refused.items():
+            with self.assertRaisesRegex(ValueError, why):
+                dump_step(m, self.folder).__enter__()
+            self.assertEqual(os.listdir(os.path.dirname(self.folder)), [])
+        # A module whose batches are not those of a decoder: the step runs, and the block says why it was not recorded.
+        m = base()
+        before = m.lm_head.weight.detach().clone()
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        with self.assertRaisesRegex(ValueError, "input_ids"):
+            with dump_step(m, self.folder):
+                m(inputs_embeds=torch.randn(2, 5, 32), labels=torch.ones(2, 5, dtype=torch.long)).loss.backward()
+                optimizer.step()
+                stepped = not torch.equal(before, m.lm_head.weight)
+        self.assertTrue(stepped)
+        self.assertEqual(os.listdir(os.path.dirname(self.folder)), [])
+
     def test_activation_checkpointing_and_clipping(self):
         m = model()
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

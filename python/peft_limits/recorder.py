@@ -53,12 +53,13 @@ from .calls import dtype_name, plain, unwrap
 from .differences import check_step
 from .official import Official
 from .quantized import QuantizedBase, is_quantized
+from .report import NotJudged, require_known
 
 VERSION = 1
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
 
 
 def full(tensor):
@@ -149,6 +150,7 @@ class dump_step:
                          "divisor": None if divisor is None else float(divisor)}
         self.token_weights = token_weights
         self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
+        self.failure = None
 
     # What the training loop may say by hand.
 
@@ -167,6 +169,32 @@ class dump_step:
 
     # Recording.
 
+    def refuse_what_is_not_known(self):
+        """Before anything is written or watched."""
+        inner = unwrap(self.model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        kind = type(inner).__name__
+        advice = "; check_step judges the backward of any model"
+        if type(inner).__module__.startswith("transformers.") and re.search(r"For(?!CausalLM)[A-Z]", kind):
+            raise ValueError(f"dump_step: {kind} is no decoder that predicts the next token" + advice)
+        peft = (getattr(unwrap(self.model), "peft_config", None) or {}).get(self.active)
+        method = getattr(getattr(peft, "peft_type", None), "value", "LORA")
+        if method != "LORA" and not (self.official.names or self.adapter_config or self.adapter_path):
+            raise ValueError(f"dump_step: PEFT's method {method} is not known, only LORA" + advice)
+        if getattr(peft, "trainable_token_indices", None):
+            raise ValueError("dump_step: trainable_token_indices is not known" + advice)
+
+    def safely(self, hook):
+        """A hook that never raises: what goes wrong is raised where the block ends, not inside the training step."""
+        def run(*args, **kwargs):
+            if self.failure is None:
+                try:
+                    return hook(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001
+                    self.failure = error
+            return None
+        return run
+
     def __enter__(self):
         with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
             embedding = unwrap(self.model).get_input_embeddings()
@@ -176,6 +204,7 @@ class dump_step:
         active = getattr(unwrap(self.model), "active_adapter", "default")
         self.active = active if isinstance(active, str) else (list(active) or ["default"])[0]
         self.official = Official(self.model, self.active)
+        self.refuse_what_is_not_known()
         self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
@@ -186,30 +215,30 @@ class dump_step:
             self.write_model()
         hook = self.handles.append
         self.handles += self.quantized.hooks()
-        hook(self.model.register_forward_pre_hook(self.called, with_kwargs=True))
-        hook(self.model.register_forward_hook(self.returned))
+        hook(self.model.register_forward_pre_hook(self.safely(self.called), with_kwargs=True))
+        hook(self.model.register_forward_hook(self.safely(self.returned)))
         # Accelerate starts autocast inside the wrapped forward: it shows in the layers only.
         for name, module in self.model.named_modules():
             if LAYER.search(plain(name)):
-                hook(module.register_forward_pre_hook(self.entered))
+                hook(module.register_forward_pre_hook(self.safely(self.entered)))
         if self.keep_hidden:
             for name, module in self.model.named_modules():
                 match = LAYER.search(plain(name))
                 if match:
-                    hook(module.register_forward_hook(self.layer_returned(int(match[1]))))
+                    hook(module.register_forward_hook(self.safely(self.layer_returned(int(match[1])))))
         head, norm = ends(self.model)
         if head is not None and self.keep_logits:
-            hook(head.register_forward_hook(self.left_behind("dlogits")))
+            hook(head.register_forward_hook(self.safely(self.left_behind("dlogits"))))
         if norm is not None:
-            hook(norm.register_forward_hook(self.left_behind("dfinal")))
+            hook(norm.register_forward_hook(self.safely(self.left_behind("dfinal"))))
         for name, module in self.model.named_modules():
             match = DROPOUT.match(plain(name))
             if match and isinstance(module, torch.nn.Dropout) and module.p > 0:
-                hook(module.register_forward_hook(self.dropped(self.module_name(match[1]))))
+                hook(module.register_forward_hook(self.safely(self.dropped(self.module_name(match[1])))))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.is_leaf:
-                hook(parameter.register_post_accumulate_grad_hook(self.accumulated))
-        hook(register_optimizer_step_pre_hook(self.before_update))
+                hook(parameter.register_post_accumulate_grad_hook(self.safely(self.accumulated)))
+        hook(register_optimizer_step_pre_hook(self.safely(self.before_update)))
         if self.check:
             self.check.__enter__()
         return self
@@ -223,6 +252,8 @@ class dump_step:
             shutil.rmtree(self.writing, ignore_errors=True)
             return
         try:
+            if self.failure is not None:
+                raise self.failure
             with whole(self.model):
                 self.finish()
         finally:
@@ -394,6 +425,11 @@ class dump_step:
             # The copies of modules_to_save are written as the modules themselves.
             base |= copies
             self.write_json("model/config.json", jsonable(self.untied(model, base, config)))
+            try:
+                require_known(os.path.join(self.writing, "model/config.json"))
+            except NotJudged:
+                shutil.rmtree(self.writing, ignore_errors=True)
+                raise
             base = under_checkpoint_names(model, base)
             save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
         adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
