@@ -40,6 +40,7 @@ of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the fil
 """
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -50,6 +51,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from safetensors.torch import save_file
 
 from .calls import dtype_name, plain, unwrap
+from . import masks
 from .differences import check_step
 from .official import Official
 from .quantized import QuantizedBase, is_quantized
@@ -58,6 +60,9 @@ from .report import NotJudged, require_known
 VERSION = 1
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
+OTHER_KINDS = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING", "XLORA", "FOURIERFT", "VBLORA", "RANDLORA",
+               "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "POLY", "BONE", "MISS",
+               "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "ROAD", "OSF", "DELORA", "GRALORA")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
 
@@ -124,6 +129,17 @@ def under_checkpoint_names(model, tensors):
     if not type(inner).__module__.startswith("transformers."):
         return tensors
     return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
+
+
+def without(config):
+    """`exclude_modules` of an adapter's configuration with its `modules_to_save` in it, as one pattern."""
+    patterns = [rf"(.*\.)?({name})(\..*)?" for name in config["modules_to_save"]]
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, str) and excluded:
+        patterns.append(f"({excluded})")
+    elif excluded:
+        patterns += [rf"(.*\.)?{re.escape(name)}" for name in excluded]
+    return "|".join(patterns)
 
 
 class dump_step:
@@ -201,8 +217,7 @@ class dump_step:
             if getattr(embedding, "neftune_noise_alpha", None):
                 raise ValueError("dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
                                  "with neftune_noise_alpha=None")
-        active = getattr(unwrap(self.model), "active_adapter", "default")
-        self.active = active if isinstance(active, str) else (list(active) or ["default"])[0]
+        self.active = self.one_adapter()
         self.official = Official(self.model, self.active)
         self.refuse_what_is_not_known()
         self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
@@ -259,11 +274,40 @@ class dump_step:
         finally:
             shutil.rmtree(self.writing, ignore_errors=True)
 
+    def one_adapter(self):
+        """Name of the adapter that acts; refuses what no dump can say."""
+        model = unwrap(self.model)
+        # Transformers models have these names without an adapter too.
+        peft = getattr(model, "peft_config", None)
+        active = (getattr(model, "active_adapters", None) or getattr(model, "active_adapter", "default")) if peft else "default"
+        active = [active] if isinstance(active, str) else list(active() if callable(active) else active) or ["default"]
+        if len(active) > 1:
+            raise ValueError(f"dump_step: {len(active)} adapters act at once ({', '.join(active)}): record a step with one "
+                             "(set_adapter)")
+        merged = next((n for n, m in model.named_modules() if getattr(m, "merged_adapters", None)), None)
+        if merged:
+            raise ValueError(f"dump_step: the adapter of {plain(merged)} is merged into its weight, where it does not train: unmerge "
+                             "it (unmerge_adapter)")
+        config = (getattr(model, "peft_config", None) or {}).get(active[0])
+        kind = getattr(config, "peft_type", None)
+        # Forks of PEFT have kinds of their own, which `official` knows.
+        if kind is not None and str(getattr(kind, "value", kind)) in OTHER_KINDS:
+            raise ValueError(f"dump_step: adapters of PEFT's kind {getattr(kind, 'value', kind)} are not known; LORA (with use_dora, "
+                             "use_rslora and so on) is")
+        for name, what in (("trainable_token_indices", "single rows of the embedding"), ("layer_replication", "layers that share weights")):
+            if getattr(config, name, None):
+                raise ValueError(f"dump_step: {name} ({what}) is not known")
+        return active[0]
+
     def called(self, module, args, kwargs):
-        names = ("input_ids", "attention_mask", "position_ids", "labels")
+        names = ("input_ids", "position_ids", "labels")
+        if args:
+            inner = unwrap(module)
+            parameters = list(inspect.signature(inner.forward).parameters)
+            if parameters[:1] == ["args"] and hasattr(inner, "get_base_model"):
+                parameters = list(inspect.signature(inner.get_base_model().forward).parameters)
+            kwargs = dict(zip(["input_ids", *parameters[1:]], args)) | kwargs
         given = {n: kwargs[n] for n in names if isinstance(kwargs.get(n), torch.Tensor)}
-        if "input_ids" not in given and args and isinstance(args[0], torch.Tensor):
-            given["input_ids"] = args[0]
         if "input_ids" not in given:
             raise ValueError("dump_step: the model was not called with input_ids")
         if given["input_ids"].dim() != 2:
@@ -276,7 +320,11 @@ class dump_step:
             self.micro = [m for m in self.micro if m["trains"]]
         self.device = given["input_ids"].device.type
         self.look_for_autocast()
-        self.micro.append({n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains})
+        record = {n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains}
+        if kwargs.get("attention_mask") is not None:
+            rows, length = record["input_ids"].shape
+            record |= masks.of_batch(kwargs["attention_mask"], rows, length, getattr(unwrap(self.model), "config", None))
+        self.micro.append(record)
         self.inside = True
 
     def look_for_autocast(self):
@@ -424,7 +472,7 @@ class dump_step:
                 raise ValueError("dump_step: give config=, the model has none")
             # The copies of modules_to_save are written as the modules themselves.
             base |= copies
-            self.write_json("model/config.json", jsonable(self.untied(model, base, config)))
+            self.write_json("model/config.json", self.untied(model, base, jsonable(config)))
             try:
                 require_known(os.path.join(self.writing, "model/config.json"))
             except NotJudged:
@@ -439,7 +487,10 @@ class dump_step:
             config = self.adapter_config or self.official.config or (peft and peft[active].to_dict())
             if not config:
                 raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-            config = jsonable(config) | ({"modules_to_save": None} if copies and self.model_path is None else {})
+            config = jsonable(config)
+            if copies and self.model_path is None:
+                # No adapter acts on the modules that they are written as.
+                config |= {"modules_to_save": None, "exclude_modules": without(config)}
             self.write_json("adapter/adapter_config.json", config)
             save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
         self.has_adapter = self.adapter_path is not None or bool(adapter)
@@ -498,9 +549,16 @@ class dump_step:
             raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
                              "takes them out; set_labels() inside the block does as well)")
         ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
-        # Packed documents are told by positions that start again and by no mask; a mask of ones would join them.
-        packed = all("attention_mask" not in m for m in self.micro) and any(
-            "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any()) for m in self.micro)
+        # Packed documents are told by positions that start again and by no mask (a mask of ones would join them), or by a mask of
+        # four axes.
+        def starts_again(m):
+            return "attention_mask" not in m and "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any())
+        if any("documents" in m for m in self.micro):
+            for m in self.micro:
+                new = m["position_ids"].diff(dim=1) != 1 if starts_again(m) else torch.zeros_like(m["input_ids"][:, 1:])
+                own = torch.nn.functional.pad(new.long().cumsum(1), (1, 0)).expand(m["input_ids"].shape)
+                m["documents"] = m.get("documents", own)
+        packed = all("attention_mask" not in m for m in self.micro) and any(map(starts_again, self.micro))
         if packed and ragged:
             for m in self.micro:
                 m["row_lengths"] = torch.full((m["input_ids"].shape[0], 1), m["input_ids"].shape[1])
@@ -516,7 +574,7 @@ class dump_step:
             tensors["labels"] = self.joined("labels", -100)
         if self.token_weights is not None:
             tensors["token_weights"] = full(self.token_weights).float()
-        for name in ("attention_mask", "position_ids", "row_lengths", "logits", given):
+        for name in ("attention_mask", "documents", "position_ids", "row_lengths", "logits", given):
             value = self.joined(name) if name else None
             if value is not None:
                 tensors[name] = value

@@ -334,7 +334,7 @@ impl<T: Real> Model<T> {
             let requirement = "embedding and output projection are one tensor: merging an update into it would change both; keep the adapter apart, or untie the model first";
             return Err(Error::invalid("tie_word_embeddings", true, requirement));
         }
-        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding().view());
+        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding()?.view());
         if let Some(table) = &self.positions {
             writer.matrix(&outside(Outside::Positions, "weight"), table.view());
         }
@@ -358,7 +358,7 @@ impl<T: Real> Model<T> {
         let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
         norm(&mut writer, names, &self.final_norm);
         if self.lm_head.is_some() {
-            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head().view());
+            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head()?.view());
         }
         writer.write(&weights_path(folder))?;
         let dtype = if T::NAME == f32::NAME { "float32" } else { "float64" };

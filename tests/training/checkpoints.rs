@@ -253,10 +253,14 @@ fn broken_adapters_are_refused_with_file_and_key() {
     assert!(message.contains("shape (4, 24)") && message.contains("(5, 24)"), "{message}");
     let message = broken(spec, &replace("\"LORA\"", "\"IA3\""));
     assert!(message.contains("peft_type") && message.contains("IA3"), "{message}");
-    let message = broken(spec, &replace("\"bias\": \"none\"", "\"bias\": \"lora_only\""));
+    let message = broken(spec, &replace("\"bias\": \"none\"", "\"bias\": \"some\""));
     assert!(message.contains("key bias"), "{message}");
     let message = broken(spec, &replace("\"bias\"", "\"use_qalora\": true, \"bias\""));
     assert!(message.contains("use_qalora") && message.contains("not implemented"), "{message}");
+    let message = broken(spec, &replace("\"bias\"", "\"new_config\": {\"on\": 1}, \"bias\""));
+    assert!(message.contains("key new_config") && message.contains("not known"), "{message}");
+    let message = broken(spec, &replace("\"bias\"", "\"target_parameters\": [\"q_proj.weight\"], \"bias\""));
+    assert!(message.contains("key target_parameters") && message.contains("no experts"), "{message}");
 
     let paca = MethodSpec::Paca(peft_limits::adapters::paca::PacaSpec { rank: 3, ..Default::default() });
     for (index, expected) in
