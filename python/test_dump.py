@@ -234,7 +234,7 @@ class DumpTest(unittest.TestCase):
         small = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2}
         base = lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))  # noqa: E731
         refused = {
-            "method IA3 is not known": peft.get_peft_model(base(), peft.IA3Config(
+            "kind IA3 are not known": peft.get_peft_model(base(), peft.IA3Config(
                 task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
             "trainable_token_indices": peft.get_peft_model(base(), peft.LoraConfig(
                 task_type="CAUSAL_LM", target_modules=["k_proj"], trainable_token_indices=[1])),
@@ -442,9 +442,8 @@ class DumpTest(unittest.TestCase):
         window = causal & (t[:, None] - t[None] < 4)
         for words, mask in [("not causal", prefix[:, None]), ("not causal", window[:, None]),
                             ("differs between heads", torch.cat([apart[:, None], causal[:, None]], 1).repeat(1, 2, 1, 1)),
-                            ("other numbers", added(apart, -3.0)), ("expected (no cache)", causal[:, None, :, :5]),
-                            ("torch.int64", apart[:, None].long())]:
-            with self.subTest(words), self.assertRaisesRegex(ValueError, words.replace("(", r"\(").replace(")", r"\)")):
+                            ("other numbers", added(apart, -3.0))]:
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
                 self.step(model(), given | {"attention_mask": mask})
             self.assertEqual(os.listdir(self.temporary.name), [])
 
