@@ -9,6 +9,7 @@ pub(super) mod applied;
 mod backward;
 mod bases;
 pub mod budget;
+mod distribution;
 mod factors;
 mod families;
 mod fitted;
@@ -442,7 +443,10 @@ pub(super) fn diagnose(
     let mut tested = Tested::new(watch, Budget::of(case));
     let mut measured = None;
     if !context.failed.is_empty() {
-        gradient::test(&context, &mut tested)?;
+        distribution::test(&context, &mut tested)?;
+        if !tested.settled() {
+            gradient::test(&context, &mut tested)?;
+        }
         if !tested.settled() {
             slices::test(&context, &mut tested)?;
         }
