@@ -236,7 +236,11 @@ fn validate_step(args: &ValidateArgs) -> Result<Report> {
     if let Some(folder) = args.dump.as_ref().filter(|folder| is_of_ranks(folder)) {
         let ranks = Ranks::read(folder)?;
         let name = folder.display().to_string();
-        let report = validate_ranks(&ranks, &|paths, manifest| read_case(args, &spinner, paths, Some(manifest), &name), &spinner);
+        let report = validate_ranks(
+            &ranks,
+            &|paths, manifest| read_case(args, &spinner, paths, Some(manifest), &name),
+            &spinner,
+        );
         spinner.bar.finish_and_clear();
         return report;
     }
@@ -357,7 +361,8 @@ fn plant(args: &ValidateArgs) -> Result<ExitCode> {
         let views = Ranks::read(&name)?.views()?;
         let view = &views.views[0];
         let text = name.display().to_string();
-        read_case(args, &spinner, &view.paths, Some(&view.manifest), &text).and_then(|case| selftest(&case, &spinner))?
+        read_case(args, &spinner, &view.paths, Some(&view.manifest), &text)
+            .and_then(|case| selftest(&case, &spinner))?
     } else {
         with_case(args, &spinner, |case| selftest(case, &spinner))?
     };

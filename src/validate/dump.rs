@@ -182,6 +182,10 @@ impl Case {
         open: bool,
     ) -> Result<Self> {
         let file = TensorFile::open_on_disk(&paths.step)?;
+        if let Some(parallel) = manifest.and_then(|m| m.parallel.as_ref()) {
+            let found = format!("the part of rank {} of {}", parallel.rank, parallel.world_size);
+            return Err(file.malformed("step", "a whole step: validate the folder above, with all ranks", found));
+        }
         refuse_unsupported(paths)?;
         let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
         let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;

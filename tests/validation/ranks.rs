@@ -3,7 +3,7 @@
 
 use super::folders_in;
 use peft_limits::tensor_file::{TensorFile, TensorWriter};
-use peft_limits::validate::dump::{Case, PlainSettings};
+use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::ranks::{Ranks, is_of_ranks, validate_ranks};
 use peft_limits::validate::{Report, Silent};
 use peft_limits::{Error, Result};
@@ -51,12 +51,21 @@ fn faults_between_processes_are_named() {
     for path in all {
         let report = judge(&path).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
-        let fault = ["-f32", "-bf16", "-replicas"].iter().fold(name, |name, end| name.strip_suffix(end).unwrap_or(name));
+        let fault =
+            ["-f32", "-bf16", "-replicas"].iter().fold(name, |name, end| name.strip_suffix(end).unwrap_or(name));
         let named: Vec<&str> = report.diagnoses.iter().map(|d| d.fault.as_str()).collect();
         assert!(!report.passed && named == [fault], "{name}: {:#?}", report.diagnoses);
         let first = &report.diagnoses[0];
         assert!(first.complete && first.what.contains("rank") && !first.fix.is_empty(), "{name}: {first:?}");
     }
+}
+
+/// One process's folder is not a step.
+#[test]
+fn a_part_alone_is_refused() {
+    let (paths, manifest) = DumpPaths::of_folder(&root().join("clean/ddp-f32/rank-0")).unwrap();
+    let refused = Case::read("part", &paths, Some(&manifest), &PlainSettings::default()).unwrap_err().to_string();
+    assert!(refused.contains("rank 0 of 2") && refused.contains("folder above"), "{refused}");
 }
 
 /// Parts put together are the whole: the base of a model that three processes divide is the checkpoint that they read.
@@ -79,7 +88,10 @@ fn copy(name: &str) -> (tempfile::TempDir, PathBuf) {
     fn folder(from: &Path, to: &Path) {
         std::fs::create_dir_all(to).unwrap();
         for entry in std::fs::read_dir(from).unwrap() {
-            let (path, to) = { let e = entry.unwrap(); (e.path(), to.join(e.file_name())) };
+            let (path, to) = {
+                let e = entry.unwrap();
+                (e.path(), to.join(e.file_name()))
+            };
             if path.is_dir() { folder(&path, &to) } else { drop(std::fs::copy(&path, &to).unwrap()) }
         }
     }
@@ -144,15 +156,31 @@ fn folders_that_do_not_fit_are_refused_by_name() {
             },
             &["rank-1", "no input_ids"],
         ),
-        ("clean/ddp-f32", |d| change(d, 1, |m| m["parallel"]["world_size"] = json!(3)), &["rank-1", "world_size", "2", "3"]),
-        ("clean/ddp-f32", |d| change(d, 0, |m| m["parallel"]["world_size"] = json!(1)), &["rank-1", "1, as rank 0 counts"]),
-        ("clean/ddp-f32", |d| change(d, 1, |m| m["parallel"]["rank"] = json!(0)), &["rank-1", "parallel.rank", "found 0"]),
+        (
+            "clean/ddp-f32",
+            |d| change(d, 1, |m| m["parallel"]["world_size"] = json!(3)),
+            &["rank-1", "world_size", "2", "3"],
+        ),
+        (
+            "clean/ddp-f32",
+            |d| change(d, 0, |m| m["parallel"]["world_size"] = json!(1)),
+            &["rank-1", "1, as rank 0 counts"],
+        ),
+        (
+            "clean/ddp-f32",
+            |d| change(d, 1, |m| m["parallel"]["rank"] = json!(0)),
+            &["rank-1", "parallel.rank", "found 0"],
+        ),
         (
             "clean/ddp-f32",
             |d| change(d, 1, |m| m["optimizer"]["steps_before"] = json!(5)),
             &["rank-1", "optimizer.steps_before", "0, as in rank 0", "5"],
         ),
-        ("clean/ddp-f32", |d| change(d, 1, |m| drop(m["trained"].as_array_mut().unwrap().pop())), &["rank-1", "key trained"]),
+        (
+            "clean/ddp-f32",
+            |d| change(d, 1, |m| drop(m["trained"].as_array_mut().unwrap().pop())),
+            &["rank-1", "key trained"],
+        ),
         (
             "clean/ddp-f32",
             |d| {
@@ -176,30 +204,36 @@ fn folders_that_do_not_fit_are_refused_by_name() {
         ),
         (
             "clean/fsdp-f32",
-            |d| change(d, 1, |m| {
-                let shards = m["parallel"]["shards"].as_object_mut().unwrap();
-                shards.values_mut().for_each(|part| part["offset"][0] = json!(0));
-            }),
+            |d| {
+                change(d, 1, |m| {
+                    let shards = m["parallel"]["shards"].as_object_mut().unwrap();
+                    shards.values_mut().for_each(|part| part["offset"][0] = json!(0));
+                })
+            },
             &["rank-1/step.safetensors", "a second time", "do not overlap"],
         ),
         (
             "clean/fsdp-f32",
-            |d| for rank in 0..2 {
-                change(d, rank, |m| {
-                    let shards = m["parallel"]["shards"].as_object_mut().unwrap();
-                    shards.values_mut().for_each(|part| {
-                        part["shape"][0] = json!(part["shape"][0].as_u64().unwrap() + 1);
+            |d| {
+                for rank in 0..2 {
+                    change(d, rank, |m| {
+                        let shards = m["parallel"]["shards"].as_object_mut().unwrap();
+                        shards.values_mut().for_each(|part| {
+                            part["shape"][0] = json!(part["shape"][0].as_u64().unwrap() + 1);
+                        });
                     });
-                });
+                }
             },
             &["entries", "in all ranks' parts together", "rank 0: ", "rank 1: "],
         ),
         (
             "clean/fsdp-f32",
-            |d| change(d, 1, |m| {
-                let shards = m["parallel"]["shards"].as_object_mut().unwrap();
-                shards.values_mut().for_each(|part| part["size"][0] = json!(1000));
-            }),
+            |d| {
+                change(d, 1, |m| {
+                    let shards = m["parallel"]["shards"].as_object_mut().unwrap();
+                    shards.values_mut().for_each(|part| part["size"][0] = json!(1000));
+                })
+            },
             &["rank-1", "parallel.shards", "a part inside the tensor"],
         ),
     ];

@@ -45,7 +45,11 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         if !tested.settled() && tested.affords(1.0, "data-parallel-not-reduced") {
             tested.watch.begins("gradients of each rank's data");
             tested.steps += 1;
-            let of = if rows { gradients_of_rows(context, distribution) } else { gradients_of_positions(context, distribution) };
+            let of = if rows {
+                gradients_of_rows(context, distribution)
+            } else {
+                gradients_of_positions(context, distribution)
+            };
             if let Some(of) = of? {
                 not_reduced(context, distribution, &of, tested)?;
             }
@@ -376,12 +380,25 @@ fn not_reduced(
         happened.insert(rank, what);
         weights.insert(rank, exact);
     }
-    let all_names: Vec<String> =
-        if context.failing.len() == context.all_gradients().len() { parts[0].keys().cloned().collect() } else { names(context) };
+    let all_names: Vec<String> = if context.failing.len() == context.all_gradients().len() {
+        parts[0].keys().cloned().collect()
+    } else {
+        names(context)
+    };
     let mut predicted = combined(context, distribution, parts, &weights, &all_names);
     same_in_loss(context, weights.values(), &mut predicted);
     let Some(fault) = named(context, distribution, &happened) else { return Ok(()) };
     context.propose(fault, &predicted, tested)
+}
+
+/// The other thing that a factor of the number of ranks may be.
+fn same_as_scaling(context: &Context<'_>, ranks: f64, how: &str) -> String {
+    let same = super::factors::scalings(context).iter().any(|(scaling, _)| (scaling / ranks - 1.0).abs() < 1e-3);
+    if same {
+        format!("; or the scaling alpha / r = {ranks} is {how} in the backward of the factors")
+    } else {
+        String::new()
+    }
 }
 
 /// A loss that is off by the factor that all parts have.
@@ -427,7 +444,9 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
         return Some(Fault::new(name, format!("{}: not reduced over ranks", each.join("; ")), fix));
     }
     if let Some((&rank, Happened::Of(part))) = happened.iter().find(|(_, h)| matches!(h, Happened::Of(_))) {
-        let what = format!("rank {rank} holds the gradient of part {part} of the data alone{tensors}: another rank's, not the sum");
+        let what = format!(
+            "rank {rank} holds the gradient of part {part} of the data alone{tensors}: another rank's, not the sum"
+        );
         return Some(Fault::new(
             "data-parallel-not-reduced",
             what,
@@ -446,14 +465,22 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
         } else {
             ""
         };
-        let what = format!("{} hold 1/{n} of the gradient{tensors}: divided by the {n} ranks{or} twice{where_}", of_ranks(&divided));
+        let scaling = same_as_scaling(context, n as f64, "missing");
+        let what = format!(
+            "{} hold 1/{n} of the gradient{tensors}: divided by the {n} ranks{or} twice{where_}{scaling}",
+            of_ranks(&divided)
+        );
         let fix = "divide once: DistributedDataParallel and fully_shard average over ranks, so neither the loss nor the \
                    gradients may be divided by their number again";
         return Some(Fault::new("averaged-twice", what, fix));
     }
     let multiplied = ranks(&|h| *h == Happened::Multiplied);
     if !multiplied.is_empty() {
-        let what = format!("{} hold {n} times the gradient{tensors}: summed over the {n} ranks, not averaged", of_ranks(&multiplied));
+        let scaling = same_as_scaling(context, n as f64, "taken twice");
+        let what = format!(
+            "{} hold {n} times the gradient{tensors}: summed over the {n} ranks, not averaged{scaling}",
+            of_ranks(&multiplied)
+        );
         let fix = "average: divide the sum by the number of ranks, or declare reduce=\"sum\" if each rank's loss is its part of \
                    the step's";
         return Some(Fault::new("summed-not-averaged", what, fix));
@@ -480,7 +507,9 @@ fn replicated_factors(context: &Context<'_>, distribution: &Distribution, tested
     let group: Option<Vec<usize>> = (0..many)
         .map(|t| {
             let mut all = 0..places.len();
-            let same = |r: &usize| places[*r].tensor.is_some_and(|p| p.index == t) && places[*r].data.index == places[first].data.index;
+            let same = |r: &usize| {
+                places[*r].tensor.is_some_and(|p| p.index == t) && places[*r].data.index == places[first].data.index
+            };
             all.find(same)
         })
         .collect();
@@ -534,12 +563,16 @@ fn replicated_factors(context: &Context<'_>, distribution: &Distribution, tested
         ),
         Some((_, Happened::Divided)) => (
             "replicated-factor-averaged",
-            format!("{view}: the gradient of {tensors} is averaged over the {many} tensor-parallel ranks instead of summed"),
+            format!(
+                "{view}: the gradient of {tensors} is averaged over the {many} tensor-parallel ranks instead of summed"
+            ),
             "sum over the tensor-parallel group, average over the data-parallel one only",
         ),
         Some((_, Happened::Multiplied)) => (
             "replicated-factor-summed-twice",
-            format!("{view}: the gradient of {tensors} is {many} times the right one: whole on every rank, and summed again"),
+            format!(
+                "{view}: the gradient of {tensors} is {many} times the right one: whole on every rank, and summed again"
+            ),
             "sum once over the tensor-parallel group",
         ),
         _ => return Ok(()),

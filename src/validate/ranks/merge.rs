@@ -18,8 +18,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Groups of tensors that belong to a parameter.
-const OF_PARAMETERS: [&str; 7] =
-    ["grad", "applied", "after", "previous", "exp_avg", "exp_avg_sq", "momentum_buffer"];
+const OF_PARAMETERS: [&str; 7] = ["grad", "applied", "after", "previous", "exp_avg", "exp_avg_sq", "momentum_buffer"];
 /// Of those, what only one of several copies may hold: optimizers divide their state.
 const STATE: [&str; 3] = ["exp_avg", "exp_avg_sq", "momentum_buffer"];
 /// Predictions of a label are told from padding by this label.
@@ -382,7 +381,11 @@ impl Ranks {
             for (i, number) in speakers.iter().enumerate() {
                 let (file, shape) = (step(number), shapes[i]);
                 let rows = match file.shape(name) {
-                    Some(held) if held.len() < 2 || (held[0] != shape[0]) || (name != "row_lengths" && held[1] != shape[1]) => {
+                    Some(held)
+                        if held.len() < 2
+                            || (held[0] != shape[0])
+                            || (name != "row_lengths" && held[1] != shape[1]) =>
+                    {
                         let expected = format!("{} rows of {} tokens", shape[0], shape[1]);
                         return Err(file.malformed(format!("tensor {name}"), expected, format!("shape {held:?}")));
                     }
@@ -406,11 +409,18 @@ impl Ranks {
             let whole = match (axis, name.as_str()) {
                 (_, "row_lengths") => stacked(parts),
                 (1, _) => beside(parts),
-                _ => stacked(parts.into_iter().map(|p| p.padded(length, if name == "labels" { IGNORED } else { 0 })).collect()),
+                _ => stacked(
+                    parts.into_iter().map(|p| p.padded(length, if name == "labels" { IGNORED } else { 0 })).collect(),
+                ),
             };
             let Some(whole) = whole else {
                 let found = "tensors of different kinds or widths";
-                return Err(Error::format(&self.folder, format!("tensor {name}"), "the same kind in every rank", found));
+                return Err(Error::format(
+                    &self.folder,
+                    format!("tensor {name}"),
+                    "the same kind in every rank",
+                    found,
+                ));
             };
             writer.raw(name, whole.dtype, &whole.shape, whole.bytes);
         }

@@ -240,7 +240,8 @@ fn verdict(ranks: &Ranks, found: settings::Found, across: (Across, Told), judged
                 let same = diagnoses.remove(at);
                 diagnoses.insert(0, same);
             }
-            None => diagnoses.insert(0, Diagnosis { explains: vec![RungName::Ranks], ..Diagnosis::of_setting(fault, all_pass) }),
+            None => diagnoses
+                .insert(0, Diagnosis { explains: vec![RungName::Ranks], ..Diagnosis::of_setting(fault, all_pass) }),
         }
     }
     let failed = rung.failed();

@@ -144,7 +144,12 @@ impl Ranks {
 fn unfinished(folder: &Path, number: usize, expected: &str) -> Error {
     let name = format!("rank-{number}");
     if let Ok(why) = std::fs::read_to_string(folder.join(format!("{name}.failed"))) {
-        return Error::format(folder, &name, "what the process recorded", format!("its reason why not: {}", why.trim()));
+        return Error::format(
+            folder,
+            &name,
+            "what the process recorded",
+            format!("its reason why not: {}", why.trim()),
+        );
     }
     if folder.join(format!("{name}.writing")).exists() {
         return Error::format(folder, &name, expected, format!("{name}.writing: the process did not finish recording"));
@@ -158,8 +163,8 @@ impl Rank {
         let path = folder.join("manifest.json");
         let manifest = Manifest::read(&path)?;
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let json = serde_json::from_str(&text)
-            .map_err(|e| Error::format(&path, "file", "a JSON object", e.to_string()))?;
+        let json =
+            serde_json::from_str(&text).map_err(|e| Error::format(&path, "file", "a JSON object", e.to_string()))?;
         let wrong = |key: &str, expected: String, found: String| Err(Error::format(&path, key, expected, found));
         let Some(parallel) = manifest.parallel.clone() else {
             return wrong("key parallel", "the place of this process among the others".into(), "nothing".into());

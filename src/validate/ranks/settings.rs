@@ -116,7 +116,10 @@ fn trained(ranks: &Ranks, found: &mut Found) -> Result<()> {
 fn stale(ranks: &Ranks, differing: &BTreeMap<usize, Vec<String>>) -> Result<Option<usize>> {
     let previous = |rank: &Rank, name: &str| {
         let own = canonical_name(name);
-        rank.step.names().find(|n| n.strip_prefix("previous.").is_some_and(|n| canonical_name(n) == own)).map(str::to_string)
+        rank.step
+            .names()
+            .find(|n| n.strip_prefix("previous.").is_some_and(|n| canonical_name(n) == own))
+            .map(str::to_string)
     };
     for (&other, names) in differing {
         for (behind, ahead) in [(other, 0), (0, other)] {

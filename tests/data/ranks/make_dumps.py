@@ -116,6 +116,8 @@ def fsdp(rank, size, folder, dtype, fault=None, mesh=None, share=True, old=False
     # fully_shard wants one format of the trained parameters and their neighbours.
     m = model(dtype, autocast_adapter_dtype=dtype == "f32")
     axes = dist.init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")) if mesh else None
+    if fault == "data-parallel-not-reduced":
+        axes = axes["shard"]  # the axis of replicas is forgotten
     if old:
         from torch.distributed.fsdp import FullyShardedDataParallel
         m = wrapped = FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu"))
@@ -132,8 +134,6 @@ def fsdp(rank, size, folder, dtype, fault=None, mesh=None, share=True, old=False
     with dump_step(wrapped, folder, model_path=weights(folder, dtype) if share else None, reduction="micro_mean",
                    logits=fault is None, hidden=False) as step:
         for lengths in RAGGED[rank]:
-            if fault == "data-parallel-not-reduced":
-                wrapped.set_requires_all_reduce(False)
             (wrapped(**rows(rank, lengths)).loss / 2).backward()
         finish(step, optimizer, fault)
 
