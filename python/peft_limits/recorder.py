@@ -363,6 +363,9 @@ class dump_step:
                     output["logits"] = view
 
     def differentiated(self, record, gradient):
+        # DistributedDataParallel hands on None for outputs that the loss does not use.
+        if gradient is None:
+            return
         self.backward_runs()
         record.update(own_loss=True, factor=record.get("factor", 0.0) + float(gradient))
 
@@ -391,6 +394,8 @@ class dump_step:
             record.setdefault("calls", {})[name] = record.get("calls", {}).get(name, 0) + (1 if whole else 2)
 
             def arrived(gradient):
+                if gradient is None:
+                    return
                 self.backward_runs()
                 gradient = full(gradient)
                 record[name] = gradient + record[name] if name in record else gradient

@@ -92,7 +92,7 @@ fn copy(name: &str) -> (tempfile::TempDir, PathBuf) {
                 let e = entry.unwrap();
                 (e.path(), to.join(e.file_name()))
             };
-            if path.is_dir() { folder(&path, &to) } else { drop(std::fs::copy(&path, &to).unwrap()) }
+            if path.is_dir() { folder(&path, &to) } else { std::fs::copy(&path, &to).map(drop).unwrap() }
         }
     }
     let temporary = tempfile::tempdir().unwrap();
@@ -207,7 +207,8 @@ fn folders_that_do_not_fit_are_refused_by_name() {
             |d| {
                 change(d, 1, |m| {
                     let shards = m["parallel"]["shards"].as_object_mut().unwrap();
-                    shards.values_mut().for_each(|part| part["offset"][0] = json!(0));
+                    let factors = shards.iter_mut().filter(|(name, _)| name.contains("lora_B"));
+                    factors.for_each(|(_, part)| part["offset"][0] = json!(1));
                 })
             },
             &["rank-1/step.safetensors", "a second time", "do not overlap"],
@@ -253,6 +254,31 @@ fn folders_that_do_not_fit_are_refused_by_name() {
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     assert!(judge(&dump).unwrap_err().to_string().contains("rank-1/step.safetensors"));
+}
+
+/// The loss divided otherwise than declared is named, also where logits of padding are recorded.
+#[test]
+fn the_other_divisor_is_named() {
+    let (_folder, dump) = copy("clean/ddp-global-f32");
+    (0..2).for_each(|rank| change(&dump, rank, |m| m["parallel"]["loss"] = json!("rank_mean")));
+    let report = judge(&dump).unwrap();
+    let named: Vec<&str> = report.diagnoses.iter().map(|d| d.fault.as_str()).collect();
+    assert!(!report.passed && named == ["global-mean"], "{:?}", report.diagnoses);
+    // Undeclared and without the gradient of the logits, what explains the step is taken to be meant.
+    (0..2).for_each(|rank| {
+        change(&dump, rank, |m| m["parallel"]["loss"] = Value::Null);
+        let path = dump.join(format!("rank-{rank}/step.safetensors"));
+        let file = TensorFile::open(&path).unwrap();
+        let mut writer = TensorWriter::new();
+        for name in file.names().filter(|name| !["dlogits", "dfinal"].contains(name)) {
+            let (dtype, bytes) = file.bytes(name, "test").unwrap();
+            writer.raw(name, dtype, file.shape(name).unwrap(), bytes.into_owned());
+        }
+        writer.write(&path).unwrap();
+    });
+    let report = judge(&dump).unwrap();
+    let layout = &report.rungs[0].problems[0];
+    assert!(report.passed && layout.contains("tokens of all ranks, as recorded"), "{layout} {:?}", report.diagnoses);
 }
 
 /// One process's gradients are disturbed in a way that no fault makes: it fails, by name, and nothing is named for it.

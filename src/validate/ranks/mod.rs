@@ -4,6 +4,8 @@
 //! [`Ranks::read`] checks the folders against each other, [`Ranks::views`] puts them together, [`validate_ranks`] judges. What
 //! went wrong between processes is looked for by `diagnosis::distribution`, which sees [`Distribution`] in the case.
 
+mod batch;
+mod divisors;
 mod layout;
 mod merge;
 mod read;
