@@ -60,7 +60,6 @@ use_orig_params are seen by themselves. The rest is declared as a dict:
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -73,24 +72,14 @@ from safetensors.torch import save_file
 from .calls import dtype_name, plain, unwrap
 from .differences import check_step
 from .official import Official
-from .quantized import QuantizedBase, is_quantized
-from .ranks import Ranks, digest, failed, local, world
+from .quantized import QuantizedBase
+from .ranks import Ranks, failed, world
+from .writing import full, jsonable, write_json, write_model
 
 VERSION = 1
-ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
-
-
-def full(tensor):
-    """The tensor on the CPU: the whole of one that is sharded over one process, this process's part of one over several."""
-    if world()[1] > 1:
-        return local(tensor)
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
 
 
 def trainable_snapshot(model):
@@ -125,42 +114,6 @@ def ends(model):
         if parts[-1] in LAST_NORMS and not any(p.isdigit() for p in parts):
             norm = module
     return head, norm
-
-
-def jsonable(value):
-    if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(jsonable(v) for v in value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
-
-
-def under_checkpoint_names(model, tensors):
-    """Weights as files name them, where Transformers names and stacks them otherwise in memory (experts, GPT-NeoX's head)."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return tensors
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not type(inner).__module__.startswith("transformers."):
-        return tensors
-    return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
-
-
-def write_json(path, value, indent=1):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        json.dump(value, file, indent=indent)
-        file.write("\n")
-
-
-def write_checkpoint(folder, config, tensors):
-    write_json(os.path.join(folder, "config.json"), config)
-    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 class dump_step:
@@ -263,7 +216,7 @@ class dump_step:
             self.scale = 1.0
         self.quantized = QuantizedBase(self.model, full)
         with whole(self.model):
-            self.write_model()
+            write_model(self)
         hook, w = self.handles.append, self.guard
         self.handles += self.quantized.hooks()
         hook(self.model.register_forward_pre_hook(w(self.called), with_kwargs=True))
@@ -458,97 +411,6 @@ class dump_step:
         self.optimizer = {"kind": type(optimizer).__name__.lower(), "steps_before": max(steps, default=0), "groups": groups}
 
     # Writing.
-
-    def write_model(self):
-        """The weights before the step, in Hugging Face's layout."""
-        self.writing = self.folder.rstrip("/") + ".writing"
-        shutil.rmtree(self.writing, ignore_errors=True)
-        os.makedirs(self.writing)
-        model = unwrap(self.model)
-        base, adapter, frozen = {}, {}, {}
-        peft = getattr(model, "peft_config", None)
-        active = self.active
-        tensors = dict(self.model.named_parameters())
-        tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
-        inactive = [n for n in (peft or {}) if n != active]
-        saved = False
-        for raw, tensor in tensors.items():
-            clean = plain(raw)
-            if id(tensor) in self.official.names or ".paca_indices." in clean:
-                continue
-            # Adapters that do not run, and the originals of modules that modules_to_save copies.
-            if ".original_module." in clean or any(
-                    re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
-                continue
-            saved = saved or ".modules_to_save." in clean
-            clean = clean.replace(f".modules_to_save.{active}.", ".")
-            name = self.rename(clean).replace(f".{active}", "")
-            name = name.removeprefix("base_model.model.")
-            # PEFT wraps a module once for each of its parameters that it trains; an adapter's own files keep that.
-            bare = name
-            while ".base_layer." in bare:
-                bare = bare.replace(".base_layer.", ".")
-            if is_quantized(tensor):
-                base |= self.quantized.tensors(raw, tensor, bare)
-            elif ADAPTER_TENSOR.search(name):
-                name = name.removesuffix(".weight")
-                # PEFT's files end in .weight for the factors, not for the magnitude.
-                factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
-                name = "base_model.model." + name + (".weight" if factor else "")
-                adapter[name] = full(tensor)
-                self.divide(name, raw, tensor)
-            else:
-                self.add_to_base(base, frozen, bare, raw, tensor)
-        # The parts of a quantized weight are in formats of their own.
-        plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
-        self.weights = dtype_name(next(plain_weights).dtype)
-        self.frozen = frozen
-        if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
-            self.internals = self.internals or "float32"
-        if self.model_path is None:
-            config = self.config or getattr(model, "config", None)
-            config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
-            if not config:
-                raise ValueError("dump_step: give config=, the model has none")
-            self.write_base(jsonable(config), base)
-        adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
-        if self.adapter_path is None and adapter:
-            config = self.adapter_config or self.official.config or (peft and peft[active].to_dict())
-            if not config:
-                raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-            # The copies of modules_to_save are written as the modules themselves.
-            config = jsonable(config) | ({"modules_to_save": None} if saved else {})
-            write_json(os.path.join(self.writing, "adapter/adapter_config.json"), config)
-            save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
-        self.has_adapter = self.adapter_path is not None or bool(adapter)
-
-    def divide(self, name, raw, tensor):
-        part = self.ranks.place(raw, tensor) if self.ranks else None
-        if part is not None:
-            self.ranks.shards[name] = part
-        return part
-
-    def add_to_base(self, base, frozen, name, raw, tensor):
-        """Keeps a weight if this process writes it; the others tell whether theirs is the same."""
-        if self.ranks and self.divide(name, raw, tensor) is None:
-            frozen[name] = digest(full(tensor))
-        # One weight at least says the format.
-        if not self.ranks or self.ranks.rank == 0 or name in self.ranks.shards or not base:
-            base[name] = full(tensor)
-
-    def write_base(self, config, base):
-        """The base model; of what all processes share rank 0 writes the one copy, beside the ranks' folders."""
-        if self.ranks and not any(name in self.ranks.shards for name in base):
-            self.model_path = "model"
-            if self.ranks.rank != 0:
-                return
-            writing = os.path.join(self.root, "model.writing")
-            shutil.rmtree(writing, ignore_errors=True)
-            write_checkpoint(writing, config, under_checkpoint_names(unwrap(self.model), base))
-            os.replace(writing, os.path.join(self.root, "model"))
-        else:
-            names = base if self.ranks else under_checkpoint_names(unwrap(self.model), base)
-            write_checkpoint(os.path.join(self.writing, "model"), config, names)
 
     def place(self, given, own):
         """A folder as the manifest names it: what the caller gives is relative to the dump."""
