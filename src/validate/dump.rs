@@ -5,6 +5,7 @@ use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
 use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
+use super::ranks::Distribution;
 use super::reference::{Restored, Rounding};
 use super::routing::Tie;
 use super::stacked::{names_of, placed};
@@ -19,6 +20,7 @@ use crate::tensor_file::TensorFile;
 use ndarray::Array2;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A tensor of the trainer, as it is in the file; entries may be NaN.
 #[derive(Debug, Clone)]
@@ -118,6 +120,8 @@ pub struct Case {
     pub recompute: bool,
     /// Whether faults below every tolerance are looked for; by the size of the step when absent.
     pub faint: Option<bool>,
+    /// How several processes divided the step, if they did.
+    pub distribution: Option<Arc<Distribution>>,
 }
 
 /// Where the parts of a dump are.
@@ -180,6 +184,10 @@ impl Case {
         open: bool,
     ) -> Result<Self> {
         let file = TensorFile::open_on_disk(&paths.step)?;
+        if let Some(parallel) = manifest.and_then(|m| m.parallel.as_ref()) {
+            let found = format!("the part of rank {} of {}", parallel.rank, parallel.world_size);
+            return Err(file.malformed("step", "a whole step: validate the folder above, with all ranks", found));
+        }
         refuse_unsupported(paths)?;
         let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
         let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
@@ -256,6 +264,7 @@ impl Case {
             effort,
             recompute: false,
             faint: None,
+            distribution: None,
         })
     }
 

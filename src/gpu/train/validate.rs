@@ -130,6 +130,7 @@ impl DeviceCase {
             input: None,
             recompute: false,
             faint: None,
+            distribution: None,
         })
     }
 }
