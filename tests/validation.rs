@@ -3,6 +3,8 @@
 use peft_limits::Error;
 use peft_limits::adapters::BaseWeight;
 mod common;
+#[path = "validation/ranks.rs"]
+mod ranks;
 #[path = "validation/streaming.rs"]
 mod streaming;
 
@@ -19,7 +21,11 @@ fn dumps(kind: &str) -> PathBuf {
 }
 
 fn folders(kind: &str) -> Vec<PathBuf> {
-    let mut all: Vec<PathBuf> = std::fs::read_dir(dumps(kind)).unwrap().map(|e| e.unwrap().path()).collect();
+    folders_in(&dumps(kind))
+}
+
+fn folders_in(path: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> = std::fs::read_dir(path).unwrap().map(|e| e.unwrap().path()).collect();
     all.sort();
     all
 }

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """Times PyTorch's scaled_dot_product_attention with autograd, and this crate, on one GPU and the same heads.
 
-    python benches/peers/torch_gpu_attention.py --device cuda --with-rust target/release/peft-limits
+    python benches/peers/torch_gpu_attention.py --device cuda --with-rust target/release/peft-limits [--csv FILE]
 
-The heads are those of torch_attention.py. --with-rust writes each one to a file and has `peft-limits probe` compute its
-streaming gradient on --rust-device (default: cuda for cuda, gpu otherwise), and each --features SPEC as a chained one; both
-report their error against the processor's f64. f32 throughout: TF32 is off in PyTorch as it is in this crate. PyTorch's
-time is the median of the repeats after a warm-up, with the device waited for; the crate's is one run after a warm-up and
-includes sending the head and fetching the gradients. Run `benches/gpu_table.sh` for the whole table.
+The heads are those of torch_attention.py, with the rank of `gpu_crossover`. --with-rust writes each one up to
+--rust-longest tokens to a file and has `peft-limits probe` compute its streaming gradient on --rust-device (default: cuda
+for cuda, gpu otherwise), and each --features SPEC as a chained one; both report their error against the processor's f64,
+whose time is why longer heads are left to `gpu_crossover`. f32 throughout: TF32 is off in PyTorch as it is in this crate.
+PyTorch's time is the median of the repeats after a warm-up, with the device waited for; the crate's is one run after a
+warm-up and includes sending the head and fetching the gradients. Run `benches/gpu_table.sh` for the whole table.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -20,7 +22,10 @@ import tempfile
 import torch
 from torch_attention import Head, quartiles
 
-CASES = [(1024, 64, 8, 15), (4096, 64, 8, 15), (16384, 64, 8, 5), (65536, 64, 8, 3), (65536, 8, 4, 3)]  # L, d, r, repeats
+# L, d, r, repeats
+CASES = [(1024, 64, 4, 15), (4096, 64, 4, 15), (16384, 64, 4, 5), (65536, 64, 4, 3), (65536, 8, 4, 3)]
+COLUMNS = ["tokens", "head_dim", "rank", "method", "time (s)", "first quartile (s)", "third quartile (s)"]
+COLUMNS += ["gradient error", "device", "torch"]
 
 
 def write_head(head, path):
@@ -59,6 +64,8 @@ def main():
     parser.add_argument("--rust-device", help="what `peft-limits devices` calls the same device")
     parser.add_argument("--features", action="append", metavar="SPEC", help="may be given several times")
     parser.add_argument("--longest", type=int, default=65536, help="leave out longer sequences")
+    parser.add_argument("--rust-longest", type=int, default=16384, help="longest head given to --with-rust")
+    parser.add_argument("--csv", help="append rows to this file as they are measured")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -74,6 +81,10 @@ def main():
         if not gap < 1e-4:
             sys.exit(f"PyTorch's gradients are off by {gap:.1e}; nothing is timed")
 
+    file = open(args.csv, "a", newline="") if args.csv else None
+    out = csv.writer(file, lineterminator="\n") if file else None
+    if out and file.tell() == 0:
+        out.writerow(COLUMNS)
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(f"PyTorch {torch.__version__} on {name}, f32; median [quartiles]")
     for tokens, width, rank, repeats in CASES:
@@ -87,10 +98,16 @@ def main():
 
         low, middle, high = quartiles(repeats, work)
         print(f"L={tokens:6} d={width:3} r={rank}")
-        print(f"  torch SDPA + autograd: {1e3 * middle:.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]")
-        for label, seconds, error in rust_times(args.with_rust, rust_device, specs, head) if args.with_rust else []:
-            ratio = middle / seconds
-            print(f"  {label}: {1e3 * seconds:.2f} ms, torch / ours {ratio:.2f}, gradient error {error:.1e}")
+        print(f"  torch SDPA + autograd: {1e3 * middle:.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]", flush=True)
+        rows = [("torch SDPA + autograd", middle, low, high, "")]
+        if args.with_rust and tokens <= args.rust_longest:
+            for label, seconds, error in rust_times(args.with_rust, rust_device, specs, head):
+                ratio = middle / seconds
+                print(f"  {label}: {1e3 * seconds:.2f} ms, torch / ours {ratio:.2f}, gradient error {error:.1e}", flush=True)
+                rows.append((label, seconds, "", "", error))
+        if out:
+            out.writerows([tokens, width, rank, *row, name, torch.__version__] for row in rows)
+            file.flush()
 
 
 if __name__ == "__main__":

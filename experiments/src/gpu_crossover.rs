@@ -55,8 +55,9 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     // Beyond it the exact gradient takes seconds for each repeat even on a large card.
     let longest_exact = profile.pick(1 << 12, 1 << 17);
     let mut points = Vec::new();
-    for &width in widths {
-        for power in powers.clone() {
+    // In the order of their cost, so that a run that is cut short has the cheap ones.
+    for power in powers.clone() {
+        for &width in widths {
             let tokens = 1u64 << power;
             let reference = match power == *powers.start() {
                 true => "processor f64",

@@ -9,8 +9,9 @@ import sys
 
 from transformers import TrainerCallback
 
+from .ranks import finished, world
 from .recorder import dump_step
-from .report import validate
+from .report import NotJudged, validate
 
 
 def smoothed(step, factor):
@@ -37,7 +38,7 @@ class ValidateCallback(TrainerCallback):
 
     Two by default: in the first, LoRA's B is zero, so the gradients of A are zero and tell nothing. Dumps go to
     `folder`/step-N (default: peft-limits in the trainer's output_dir). `check` is that of dump_step; further options are
-    dump_step's. `reports` holds a Report for each step, or the exception that kept it from being judged: nothing that goes wrong here
+    dump_step's. Of several processes each records its part, and the first judges. `reports` holds a Report for each step, or the exception that kept it from being judged: nothing that goes wrong here
     reaches the training.
     """
 
@@ -46,6 +47,8 @@ class ValidateCallback(TrainerCallback):
         self.check = {"seconds": 30} if check is None else check
         self.options, self.out = options, out
         self.step, self.smoothing, self.reports = None, None, []
+        # Seconds for which the first process waits for the others' files.
+        self.patience = 60
 
     def say(self, text):
         print(text, file=self.out or sys.stderr, flush=True)
@@ -56,7 +59,8 @@ class ValidateCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         number = state.global_step
-        if not self.at <= number < self.at + self.steps or not state.is_world_process_zero or self.step:
+        records = state.is_world_process_zero or world()[1] > 1
+        if not self.at <= number < self.at + self.steps or not records or self.step:
             return
         folder = self.folder or os.path.join(args.output_dir, "peft-limits")
         try:
@@ -76,7 +80,13 @@ class ValidateCallback(TrainerCallback):
             self.smoothing = self.smoothing()
         try:
             step.__exit__(None, None, None)
-            report = validate(step.folder)
+            rank, size = world()
+            if rank > 0:
+                return
+            if size > 1 and not finished(step.root, size, self.patience):
+                raise NotJudged(f"not every rank had recorded its part within {self.patience} s; judge it later: "
+                                f"peft-limits validate {step.root}")
+            report = validate(step.root)
             self.reports.append(report)
             self.say(report)
         except Exception as error:  # noqa: BLE001

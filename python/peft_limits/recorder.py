@@ -36,15 +36,35 @@ of a Hugging Face LLaMA checkpoint. paper-notes/dump-format.md describes the fil
                              the vocabulary, factor of the squared log-sum-exp, weights of the labels (B, T), what the sum is
                              divided by. Any other loss needs no word: its gradient is recorded, and all below is judged from there
         check=False          True, or options of check_step as a dict: backward against differences of the step's own forward
+        parallel=None        several processes, below; False records this process as if it were alone
     )
+
+Where torch.distributed runs several processes, each enters the block and writes its own part, `folder`/rank-N; the weights that
+all share are written once, by rank 0. No process waits for another, and none raises: what keeps one from recording is said on
+stderr, in `error` and in `folder`/rank-N.failed. DistributedDataParallel, fully_shard and FullyShardedDataParallel with
+use_orig_params are seen by themselves. The rest is declared as a dict:
+
+    data       what a process is given: "rows" of its own (the default), the "same" rows as the others (the default with
+               shards), or a part of every row, "sequence"; with a process group beside it where not all processes divide the
+               data: ("rows", group)
+    shards     which tensors a process holds a part of: {pattern of names: axis}, for instance
+               {r"(q|up)_proj.*(weight|lora_B)": 0}; an axis, or (axis, first, whole length) where parts differ in length
+    tensor     process group over which shards lie, where that is not all
+    reduce     "mean" (default) or "sum": how gradients of the processes' data are put together
+    loss       "rank_mean" or "global_mean": whether each process divides by its own tokens or by those of all (default: as the
+               gradients of the loss tell)
+    reduced    "backward" or "by_hand": when (default: in backward where something wraps the model, else before the update;
+               step.reduced() inside the block says when, before clipping)
+
+`check` is left out then: repeating the forward would have to happen in all processes at once.
 """
 
 import contextlib
 import inspect
-import json
 import os
 import re
 import shutil
+import sys
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -54,24 +74,17 @@ from .calls import dtype_name, plain, unwrap
 from . import masks
 from .differences import check_step
 from .official import Official
-from .quantized import QuantizedBase, is_quantized
+from .quantized import QuantizedBase
+from .ranks import Ranks, failed, world
+from .writing import full, jsonable, write_json, write_model
 
 VERSION = 1
-ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
 OTHER_KINDS = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING", "XLORA", "FOURIERFT", "VBLORA", "RANDLORA",
                "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "POLY", "BONE", "MISS",
                "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "ROAD", "OSF", "DELORA", "GRALORA")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
-
-
-def full(tensor):
-    """The whole tensor, on the CPU, of one that may be sharded."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
 
 
 def trainable_snapshot(model):
@@ -81,7 +94,9 @@ def trainable_snapshot(model):
 
 
 def whole(model):
-    """Makes the parameters of a FullyShardedDataParallel model whole inside the context."""
+    """Makes the parameters of a FullyShardedDataParallel model whole inside the context, where one process has all of them."""
+    if world()[1] > 1:
+        return contextlib.nullcontext()
     try:
         from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     except ImportError:
@@ -106,72 +121,26 @@ def ends(model):
     return head, norm
 
 
-def jsonable(value):
-    if isinstance(value, dict):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(jsonable(v) for v in value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
-
-
-def under_checkpoint_names(model, tensors):
-    """Weights as files name them, where Transformers names and stacks them otherwise in memory (experts, GPT-NeoX's head)."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return tensors
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not type(inner).__module__.startswith("transformers."):
-        return tensors
-    return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
-
-
-def without(config):
-    """`exclude_modules` of an adapter's configuration with its `modules_to_save` in it, as one pattern."""
-    patterns = [rf"(.*\.)?({name})(\..*)?" for name in config["modules_to_save"]]
-    excluded = config.get("exclude_modules")
-    if isinstance(excluded, str) and excluded:
-        patterns.append(f"({excluded})")
-    elif excluded:
-        patterns += [rf"(.*\.)?{re.escape(name)}" for name in excluded]
-    return "|".join(patterns)
-
-
-def whole_ends(model, base, active):
-    """Embedding and output projection by their names in `base`, where modules_to_save made two of what was one."""
-    inner = model.get_base_model()
-
-    def weight(module):
-        saved = getattr(module, "modules_to_save", None)
-        return (saved[active] if saved is not None and active in saved else getattr(module, "original_module", module)).weight
-
-    def name(module):
-        found = next(plain(n) for n, m in model.named_modules() if m is module)
-        return found.removeprefix("base_model.model.") + ".weight"
-
-    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    if head is None or weight(embedding) is weight(head):
-        return False
-    base[name(embedding)], base[name(head)] = full(weight(embedding)), full(weight(head))
-    return True
-
-
 class dump_step:
     """See the module's text."""
 
     def __init__(self, model, folder, *, labels=None, reduction="mean", rename=None, config=None, model_path=None,
                  adapter_path=None, adapter_config=None, adapter_tensors=None, previous=None, scaler=None,
                  autocast=None, internals=None, logits=True, hidden=True, label_smoothing=0.0, z_loss=0.0,
-                 token_weights=None, divisor=None, check=False):
+                 token_weights=None, divisor=None, check=False, parallel=None):
         if reduction not in ("mean", "sum", "micro_mean"):
             raise ValueError(f"reduction={reduction!r}: must be mean, sum or micro_mean")
-        if os.path.exists(folder):
-            raise FileExistsError(f"{folder} exists already")
         self.model, self.folder, self.reduction = model, str(folder), reduction
+        self.several = parallel is not False and world()[1] > 1
+        if parallel and not self.several:
+            parallel = None
+        self.parallel, self.ranks, self.error, self.at_end, self.said_reduced = parallel, None, None, False, False
+        self.root = self.folder
+        if self.several:
+            self.folder = os.path.join(self.root, f"rank-{world()[0]}")
+            check = False
+        elif os.path.exists(folder):
+            raise FileExistsError(f"{folder} exists already")
         self.rename = rename or (lambda name: name)
         self.config, self.model_path = config, model_path
         self.adapter_path, self.adapter_config, self.adapter_tensors = adapter_path, adapter_config, adapter_tensors
@@ -200,9 +169,53 @@ class dump_step:
         if self.micro and tuple(labels.shape) == tuple(self.micro[-1]["input_ids"].shape):
             self.micro[-1]["labels"] = full(labels).long()
 
+    def reduced(self):
+        """Says that the gradients are reduced over the processes now; before clipping and the update."""
+        self.said_reduced = True
+        self.guard(self.backward_ended)()
+
     # Recording.
 
+    def refuse_what_is_not_known(self):
+        """Before anything is written or watched."""
+        inner = unwrap(self.model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        kind = type(inner).__name__
+        if type(inner).__module__.startswith("transformers.") and re.search(r"For(?!CausalLM)[A-Z]", kind):
+            raise ValueError(f"dump_step: {kind} is no decoder that predicts the next token; check_step judges the backward of any model")
+
+    def guard(self, function):
+        """A hook that never raises: what goes wrong is raised where the block ends, not inside the training step.
+
+        With several processes it is not raised there either: the others would wait for this one forever.
+        """
+        def guarded(*args, **kwargs):
+            if self.error is None:
+                try:
+                    return function(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001
+                    self.error = error
+                    if self.several:
+                        self.give_up(error)
+            return None
+        return guarded
+
+    def give_up(self, error):
+        print(f"peft-limits: rank {world()[0]} is not recorded: {error}", file=sys.stderr, flush=True)
+        shutil.rmtree(getattr(self, "writing", ""), ignore_errors=True)
+        failed(self.folder, world()[0], error)
+
     def __enter__(self):
+        if not self.several:
+            return self.begin()
+        self.guard(self.begin)()
+        return self
+
+    def begin(self):
+        if self.several:
+            if os.path.exists(self.folder):
+                raise FileExistsError(f"{self.folder} exists already")
+            self.ranks = Ranks(self.model, self.parallel)
         with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
             embedding = unwrap(self.model).get_input_embeddings()
             if getattr(embedding, "neftune_noise_alpha", None):
@@ -210,40 +223,45 @@ class dump_step:
                                  "with neftune_noise_alpha=None")
         self.active = self.one_adapter()
         self.official = Official(self.model, self.active)
+        self.refuse_what_is_not_known()
         self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
         else:
             self.scale = 1.0
         self.quantized = QuantizedBase(self.model, full)
-        with whole(self.model):
-            self.write_model()
-        hook = self.handles.append
+        try:
+            with whole(self.model):
+                write_model(self)
+        except Exception:
+            shutil.rmtree(self.writing, ignore_errors=True)
+            raise
+        hook, w = self.handles.append, self.guard
         self.handles += self.quantized.hooks()
-        hook(self.model.register_forward_pre_hook(self.called, with_kwargs=True))
-        hook(self.model.register_forward_hook(self.returned))
+        hook(self.model.register_forward_pre_hook(w(self.called), with_kwargs=True))
+        hook(self.model.register_forward_hook(w(self.returned)))
         # Accelerate starts autocast inside the wrapped forward: it shows in the layers only.
         for name, module in self.model.named_modules():
             if LAYER.search(plain(name)):
-                hook(module.register_forward_pre_hook(self.entered))
+                hook(module.register_forward_pre_hook(w(self.entered)))
         if self.keep_hidden:
             for name, module in self.model.named_modules():
                 match = LAYER.search(plain(name))
                 if match:
-                    hook(module.register_forward_hook(self.layer_returned(int(match[1]))))
+                    hook(module.register_forward_hook(w(self.layer_returned(int(match[1])))))
         head, norm = ends(self.model)
         if head is not None and self.keep_logits:
-            hook(head.register_forward_hook(self.left_behind("dlogits")))
+            hook(head.register_forward_hook(w(self.left_behind("dlogits"))))
         if norm is not None:
-            hook(norm.register_forward_hook(self.left_behind("dfinal")))
+            hook(norm.register_forward_hook(w(self.left_behind("dfinal"))))
         for name, module in self.model.named_modules():
             match = DROPOUT.match(plain(name))
             if match and isinstance(module, torch.nn.Dropout) and module.p > 0:
-                hook(module.register_forward_hook(self.dropped(self.module_name(match[1]))))
+                hook(module.register_forward_hook(w(self.dropped(self.module_name(match[1])))))
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.is_leaf:
-                hook(parameter.register_post_accumulate_grad_hook(self.accumulated))
-        hook(register_optimizer_step_pre_hook(self.before_update))
+                hook(parameter.register_post_accumulate_grad_hook(w(self.accumulated)))
+        hook(register_optimizer_step_pre_hook(w(self.before_update)))
         if self.check:
             self.check.__enter__()
         return self
@@ -254,9 +272,14 @@ class dump_step:
         if self.check:
             self.check.stop()
         if kind is not None:
-            shutil.rmtree(self.writing, ignore_errors=True)
+            shutil.rmtree(getattr(self, "writing", ""), ignore_errors=True)
             return
+        (self.guard(self.end) if self.several else self.end)()
+
+    def end(self):
         try:
+            if self.error is not None:
+                raise self.error
             with whole(self.model):
                 self.finish()
         finally:
@@ -281,7 +304,7 @@ class dump_step:
         # Forks of PEFT have kinds of their own, which `official` knows.
         if kind is not None and str(getattr(kind, "value", kind)) in OTHER_KINDS:
             raise ValueError(f"dump_step: adapters of PEFT's kind {getattr(kind, 'value', kind)} are not known; LORA (with use_dora, "
-                             "use_rslora and so on) is")
+                             "use_rslora and so on) is; check_step judges the backward of any model")
         for name, what in (("trainable_token_indices", "single rows of the embedding"), ("layer_replication", "layers that share weights")):
             if getattr(config, name, None):
                 raise ValueError(f"dump_step: {name} ({what}) is not known")
@@ -307,6 +330,7 @@ class dump_step:
         if trains:
             self.micro = [m for m in self.micro if m["trains"]]
         self.device = given["input_ids"].device.type
+        self.at_end = False
         self.look_for_autocast()
         record = {n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains}
         if kwargs.get("attention_mask") is not None:
@@ -322,6 +346,8 @@ class dump_step:
     def entered(self, module, args):
         if self.inside:
             self.look_for_autocast()
+            if self.ranks:
+                self.ranks.running()
 
     def returned(self, module, args, output):
         if not self.inside:
@@ -336,12 +362,19 @@ class dump_step:
         if isinstance(loss, torch.Tensor):
             record["loss"] = float(loss.detach())
             if loss.requires_grad and "labels" in record:
-                loss.register_hook(lambda gradient: record.update(own_loss=True))
+                loss.register_hook(self.guard(lambda gradient: self.differentiated(record, gradient)))
                 if isinstance(logits, torch.Tensor) and logits.requires_grad and isinstance(output, dict):
                     # A loss outside may use the logits as well: a view tells.
                     view = logits.view_as(logits)
                     view.register_hook(lambda gradient: record.update(outer_loss=True))
                     output["logits"] = view
+
+    def differentiated(self, record, gradient):
+        # DistributedDataParallel hands on None for outputs that the loss does not use.
+        if gradient is None:
+            return
+        self.backward_runs()
+        record.update(own_loss=True, factor=record.get("factor", 0.0) + float(gradient))
 
     def module_name(self, name):
         return self.rename(name + ".weight").removesuffix(".weight").removeprefix("base_model.model.")
@@ -368,9 +401,12 @@ class dump_step:
             record.setdefault("calls", {})[name] = record.get("calls", {}).get(name, 0) + (1 if whole else 2)
 
             def arrived(gradient):
+                if gradient is None:
+                    return
+                self.backward_runs()
                 gradient = full(gradient)
                 record[name] = gradient + record[name] if name in record else gradient
-            output.register_hook(arrived)
+            output.register_hook(self.guard(arrived))
         return hook
 
     def layer_returned(self, index):
@@ -381,7 +417,25 @@ class dump_step:
                 self.micro[-1]["hidden"][index] = full(value)
         return hook
 
+    def backward_runs(self):
+        """Has the gradients recorded when backward has ended, after what reduces them then."""
+        if self.several and not self.at_end:
+            self.at_end = True
+            engine = torch.autograd.Variable._execution_engine
+            # What is queued now runs before the reducers' own end; what that queues runs after it.
+            engine.queue_callback(lambda: engine.queue_callback(self.guard(self.backward_ended)))
+
+    def backward_ended(self):
+        self.at_end = False
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is not None:
+                self.gradients[id(parameter)] = full(parameter.grad)
+
     def accumulated(self, parameter):
+        if self.several:
+            # Not reduced yet.
+            self.backward_runs()
+            return
         # A custom function may return no gradient; nothing may be raised inside backward.
         if parameter.grad is not None:
             self.gradients[id(parameter)] = full(parameter.grad)
@@ -406,86 +460,17 @@ class dump_step:
                     if isinstance(moment, torch.Tensor):
                         self.state[f"{key}.{self.names[id(p)]}"] = full(moment)
         steps = [int(s["step"]) for s in optimizer.state.values() if "step" in s]
+        if self.ranks and self.ranks.by_hand() and not self.said_reduced:
+            self.gradients = dict(self.applied)
         self.optimizer = {"kind": type(optimizer).__name__.lower(), "steps_before": max(steps, default=0), "groups": groups}
 
     # Writing.
 
-    def write_model(self):
-        """The weights before the step, in Hugging Face's layout."""
-        self.writing = self.folder.rstrip("/") + ".writing"
-        shutil.rmtree(self.writing, ignore_errors=True)
-        os.makedirs(self.writing)
-        model = unwrap(self.model)
-        base, adapter = {}, {}
-        peft = getattr(model, "peft_config", None)
-        active = self.active
-        tensors = dict(self.model.named_parameters())
-        tensors |= {n: b for n, b in self.model.named_buffers() if ADAPTER_TENSOR.search(n)}
-        inactive = [n for n in (peft or {}) if n != active]
-        saved = False
-        for raw, tensor in tensors.items():
-            clean = plain(raw)
-            if id(tensor) in self.official.names or ".paca_indices." in clean:
-                continue
-            # Adapters that do not run, and the originals of modules that modules_to_save copies.
-            if ".original_module." in clean or any(
-                    re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
-                continue
-            saved = saved or ".modules_to_save." in clean
-            clean = clean.replace(f".modules_to_save.{active}.", ".")
-            name = self.rename(clean).replace(f".{active}", "")
-            name = name.removeprefix("base_model.model.")
-            # PEFT wraps a module once for each of its parameters that it trains; an adapter's own files keep that.
-            bare = name
-            while ".base_layer." in bare:
-                bare = bare.replace(".base_layer.", ".")
-            if is_quantized(tensor):
-                base |= self.quantized.tensors(raw, tensor, bare)
-            elif ADAPTER_TENSOR.search(name):
-                name = name.removesuffix(".weight")
-                # PEFT's files end in .weight for the factors, not for the magnitude.
-                factor = name.endswith(("lora_A", "lora_B", "lora_mixer"))
-                adapter["base_model.model." + name + (".weight" if factor else "")] = full(tensor)
-            else:
-                base[bare] = full(tensor)
-        # The parts of a quantized weight are in formats of their own.
-        plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
-        self.weights = dtype_name(next(plain_weights).dtype)
-        if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
-            self.internals = self.internals or "float32"
-        if saved and self.model_path is not None and self.adapter_path is None:
-            raise ValueError("dump_step: model_path= leaves out the copies that modules_to_save trains: give adapter_path= as well, or "
-                             "leave model_path out")
-        if self.model_path is None:
-            config = self.config or getattr(model, "config", None)
-            config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
-            if not config:
-                raise ValueError("dump_step: give config=, the model has none")
-            config = jsonable(config)
-            if saved and config.get("tie_word_embeddings") and whole_ends(model, base, active):
-                config["tie_word_embeddings"] = False
-            self.write_json("model/config.json", config)
-            base = under_checkpoint_names(model, base)
-            save_file(base, os.path.join(self.writing, "model/model.safetensors"), metadata={"format": "pt"})
-        adapter |= {n: full(t) for n, t in (self.official.tensors | (self.adapter_tensors or {})).items()}
-        if self.adapter_path is None and adapter:
-            config = self.adapter_config or self.official.config or (peft and peft[active].to_dict())
-            if not config:
-                raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-            config = jsonable(config)
-            if saved:
-                # The copies of modules_to_save are written as the modules themselves, which no adapter acts on.
-                config |= {"modules_to_save": None, "exclude_modules": without(config)}
-            self.write_json("adapter/adapter_config.json", config)
-            save_file(adapter, os.path.join(self.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
-        self.has_adapter = self.adapter_path is not None or bool(adapter)
-
-    def write_json(self, path, value):
-        path = os.path.join(self.writing, path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
+    def place(self, given, own):
+        """A folder as the manifest names it: what the caller gives is relative to the dump."""
+        if given is None:
+            return own
+        return os.path.join("..", given) if self.ranks and not os.path.isabs(given) else given
 
     def joined(self, name, fill=0):
         """One tensor of all micro-batches, padded on the right to the longest."""
@@ -561,8 +546,11 @@ class dump_step:
                     m["dropout." + name] = m["masks"][name]
             tensors["dropout." + name] = self.joined("dropout." + name, 1.0)
         losses = [m["loss"] for m in self.micro if "loss" in m]
-        if self.loss is None and len(losses) == 1 == len(self.micro):
+        if self.loss is None and len(losses) == 1 == len(self.micro) and not self.ranks:
             self.loss = losses[0]
+        if self.loss is None and self.ranks and all("factor" in m for m in self.micro) and len(losses) == len(self.micro):
+            # What was differentiated, whoever divides and multiplies it.
+            self.loss = sum(m["factor"] * m["loss"] for m in self.micro) / self.scale
         if self.loss is not None:
             tensors["loss"] = torch.tensor([self.loss], dtype=torch.float64)
         trained = []
@@ -591,8 +579,8 @@ class dump_step:
             "format": "peft-limits-dump",
             "version": VERSION,
             "made_by": f"peft_limits, torch {torch.__version__.split('+')[0]}",
-            "model": self.model_path or "model",
-            "adapter": (self.adapter_path or "adapter") if self.has_adapter else None,
+            "model": self.place(self.model_path, "model"),
+            "adapter": self.place(self.adapter_path, "adapter") if self.has_adapter else None,
             "trained": trained,
             "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals,
                         "quantized": self.quantized.formats()},
@@ -601,8 +589,11 @@ class dump_step:
                      "kind": "cross_entropy" if own and not any(m.get("outer_loss") for m in self.micro) else None},
             "optimizer": self.optimizer,
         }
+        if self.ranks:
+            manifest["parallel"] = self.ranks.manifest() | {"frozen": self.frozen}
         if self.check:
             manifest["check"] = self.check.compare()
         save_file({n: t.contiguous() for n, t in tensors.items()}, os.path.join(self.writing, "step.safetensors"))
-        self.write_json("manifest.json", manifest)
+        # Parts of all tensors, one number a line, would be long.
+        write_json(os.path.join(self.writing, "manifest.json"), manifest, None if self.ranks else 1)
         os.replace(self.writing, self.folder)

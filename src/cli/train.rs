@@ -1,7 +1,9 @@
 //! `peft-limits train`.
 
+use super::devices::PRODUCTS_HELP;
+use super::gradient::products_need_a_gpu;
 use super::output::check_folder;
-use crate::device::DeviceChoice;
+use crate::device::{DeviceChoice, ProductPrecision};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::train::checkpoint;
@@ -120,6 +122,8 @@ pub struct TrainArgs {
     /// Where the steps are computed: cpu, gpu or gpu:N, cuda or cuda:N; evaluation stays on the processor
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: DeviceChoice,
+    #[arg(long, value_name = "PRECISION", default_value_t, help = PRODUCTS_HELP)]
+    products: ProductPrecision,
     /// Seed of every random choice
     #[arg(long)]
     seed: Option<u64>,
@@ -200,6 +204,7 @@ impl TrainArgs {
 /// # Errors
 /// Bad configuration, unreadable or unwritable files, or an interrupt.
 pub fn run(args: &TrainArgs) -> Result<ExitCode> {
+    products_need_a_gpu(args.products, args.device)?;
     let config = args.resolve()?;
     match config.train.dtype {
         Dtype::F32 => train::<f32>(args, config),
@@ -222,7 +227,7 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
         checkpoint::resume(&mut trainer, out)?;
     }
     if args.device != DeviceChoice::Cpu {
-        move_to(&mut trainer, args.device)?;
+        move_to(&mut trainer, args.device, args.products)?;
     }
     crate::atomic_file::write_bytes(&out.join("config.toml"), trainer.config.to_toml()?.as_bytes())?;
     let handler = || {
@@ -278,14 +283,14 @@ fn check_memory(config: &TrainConfig, bytes: usize) -> Result<()> {
 }
 
 #[cfg(feature = "gpu")]
-fn move_to<T: Real>(trainer: &mut Trainer<T>, choice: DeviceChoice) -> Result<()> {
+fn move_to<T: Real>(trainer: &mut Trainer<T>, choice: DeviceChoice, products: ProductPrecision) -> Result<()> {
     let device = crate::gpu::Device::open(choice)?;
-    eprintln!("training on {}", device.info());
-    crate::gpu::train::train_on(trainer, &device)
+    eprintln!("training on {}, {products} products", device.info());
+    crate::gpu::train::train_on(trainer, &device, products)
 }
 
 #[cfg(not(feature = "gpu"))]
-fn move_to<T: Real>(_trainer: &mut Trainer<T>, choice: DeviceChoice) -> Result<()> {
+fn move_to<T: Real>(_trainer: &mut Trainer<T>, choice: DeviceChoice, _products: ProductPrecision) -> Result<()> {
     Err(choice.not_built())
 }
 

@@ -7,6 +7,8 @@ use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::report::{ColourScale, Figure, HeatAxis, HeatMap};
 use crate::validate::dump::{Case, DumpPaths, PlainSettings};
+use crate::validate::manifest::Manifest;
+use crate::validate::ranks::{Ranks, is_of_ranks, validate_ranks};
 use crate::validate::selftest::{Planted, selftest};
 use crate::validate::{Precision, Report, Watch, head, memory, place_of, validate};
 use clap::Args;
@@ -30,6 +32,9 @@ A dump is a folder that the Python package peft_limits writes from any PyTorch t
                      grad.NAME, applied.NAME (as the optimizer saw it), after.NAME, previous.NAME, exp_avg.NAME, ...
   model/, adapter/   Hugging Face and PEFT layout, or elsewhere as the manifest says
 
+Where torch.distributed runs several processes each writes its part, dump/rank-N; validate puts them together, judges what each \
+rank holds, and names what went wrong between them (gradients not reduced, averaged twice, replicas that differ, ...).
+
 paper-notes/dump-format.md has every key. Each comparison is three-way: the exact f64 reference, the reference with the \
 trainer's rounding imitated, the trainer; the column `share` is the gap in units of what is allowed (8 times the rounding gap). \
 When something is wrong the known faults are tried, and the one that reproduces the trainer's numbers is named.
@@ -43,6 +48,8 @@ Examples:
   # a page to send to somebody, and what this dump can reveal at all
   peft-limits validate dump --html verdict.html
   peft-limits validate dump --selftest
+  # a step of two processes, one of which kept its own gradient
+  peft-limits validate tests/data/ranks/faults/data-parallel-not-reduced-f32
   # without a manifest: a model, its adapter, and the step's tensors
   peft-limits validate --model llama --adapter lora --reference step.safetensors
   # our own step on a GPU
@@ -226,6 +233,17 @@ fn must_be_a_dump(folder: &Path) -> Result<()> {
 
 fn validate_step(args: &ValidateArgs) -> Result<Report> {
     let spinner = Spinner::new();
+    if let Some(folder) = args.dump.as_ref().filter(|folder| is_of_ranks(folder)) {
+        let ranks = Ranks::read(folder)?;
+        let name = folder.display().to_string();
+        let report = validate_ranks(
+            &ranks,
+            &|paths, manifest| read_case(args, &spinner, paths, Some(manifest), &name),
+            &spinner,
+        );
+        spinner.bar.finish_and_clear();
+        return report;
+    }
     with_case(args, &spinner, |case| validate(case, &spinner))
 }
 
@@ -246,28 +264,38 @@ fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) ->
         }
         _ => return Err(Error::invalid("--reference", "absent", "give a dump folder, or --model and --reference")),
     };
-    let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
-    spinner.begins("reading");
-    let plain = PlainSettings { dtype: args.dtype };
-    let result = memory::plan(&paths, manifest.as_ref(), limit).and_then(|plan| {
-        if plan.on_disk || plan.recompute {
-            eprintln!("{}: {}", name.display(), plan.line(memory::rate()));
-        }
-        let read = if plan.on_disk { Case::open } else { Case::read };
-        let case = read(&name.display().to_string(), &paths, manifest.as_ref(), &plain)?;
-        spinner.layers.set(case.model.layers.len());
-        let case = Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case };
-        judge(&match &args.layers {
-            Some(layers) => case.only_layers(layers.within(spinner.layers.get()))?,
-            None => case,
-        })
-    });
+    let result = read_case(args, spinner, &paths, manifest.as_ref(), &name.display().to_string());
+    let result = result.and_then(|case| judge(&case));
     spinner.bar.finish_and_clear();
     // What needs no reference is said of models that it does not have, too.
     if let (Err(_), Some(own)) = (&result, manifest.and_then(|m| m.check)) {
         eprintln!("{}", own.line().trim());
     }
     result
+}
+
+/// Reads a case in the way that fits in memory.
+fn read_case(
+    args: &ValidateArgs,
+    spinner: &Spinner,
+    paths: &DumpPaths,
+    manifest: Option<&Manifest>,
+    name: &str,
+) -> Result<Case> {
+    let limit = args.memory.or_else(memory::available).unwrap_or(usize::MAX);
+    spinner.begins("reading");
+    let plan = memory::plan(paths, manifest, limit)?;
+    if plan.on_disk || plan.recompute {
+        eprintln!("{name}: {}", plan.line(memory::rate()));
+    }
+    let read = if plan.on_disk { Case::open } else { Case::read };
+    let case = read(name, paths, manifest, &PlainSettings { dtype: args.dtype })?;
+    spinner.layers.set(case.model.layers.len());
+    let case = Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case };
+    match &args.layers {
+        Some(layers) => case.only_layers(layers.within(spinner.layers.get())),
+        None => Ok(case),
+    }
 }
 
 #[cfg(not(feature = "gpu"))]
@@ -329,7 +357,15 @@ fn json(report: &impl serde::Serialize) -> String {
 /// `--selftest`: wrong if a fault outside its tolerance passes.
 fn plant(args: &ValidateArgs) -> Result<ExitCode> {
     let (name, spinner) = (args.dump.clone().unwrap_or_default(), Spinner::new());
-    let planted = with_case(args, &spinner, |case| selftest(case, &spinner))?;
+    let planted = if is_of_ranks(&name) {
+        let views = Ranks::read(&name)?.views()?;
+        let view = &views.views[0];
+        let text = name.display().to_string();
+        read_case(args, &spinner, &view.paths, Some(&view.manifest), &text)
+            .and_then(|case| selftest(&case, &spinner))?
+    } else {
+        with_case(args, &spinner, |case| selftest(case, &spinner))?
+    };
     if args.json {
         println!("{}", json(&planted));
     } else {

@@ -33,6 +33,7 @@ pub(super) fn print(report: &Report, all: bool) {
             println!("  {:<18} and {} more (--all)", "", rung.problems.len() - shown);
         }
     }
+    print_ranks(report);
     if let Some(own) = &report.own_forward {
         println!("{}", own.line());
         print_wrong(own, all);
@@ -83,6 +84,20 @@ pub(super) fn print(report: &Report, all: bool) {
         if let Some(lead) = report.lead() {
             println!("  Where to look: {lead}.");
         }
+    }
+}
+
+/// What each process holds of the gradients.
+fn print_ranks(report: &Report) {
+    if report.ranks.is_empty() {
+        return;
+    }
+    println!();
+    println!("  {:<6} {:<12} {:>8} {:>8} {:>9}  worst of its gradients", "rank", "data", "tensors", "wrong", "share");
+    for r in &report.ranks {
+        let data = format!("{}..{}", r.span.0, r.span.1);
+        let share = short_float(r.share);
+        println!("  {:<6} {data:<12} {:>8} {:>8} {share:>9}  {}", r.rank, r.tensors, r.wrong, r.worst);
     }
 }
 

@@ -5,6 +5,7 @@ use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
 use super::objective::{Objective, Upstream};
 use super::own_forward::OwnForward;
 use super::precision::Precision;
+use super::ranks::Distribution;
 use super::reference::{Restored, Rounding};
 use super::routing::Tie;
 use super::stacked::{names_of, placed};
@@ -19,6 +20,7 @@ use crate::tensor_file::TensorFile;
 use ndarray::Array2;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A tensor of the trainer, as it is in the file; entries may be NaN.
 #[derive(Debug, Clone)]
@@ -118,6 +120,8 @@ pub struct Case {
     pub recompute: bool,
     /// Whether faults below every tolerance are looked for; by the size of the step when absent.
     pub faint: Option<bool>,
+    /// How several processes divided the step, if they did.
+    pub distribution: Option<Arc<Distribution>>,
 }
 
 /// Where the parts of a dump are.
@@ -180,6 +184,10 @@ impl Case {
         open: bool,
     ) -> Result<Self> {
         let file = TensorFile::open_on_disk(&paths.step)?;
+        if let Some(parallel) = manifest.and_then(|m| m.parallel.as_ref()) {
+            let found = format!("the part of rank {} of {}", parallel.rank, parallel.world_size);
+            return Err(file.malformed("step", "a whole step: validate the folder above, with all ranks", found));
+        }
         refuse_unsupported(paths)?;
         let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
         let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
@@ -256,6 +264,7 @@ impl Case {
             effort,
             recompute: false,
             faint: None,
+            distribution: None,
         })
     }
 
@@ -526,12 +535,14 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
     Ok(Observed { values, precision, shape })
 }
 
-/// The projection that a module's name means, with its layer. Its last part alone may not tell: GPT-2 has two `c_proj`.
+/// The projection of a module such as `transformer.h.0.mlp.c_proj`, by its last name where that stands for one.
 fn projection_named(model: &Model<f64>, module: &str) -> Option<(usize, Projection)> {
-    let layer = super::names::place_of(&format!("{module}.mask")).0?;
-    let options = &model.config.options;
-    let means = |p: Projection| module.strip_suffix(&*options.path(p)).is_some_and(|head| head.ends_with('.'));
-    model.layers.get(layer)?.projections().map(|(p, _)| p).find(|&p| means(p)).map(|p| (layer, p))
+    let (layer, kind, _) = super::names::place_of(&format!("{module}.mask"));
+    let (layer, options) = (layer?, &model.config.options);
+    let all = model.layers.get(layer)?.projections().map(|(p, _)| p);
+    let named: Vec<Projection> = all.filter(|&p| options.module_kind(p) == kind).collect();
+    let whole = named.iter().copied().find(|&p| options.module(layer, p) == module);
+    whole.or_else(|| <[Projection; 1]>::try_from(named).ok().map(|[p]| p)).map(|p| (layer, p))
 }
 
 fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize) -> Result<Trainer> {
@@ -580,7 +591,7 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
             "exp_avg" | "momentum_buffer" => &mut trainer.first,
             "exp_avg_sq" => &mut trainer.second,
             "dropout" => {
-                let Some(place) = projection_named(model, raw) else {
+                let Some(place) = projection_named(model, &super::names::canonical_name(raw)) else {
                     return Err(file.malformed(format!("tensor {name}"), "dropout. and a projection of a layer", raw));
                 };
                 let mask = observed(file, name, 1.0)?.values;
@@ -609,4 +620,26 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
         }
     }
     Ok(trainer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_stands_for_two_projections_needs_its_module() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/gpt2");
+        let model: Model<f64> = Model::read(&folder).unwrap();
+        let attention = projection_named(&model, "transformer.h.1.attn.c_proj").unwrap();
+        let mlp = projection_named(&model, "transformer.h.1.mlp.c_proj").unwrap();
+        assert_eq!((attention.0, mlp.0), (1, 1));
+        assert_ne!(attention.1, mlp.1, "each has its own mask");
+        assert_eq!(projection_named(&model, "transformer.h.1.c_proj"), None, "two of that name");
+        assert_eq!(
+            projection_named(&model, "h.1.c_attn"),
+            projection_named(&model, "transformer.h.1.attn.c_attn"),
+            "one of that name"
+        );
+        assert_eq!(projection_named(&model, "transformer.h.9.attn.c_attn"), None);
+    }
 }

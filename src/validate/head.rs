@@ -82,6 +82,7 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         reference_steps: steps,
         ruled_out: 0,
         left_out: Vec::new(),
+        ranks: Vec::new(),
     })
 }
 

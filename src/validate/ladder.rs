@@ -24,6 +24,8 @@ pub enum Outcome {
 /// The rungs, in the order in which they are climbed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RungName {
+    /// What several processes have in common.
+    Ranks,
     /// Names and shapes of the gradients.
     Names,
     /// The loss.
@@ -50,6 +52,7 @@ impl RungName {
     /// Name in reports.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Ranks => "ranks",
             Self::Names => "names and shapes",
             Self::Loss => "loss",
             Self::Logits => "logits",

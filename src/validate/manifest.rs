@@ -2,6 +2,7 @@
 
 use super::own_forward::OwnForward;
 use super::precision::Precision;
+use super::ranks::Parallel;
 use super::reference::Restored;
 use crate::error::{Error, Result};
 use crate::train::optimizer::{OptimizerKind, OptimizerParams};
@@ -82,6 +83,8 @@ pub struct Loss {
     pub z_loss: f64,
     /// What the sum of a mean is divided by, where that is not the number of counted tokens.
     pub divisor: Option<f64>,
+    /// What the sum of each micro-batch is divided by, where the reduction does not say it: in a step of several processes.
+    pub micro_batch_divisors: Vec<f64>,
 }
 
 impl Default for Loss {
@@ -94,6 +97,7 @@ impl Default for Loss {
             label_smoothing: 0.0,
             z_loss: 0.0,
             divisor: None,
+            micro_batch_divisors: Vec::new(),
         }
     }
 }
@@ -223,6 +227,9 @@ pub struct Manifest {
     /// Backward against differences of the trainer's own forward, if that was looked at.
     #[serde(default)]
     pub check: Option<OwnForward>,
+    /// What this process held, of several that made the step.
+    #[serde(default)]
+    pub parallel: Option<Parallel>,
 }
 
 impl Manifest {

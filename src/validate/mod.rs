@@ -18,6 +18,7 @@ mod names;
 mod not_exercised;
 pub mod objective;
 pub mod own_forward;
+pub mod ranks;
 mod recorded;
 pub mod reference;
 mod report;

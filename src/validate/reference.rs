@@ -242,8 +242,14 @@ impl Case {
             Reduction::Sum => 1.0,
             Reduction::MicroMean => counted(rows) * micro.len() as f64,
         };
+        let divisors = &self.loss.micro_batch_divisors;
+        let divisor = |(i, rows): (usize, &Range<usize>)| match divisors.get(i) {
+            Some(&own) if self.given().is_none() && divisors.len() == micro.len() => own,
+            _ => divisor(rows),
+        };
         let counts = |rows: &Range<usize>| counted(rows) > 0.0 || self.given().is_some();
-        micro.iter().filter(|rows| counts(rows)).map(|rows| (rows.clone(), divisor(rows))).collect()
+        let numbered = micro.iter().enumerate().filter(|(_, rows)| counts(rows));
+        numbered.map(|(i, rows)| (rows.clone(), divisor((i, rows)))).collect()
     }
 
     /// The recorded gradient of the logits, where the step is judged from there on.

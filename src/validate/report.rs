@@ -8,6 +8,7 @@ use super::ladder::{Outcome, Rung, RungName, climb, rung_of};
 use super::measure::Measure;
 use super::objective::Upstream;
 use super::own_forward::OwnForward;
+use super::ranks::RankResult;
 use super::reference::Variant;
 use super::roundings::{self, SecondLook};
 use crate::error::Result;
@@ -43,6 +44,9 @@ pub struct Report {
     pub ruled_out: usize,
     /// Hypotheses that were not tried because the search had cost what it may.
     pub left_out: Vec<String>,
+    /// What each process holds, of several that made the step.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<RankResult>,
 }
 
 impl Report {
@@ -262,5 +266,6 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
         reference_steps: steps,
         ruled_out,
         left_out,
+        ranks: case.distribution.as_ref().map_or(Vec::new(), |d| d.results(case, &exact, &rounded)),
     })
 }

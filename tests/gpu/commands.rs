@@ -1,16 +1,18 @@
-//! `devices`, and `--device` of `gradient` and `probe`, on the first device that wgpu finds; a software one counts.
+//! `devices`, and `--device` of `gradient` and `probe`; a software device counts.
+use crate::chosen::choice;
 use peft_limits::check::compare::assert_close;
+use peft_limits::device::DeviceChoice;
 use peft_limits::tensor_file::TensorFile;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 fn data(name: &str) -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
-    path.to_str().unwrap().to_string()
+    crate::chosen::data(name).to_str().unwrap().to_string()
 }
 
 fn peft_limits(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_peft-limits")).args(arguments).output().unwrap()
+    let program = std::env::var_os("PEFT_LIMITS_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_peft-limits").into());
+    Command::new(program).args(arguments).output().unwrap()
 }
 
 /// Standard output of a command that must succeed.
@@ -36,7 +38,10 @@ fn refused(arguments: &[&str], output: &Path, fragments: &[&str]) {
 #[test]
 fn devices_are_listed_by_the_names_that_commands_take() {
     let said = succeeds(&["devices"]);
-    assert!(said.contains("gpu:0"), "these tests need a device; Mesa's llvmpipe counts (see .ci/gpu): {said}");
+    assert!(
+        said.contains(&choice().to_string()),
+        "these tests need a device; Mesa's llvmpipe counts (see .ci/gpu): {said}"
+    );
 }
 
 #[test]
@@ -46,29 +51,31 @@ fn gradients_are_written_from_a_device() {
     let reference = TensorFile::open(&input).unwrap();
     let output = folder.path().join("out.safetensors");
     let file = output.to_str().unwrap();
-    let said = succeeds(&["gradient", &input, "--device", "gpu", "-o", file]);
-    assert!(said.contains("s on gpu:0"), "{said}");
+    let device = choice().to_string();
+    let said = succeeds(&["gradient", &input, "--device", &device, "-o", file]);
+    assert!(said.contains(&format!("s on {device}")), "{said}");
     let got = TensorFile::open(&output).unwrap();
     for name in ["O", "dWQ", "dWK", "dWV", "dAQ", "dAK", "dAV", "dBQ", "dBK", "dBV"] {
         let ours = got.matrix::<f64>(name, "written").unwrap();
         assert_close(name, &ours.view(), &reference.matrix::<f64>(name, "reference").unwrap().view(), 1e-4);
     }
-    assert!(got.metadata("device").is_some_and(|d| d.starts_with("gpu:0")));
+    assert!(got.metadata("device").is_some_and(|d| d.starts_with(&device)));
 }
 
 #[test]
 fn probe_measures_on_a_device() {
+    let device = choice().to_string();
     let said = succeeds(&[
         "probe",
         &data("attention_small.safetensors"),
         "--device",
-        "gpu",
+        &device,
         "--features",
         "taylor:degree=4",
         "--json",
     ]);
     let value: serde_json::Value = serde_json::from_str(&said).unwrap();
-    assert!(value["device"].as_str().unwrap().starts_with("gpu:0"), "{said}");
+    assert!(value["device"].as_str().unwrap().starts_with(&device), "{said}");
     let error = |v: &serde_json::Value| v["gradient_error"].as_f64().unwrap();
     // f32 against f64 for the exact gradient; the polynomial's own error for the other.
     assert!(error(&value["streaming"]) < 1e-4 && error(&value["streaming"]) > 0.0, "{said}");
@@ -83,14 +90,14 @@ fn operands_are_rounded_as_asked() {
     let input = data("attention_small.safetensors");
     let reference = TensorFile::open(&input).unwrap();
     let want = reference.matrix::<f64>("dAQ", "reference").unwrap();
-    let listed = succeeds(&["devices"]);
-    let first = listed.lines().find(|line| line.contains("gpu:0")).unwrap_or_default();
+    let (listed, device) = (succeeds(&["devices"]), choice().to_string());
+    let first = listed.lines().find(|line| line.contains(&device)).unwrap_or_default();
     for (precision, least, most) in
         [("f32", 0.0, 1e-4), ("tf32", 1e-5, 5e-2), ("f16", 1e-5, 5e-2), ("bf16", 1e-4, 3e-1)]
     {
         let output = folder.path().join(format!("{precision}.safetensors"));
         let arguments =
-            ["gradient", &input, "--device", "gpu", "--products", precision, "-o", output.to_str().unwrap()];
+            ["gradient", &input, "--device", &device, "--products", precision, "-o", output.to_str().unwrap()];
         if !first.split_whitespace().any(|word| word == precision) {
             let outcome = peft_limits(&arguments);
             let stderr = String::from_utf8_lossy(&outcome.stderr);
@@ -114,8 +121,10 @@ fn a_device_that_is_not_there_is_refused_with_what_is() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out.safetensors");
     let (input, file) = (data("attention_small.safetensors"), output.to_str().unwrap().to_string());
-    refused(&["gradient", &input, "--device", "gpu:99", "-o", &file], &output, &["gpu:99", "gpu:0"]);
-    refused(&["probe", &input, "--device", "gpu:99"], &output, &["gpu:99", "gpu:0"]);
+    // A machine with CUDA may have no other device to name.
+    let there = if choice() == DeviceChoice::Gpu(0) { "gpu:0" } else { "device" };
+    refused(&["gradient", &input, "--device", "gpu:99", "-o", &file], &output, &["gpu:99", there]);
+    refused(&["probe", &input, "--device", "gpu:99"], &output, &["gpu:99", there]);
     // Numbered beyond any machine: without a driver, or without the feature, the message differs but names the device.
     refused(&["gradient", &input, "--device", "cuda:99", "-o", &file], &output, &["cuda:99"]);
 }

@@ -3,6 +3,7 @@
 #![cfg(feature = "gpu")]
 
 mod attention;
+mod chosen;
 #[cfg(feature = "cli")]
 mod commands;
 mod training;

@@ -1,6 +1,5 @@
-//! Training steps on a device against the CPU's float64, for every method; needs a Vulkan, Metal or DirectX 12 device
-//! (a software one will do).
-use burn::backend::Wgpu;
+//! Training steps on a device against the CPU's float64, for every method (a software device will do).
+use crate::chosen::{data as folder, on_device};
 use ndarray::{Array2, s};
 use peft_limits::adapters::Method;
 use peft_limits::adapters::s2ft::Side;
@@ -8,10 +7,9 @@ use peft_limits::blocks::causal_attention::{AttentionCache, AttentionShape, Visi
 use peft_limits::blocks::causal_attention::{causal_attention_backward, causal_attention_forward};
 use peft_limits::check::compare::assert_close;
 use peft_limits::cost::Cost;
-use peft_limits::device::DeviceChoice;
 use peft_limits::gpu::train::blocks::causal_attention as tiled;
 use peft_limits::gpu::train::{DeviceGradients, DeviceModel, DeviceOptimizer, train_on};
-use peft_limits::gpu::{Device, Opened};
+use peft_limits::gpu::{Engine, Opened, Precision};
 use peft_limits::linalg::Scratch;
 use peft_limits::model::{Batch, Model, Projection, StepOptions};
 use peft_limits::tensor_file::TensorFile;
@@ -22,7 +20,6 @@ use peft_limits::train::optimizer::{Optimizer, OptimizerKind, OptimizerParams, u
 use peft_limits::train::preset::preset;
 use peft_limits::train::trainer::Trainer;
 use rand::{RngExt, SeedableRng};
-use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 /// Agreement asked of losses and gradients, relative (Frobenius) per tensor.
@@ -31,18 +28,6 @@ const TOLERANCE: f64 = 1e-4;
 /// rounding error the update has that error's sign: single entries move by up to 2 lr. The CPU's own f32 is held to
 /// the same 1e-3 in `tests/training/llama_fixtures.rs`.
 const AFTER_ADAMW: f64 = 1e-3;
-
-fn device() -> Opened<Wgpu> {
-    match Device::open(DeviceChoice::Gpu(0)).unwrap() {
-        Device::Wgpu(on) => on,
-        #[allow(unreachable_patterns)] // without the feature cuda there is no other kind
-        _ => unreachable!("gpu:0 is opened by wgpu"),
-    }
-}
-
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
-}
 
 fn batch(name: &str) -> Batch {
     let file = TensorFile::open(folder(name).join("reference.safetensors")).unwrap();
@@ -84,16 +69,19 @@ fn method(name: MethodName) -> MethodParams {
     MethodParams { rank: 3, ..MethodParams::named(name) }
 }
 
-fn device_step(model: &DeviceModel<Wgpu>, batch: &Batch, options: &StepOptions) -> (f64, DeviceGradients<Wgpu>) {
+fn device_step<B: Engine>(model: &DeviceModel<B>, batch: &Batch, options: &StepOptions) -> (f64, DeviceGradients<B>) {
     let mut gradients = model.zero_gradients();
     let loss = model.loss_and_gradients(batch, options, &mut gradients, None).unwrap();
     (loss.read(model.on()).unwrap(), gradients)
 }
 
 /// Loss, every gradient, `steps` updates, and the frozen weights afterwards.
-fn check(mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: usize) {
-    let on = device();
-    let mut there = DeviceModel::upload(&model, &on).unwrap();
+fn check(model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: usize) {
+    on_device!(on => check_on(on, model, batch, params, steps));
+}
+
+fn check_on<B: Engine>(on: &Opened<B>, mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: usize) {
+    let mut there = DeviceModel::upload(&model, on).unwrap();
     let before = weights(&there, &model);
     let mut gradients = model.zero_gradients();
     let (options, mut cost) = (StepOptions::default(), Cost::default());
@@ -106,7 +94,7 @@ fn check(mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: u
         let (loss, found) = device_step(&there, batch, &options);
         assert!((loss - want).abs() <= TOLERANCE * want, "loss {loss} against {want}");
         if step == 0 {
-            let found = found.download(&on).unwrap();
+            let found = found.download(on).unwrap();
             let (names, want): (Vec<_>, Vec<_>) = gradients.named().into_iter().unzip();
             assert_eq!(found.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), names);
             for ((name, found), want) in found.iter().zip(want) {
@@ -117,7 +105,7 @@ fn check(mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: u
                 }
                 assert_close(name, &found.view(), &want, TOLERANCE);
             }
-            let norm = device_step(&there, batch, &options).1.norm(&on).unwrap();
+            let norm = device_step(&there, batch, &options).1.norm(on).unwrap();
             assert!((norm / gradients.norm() - 1.0).abs() < TOLERANCE);
         }
         if steps > 0 {
@@ -134,7 +122,7 @@ fn check(mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: u
     check_frozen(&before, &weights(&there, &model), &model);
 }
 
-fn weights(there: &DeviceModel<Wgpu>, model: &Model<f64>) -> Vec<[Array2<f32>; 7]> {
+fn weights<B: Engine>(there: &DeviceModel<B>, model: &Model<f64>) -> Vec<[Array2<f32>; 7]> {
     let layers = 0..model.layers.len();
     layers.map(|l| Projection::ALL.map(|p| there.projection_weight(l, p).unwrap())).collect()
 }
@@ -220,10 +208,12 @@ fn nothing_is_kept_below_the_first_trainable_tensor() {
     let mut model = adapted(&MethodParams { targets: Some(vec!["down_proj".into()]), ..method(MethodName::Lora) });
     model.layers[0].projection_mut(Projection::Down).method = Method::Frozen;
     let batch = batch("llama_full");
-    let there = DeviceModel::upload(&model, &device()).unwrap();
-    let pass = there.forward(&batch, &StepOptions::default(), &mut there.zero_gradients(), None).unwrap();
-    let saved = pass.saved_bytes_by_name();
-    assert!(saved.iter().all(|(name, _)| !name.starts_with("model.layers.0")), "{saved:?}");
+    on_device!(on => {
+        let there = DeviceModel::upload(&model, on).unwrap();
+        let pass = there.forward(&batch, &StepOptions::default(), &mut there.zero_gradients(), None).unwrap();
+        let saved = pass.saved_bytes_by_name();
+        assert!(saved.iter().all(|(name, _)| !name.starts_with("model.layers.0")), "{saved:?}");
+    });
     check(model, &batch, adamw(), 1);
 }
 
@@ -233,11 +223,13 @@ fn the_saved_tensors_are_those_of_the_cpu() {
     let batch = batch("llama_full");
     for name in [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Paca, MethodName::S2ft] {
         let model = adapted(&method(name));
-        let there = DeviceModel::upload(&model, &device()).unwrap();
         for checkpointing in [false, true] {
             let options = StepOptions { checkpointing, ..StepOptions::default() };
-            let pass = there.forward(&batch, &options, &mut there.zero_gradients(), None).unwrap();
-            let mut found = pass.saved_bytes_by_name();
+            let mut found = on_device!(on => {
+                let there = DeviceModel::upload(&model, on).unwrap();
+                let pass = there.forward(&batch, &options, &mut there.zero_gradients(), None).unwrap();
+                pass.saved_bytes_by_name()
+            });
             let mut cost = Cost::default();
             let pass = model.forward(&batch, &options, &mut model.zero_gradients(), &mut cost).unwrap();
             let mut want = pass.saved_bytes_by_name();
@@ -252,17 +244,19 @@ fn the_saved_tensors_are_those_of_the_cpu() {
 #[test]
 fn checkpointing_changes_no_bit() {
     let batch = batch("llama_lora");
-    let there = DeviceModel::upload(&of_peft("llama_lora"), &device()).unwrap();
-    let gradients = |checkpointing| {
-        let options = StepOptions { checkpointing, ..StepOptions::default() };
-        device_step(&there, &batch, &options).1.download(there.on()).unwrap()
-    };
-    assert_eq!(gradients(false), gradients(true));
+    on_device!(on => {
+        let there = DeviceModel::upload(&of_peft("llama_lora"), on).unwrap();
+        let gradients = |checkpointing| {
+            let options = StepOptions { checkpointing, ..StepOptions::default() };
+            device_step(&there, &batch, &options).1.download(on).unwrap()
+        };
+        assert_eq!(gradients(false), gradients(true));
+    });
 }
 
 #[test]
 fn partial_gradients_are_slices_of_the_full_one() {
-    let (batch, on) = (batch("llama_full"), device());
+    let batch = batch("llama_full");
     for name in [MethodName::Paca, MethodName::S2ft] {
         let model = adapted(&method(name));
         let mut whole = model.clone();
@@ -272,8 +266,10 @@ fn partial_gradients_are_slices_of_the_full_one() {
             }
         }
         let gradients = |model: &Model<f64>| {
-            let there = DeviceModel::upload(model, &on).unwrap();
-            device_step(&there, &batch, &StepOptions::default()).1.download(&on).unwrap()
+            on_device!(on => {
+                let there = DeviceModel::upload(model, on).unwrap();
+                device_step(&there, &batch, &StepOptions::default()).1.download(on).unwrap()
+            })
         };
         let (part, whole) = (gradients(&model), gradients(&whole));
         let mut seen = 0;
@@ -308,6 +304,41 @@ fn partial_gradients_are_slices_of_the_full_one() {
     }
 }
 
+/// What rounding the operands of every product costs a whole step, for the precisions that the device has.
+#[test]
+fn steps_with_rounded_products_cost_what_their_bits_say() {
+    let (model, batch) = (of_peft("llama_lora"), batch("llama_lora"));
+    let mut want = model.zero_gradients();
+    let exact =
+        model.loss_and_gradients(&batch, &StepOptions::default(), &mut want, &mut Cost::default()).unwrap().loss;
+    let squares = |all: &[Array2<f64>]| all.iter().map(|g| g.mapv(|x| x * x).sum()).sum::<f64>();
+    let want: Vec<Array2<f64>> = want.named().into_iter().map(|(_, g)| g.to_owned()).collect();
+    for products in Precision::ALL {
+        let (least, most) = match products {
+            Precision::F32 => (0.0, TOLERANCE),
+            // 11 bits of significand; a dozen products stand between a gradient and the ids.
+            Precision::Tf32 | Precision::F16 => (1e-5, 2e-2),
+            Precision::Bf16 => (1e-4, 1e-1),
+        };
+        on_device!(on => {
+            let there = match DeviceModel::upload(&model, on).unwrap().with_products(products) {
+                Ok(there) => there,
+                Err(error) => {
+                    assert!(products != Precision::F32 && error.to_string().contains(&products.to_string()), "{error}");
+                    continue;
+                }
+            };
+            let (loss, found) = device_step(&there, &batch, &StepOptions::default());
+            let found = found.download(on).unwrap().into_iter().map(|(_, g)| g.mapv(f64::from));
+            let gaps: Vec<Array2<f64>> = found.zip(&want).map(|(found, want)| found - want).collect();
+            let gap = (squares(&gaps) / squares(&want)).sqrt();
+            println!("{products} products: gradients off by {gap:.1e}, loss by {:.1e}", (loss - exact).abs() / exact);
+            assert!((least..=most).contains(&gap), "{products}: {gap:e}");
+            assert!((loss - exact).abs() <= most * exact, "{products}: {loss} against {exact}");
+        });
+    }
+}
+
 #[test]
 fn padding_and_given_positions() {
     let (ids, labels) = (batch("llama_lora").input_ids, batch("llama_lora").labels);
@@ -323,11 +354,15 @@ fn padding_and_given_positions() {
 
 #[test]
 fn several_attention_tiles_agree_with_the_cpu() {
-    let on = device();
+    on_device!(on => check_attention_tiles(on));
+}
+
+fn check_attention_tiles<B: Engine>(on: &Opened<B>) {
     let shape = AttentionShape { batch: 2, length: 13, heads: 6, kv_heads: 2, head_dim: 4 };
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
     let mut random = |heads: usize| Array2::from_shape_simple_fn((26, heads * 4), || rng.random::<f64>() * 2.0 - 1.0);
     let (query, key, value, upstream) = (random(6), random(2), random(2), random(6));
+    let exact = Precision::F32;
     let keys = Array2::from_shape_fn((2, 13), |(b, t)| b == 1 || t != 0 && t != 7);
     for mask in [None, Some(keys.view())] {
         let visible = Visibility { keys: mask, ..Visibility::default() };
@@ -348,11 +383,11 @@ fn several_attention_tiles_agree_with_the_cpu() {
             let queries = |x: &Array2<f64>| tiled::split_queries(on.upload("x", x.view()).unwrap(), &shape);
             let keys = |x: &Array2<f64>| tiled::split_keys(on.upload("x", x.view()).unwrap(), &shape);
             let (q, k, v) = (queries(&query), keys(&key), keys(&value));
-            let (o, lse) = tiled::causal_attention_forward(&q, &k, &v, &shape, padding.as_ref(), 0.5, tile);
+            let (o, lse) = tiled::causal_attention_forward(&q, &k, &v, &shape, padding.as_ref(), 0.5, tile, exact);
             let saved = tiled::AttentionSaved { query: q, key: k, value: v, log_sum_exp: lse };
             let g = queries(&upstream);
             let (dq, dk, dv) =
-                tiled::causal_attention_backward(g, saved, o.clone(), &shape, padding.as_ref(), 0.5, tile);
+                tiled::causal_attention_backward(g, saved, o.clone(), &shape, padding.as_ref(), 0.5, tile, exact);
             let found = [
                 ("output", tiled::join_queries(o, &shape), &output),
                 ("dquery", tiled::join_queries(dq, &shape), &want.0),
@@ -369,13 +404,15 @@ fn several_attention_tiles_agree_with_the_cpu() {
 
 #[test]
 fn bad_batches_are_refused_before_anything_is_sent() {
-    let there = DeviceModel::upload(&full("llama_full"), &device()).unwrap();
     let good = batch("llama_full");
     let mut bad = good.clone();
     bad.input_ids[[0, 1]] = 1_000_000;
     let refused = |batch: &Batch| {
-        let outcome = there.forward(batch, &StepOptions::default(), &mut there.zero_gradients(), None);
-        outcome.err().unwrap().to_string()
+        on_device!(on => {
+            let there = DeviceModel::upload(&full("llama_full"), on).unwrap();
+            let outcome = there.forward(batch, &StepOptions::default(), &mut there.zero_gradients(), None);
+            outcome.err().unwrap().to_string()
+        })
     };
     assert!(refused(&bad).contains("input_ids[1] = 1000000"), "{}", refused(&bad));
     let mut ignored = good;
@@ -395,7 +432,7 @@ fn a_resumed_run_continues_bit_for_bit() {
          [train]\nsteps = 4\nbatch = 2\nlength = 48\ntruncate = true\neval_rows = 0\nsave_every = 2\n[[data]]\ntask = \"lists\"\n"
     );
     let config = TrainConfig::from_toml("run.toml", &text).unwrap();
-    let device = Device::open(DeviceChoice::Gpu(0)).unwrap();
+    let device = crate::chosen::device();
     let stop = AtomicBool::new(false);
     let run = |resume: bool, there: bool| {
         let mut trainer = Trainer::<f32>::new(config.clone()).unwrap();
@@ -403,7 +440,7 @@ fn a_resumed_run_continues_bit_for_bit() {
             checkpoint::resume(&mut trainer, &runs).unwrap();
         }
         if there {
-            train_on(&mut trainer, &device).unwrap();
+            train_on(&mut trainer, &device, Precision::F32).unwrap();
         }
         trainer.run(there.then_some(runs.as_path()), &mut [], &stop).unwrap();
         assert_eq!((trainer.steps_done(), trainer.optimizer.steps()), (4, 4));
@@ -421,13 +458,13 @@ fn a_resumed_run_continues_bit_for_bit() {
 #[test]
 fn what_a_device_cannot_do_is_refused() {
     let text = "[model]\npreset = \"pico\"\n[train]\nbf16_storage = true\n";
-    let device = Device::open(DeviceChoice::Gpu(0)).unwrap();
+    let device = crate::chosen::device();
     let config = TrainConfig::from_toml("run.toml", text).unwrap();
     let mut trainer = Trainer::<f32>::new(config.clone()).unwrap();
-    assert!(train_on(&mut trainer, &device).unwrap_err().to_string().contains("bf16_storage"));
+    assert!(train_on(&mut trainer, &device, Precision::F32).unwrap_err().to_string().contains("bf16_storage"));
     let mut trainer = Trainer::<f64>::new(config).unwrap();
-    assert!(train_on(&mut trainer, &device).unwrap_err().to_string().contains("f32"));
+    assert!(train_on(&mut trainer, &device, Precision::F32).unwrap_err().to_string().contains("f32"));
     let model = adapted(&MethodParams { rank: 3, ..MethodParams::named(MethodName::Qlora) });
-    let refused = DeviceModel::upload(&model, &self::device()).err().unwrap().to_string();
+    let refused = on_device!(on => DeviceModel::upload(&model, on).err().unwrap().to_string());
     assert!(refused.contains("packed"), "{refused}");
 }

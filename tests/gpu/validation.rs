@@ -1,37 +1,25 @@
 //! The ladder on a device's own step: a clean step passes, planted faults are caught and named; and the memory account.
 //! One test after another, since the allocator of a device is shared.
-use burn::backend::Wgpu;
+use crate::chosen::{data as folder, on_device};
+use ndarray::Array2;
 use peft_limits::blocks::rope::RopeTable;
-use peft_limits::device::DeviceChoice;
 use peft_limits::gpu::train::blocks::Matrix;
 use peft_limits::gpu::train::blocks::rope::{RotaryAngles, rope_forward};
-use peft_limits::gpu::train::{DeviceCase, StepMemory};
-use peft_limits::gpu::{Device, Opened};
+use peft_limits::gpu::train::{DeviceCase, DeviceTap, StepMemory};
+use peft_limits::gpu::{Engine, Opened};
 use peft_limits::model::{Batch, Model, Place, Point};
 use peft_limits::tensor_file::TensorFile;
 use peft_limits::train::method::{MethodName, MethodParams};
+use peft_limits::train::preset::preset;
 use peft_limits::validate::dump::read_batch;
 use peft_limits::validate::{Report, Silent, validate};
-use std::path::PathBuf;
+use rand::{RngExt, SeedableRng};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 static DEVICE: Mutex<()> = Mutex::new(());
 
-fn open() -> (Device, MutexGuard<'static, ()>) {
-    let alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    (Device::open(DeviceChoice::Gpu(0)).unwrap(), alone)
-}
-
-fn wgpu(device: &Device) -> &Opened<Wgpu> {
-    match device {
-        Device::Wgpu(on) => on,
-        #[allow(unreachable_patterns)] // without the feature cuda there is no other kind
-        _ => unreachable!("gpu:0 is opened by wgpu"),
-    }
-}
-
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+fn alone() -> MutexGuard<'static, ()> {
+    DEVICE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn batch(name: &str) -> Batch {
@@ -50,16 +38,16 @@ fn case(name: &str) -> DeviceCase {
     DeviceCase { name: name.into(), model, kind, batch: batch(name) }
 }
 
-fn report(name: &str, device: &Device, tap: Option<&dyn Fn(Place, Matrix<Wgpu>) -> Matrix<Wgpu>>) -> Report {
-    let case = case(name).run_with(wgpu(device), tap).unwrap();
+fn report<B: Engine>(name: &str, on: &Opened<B>, tap: Option<DeviceTap<B>>) -> Report {
+    let case = case(name).run_with(on, tap).unwrap();
     validate(&case, &Silent).unwrap()
 }
 
 #[test]
 fn a_clean_step_climbs_the_whole_ladder() {
-    let (device, _alone) = open();
+    let _alone = alone();
     for name in ["llama_full", "llama_lora", "llama_dora"] {
-        let report = report(name, &device, None);
+        let report = on_device!(on => report(name, on, None));
         let shares: Vec<String> = report.rungs.iter().map(|r| format!("{} {:.2}", r.name.name(), r.share())).collect();
         println!("{name}: {}", shares.join(", "));
         assert!(report.passed, "{name}: {:?}", report.first_failure());
@@ -68,17 +56,19 @@ fn a_clean_step_climbs_the_whole_ladder() {
 
 #[test]
 fn a_missing_rotary_backward_is_caught_and_named() {
-    let (device, _alone) = open();
+    let _alone = alone();
     let shape = case("llama_lora");
     let length = shape.batch.input_ids.ncols();
     let table = RopeTable::<f64>::new(length, shape.model.config.head_dim, shape.model.config.rope_theta).unwrap();
-    let angles = RotaryAngles::upload(&table, &wgpu(&device).device);
-    // Rotating forward again undoes the rotation back.
-    let fault = |place: Place, x: Matrix<Wgpu>| match (place.point, place.gradient) {
-        (Point::Query | Point::Key, true) => rope_forward(x, &angles),
-        _ => x,
-    };
-    let report = report("llama_lora", &device, Some(&fault));
+    let report = on_device!(on => {
+        let angles = RotaryAngles::upload(&table, &on.device);
+        // Rotating forward again undoes the rotation back.
+        let fault = |place: Place, x| match (place.point, place.gradient) {
+            (Point::Query | Point::Key, true) => rope_forward(x, &angles),
+            _ => x,
+        };
+        report("llama_lora", on, Some(&fault))
+    });
     assert!(!report.passed);
     let named = report.diagnoses.first().map(|d| (d.fault.as_str(), d.complete));
     assert_eq!(named, Some(("rotary-backward-missing", true)), "{:?}", report.diagnoses);
@@ -86,26 +76,31 @@ fn a_missing_rotary_backward_is_caught_and_named() {
 
 #[test]
 fn a_wrong_forward_is_caught_where_it_happens() {
-    let (device, _alone) = open();
-    let fault = |place: Place, x: Matrix<Wgpu>| match (place.point, place.layer, place.gradient) {
-        (Point::Gated, Some(1), false) => x.mul_scalar(1.01),
-        _ => x,
-    };
-    let report = report("llama_lora", &device, Some(&fault));
+    let _alone = alone();
+    let report = on_device!(on => {
+        let fault = |place: Place, x: Matrix<_>| match (place.point, place.layer, place.gradient) {
+            (Point::Gated, Some(1), false) => x.mul_scalar(1.01),
+            _ => x,
+        };
+        report("llama_lora", on, Some(&fault))
+    });
     assert!(!report.passed);
     assert!(report.first_failure().is_some());
 }
 
 /// Between forward and backward the allocator holds what was predicted, for every method: nothing else is kept alive,
-/// by a view of a larger buffer for instance. `in use` counts bytes without padding; 5% covers small index tensors.
+/// by a view of a larger buffer for instance. 5% covers index tensors, and on CUDA the 512 bytes to which each is rounded up.
 #[test]
 fn the_allocator_holds_what_is_predicted() {
-    let (device, _alone) = open();
-    let batch = batch("llama_full");
+    let (device, _alone) = (crate::chosen::device(), alone());
+    let (config, mut rng) = (preset("pico").unwrap(), rand_chacha::ChaCha8Rng::seed_from_u64(4));
+    let base = Model::<f64>::random(config.clone(), &mut rng).unwrap();
+    let ids = Array2::from_shape_simple_fn((4, 64), || rng.random_range(0..config.vocab_size as u32));
+    let batch = Batch::new(ids.clone(), ids.mapv(i64::from)).unwrap();
     let methods =
         [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Moslora, MethodName::Paca, MethodName::S2ft];
     for name in methods {
-        let mut model = Model::<f64>::read(&folder("llama_full")).unwrap();
+        let mut model = base.clone();
         MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 5).unwrap();
         // The first step compiles kernels, whose constants stay.
         StepMemory::measure(&device, &model, &batch).unwrap();

@@ -128,7 +128,11 @@ fn hyphenated_literals(text: &str) -> BTreeSet<String> {
 #[test]
 fn a_fault() {
     let mut todo = Todo::default();
-    let sources: String = files("src/validate/diagnosis", "rs").iter().map(|p| source(p)).collect();
+    let sources: String = ["src/validate/diagnosis", "src/validate/ranks"]
+        .iter()
+        .flat_map(|folder| files(folder, "rs"))
+        .map(|p| source(&p))
+        .collect();
     let format = page("paper-notes/dump-format.md");
     let faults = section(&format, "## Faults").expect("the section of faults");
     let listed: BTreeSet<String> = faults.lines().flat_map(code_spans).map(String::from).collect();

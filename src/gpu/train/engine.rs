@@ -3,7 +3,7 @@
 use super::{DeviceGradients, DeviceModel, DeviceOptimizer};
 use crate::error::{Error, Result};
 use crate::gpu::guard::guarded;
-use crate::gpu::{Device, Engine, Opened, Work};
+use crate::gpu::{Device, Engine, Opened, Precision, Work};
 use crate::linalg::Real;
 use crate::model::{Batch, Model, StepOptions};
 use crate::train::engine::StepEngine;
@@ -50,14 +50,14 @@ impl<B: Engine, T: Real> StepEngine<T> for DeviceEngine<B> {
     }
 }
 
-struct Attach<'a, T: Real>(&'a mut Trainer<T>);
+struct Attach<'a, T: Real>(&'a mut Trainer<T>, Precision);
 
 impl<T: Real> Work for Attach<'_, T> {
     type Output = ();
 
     fn run<B: Engine>(self, on: &Opened<B>) -> Result<()> {
         let trainer = self.0;
-        let model = DeviceModel::upload(&trainer.model, on)?;
+        let model = DeviceModel::upload(&trainer.model, on)?.with_products(self.1)?;
         let optimizer = DeviceOptimizer::upload(&trainer.optimizer);
         trainer.attach(Box::new(DeviceEngine { on: on.clone(), model, optimizer, gradients: None }));
         Ok(())
@@ -65,12 +65,12 @@ impl<T: Real> Work for Attach<'_, T> {
 }
 
 /// Moves the steps of a run to a device, from the state in which the run is (so after a resume). Data, logs,
-/// evaluation and checkpoints stay where they are.
+/// evaluation and checkpoints stay where they are. Products round their operands to `products`; the rest is f32.
 ///
 /// # Errors
 /// [`Error::InvalidParam`] for double precision, emulated bf16 storage and packed weights, which stay with the
-/// processor; [`Error::Device`], [`Error::TooLarge`].
-pub fn train_on<T: Real>(trainer: &mut Trainer<T>, device: &Device) -> Result<()> {
+/// processor, and for a precision that the device lacks; [`Error::Device`], [`Error::TooLarge`].
+pub fn train_on<T: Real>(trainer: &mut Trainer<T>, device: &Device, products: Precision) -> Result<()> {
     let wanted = device.info().choice;
     if T::NAME != "f32" {
         return Err(Error::invalid("--device", wanted, "computes in f32; f64 runs on --device cpu"));
@@ -78,5 +78,5 @@ pub fn train_on<T: Real>(trainer: &mut Trainer<T>, device: &Device) -> Result<()
     if trainer.config.train.bf16_storage {
         return Err(Error::invalid("--device", wanted, "does not emulate bf16_storage; use --device cpu"));
     }
-    device.run("uploading the model", Attach(trainer))
+    device.run("uploading the model", Attach(trainer, products))
 }

@@ -79,9 +79,9 @@ impl<T: Real> Work for Measure<'_, T> {
     }
 }
 
-/// Weights and what methods hold beside them. In-place methods hold their indices only: the original values of what
-/// they train stay with the CPU's model.
-fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
+/// Bytes of weights and of what methods hold beside them. In-place methods hold their indices only: the original values
+/// of what they train stay with the CPU's model.
+pub fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
     use crate::adapters::Method;
     let width = model.config.hidden_size;
     let mut numbers = model.embedding.len() + model.lm_head.as_ref().map_or(0, |h| h.len()) + width;

@@ -14,7 +14,7 @@ use crate::adapters::s2ft::S2ftSliceOn;
 use crate::adapters::{AdaptedLinear, BaseWeight, LinearOn, Method, MethodOn};
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::error::{Error, Result};
-use crate::gpu::{Engine, Opened};
+use crate::gpu::{Engine, Opened, Precision};
 use crate::linalg::Real;
 use crate::model::options::{MlpKind, QkvStorage};
 use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, NormOn, PassOn, Place, Projection, StepOptions};
@@ -34,6 +34,7 @@ pub type DevicePass<B> = PassOn<Gpu<B>>;
 #[derive(Debug, Clone)]
 pub struct DeviceModel<B: Engine> {
     on: Opened<B>,
+    products: Precision,
     pub(super) model: ModelOn<Gpu<B>>,
 }
 
@@ -181,7 +182,16 @@ impl<B: Engine> DeviceModel<B> {
             adapters: Default::default(),
             tables: Default::default(),
         };
-        Ok(Self { on: on.clone(), model: there })
+        Ok(Self { on: on.clone(), products: Precision::F32, model: there })
+    }
+
+    /// The same model, its products' operands rounded to `products`. Weights, activations, sums and updates stay f32.
+    ///
+    /// # Errors
+    /// [`Error::InvalidParam`] for a precision that the device has no products of.
+    pub fn with_products(self, products: Precision) -> Result<Self> {
+        self.on.require(products)?;
+        Ok(Self { products, ..self })
     }
 
     /// The device that holds it.
@@ -191,7 +201,7 @@ impl<B: Engine> DeviceModel<B> {
 
     /// Its operations.
     pub(super) fn engine(&self) -> Gpu<B> {
-        Gpu { device: self.on.device.clone() }
+        Gpu { device: self.on.device.clone(), products: self.products }
     }
 
     /// Empty sinks.

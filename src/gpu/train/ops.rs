@@ -16,7 +16,7 @@ use crate::adapters::s2ft::Side;
 use crate::blocks::causal_attention::AttentionShape;
 use crate::blocks::swiglu::Activation;
 use crate::error::Result;
-use crate::gpu::Engine;
+use crate::gpu::{Engine, Precision};
 use crate::ops::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use std::ops::Range;
@@ -26,6 +26,8 @@ use std::ops::Range;
 pub struct Gpu<B: Engine> {
     /// Burn's handle.
     pub device: B::Device,
+    /// What products round their operands to.
+    pub products: Precision,
 }
 
 /// A batch on a device.
@@ -152,11 +154,11 @@ impl<B: Engine> Ops for Gpu<B> {
     }
 
     fn product(&mut self, x: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
-        plus(linear_forward(x, weight), add_to)
+        plus(linear_forward(x, weight, self.products), add_to)
     }
 
     fn product_backward(&mut self, dy: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
-        plus(linear_backward_input(dy, weight), add_to)
+        plus(linear_backward_input(dy, weight, self.products), add_to)
     }
 
     fn product_with(&mut self, x: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
@@ -168,7 +170,7 @@ impl<B: Engine> Ops for Gpu<B> {
     }
 
     fn outer(&mut self, dy: &Matrix<B>, x: &Matrix<B>) -> Matrix<B> {
-        linear_backward_weight(dy, x)
+        linear_backward_weight(dy, x, self.products)
     }
 
     fn add_outer(
@@ -180,15 +182,15 @@ impl<B: Engine> Ops for Gpu<B> {
         sink: &mut Sink<B>,
     ) -> Result<()> {
         let outer = match rows {
-            Some(rows) => linear_backward_weight(&dy.clone().narrow(1, rows.start, rows.len()), x),
-            None => linear_backward_weight(dy, x),
+            Some(rows) => linear_backward_weight(&dy.clone().narrow(1, rows.start, rows.len()), x, self.products),
+            None => linear_backward_weight(dy, x, self.products),
         };
         self.accumulate(sink, scaling, &outer);
         Ok(())
     }
 
     fn small_product(&mut self, a: (&Matrix<B>, bool), b: (&Matrix<B>, bool)) -> Matrix<B> {
-        product(turned(a), turned(b))
+        product(turned(a), turned(b), self.products)
     }
 
     fn low_rank(
@@ -197,8 +199,8 @@ impl<B: Engine> Ops for Gpu<B> {
         x: &Matrix<B>,
         add_to: Option<Matrix<B>>,
     ) -> (Matrix<B>, Matrix<B>) {
-        let z = linear_forward(x, beside.a);
-        let update = linear_forward(&z, beside.b).mul_scalar(beside.scaling);
+        let z = linear_forward(x, beside.a, self.products);
+        let update = linear_forward(&z, beside.b, self.products).mul_scalar(beside.scaling);
         (self.product(x, beside.weight, add_to) + update, z)
     }
 
@@ -210,16 +212,16 @@ impl<B: Engine> Ops for Gpu<B> {
         z: &Matrix<B>,
         dx: InputGradient<Matrix<B>>,
     ) -> (Matrix<B>, Matrix<B>, Option<Matrix<B>>) {
-        let dz = linear_backward_input(dy, beside.b).mul_scalar(beside.scaling);
+        let dz = linear_backward_input(dy, beside.b, self.products).mul_scalar(beside.scaling);
         let dx = dx.wanted().map(|add_to| {
             let whole = self.product_backward(dy, beside.weight, add_to);
-            whole + linear_backward_input(&dz, beside.a)
+            whole + linear_backward_input(&dz, beside.a, self.products)
         });
-        (linear_backward_weight(dy, z), linear_backward_weight(&dz, x), dx)
+        (linear_backward_weight(dy, z, self.products), linear_backward_weight(&dz, x, self.products), dx)
     }
 
     fn merged(&mut self, beside: &BesideWeight<'_, Self>) -> Matrix<B> {
-        beside.weight.clone() + product(beside.b.clone(), beside.a.clone()).mul_scalar(beside.scaling)
+        beside.weight.clone() + product(beside.b.clone(), beside.a.clone(), self.products).mul_scalar(beside.scaling)
     }
 
     fn row_norms(&mut self, x: &Matrix<B>) -> Result<Matrix<B>> {
@@ -339,7 +341,9 @@ impl<B: Engine> Ops for Gpu<B> {
         let shape = &inputs.shape;
         let (query, key, value) = (split_queries(query, shape), split_keys(key, shape), split_keys(value, shape));
         let (padding, tile) = (inputs.padding.as_ref(), tile_rows(shape));
-        let (output, log_sum_exp) = causal_attention_forward(&query, &key, &value, shape, padding, scoring.scale, tile);
+        let (scale, products) = (scoring.scale, self.products);
+        let (output, log_sum_exp) =
+            causal_attention_forward(&query, &key, &value, shape, padding, scale, tile, products);
         Ok((join_queries(output, shape), AttentionSaved { query, key, value, log_sum_exp }))
     }
 
@@ -355,7 +359,7 @@ impl<B: Engine> Ops for Gpu<B> {
         let (upstream, output) = (split_queries(doutput, shape), split_queries(output, shape));
         let (padding, tile) = (inputs.padding.as_ref(), tile_rows(shape));
         let (dquery, dkey, dvalue) =
-            causal_attention_backward(upstream, saved, output, shape, padding, scoring.scale, tile);
+            causal_attention_backward(upstream, saved, output, shape, padding, scoring.scale, tile, self.products);
         Ok([join_queries(dquery, shape), join_keys(dkey, shape), join_keys(dvalue, shape)])
     }
 
@@ -384,7 +388,8 @@ impl<B: Engine> Ops for Gpu<B> {
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(DeviceLoss<B>, Option<Matrix<B>>)> {
         let divisor = inputs.divisor;
-        let (losses, dhidden) = cross_entropy(hidden, head, &inputs.targets, divisor, sink, wanted, observe);
+        let (losses, dhidden) =
+            cross_entropy(hidden, head, &inputs.targets, divisor, sink, wanted, observe, self.products);
         Ok((DeviceLoss { losses, divisor }, dhidden))
     }
 }

@@ -5,7 +5,7 @@ use super::blocks::linear::linear_forward;
 use super::model::DeviceTap;
 use super::{DeviceModel, DeviceOptimizer};
 use crate::error::Result;
-use crate::gpu::{Engine, Opened, Work};
+use crate::gpu::{Engine, Opened, Precision as Products, Work};
 use crate::model::adapter_folder::AdapterKind;
 use crate::model::{Batch, Model, Place, Point, StepOptions};
 use crate::train::optimizer::OptimizerParams;
@@ -99,7 +99,7 @@ impl DeviceCase {
         }
         let logits = self.batch.tokens() * self.model.config.vocab_size;
         if let (Some(x), Ok(())) = (last.take(), on.check_buffer("logits", logits)) {
-            trainer.logits = Some(observed(on.download(linear_forward(&x, there.head()))?));
+            trainer.logits = Some(observed(on.download(linear_forward(&x, there.head(), Products::F32))?));
         }
         let params = OptimizerParams::default();
         DeviceOptimizer::upload(&params.check::<f64>()?).update(&mut there, gradients, params.lr, 1.0)?;
@@ -130,6 +130,7 @@ impl DeviceCase {
             input: None,
             recompute: false,
             faint: None,
+            distribution: None,
         })
     }
 }

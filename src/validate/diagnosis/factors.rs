@@ -142,21 +142,7 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
     let mask = batch.attention_mask.as_ref().map_or(tokens, |m| m.iter().filter(|x| **x).count() as f64);
     let before_shift = batch.labels.iter().filter(|l| **l >= 0).count() as f64;
     let micro = context.case.micro_batches().len() as f64;
-    let scalings: Vec<(f64, usize)> = context
-        .case
-        .model
-        .layers
-        .iter()
-        .flat_map(|l| l.projections())
-        .filter_map(|(_, p)| match &p.method {
-            crate::adapters::Method::Lora(m) => Some((m.scaling, m.spec.rank)),
-            crate::adapters::Method::Dora(m) => Some((m.scaling, m.spec.rank)),
-            crate::adapters::Method::Moslora(m) => Some((m.scaling, m.spec.rank)),
-            crate::adapters::Method::Paca(m) => Some((m.scaling, m.index.len())),
-            _ => None,
-        })
-        .take(1)
-        .collect();
+    let scalings = scalings(context);
     let mut candidates: Vec<(f64, &'static str, String, &'static str)> = Vec::new();
     let averaging = "check by how many tokens the loss is divided";
     if everything {
@@ -237,6 +223,25 @@ fn meaning(context: &Context<'_>, c: f64, near: f64, everything: bool) -> (&'sta
         return ("factor-ambiguous", text, "dump a later step, where lora_B is not zero");
     }
     (name, text, fix)
+}
+
+/// Scaling and rank of the first adapted projection.
+pub(super) fn scalings(context: &Context<'_>) -> Vec<(f64, usize)> {
+    context
+        .case
+        .model
+        .layers
+        .iter()
+        .flat_map(|l| l.projections())
+        .filter_map(|(_, p)| match &p.method {
+            crate::adapters::Method::Lora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Dora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Moslora(m) => Some((m.scaling, m.spec.rank)),
+            crate::adapters::Method::Paca(m) => Some((m.scaling, m.index.len())),
+            _ => None,
+        })
+        .take(1)
+        .collect()
 }
 
 /// Whether every lora_B is zero.

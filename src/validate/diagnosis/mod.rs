@@ -9,6 +9,7 @@ pub(super) mod applied;
 mod backward;
 mod bases;
 pub mod budget;
+mod distribution;
 mod factors;
 mod families;
 mod fitted;
@@ -27,7 +28,7 @@ mod update;
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName, climb, gradient_scale, rung_of};
 use super::measure::Measure;
-use super::reference::{Evidence, Variant, hidden_name};
+use super::reference::{Evidence, Variant, hidden_name, select_rows};
 use super::report::Watch;
 use crate::error::Result;
 use budget::Budget;
@@ -246,12 +247,23 @@ impl<'a> Context<'a> {
             });
         };
         let trainer = &self.case.trainer;
+        // What stands at padding means nothing, and would outweigh every fault.
+        let rows = self.case.real_rows();
+        let mut add_rows = |rung: RungName,
+                            name: &str,
+                            got: &ndarray::Array2<f64>,
+                            right: &ndarray::Array2<f64>,
+                            faulty: &ndarray::Array2<f64>| {
+            if got.dim() == right.dim() && faulty.dim() == right.dim() {
+                add(rung, name, &select_rows(got, &rows), &select_rows(right, &rows), &select_rows(faulty, &rows));
+            }
+        };
         if let (Some(got), Some(r), Some(f)) = (&trainer.logits, &self.exact.logits, &predicted.logits) {
-            add(RungName::Logits, "logits", &got.values, r, f);
+            add_rows(RungName::Logits, "logits", &got.values, r, f);
         }
         for (layer, got) in &trainer.hidden {
             if let (Some(r), Some(f)) = (self.exact.hidden.get(layer), predicted.hidden.get(layer)) {
-                add(RungName::Hidden, &hidden_name(*layer), &got.values, r, f);
+                add_rows(RungName::Hidden, &hidden_name(*layer), &got.values, r, f);
             }
         }
         for (name, r) in &self.exact.gradients {
@@ -352,10 +364,33 @@ impl<'a> Context<'a> {
         if !self.may_explain(variant, &edit, tested)? || !tested.affords(1.0, fault.name) {
             return Ok(());
         }
+        self.run_and_judge(fault, variant, |evidence, _| edit(evidence), tested)
+    }
+
+    /// A fault of the backward alone: the gradients of a variant beside the forward of the right step.
+    pub fn test_gradients(&self, fault: Fault, variant: &Variant<'_>, tested: &mut Tested<'_>) -> Result<()> {
+        if !tested.affords(1.0, fault.name) {
+            return Ok(());
+        }
+        let forward_of = |evidence: &mut Evidence, right: &Evidence| {
+            let gradients = std::mem::take(&mut evidence.gradients);
+            *evidence = Evidence { gradients, ..right.clone() };
+        };
+        self.run_and_judge(fault, variant, forward_of, tested)
+    }
+
+    /// `edit` sees what the variant gives, and the right step in the same precision.
+    fn run_and_judge(
+        &self,
+        fault: Fault,
+        variant: &Variant<'_>,
+        edit: impl Fn(&mut Evidence, &Evidence),
+        tested: &mut Tested<'_>,
+    ) -> Result<()> {
         tested.steps += 1;
         // A hypothesis that cannot be run (a loss that overflows, say) explains nothing.
         if let Ok(mut predicted) = self.case.run(variant) {
-            edit(&mut predicted);
+            edit(&mut predicted, self.exact);
             if let Some(visit) = tested.visit {
                 return visit(&fault, &predicted);
             }
@@ -366,7 +401,7 @@ impl<'a> Context<'a> {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
-                edit(&mut rounded);
+                edit(&mut rounded, self.rounded);
                 diagnosis = self.judge(fault, &predicted, &rounded);
             }
             tested.found.push(diagnosis);
@@ -442,7 +477,10 @@ pub(super) fn diagnose(
     let mut tested = Tested::new(watch, Budget::of(case));
     let mut measured = None;
     if !context.failed.is_empty() {
-        gradient::test(&context, &mut tested)?;
+        distribution::test(&context, &mut tested)?;
+        if !tested.settled() {
+            gradient::test(&context, &mut tested)?;
+        }
         if !tested.settled() {
             slices::test(&context, &mut tested)?;
         }

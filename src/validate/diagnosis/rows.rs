@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 const MOST_ROWS: usize = 16;
 const MOST_ENTRIES: usize = 1 << 28;
 /// Most entries of activations that are kept for a hypothesis: 512 MiB, which the plan of a large model does not count.
-const MOST_SEEN: usize = 1 << 26;
+pub(super) const MOST_SEEN: usize = 1 << 26;
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     if context.failing.is_empty() {
@@ -154,15 +154,10 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 fn last_micro_batch(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let parts = context.case.parts();
     let Some(last) = parts.last().filter(|_| parts.len() > 1) else { return Ok(()) };
-    if !tested.affords(1.0, "last-micro-batch-only") {
-        return Ok(());
-    }
-    tested.steps += 1;
     let variant = Variant { parts: Some(vec![last.clone()]), ..Variant::default() };
-    let alone = context.case.run(&variant)?;
     let what = format!("only the last of {} micro-batches is in the gradient", parts.len());
     let fix = "call zero_grad once a step, before the first micro-batch, not before each";
-    context.propose(Fault::new("last-micro-batch-only", what, fix), &context.with_gradients(alone.gradients), tested)
+    context.test_gradients(Fault::new("last-micro-batch-only", what, fix), &variant, tested)
 }
 
 /// Weights with which the gradients of single rows make up the trainer's.
@@ -228,10 +223,10 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 }
 
 /// Inputs and gradients of the outputs of each layer's projections.
-type Seen = RefCell<HashMap<(usize, Point, bool), Array2<f64>>>;
+pub(super) type Seen = RefCell<HashMap<(usize, Point, bool), Array2<f64>>>;
 
 /// Where a projection's input and the gradient of its output are seen.
-fn points(p: Projection) -> Option<(Point, Point)> {
+pub(super) fn points(p: Projection) -> Option<(Point, Point)> {
     Some(match p {
         Projection::Query => (Point::NormedInput, Point::Query),
         Projection::Key => (Point::NormedInput, Point::Key),

@@ -6,7 +6,7 @@
 
 use super::{Matrix, product};
 use crate::blocks::causal_attention::AttentionShape;
-use crate::gpu::Engine;
+use crate::gpu::{Engine, Precision};
 use burn::tensor::{Int, Tensor};
 
 /// Score entries of a tile over all sequences and heads (64 MiB in f32).
@@ -108,6 +108,7 @@ fn tile_scores<B: Engine>(
     group: usize,
     padding: Option<&Padding<B>>,
     scale: f64,
+    precision: Precision,
 ) -> Tensor<B, 3> {
     let device = query.device();
     let positions = Tensor::<B, 1, Int>::arange(tile.start as i64..(tile.start + tile.rows) as i64, &device);
@@ -115,7 +116,7 @@ fn tile_scores<B: Engine>(
     let keys: Tensor<B, 3, Int> = Tensor::<B, 1, Int>::arange(0..tile.keys as i64, &device).reshape([1, 1, tile.keys]);
     let shape = [1, group * tile.rows, tile.keys];
     let future = keys.expand(shape).greater(positions.expand(shape)).float().mul_scalar(HIDDEN);
-    let scores = product(query.clone(), key.clone().swap_dims(1, 2)).mul_scalar(scale) + future;
+    let scores = product(query.clone(), key.clone().swap_dims(1, 2), precision).mul_scalar(scale) + future;
     match padding {
         Some(padding) => scores + padding.bias.clone().narrow(2, 0, tile.keys),
         None => scores,
@@ -147,17 +148,18 @@ pub fn causal_attention_forward<B: Engine>(
     padding: Option<&Padding<B>>,
     scale: f64,
     tile: usize,
+    precision: Precision,
 ) -> (Queries<B>, Queries<B>) {
     let [outer, group, _, head_dim] = query.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for tile in tiles(shape, tile) {
         let q = query.clone().narrow(2, tile.start, tile.rows).reshape([outer, group * tile.rows, head_dim]);
         let (k, v) = (key.clone().narrow(1, 0, tile.keys), value.clone().narrow(1, 0, tile.keys));
-        let scores = tile_scores(&q, &k, &tile, group, padding, scale);
+        let scores = tile_scores(&q, &k, &tile, group, padding, scale, precision);
         let largest = scores.clone().max_dim(2);
         let weights = (scores - largest.clone()).exp();
         let sum = weights.clone().sum_dim(2);
-        let mut output = product(weights, v) * sum.clone().recip();
+        let mut output = product(weights, v, precision) * sum.clone().recip();
         let mut log_sum_exp = largest.clone() + sum.log();
         if padding.is_some() {
             let blind = largest.lower_elem(HIDDEN / 2.0).float();
@@ -188,6 +190,7 @@ pub fn causal_attention_backward<B: Engine>(
     padding: Option<&Padding<B>>,
     scale: f64,
     tile: usize,
+    precision: Precision,
 ) -> (Queries<B>, Keys<B>, Keys<B>) {
     let [outer, group, _, head_dim] = saved.query.dims();
     let delta = (upstream.clone() * output).sum_dim(3);
@@ -201,11 +204,12 @@ pub fn causal_attention_backward<B: Engine>(
         let (q, g) = (part(&saved.query, head_dim), part(&upstream, head_dim));
         let (shift, delta) = (part(&saved.log_sum_exp, 1), part(&delta, 1));
         let (k, v) = (saved.key.clone().narrow(1, 0, tile.keys), saved.value.clone().narrow(1, 0, tile.keys));
-        let probs = (tile_scores(&q, &k, &tile, group, padding, scale) - shift).exp();
-        let dvalue = product(probs.clone().swap_dims(1, 2), g.clone());
-        let dscores = (product(g, v.swap_dims(1, 2)) - delta) * probs;
-        let dkey = product(dscores.clone().swap_dims(1, 2), q).mul_scalar(scale);
-        dqueries.push(product(dscores, k).mul_scalar(scale).reshape([outer, group, tile.rows, head_dim]));
+        let probs = (tile_scores(&q, &k, &tile, group, padding, scale, precision) - shift).exp();
+        let dvalue = product(probs.clone().swap_dims(1, 2), g.clone(), precision);
+        let dscores = (product(g, v.swap_dims(1, 2), precision) - delta) * probs;
+        let dkey = product(dscores.clone().swap_dims(1, 2), q, precision).mul_scalar(scale);
+        let dquery = product(dscores, k, precision).mul_scalar(scale);
+        dqueries.push(dquery.reshape([outer, group, tile.rows, head_dim]));
         sums = Some(match sums {
             None => (dkey, dvalue),
             Some((keys, values)) => (add_to_first_rows(keys, dkey), add_to_first_rows(values, dvalue)),

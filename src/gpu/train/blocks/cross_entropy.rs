@@ -2,7 +2,7 @@
 
 use super::linear::{linear_backward_input, linear_backward_weight, linear_forward};
 use super::{Matrix, Sink, accumulate, index_tensor};
-use crate::gpu::Engine;
+use crate::gpu::{Engine, Precision};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// Logits that may exist at one time (64 MiB in f32), unless 256 positions need more.
@@ -58,12 +58,13 @@ pub fn cross_entropy<B: Engine>(
     mut dweight: Option<&mut Sink<B>>,
     wanted: bool,
     observe: &dyn Fn(bool, &mut Matrix<B>),
+    precision: Precision,
 ) -> (Matrix<B>, Option<Matrix<B>>) {
     let mut losses = Vec::with_capacity(targets.chunks.len());
     let mut gradients = Vec::new();
     for (rows, labels) in &targets.chunks {
         let rows = hidden.clone().select(0, rows.clone());
-        let mut logits = linear_forward(&rows, weight);
+        let mut logits = linear_forward(&rows, weight, precision);
         observe(false, &mut logits);
         let largest = logits.clone().max_dim(1);
         let target = logits.clone().gather(1, labels.clone()) - largest.clone();
@@ -79,10 +80,10 @@ pub fn cross_entropy<B: Engine>(
             (exponentials * sum.recip().mul_scalar(scale)).scatter(1, labels.clone(), minus, IndexingUpdateOp::Add);
         observe(true, &mut dlogits);
         if let Some(sink) = &mut dweight {
-            accumulate(sink, linear_backward_weight(&dlogits, &rows));
+            accumulate(sink, linear_backward_weight(&dlogits, &rows, precision));
         }
         if wanted {
-            gradients.push(linear_backward_input(&dlogits, weight));
+            gradients.push(linear_backward_input(&dlogits, weight, precision));
         }
     }
     let dhidden = wanted.then(|| {

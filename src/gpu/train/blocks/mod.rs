@@ -29,9 +29,10 @@ pub fn accumulate<B: Engine>(sink: &mut Sink<B>, gradient: Matrix<B>) {
     });
 }
 
-/// a b over the last two axes in f32 proper: burn's own product rounds its operands to TF32 on NVIDIA's tensor cores.
-pub fn product<B: Engine, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> Tensor<B, D> {
-    B::product(a, b, Precision::F32)
+/// a b over the last two axes, operands rounded to `precision`, sums in f32. Burn's own product would choose: it rounds to
+/// TF32 on NVIDIA's tensor cores.
+pub fn product<B: Engine, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
+    B::product(a, b, precision)
 }
 
 /// Row or column numbers as a device tensor.
