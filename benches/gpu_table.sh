@@ -92,7 +92,7 @@ tests() {
     local from=$(($(wc -l <"$log") + 1))
     step "tests: $group" "$limit" "$bin/gpu_tests" "$group" --test-threads 1 --show-output
     code=$?
-    tail -n "+$from" "$log" | awk -v d="$PEFT_LIMITS_DEVICE" '/^test .* \.\.\. / { print d "," $2 "," ($4 == "" ? "cut" : $4) }' >>"$out/tests.csv"
+    tail -n "+$from" "$log" | awk -v d="$PEFT_LIMITS_DEVICE" '/^test .* \.\.\. / { print d "," $2 "," ($4 ~ /^(ok|FAILED|ignored)/ ? $4 : "cut") }' >>"$out/tests.csv"
     return $code
 }
 
