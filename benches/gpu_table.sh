@@ -92,7 +92,7 @@ tests() {
     local from=$(($(wc -l <"$log") + 1))
     step "tests: $group" "$limit" "$bin/gpu_tests" "$group" --test-threads 1 --show-output
     code=$?
-    tail -n "+$from" "$log" | awk -v d="$PEFT_LIMITS_DEVICE" '/^test .* \.\.\. / { print d "," $2 "," ($4 == "" ? "cut" : $4) }' >>"$out/tests.csv"
+    tail -n "+$from" "$log" | awk -v d="$PEFT_LIMITS_DEVICE" '/^test .* \.\.\. / { print d "," $2 "," ($4 ~ /^(ok|FAILED|ignored)/ ? $4 : "cut") }' >>"$out/tests.csv"
     return $code
 }
 
@@ -175,7 +175,7 @@ rehearse)
     tests commands:: 30
     for case in llama_full llama_lora llama_dora; do validate $case 25; done
     if have_torch; then
-        step "PyTorch attention" 75 "$python" "$root/benches/peers/torch_gpu_attention.py" --device "$torch_device" --longest 1024 \
+        step "PyTorch attention" 75 "$python" "$root/benches/peers/torch_gpu_attention.py" --device "$torch_device" --longest 1024 --features taylor:degree=1 \
             --with-rust "$bin/peft-limits" --rust-device "$device" --csv "$out/attention.csv"
         step "PyTorch training" 90 "$python" "$root/benches/peers/torch_gpu_train.py" --device "$torch_device" --size tiny --repeats 2 \
             --csv "$out/training.csv"
