@@ -17,6 +17,7 @@ import peft
 import torch
 import torch.distributed
 import transformers
+from safetensors.torch import load_file
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from peft_limits import dump_step, trainable_snapshot  # noqa: E402
@@ -229,6 +230,33 @@ class DumpTest(unittest.TestCase):
             self.assertLessEqual({"loss", "logits", "hidden states", "gradients", "update"}, self.checked(report), config.model_type)
             self.setUp()
 
+    def test_what_is_not_known_is_refused_before_anything_is_written_and_never_stops_a_step(self):
+        small = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base = lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))  # noqa: E731
+        refused = {
+            "kind IA3 are not known": peft.get_peft_model(base(), peft.IA3Config(
+                task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
+            "trainable_token_indices": peft.get_peft_model(base(), peft.LoraConfig(
+                task_type="CAUSAL_LM", target_modules=["k_proj"], trainable_token_indices=[1])),
+            "no decoder": transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**small, pad_token_id=0)),
+            "model_type": transformers.Starcoder2ForCausalLM(transformers.Starcoder2Config(**small)),
+        }
+        for why, m in refused.items():
+            with self.assertRaisesRegex(ValueError, why):
+                dump_step(m, self.folder).__enter__()
+            self.assertEqual(os.listdir(os.path.dirname(self.folder)), [])
+        # A module whose batches are not those of a decoder: the step runs, and the block says why it was not recorded.
+        m = base()
+        before = m.lm_head.weight.detach().clone()
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        with self.assertRaisesRegex(ValueError, "input_ids"):
+            with dump_step(m, self.folder):
+                m(inputs_embeds=torch.randn(2, 5, 32), labels=torch.ones(2, 5, dtype=torch.long)).loss.backward()
+                optimizer.step()
+                stepped = not torch.equal(before, m.lm_head.weight)
+        self.assertTrue(stepped)
+        self.assertEqual(os.listdir(os.path.dirname(self.folder)), [])
+
     def test_activation_checkpointing_and_clipping(self):
         m = model()
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -377,6 +405,111 @@ class DumpTest(unittest.TestCase):
             self.step(m, batch())
             self.verdict()
             self.setUp()
+
+    def test_masks_of_four_axes(self):
+        """Causal, padded, and documents kept apart; booleans, and numbers to add."""
+        given = batch(2, 19)
+        t = torch.arange(19)
+        documents = torch.stack([(t >= 7).long() + (t >= 12).long(), (t >= 10).long()])
+        causal = (t[:, None] >= t[None]).expand(2, 19, 19)
+        apart = causal & (documents[:, :, None] == documents[:, None])
+        real = torch.ones(2, 19, dtype=torch.bool)
+        real[0, :4] = real[1, 16:] = False
+        padded = causal & real[:, None] | torch.eye(19, dtype=torch.bool)
+
+        def added(seen, least):
+            return torch.zeros(seen.shape).masked_fill(~seen, least)[:, None]
+        cases = [("causal", causal[:, None], set()), ("apart", apart[:, None], {"documents"}),
+                 ("apart, added", added(apart, torch.finfo(torch.float32).min), {"documents"}),
+                 ("padded", added(padded, -1e9), {"documents", "attention_mask"}),
+                 ("one for all rows", causal[:1, None], set())]
+        for name, mask, kept in cases:
+            with self.subTest(name):
+                step = given | {"labels": given["labels"].masked_fill(~real, -100)} if name == "padded" else given
+                self.step(model(), step | {"attention_mask": mask})
+                names = set(load_file(os.path.join(self.folder, "step.safetensors")))
+                self.assertEqual(names & {"documents", "attention_mask"}, kept)
+                self.verdict()
+                self.setUp()
+        # A mask that the model does not heed: eager attention adds booleans to the scores as 0 and 1.
+        m = model()
+        m.set_attn_implementation("eager")
+        self.step(m, given | {"attention_mask": apart[:, None]})
+        self.assertFalse(self.verdict(1)["passed"])
+        self.setUp()
+        prefix = causal.clone()
+        prefix[:, :5, :5] = True
+        window = causal & (t[:, None] - t[None] < 4)
+        for words, mask in [("not causal", prefix[:, None]), ("not causal", window[:, None]),
+                            ("differs between heads", torch.cat([apart[:, None], causal[:, None]], 1).repeat(1, 2, 1, 1)),
+                            ("other numbers", added(apart, -3.0))]:
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                self.step(model(), given | {"attention_mask": mask})
+            self.assertEqual(os.listdir(self.temporary.name), [])
+
+    def test_windows_and_masks_of_four_axes(self):
+        torch.manual_seed(0)
+        settings = dict(vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=8, sliding_window=6, query_pre_attn_scalar=8)
+        t = torch.arange(19)
+        causal = (t[:, None] >= t[None])[None, None]
+        window = causal & (t[:, None] - t[None] < 6)
+
+        def gemma():
+            config = transformers.Gemma2Config(**settings, attn_implementation="eager")
+            return peft.get_peft_model(transformers.Gemma2ForCausalLM(config), peft.LoraConfig(
+                r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"))
+
+        def added(seen):
+            return torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+        self.step(gemma(), batch(2, 19) | {"attention_mask": {"full_attention": added(causal), "sliding_attention": added(window)}})
+        self.verdict()
+        self.setUp()
+        with self.assertRaisesRegex(ValueError, "takes the place of the window"):
+            self.step(gemma(), batch(2, 19) | {"attention_mask": added(causal)})
+
+    def test_adapters_as_people_configure_them(self):
+        cases = [{"exclude_modules": ["0.self_attn.q_proj", "down_proj"]}, {"exclude_modules": r".*\.1\..*"},
+                 {"target_modules": r"^(?!.*\.2\.).*_proj$"},
+                 {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+                 {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\..*": 2, "q_proj": 6}, "alpha_pattern": {"q_proj": 5}},
+                 {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+                 {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+                 {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["down_proj", "lm_head"]},
+                 {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, {"target_modules": ["q_proj"], "init_lora_weights": "mica"}]
+        for settings in cases:
+            with self.subTest(str(settings)):
+                self.step(model(**settings), batch())
+                self.verdict()
+                self.setUp()
+        with self.assertRaisesRegex(ValueError, "trainable_token_indices"):
+            self.step(model(target_modules=["q_proj"], trainable_token_indices=[3]), batch())
+
+    def test_copies_of_a_tied_table_are_two_tables(self):
+        for saved in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):
+            with self.subTest(saved):
+                torch.manual_seed(0)
+                config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+                                                  num_attention_heads=4, tie_word_embeddings=True)
+                m = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(
+                    r=4, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM"))
+                for p in m.parameters():
+                    if p.requires_grad:
+                        p.data.add_(torch.randn(p.shape), alpha=0.1)
+                self.step(m, batch())
+                self.verdict()
+                self.setUp()
+
+    def test_one_adapter_acts(self):
+        m = model(target_modules=["q_proj"])
+        m.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        m.base_model.set_adapter(["default", "other"])
+        with self.assertRaisesRegex(ValueError, "2 adapters act at once"):
+            self.step(m, batch())
+        m = model(target_modules=["q_proj"])
+        m.merge_adapter()
+        with self.assertRaisesRegex(ValueError, "merged"):
+            self.step(m, batch())
 
     def test_refusals_leave_nothing(self):
         m = model()

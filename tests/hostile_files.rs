@@ -16,8 +16,12 @@ use peft_limits::train::tasks::jsonl::parse_line;
 use peft_limits::train::tokenizer::Tokenizer;
 use peft_limits::train::trainer::Trainer;
 use peft_limits::train::{checkpoint, method::MethodName};
+use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
+use peft_limits::validate::memory::plan;
+use peft_limits::validate::reference::Variant;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +50,8 @@ enum Mutation {
     Truncate(prop::sample::Index),
     /// Replace the n-th number of the text part by another token.
     Number(prop::sample::Index, usize),
+    /// Replace the n-th value of the JSON text by another, remove it, or put a copy of another in its place.
+    Value(prop::sample::Index, prop::sample::Index),
     /// Insert text.
     Insert(prop::sample::Index, usize),
     /// Remove a stretch.
@@ -85,6 +91,7 @@ fn mutation() -> impl Strategy<Value = Mutation> {
         3 => (at(), 0u8..8).prop_map(|(i, bit)| Mutation::Flip(i, bit)),
         1 => at().prop_map(Mutation::Truncate),
         6 => (at(), 0..TOKENS.len()).prop_map(|(i, t)| Mutation::Number(i, t)),
+        4 => (at(), at()).prop_map(|(i, j)| Mutation::Value(i, j)),
         1 => (at(), 0..SNIPPETS.len()).prop_map(|(i, s)| Mutation::Insert(i, s)),
         1 => (at(), any::<u8>()).prop_map(|(i, n)| Mutation::Remove(i, n)),
         1 => prop_oneof![any::<u64>(), 0u64..200_000_000].prop_map(Mutation::HeaderLength),
@@ -114,6 +121,66 @@ fn numbers(bytes: &[u8]) -> Vec<(usize, usize)> {
     all
 }
 
+/// Paths of all values of a document, at most 40 entries of a list.
+fn paths(value: &Value, here: String, all: &mut Vec<String>) {
+    match value {
+        Value::Object(map) => {
+            for (key, inner) in map {
+                paths(inner, format!("{here}/{}", key.replace('~', "~0").replace('/', "~1")), all);
+            }
+        }
+        Value::Array(list) => {
+            for (i, inner) in list.iter().enumerate().take(40) {
+                paths(inner, format!("{here}/{i}"), all);
+            }
+        }
+        _ => {}
+    }
+    all.push(here);
+}
+
+/// What a value may become: other types, sizes that overflow, names of formats, patterns that go back on themselves.
+fn nasty_values() -> Vec<Value> {
+    let numbers = [0i64, -1, 1, 3, 99_999_999, 1 << 31, 1 << 53, i64::MAX].map(Value::from);
+    let floats = [0.5, -0.0, 1e18, 1e308, 1e-320].map(Value::from);
+    let texts =
+        ["", "x", "0", "F16", "I64", "BF16", "U8", "(", "(a+)+$", "(.*)*.*x", "../..", "\u{0}"].map(Value::from);
+    let mut all: Vec<Value> = numbers.into_iter().chain(floats).chain(texts).collect();
+    all.extend([
+        json!(u64::MAX),
+        json!(null),
+        json!(true),
+        json!([]),
+        json!({}),
+        json!([[]]),
+        json!([1, 2]),
+        json!(vec![0; 300]),
+    ]);
+    all.extend([json!({"a": 1}), json!("a".repeat(10_000)), json!([1u64 << 32, 1u64 << 32]), json!([u64::MAX])]);
+    all
+}
+
+fn mutate_value(text: &str, at: &prop::sample::Index, by: &prop::sample::Index) -> Option<String> {
+    let mut document: Value = serde_json::from_str(text.trim_end()).ok()?;
+    let mut all = Vec::new();
+    paths(&document, String::new(), &mut all);
+    let path = &all[at.index(all.len())];
+    let values = nasty_values();
+    match by.index(values.len() + all.len()) {
+        chosen if chosen < values.len() => *document.pointer_mut(path)? = values[chosen].clone(),
+        chosen => {
+            let other = &all[chosen - values.len()];
+            if other == path {
+                let (parent, key) = path.rsplit_once('/')?;
+                document.pointer_mut(parent)?.as_object_mut()?.remove(key);
+            } else {
+                *document.pointer_mut(path)? = document.pointer(other)?.clone();
+            }
+        }
+    }
+    Some(document.to_string())
+}
+
 fn mutate(mut bytes: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
     for mutation in mutations {
         if bytes.is_empty() {
@@ -130,6 +197,16 @@ fn mutate(mut bytes: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
                 if !all.is_empty() {
                     let (a, b) = all[i.index(all.len())];
                     bytes.splice(a..b, TOKENS[*token].bytes());
+                }
+            }
+            Mutation::Value(i, j) => {
+                let (start, end) = text_part(&bytes);
+                let text = String::from_utf8_lossy(&bytes[start..end]).into_owned();
+                if let Some(text) = mutate_value(&text, i, j) {
+                    bytes.splice(start..end, text.bytes());
+                    if start == 8 {
+                        bytes[..8].copy_from_slice(&(text.len() as u64).to_le_bytes());
+                    }
                 }
             }
             Mutation::Insert(i, snippet) => {
@@ -157,7 +234,17 @@ fn mutate(mut bytes: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
 }
 
 /// Runs a reader on mutations of a valid file and on random bytes; returns how many files it accepted.
-fn attack(name: &str, valid: &[u8], mut read: impl FnMut(&[u8]) -> peft_limits::Result<()>) -> usize {
+fn attack(name: &str, valid: &[u8], read: impl FnMut(&[u8]) -> peft_limits::Result<()>) -> usize {
+    attack_beside(name, valid, CONSTANT, read)
+}
+
+/// As [`attack`], of a reader that holds `constant` bytes whatever the file is.
+fn attack_beside(
+    name: &str,
+    valid: &[u8],
+    constant: usize,
+    mut read: impl FnMut(&[u8]) -> peft_limits::Result<()>,
+) -> usize {
     // A library's panic that a reader turns into an error is no failure; resolving a backtrace would be measured.
     std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
     read(valid).unwrap_or_else(|e| panic!("{name}: the valid file is refused: {e}"));
@@ -166,7 +253,7 @@ fn attack(name: &str, valid: &[u8], mut read: impl FnMut(&[u8]) -> peft_limits::
         ALLOCATOR.reset_peak_usage();
         let outcome = read(bytes);
         let peak = ALLOCATOR.peak_usage().saturating_sub(before);
-        let limit = FACTOR * bytes.len() + CONSTANT;
+        let limit = FACTOR * bytes.len() + constant;
         assert!(peak <= limit, "{name}: {peak} bytes allocated for a file of {} (limit {limit})", bytes.len());
         if let Err(error) = &outcome {
             assert!(!error.to_string().is_empty());
@@ -384,4 +471,70 @@ fn training_checkpoints() {
             });
         }
     }
+}
+
+/// A recorded step, read and run once; what the model, the batch and a step hold stays small.
+#[test]
+fn recorded_steps() {
+    let _alone = alone();
+    for family in ["llama_packed", "gpt_oss", "dora_embed"] {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families").join(family);
+        let dump = family_dump(&source, false, false).unwrap();
+        let root = dump.path();
+        let manifest = std::fs::read_to_string(root.join("manifest.json")).unwrap();
+        for part in
+            ["config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+        {
+            let copy = root.join("model").join(part);
+            std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
+            std::fs::copy(source.join(part), copy).unwrap();
+        }
+        let mut manifest: Value = serde_json::from_str(&manifest).unwrap();
+        manifest["model"] = json!("model");
+        manifest["adapter"] = json!("model/adapter");
+        manifest["optimizer"] =
+            json!({"kind": "adamw", "steps_before": 1, "groups": [{"lr": 1e-3, "betas": [0.9, 0.999]}]});
+        manifest["loss"] = json!({"reduction": "mean", "micro_batch_rows": [], "scale": 1.0, "divisor": null});
+        std::fs::write(root.join("manifest.json"), manifest.to_string()).unwrap();
+        let files = [
+            "manifest.json",
+            "step.safetensors",
+            "model/config.json",
+            "model/model.safetensors",
+            "model/adapter/adapter_config.json",
+            "model/adapter/adapter_model.safetensors",
+        ];
+        for file in files {
+            let path = root.join(file);
+            let valid = std::fs::read(&path).unwrap();
+            attack_beside(&format!("{family} {file}"), &valid, 64 << 20, |bytes| {
+                std::fs::write(&path, bytes).unwrap();
+                let (paths, manifest) = DumpPaths::of_folder(root)?;
+                plan(&paths, Some(&manifest), 1 << 30)?;
+                let case = Case::read("mutated", &paths, Some(&manifest), &PlainSettings::default())?;
+                case.run(&Variant::default()).map(drop)
+            });
+            std::fs::write(&path, valid).unwrap();
+        }
+    }
+}
+
+/// What an experiment draws its figures from again.
+#[cfg(feature = "cli")]
+#[test]
+fn tables_of_experiments() {
+    use peft_limits::report::{Manifest, Table};
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let mut manifest = Manifest::start("bounds", "quick");
+    manifest.config = json!({"seed": 0, "points": [{"tokens": 64, "c": 0.1}]});
+    manifest.write(folder.path()).unwrap();
+    let table = "tokens,c,features,error\n64,0.1,\"taylor:degree=4,check=off\",1e-3\n128,0.2,nystrom,NaN\n";
+    std::fs::write(folder.path().join("table.csv"), table).unwrap();
+    attack_file("manifest of an experiment", folder.path(), "manifest.json", |folder| Manifest::read(folder).map(drop));
+    attack_file("table of an experiment", folder.path(), "table.csv", |folder| {
+        let table = Table::read_csv(&folder.join("table.csv"))?;
+        table.to_text(5);
+        table.summarise(&["tokens"], "error").map(drop)
+    });
 }

@@ -8,6 +8,8 @@ mod ranks;
 #[path = "validation/streaming.rs"]
 mod streaming;
 
+use peft_limits::model::Projection;
+use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::Variant;
 use peft_limits::validate::selftest::selftest;
@@ -113,6 +115,66 @@ fn what_positions_that_start_again_mean_is_asked() {
         }
         other => panic!("{:?}", other.map(|report| report.passed)),
     }
+    // Where a mask said so there is nothing to ask.
+    case.trainer.setting.documents_given = true;
+    let report = validate(&case, &Silent).unwrap();
+    assert!(!report.passed && report.diagnoses[0].fault == "packing-leak", "{:?}", report.diagnoses);
+}
+
+/// Documents by number, as a mask of four axes gives them: rotary angles depend on distances alone, so that the step passes
+/// whether positions start again or not; without the numbers it is another step.
+#[test]
+fn documents_may_be_given_by_number() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/llama_packed");
+    let dump = common::family_dump(&path, false, false).unwrap();
+    let step = dump.path().join("step.safetensors");
+    let file = TensorFile::open(&step).unwrap();
+    let positions = file.matrix::<f64>("position_ids", "test").unwrap();
+    let mut numbers = positions.mapv(|p| if p.abs() > 0.0 { 0.0 } else { 1.0 });
+    numbers.accumulate_axis_inplace(ndarray::Axis(1), |&before, number| *number += before);
+    for given in [true, false] {
+        let mut writer = TensorWriter::new();
+        for name in file.names().filter(|name| *name != "position_ids") {
+            let (shape, values) = file.raw_tensor::<f64>(name, "test").unwrap();
+            writer.tensor(name, &shape, values);
+        }
+        if given {
+            writer.matrix("documents", numbers.view());
+        }
+        writer.write(&step).unwrap();
+        assert_eq!(report(dump.path()).passed, given);
+    }
+}
+
+/// GPT-2 has two projections of one name a layer: each gets its own mask, of its own width.
+#[test]
+fn dropout_of_projections_with_one_name() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/gpt2");
+    let dump = common::family_dump(&path, false, false).unwrap();
+    let step = dump.path().join("step.safetensors");
+    let file = TensorFile::open(&step).unwrap();
+    let (rows, length) = file.matrix::<f64>("input_ids", "test").unwrap().dim();
+    let write = |masks: [(&str, usize); 2]| {
+        let mut writer = TensorWriter::new();
+        for name in file.names() {
+            let (shape, values) = file.raw_tensor::<f64>(name, "test").unwrap();
+            writer.tensor(name, &shape, values);
+        }
+        for (module, width) in masks {
+            let mask = std::iter::repeat_n(1.0, rows * length * width);
+            writer.tensor(&format!("dropout.transformer.h.1.{module}"), &[rows, length, width], mask);
+        }
+        writer.write(&step).unwrap();
+    };
+    write([("attn.c_proj", 32), ("mlp.c_proj", 128)]);
+    let case = case(dump.path());
+    let places: Vec<_> = case.trainer.masks.keys().copied().collect();
+    assert_eq!(places, [(1, Projection::Output), (1, Projection::Down)]);
+    assert!(validate(&case, &Silent).unwrap().passed);
+    write([("attn.c_proj", 128), ("mlp.c_proj", 128)]);
+    let (paths, manifest) = DumpPaths::of_folder(dump.path()).unwrap();
+    let error = Case::read("width", &paths, Some(&manifest), &PlainSettings::default()).unwrap_err().to_string();
+    assert!(error.contains("dropout.transformer.h.1.attn.c_proj") && error.contains("rows of 32"), "{error}");
 }
 
 /// (folder, fault that must be named first).

@@ -24,6 +24,7 @@ pub mod gpu_crossover;
 pub mod gpu_peft_cost;
 pub mod hardness;
 pub mod norm_control;
+pub mod operating_curve;
 pub mod peft_accuracy;
 pub mod peft_cost;
 pub mod phase_diagram;
@@ -37,7 +38,7 @@ pub mod speed_accuracy;
 pub mod theorem_limits;
 
 /// Every experiment that needs no device, in the order of the index page.
-pub const ALL: [harness::Experiment; 21] = [
+pub const ALL: [harness::Experiment; 22] = [
     phase_diagram::EXPERIMENT,
     solvable_model::EXPERIMENT,
     theorem_limits::EXPERIMENT,
@@ -59,4 +60,5 @@ pub const ALL: [harness::Experiment; 21] = [
     convergence::EXPERIMENT,
     adapter_fusion::EXPERIMENT,
     adapter_serving::EXPERIMENT,
+    operating_curve::EXPERIMENT,
 ];

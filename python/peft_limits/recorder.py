@@ -60,6 +60,7 @@ use_orig_params are seen by themselves. The rest is declared as a dict:
 """
 
 import contextlib
+import inspect
 import os
 import re
 import shutil
@@ -70,6 +71,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from safetensors.torch import save_file
 
 from .calls import dtype_name, plain, unwrap
+from . import masks
 from .differences import check_step
 from .official import Official
 from .quantized import QuantizedBase
@@ -78,8 +80,11 @@ from .writing import full, jsonable, write_json, write_model
 
 VERSION = 1
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
+OTHER_KINDS = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING", "XLORA", "FOURIERFT", "VBLORA", "RANDLORA",
+               "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "POLY", "BONE", "MISS",
+               "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "ROAD", "OSF", "DELORA", "GRALORA")
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
 
 
 def trainable_snapshot(model):
@@ -148,6 +153,7 @@ class dump_step:
                          "divisor": None if divisor is None else float(divisor)}
         self.token_weights = token_weights
         self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
+        self.failure = None
 
     # What the training loop may say by hand.
 
@@ -190,6 +196,25 @@ class dump_step:
         shutil.rmtree(getattr(self, "writing", ""), ignore_errors=True)
         failed(self.folder, world()[0], error)
 
+    def refuse_what_is_not_known(self):
+        """Before anything is written or watched."""
+        inner = unwrap(self.model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        kind = type(inner).__name__
+        if type(inner).__module__.startswith("transformers.") and re.search(r"For(?!CausalLM)[A-Z]", kind):
+            raise ValueError(f"dump_step: {kind} is no decoder that predicts the next token; check_step judges the backward of any model")
+
+    def safely(self, hook):
+        """A hook that never raises: what goes wrong is raised where the block ends, not inside the training step."""
+        def run(*args, **kwargs):
+            if self.failure is None:
+                try:
+                    return hook(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001
+                    self.failure = error
+            return None
+        return run
+
     def __enter__(self):
         if not self.several:
             return self.begin()
@@ -206,9 +231,9 @@ class dump_step:
             if getattr(embedding, "neftune_noise_alpha", None):
                 raise ValueError("dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
                                  "with neftune_noise_alpha=None")
-        active = getattr(unwrap(self.model), "active_adapter", "default")
-        self.active = active if isinstance(active, str) else (list(active) or ["default"])[0]
+        self.active = self.one_adapter()
         self.official = Official(self.model, self.active)
+        self.refuse_what_is_not_known()
         self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
@@ -217,7 +242,7 @@ class dump_step:
         self.quantized = QuantizedBase(self.model, full)
         with whole(self.model):
             write_model(self)
-        hook, w = self.handles.append, self.guard
+        hook, w = self.handles.append, self.guard if self.several else self.safely
         self.handles += self.quantized.hooks()
         hook(self.model.register_forward_pre_hook(w(self.called), with_kwargs=True))
         hook(self.model.register_forward_hook(w(self.returned)))
@@ -259,16 +284,47 @@ class dump_step:
 
     def end(self):
         try:
+            if self.failure is not None:
+                raise self.failure
             with whole(self.model):
                 self.finish()
         finally:
             shutil.rmtree(self.writing, ignore_errors=True)
 
+    def one_adapter(self):
+        """Name of the adapter that acts; refuses what no dump can say."""
+        model = unwrap(self.model)
+        # Transformers models have these names without an adapter too.
+        peft = getattr(model, "peft_config", None)
+        active = (getattr(model, "active_adapters", None) or getattr(model, "active_adapter", "default")) if peft else "default"
+        active = [active] if isinstance(active, str) else list(active() if callable(active) else active) or ["default"]
+        if len(active) > 1:
+            raise ValueError(f"dump_step: {len(active)} adapters act at once ({', '.join(active)}): record a step with one "
+                             "(set_adapter)")
+        merged = next((n for n, m in model.named_modules() if getattr(m, "merged_adapters", None)), None)
+        if merged:
+            raise ValueError(f"dump_step: the adapter of {plain(merged)} is merged into its weight, where it does not train: unmerge "
+                             "it (unmerge_adapter)")
+        config = (getattr(model, "peft_config", None) or {}).get(active[0])
+        kind = getattr(config, "peft_type", None)
+        # Forks of PEFT have kinds of their own, which `official` knows.
+        if kind is not None and str(getattr(kind, "value", kind)) in OTHER_KINDS:
+            raise ValueError(f"dump_step: adapters of PEFT's kind {getattr(kind, 'value', kind)} are not known; LORA (with use_dora, "
+                             "use_rslora and so on) is; check_step judges the backward of any model")
+        for name, what in (("trainable_token_indices", "single rows of the embedding"), ("layer_replication", "layers that share weights")):
+            if getattr(config, name, None):
+                raise ValueError(f"dump_step: {name} ({what}) is not known")
+        return active[0]
+
     def called(self, module, args, kwargs):
-        names = ("input_ids", "attention_mask", "position_ids", "labels")
+        names = ("input_ids", "position_ids", "labels")
+        if args:
+            inner = unwrap(module)
+            parameters = list(inspect.signature(inner.forward).parameters)
+            if parameters[:1] == ["args"] and hasattr(inner, "get_base_model"):
+                parameters = list(inspect.signature(inner.get_base_model().forward).parameters)
+            kwargs = dict(zip(["input_ids", *parameters[1:]], args)) | kwargs
         given = {n: kwargs[n] for n in names if isinstance(kwargs.get(n), torch.Tensor)}
-        if "input_ids" not in given and args and isinstance(args[0], torch.Tensor):
-            given["input_ids"] = args[0]
         if "input_ids" not in given:
             raise ValueError("dump_step: the model was not called with input_ids")
         if given["input_ids"].dim() != 2:
@@ -282,7 +338,11 @@ class dump_step:
         self.device = given["input_ids"].device.type
         self.at_end = False
         self.look_for_autocast()
-        self.micro.append({n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains})
+        record = {n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains}
+        if kwargs.get("attention_mask") is not None:
+            rows, length = record["input_ids"].shape
+            record |= masks.of_batch(kwargs["attention_mask"], rows, length, getattr(unwrap(self.model), "config", None))
+        self.micro.append(record)
         self.inside = True
 
     def look_for_autocast(self):
@@ -451,9 +511,16 @@ class dump_step:
             raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
                              "takes them out; set_labels() inside the block does as well)")
         ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
-        # Packed documents are told by positions that start again and by no mask; a mask of ones would join them.
-        packed = all("attention_mask" not in m for m in self.micro) and any(
-            "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any()) for m in self.micro)
+        # Packed documents are told by positions that start again and by no mask (a mask of ones would join them), or by a mask of
+        # four axes.
+        def starts_again(m):
+            return "attention_mask" not in m and "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any())
+        if any("documents" in m for m in self.micro):
+            for m in self.micro:
+                new = m["position_ids"].diff(dim=1) != 1 if starts_again(m) else torch.zeros_like(m["input_ids"][:, 1:])
+                own = torch.nn.functional.pad(new.long().cumsum(1), (1, 0)).expand(m["input_ids"].shape)
+                m["documents"] = m.get("documents", own)
+        packed = all("attention_mask" not in m for m in self.micro) and any(map(starts_again, self.micro))
         if packed and ragged:
             for m in self.micro:
                 m["row_lengths"] = torch.full((m["input_ids"].shape[0], 1), m["input_ids"].shape[1])
@@ -469,7 +536,7 @@ class dump_step:
             tensors["labels"] = self.joined("labels", -100)
         if self.token_weights is not None:
             tensors["token_weights"] = full(self.token_weights).float()
-        for name in ("attention_mask", "position_ids", "row_lengths", "logits", given):
+        for name in ("attention_mask", "documents", "position_ids", "row_lengths", "logits", given):
             value = self.joined(name) if name else None
             if value is not None:
                 tensors[name] = value

@@ -23,6 +23,18 @@ def program():
     raise FileNotFoundError("the program peft-limits is neither in this Python environment nor on the PATH; PEFT_LIMITS may name it")
 
 
+def require_known(config):
+    """Raises NotJudged for a config.json of a model that the program does not know; without the program nothing is asked."""
+    try:
+        done = subprocess.run([program(), "memory", "--config", config, "--json"], capture_output=True, text=True)
+    except OSError:
+        return
+    # Other refusals are of the prediction, not of the model.
+    if done.returncode == 2 and "config.json" in done.stderr:
+        what = done.stderr.strip().split("config.json: ", 1)[-1]
+        raise NotJudged(f"the model's config: {what}; check_step judges the backward of any model")
+
+
 @dataclass
 class Report:
     """What `peft-limits validate --json` says."""

@@ -11,7 +11,8 @@ import torch
 
 from .calls import dtype_name, plain, unwrap
 from .quantized import is_quantized
-from .ranks import digest, local, world
+from .ranks import digest, is_sharded, local, world
+from .report import NotJudged, require_known
 
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 
@@ -50,6 +51,33 @@ def under_checkpoint_names(model, tensors):
     return {n: t.contiguous() for n, t in revert_weight_conversion(inner, tensors).items()}
 
 
+def without(config):
+    """`exclude_modules` of an adapter's configuration with its `modules_to_save` in it, as one pattern."""
+    patterns = [rf"(.*\.)?({name})(\..*)?" for name in config["modules_to_save"]]
+    excluded = config.get("exclude_modules")
+    if isinstance(excluded, str) and excluded:
+        patterns.append(f"({excluded})")
+    elif excluded:
+        patterns += [rf"(.*\.)?{re.escape(name)}" for name in excluded]
+    return "|".join(patterns)
+
+
+def untied(step, model, base, config):
+    """The config, not tied where embedding and head are two weights: `modules_to_save` copies one of them."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = [getattr(inner, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if not config.get("tie_word_embeddings") or any(not isinstance(w, torch.Tensor) for w in weights):
+        return config
+    # Parts of sharded weights have no address of their own.
+    if any(map(is_sharded, weights)) or weights[0].data_ptr() == weights[1].data_ptr() or is_quantized(weights[1]):
+        return config
+    # PEFT's wrapper hides the original that the other end still uses.
+    names = {name: module for name, module in inner.named_modules(remove_duplicate=False) if module in ends}
+    base |= {step.rename(name + ".weight"): full(module.weight) for name, module in names.items()}
+    return config | {"tie_word_embeddings": False}
+
+
 def write_json(path, value, indent=1):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
@@ -59,6 +87,11 @@ def write_json(path, value, indent=1):
 
 def write_checkpoint(folder, config, tensors):
     write_json(os.path.join(folder, "config.json"), config)
+    try:
+        require_known(os.path.join(folder, "config.json"))
+    except NotJudged:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -69,12 +102,13 @@ def write_model(step):
     os.makedirs(step.writing)
     model = unwrap(step.model)
     base, adapter, frozen = {}, {}, {}
+    step.given_model = step.model_path is not None
     peft = getattr(model, "peft_config", None)
     active = step.active
     tensors = dict(step.model.named_parameters())
     tensors |= {n: b for n, b in step.model.named_buffers() if ADAPTER_TENSOR.search(n)}
     inactive = [n for n in (peft or {}) if n != active]
-    saved = False
+    copies = {}
     for raw, tensor in tensors.items():
         clean = plain(raw)
         if id(tensor) in step.official.names or ".paca_indices." in clean:
@@ -83,7 +117,7 @@ def write_model(step):
         if ".original_module." in clean or any(
                 re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
             continue
-        saved = saved or ".modules_to_save." in clean
+        copied = ".modules_to_save." in clean
         clean = clean.replace(f".modules_to_save.{active}.", ".")
         name = step.rename(clean).replace(f".{active}", "")
         name = name.removeprefix("base_model.model.")
@@ -101,7 +135,7 @@ def write_model(step):
             adapter[name] = full(tensor)
             divide(step, name, raw, tensor)
         else:
-            add_to_base(step, base, frozen, bare, raw, tensor)
+            add_to_base(step, copies if copied else base, frozen, bare, raw, tensor)
     # The parts of a quantized weight are in formats of their own.
     plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
     step.weights = dtype_name(next(plain_weights).dtype)
@@ -113,14 +147,24 @@ def write_model(step):
         config = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
         if not config:
             raise ValueError("dump_step: give config=, the model has none")
-        write_base(step, jsonable(config), base)
+        # The copies of modules_to_save are written as the modules themselves.
+        base |= copies
+        try:
+            write_base(step, untied(step, model, base, jsonable(config)), base)
+        except NotJudged:
+            shutil.rmtree(step.writing, ignore_errors=True)
+            raise
     adapter |= {n: full(t) for n, t in (step.official.tensors | (step.adapter_tensors or {})).items()}
+    if step.given_model:
+        adapter |= {"base_model.model." + n: t for n, t in copies.items()}
     if step.adapter_path is None and adapter:
         config = step.adapter_config or step.official.config or (peft and peft[active].to_dict())
         if not config:
             raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-        # The copies of modules_to_save are written as the modules themselves.
-        config = jsonable(config) | ({"modules_to_save": None} if saved else {})
+        config = jsonable(config)
+        if copies and not step.given_model:
+            # No adapter acts on the modules that they are written as.
+            config |= {"modules_to_save": None, "exclude_modules": without(config)}
         write_json(os.path.join(step.writing, "adapter/adapter_config.json"), config)
         save_file(adapter, os.path.join(step.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
     step.has_adapter = step.adapter_path is not None or bool(adapter)

@@ -132,7 +132,7 @@ impl<T: Real> Dora<T> {
     /// # Errors
     /// As [`LoraSpec::scaling`]; [`crate::Error::InvalidParam`] for a row of norm zero.
     pub fn init(spec: LoraSpec, true_derivative: bool, base: ArrayView2<T>, rng: &mut impl Rng) -> Result<Self> {
-        let scaling = spec.scaling(base.dim())?;
+        let scaling = spec.scaling()?;
         let (out, width) = base.dim();
         let magnitude = Cpu::default().row_norms(&base.to_owned())?;
         let a = kaiming_uniform(spec.rank, width, rng);
@@ -149,7 +149,7 @@ impl<T: Real> Dora<T> {
         shape: (usize, usize),
         factors: [Array2<T>; 3],
     ) -> Result<Self> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling()?;
         let [a, b, magnitude] = factors;
         require_shape("dora", "lora_A", &a.view(), (spec.rank, shape.1))?;
         require_shape("dora", "lora_B", &b.view(), (shape.0, spec.rank))?;

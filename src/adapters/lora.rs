@@ -14,7 +14,7 @@ use rand::{Rng, RngExt};
 ///
 /// | field | default | purpose | range |
 /// |---|---|---|---|
-/// | `rank` | 8 | r | 1 to min(in, out) |
+/// | `rank` | 8 | r; more than min(in, out) adds nothing, and PEFT lets it be | 1 to 65,536 |
 /// | `alpha` | 16 | numerator of the scaling | finite |
 /// | `rank_stabilized` | false | alpha / sqrt(r) in place of alpha / r | |
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,14 +34,15 @@ impl Default for LoraSpec {
 }
 
 impl LoraSpec {
-    /// The factor s, after checking the settings against the shape (out, in).
+    /// The factor s, after checking the settings.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a rank outside 1..=min(out, in) or an alpha that is not finite.
-    pub fn scaling(&self, shape: (usize, usize)) -> Result<f64> {
-        let largest = shape.0.min(shape.1);
-        if self.rank == 0 || self.rank > largest {
-            return Err(Error::invalid("rank", self.rank, format!("must be in 1..={largest} for shape {shape:?}")));
+    /// [`Error::InvalidParam`] for a rank outside 1..=65,536 or an alpha that is not finite.
+    pub fn scaling(&self) -> Result<f64> {
+        // The router of a mixture has as many outputs as there are experts, often fewer than r.
+        const LARGEST: usize = 1 << 16;
+        if self.rank == 0 || self.rank > LARGEST {
+            return Err(Error::invalid("rank", self.rank, format!("must be in 1..={LARGEST}")));
         }
         if !self.alpha.is_finite() {
             return Err(Error::invalid("alpha", self.alpha, "must be finite"));
@@ -161,7 +162,7 @@ impl<T: Real> Lora<T> {
     /// # Errors
     /// As [`LoraSpec::scaling`].
     pub fn init(spec: LoraSpec, shape: (usize, usize), rng: &mut impl Rng) -> Result<Self> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling()?;
         let (out, width) = shape;
         Ok(Self {
             a: kaiming_uniform(spec.rank, width, rng),
@@ -177,7 +178,7 @@ impl<T: Real> Lora<T> {
     /// # Errors
     /// [`Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
     pub fn from_factors(spec: LoraSpec, shape: (usize, usize), a: Array2<T>, b: Array2<T>) -> Result<Self> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling()?;
         crate::blocks::require_shape("lora", "lora_A", &a.view(), (spec.rank, shape.1))?;
         crate::blocks::require_shape("lora", "lora_B", &b.view(), (shape.0, spec.rank))?;
         Ok(Self { a, b, bias: None, spec, scaling })
@@ -222,7 +223,7 @@ pub(super) fn read_factors<T: Real>(
     shape: (usize, usize),
     from: &mut dyn ReadTensors<T>,
 ) -> Result<(Array2<T>, Array2<T>)> {
-    spec.scaling(shape)?;
+    spec.scaling()?;
     let a = from.matrix("lora_A.weight", (spec.rank, shape.1))?;
     Ok((a, from.matrix("lora_B.weight", (shape.0, spec.rank))?))
 }

@@ -146,7 +146,7 @@ impl<T: Real> Moslora<T> {
     /// # Errors
     /// As [`LoraSpec::scaling`].
     pub fn init(spec: LoraSpec, mixer: MixerInit, shape: (usize, usize), rng: &mut impl Rng) -> Result<Self> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling()?;
         let a = kaiming_uniform(spec.rank, shape.1, rng);
         Ok(Self { a, b: Array2::zeros((shape.0, spec.rank)), mixer: mixer.sample(spec.rank, rng), spec, scaling })
     }
@@ -156,7 +156,7 @@ impl<T: Real> Moslora<T> {
     /// # Errors
     /// [`crate::Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
     pub fn from_factors(spec: LoraSpec, shape: (usize, usize), factors: [Array2<T>; 3]) -> Result<Self> {
-        let scaling = spec.scaling(shape)?;
+        let scaling = spec.scaling()?;
         let [a, b, mixer] = factors;
         require_shape("moslora", "lora_A", &a.view(), (spec.rank, shape.1))?;
         require_shape("moslora", "lora_B", &b.view(), (shape.0, spec.rank))?;

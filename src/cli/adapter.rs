@@ -176,6 +176,21 @@ struct Evaluate {
     f64: bool,
 }
 
+impl AdapterArgs {
+    /// What is read: the adapter where there is one, or the base model.
+    pub(super) fn subject(&self) -> &Path {
+        match &self.action {
+            Action::Export(Export { model, source, .. }) => {
+                let ExportSource { adapter, trained, run } = source;
+                adapter.as_ref().or(trained.as_ref()).or(run.as_ref()).unwrap_or(model)
+            }
+            Action::Fuse(args) => &args.model,
+            Action::Switch(args) => args.adapter.as_ref().unwrap_or(&args.model),
+            Action::Evaluate(args) => &args.model,
+        }
+    }
+}
+
 /// Runs the subcommand.
 ///
 /// # Errors

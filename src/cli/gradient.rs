@@ -23,7 +23,7 @@ use std::time::Instant;
     features_help()))]
 pub(super) struct GradientArgs {
     /// The head, a safetensors file
-    input: PathBuf,
+    pub(super) input: PathBuf,
     /// How to compute: dense (reference, f64, L x L memory), streaming (exact, tiled), chained (low rank)
     #[arg(long, value_enum, default_value_t = Method::Streaming)]
     pub(super) method: Method,

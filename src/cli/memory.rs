@@ -35,7 +35,7 @@ Examples:
 pub struct MemoryArgs {
     /// A Hugging Face `config.json`, or the folder that holds it
     #[arg(long, value_name = "PATH", required_unless_present = "preset")]
-    config: Option<PathBuf>,
+    pub(super) config: Option<PathBuf>,
     /// A preset size instead: pico, nano, micro or mini
     #[arg(long, conflicts_with = "config")]
     preset: Option<String>,

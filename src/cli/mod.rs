@@ -21,8 +21,9 @@ mod verdict;
 mod verdict_page;
 
 use crate::attention::factorization::spec::METHODS;
-use crate::error::INTERRUPTED;
+use crate::error::{Error, INTERRUPTED};
 use clap::{Parser, Subcommand};
+use std::path::Path;
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -69,6 +70,35 @@ enum Command {
     Completions(completions::CompletionsArgs),
 }
 
+impl Command {
+    /// The file or folder that an error is about which names none.
+    fn subject(&self) -> Option<&Path> {
+        match self {
+            Command::Gradient(args) => Some(&args.input),
+            Command::Probe(args) => Some(&args.input),
+            Command::Memory(args) => args.config.as_deref(),
+            Command::Train(args) => args.config.as_deref().or(args.model.as_deref()),
+            Command::Validate(args) => args.dump.as_deref().or(args.head.as_deref()).or(args.model.as_deref()),
+            Command::Adapter(args) => Some(args.subject()),
+            Command::Devices(_) | Command::Phase(_) | Command::Completions(_) => None,
+        }
+    }
+}
+
+/// Whether an error is about what was read and names no file; flags name themselves.
+fn is_of_input(error: &Error) -> bool {
+    match error {
+        Error::InvalidParam { name, .. } => !name.starts_with("--"),
+        Error::ShapeMismatch { .. }
+        | Error::NonFinite { .. }
+        | Error::NotConverged { .. }
+        | Error::LogitOutsideInterval { .. }
+        | Error::NonPositiveDenominator { .. }
+        | Error::Decomposition { .. } => true,
+        _ => false,
+    }
+}
+
 /// Parses the process's arguments, runs the subcommand and returns its exit code.
 pub fn main() -> ExitCode {
     // `peft-limits ... | head` ends with its reader.
@@ -78,6 +108,7 @@ pub fn main() -> ExitCode {
     if !matches!(command, Command::Train(_)) {
         exit_when_interrupted();
     }
+    let subject = command.subject().map(Path::to_path_buf);
     let outcome = match command {
         Command::Gradient(args) => gradient::run(&args),
         Command::Devices(args) => devices::run(&args),
@@ -92,7 +123,10 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("peft-limits: {error}");
+            match subject.filter(|_| is_of_input(&error)) {
+                Some(path) => eprintln!("peft-limits: {}: {error}", path.display()),
+                None => eprintln!("peft-limits: {error}"),
+            }
             ExitCode::from(error.exit_code())
         }
     }

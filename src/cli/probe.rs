@@ -31,7 +31,7 @@ use std::time::Instant;
     peft-limits probe head.safetensors --json > head.json", features_help()))]
 pub(super) struct ProbeArgs {
     /// The head, a safetensors file
-    input: PathBuf,
+    pub(super) input: PathBuf,
     /// Factorization to try; may be given several times (default: a survey of all methods)
     #[arg(long, value_name = "SPEC")]
     features: Vec<String>,

@@ -55,13 +55,13 @@ saved; continue with --resume).";
 #[command(after_long_help = EXAMPLES)]
 pub struct TrainArgs {
     /// Configuration file
-    config: Option<PathBuf>,
+    pub(super) config: Option<PathBuf>,
     /// Random weights of a preset size: pico, nano, micro or mini
     #[arg(long, conflicts_with = "model")]
     preset: Option<String>,
     /// Checkpoint folder to start from
     #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
     /// full, lora, dora, moslora, paca, s2ft, spft, qlora or qpaca
     #[arg(long)]
     method: Option<MethodName>,

@@ -65,16 +65,16 @@ Exit codes: 0 right, 1 wrong, 2 bad input, 130 interrupted.";
 pub(super) struct ValidateArgs {
     /// A dump folder
     #[arg(required_unless_present_any = ["model", "head"], conflicts_with_all = ["model", "head"])]
-    dump: Option<PathBuf>,
+    pub(super) dump: Option<PathBuf>,
     /// Hugging Face checkpoint folder, with --reference or --trainer
     #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    pub(super) model: Option<PathBuf>,
     /// Adapter folder
     #[arg(long, value_name = "DIR", requires = "model")]
     adapter: Option<PathBuf>,
     /// One attention head (see `gradient --help`), with the kernel's output in --reference
     #[arg(long, value_name = "FILE", requires = "reference", conflicts_with = "model")]
-    head: Option<PathBuf>,
+    pub(super) head: Option<PathBuf>,
     /// What the trainer or kernel computed: tensors as in a dump's step.safetensors, or O and gradients of a head
     #[arg(long, value_name = "FILE")]
     reference: Option<PathBuf>,

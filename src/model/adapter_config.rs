@@ -1,34 +1,15 @@
 //! `adapter_config.json`: which method, rank and scaling each projection has.
 
+use super::adapter_targets::{ByPattern, Names, Targets, ends_with, layer_patterns, whole};
 use super::config::ModelConfig;
-use super::names::Outside;
+use super::names::{HEAD_IN_MEMORY, Outside};
 use super::parameters::Projection;
 use crate::adapters::lora::LoraSpec;
 pub use crate::adapters::stored::AdapterKind;
 use crate::error::{Error, Result};
-use regex::Regex;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-
-/// Which modules are adapted.
-#[derive(Debug, Clone)]
-enum Targets {
-    All,
-    Names(Vec<String>),
-    /// Matched against a module's whole name.
-    Pattern(Regex),
-}
-
-impl Targets {
-    fn name(&self, module: &str) -> bool {
-        match self {
-            Targets::All => true,
-            Targets::Names(names) => names.iter().any(|target| target_matches(module, target)),
-            Targets::Pattern(pattern) => pattern.is_match(module),
-        }
-    }
-}
 
 /// A parsed `adapter_config.json`.
 #[derive(Debug, Clone)]
@@ -37,42 +18,115 @@ pub(super) struct AdapterConfig {
     pub kind: AdapterKind,
     pub spec: LoraSpec,
     pub true_derivative: bool,
-    ranks: BTreeMap<String, f64>,
-    alphas: BTreeMap<String, f64>,
+    ranks: ByPattern,
+    alphas: ByPattern,
     targets: Targets,
-    /// `target_parameters`: parameters that are not a module's weight, as experts are.
-    parameters: Vec<String>,
-    layers: Option<Vec<usize>>,
+    /// Whether the factors were initialised by changing the base: the weights beside which they act are no checkpoint's.
+    pub moves_base: Option<String>,
     /// `modules_to_save`: modules that are trained whole.
     pub saved: Vec<String>,
-    /// `bias: all`: every bias of the model is trained.
-    pub biases: bool,
+    /// `bias`: which biases of the model are trained.
+    pub biases: Biases,
     /// `lora_bias`: each update has a bias of its own.
     pub own_bias: bool,
+    /// `ensure_weight_tying`: what is trained of a tied table stays tied.
+    pub keeps_tied: bool,
 }
 
-/// PEFT's rule for a key of `rank_pattern` and `alpha_pattern`: a regular expression that matches the whole name or its end
-/// after a dot.
-fn pattern_matches(name: &str, key: &str) -> bool {
-    Regex::new(&format!("^(?:.*\\.)?(?:{key})$")).is_ok_and(|pattern| pattern.is_match(name))
+/// Biases of the model that an adapter trains.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Biases {
+    #[default]
+    None,
+    /// Those of adapted modules.
+    Adapted,
+    All,
 }
 
-/// PEFT's rule for a target: the whole name or its end after a dot.
-fn target_matches(name: &str, target: &str) -> bool {
-    name == target || name.strip_suffix(target).is_some_and(|head| head.ends_with('.'))
+impl Biases {
+    const ALL: [(Self, &'static str); 3] = [(Self::None, "none"), (Self::Adapted, "lora_only"), (Self::All, "all")];
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|(_, known)| *known == name).map(|(biases, _)| biases)
+    }
+
+    fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(biases, _)| *biases == self).map_or("none", |(_, name)| name)
+    }
 }
 
-/// Keys that change what the adapter computes and are not implemented: they must be absent, null, false or empty.
-const UNSUPPORTED: [&str; 8] = [
-    "use_qalora",
-    "use_bdlora",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
+/// Keys that are read here.
+const READ: [&str; 19] = [
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "dora_true_derivative",
+    "bias",
+    "lora_bias",
+    "target_modules",
     "exclude_modules",
+    "layers_to_transform",
     "layers_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "lora_dropout",
+    "fan_in_fan_out",
 ];
+
+/// Keys that change nothing about a step once the adapter's tensors are there: where things come from, how factors
+/// were initialised, settings of what [`UNSUPPORTED`] refuses.
+const PASSED: [&str; 16] = [
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "ensure_weight_tying",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "ephemeral_gpu_offload",
+    "scaling",
+];
+
+/// Keys that change what the adapter computes and are not implemented, with what they are.
+const UNSUPPORTED: [(&str, &str); 10] = [
+    ("use_qalora", "QA-LoRA"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("trainable_token_indices", "training single rows of the embedding"),
+    ("layer_replication", "layers that share weights"),
+    ("alora_invocation_tokens", "activated LoRA"),
+    ("arrow_config", "Arrow routing"),
+    ("kasa_config", "KaSA"),
+    ("velora_config", "VeLoRA"),
+    ("monteclora_config", "Monte Carlo LoRA"),
+    ("megatron_config", "Megatron's parallel layers"),
+];
+
+/// Whether a value says that something is off.
+fn is_off(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => true,
+        Some(Value::Array(list)) => list.is_empty(),
+        Some(Value::Object(map)) => map.is_empty(),
+        Some(_) => false,
+    }
+}
+
+/// Initialisations that subtract the factors from the base weights.
+fn moves_base(init: &str) -> bool {
+    init.starts_with("pissa") || ["olora", "corda", "loftq", "lora_ga"].contains(&init)
+}
 
 /// The object in a JSON file.
 pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
@@ -117,21 +171,22 @@ impl AdapterConfig {
         let kind = map.get("peft_type").and_then(Value::as_str).and_then(|t| AdapterKind::of(t, flag("use_dora")));
         let known = "LORA, MOSLORA, PACA or S2FT (SLICE is an update: see `peft-limits adapter`)";
         let kind = kind.ok_or_else(|| key("peft_type", known))?;
-        for name in UNSUPPORTED {
-            let plain = match map.get(name) {
-                None | Some(Value::Null | Value::Bool(false)) => true,
-                Some(Value::Array(list)) => list.is_empty(),
-                Some(_) => false,
-            };
-            if !plain {
-                return Err(key(name, "null or false (not implemented)"));
+        for (name, what) in UNSUPPORTED {
+            if !is_off(map.get(name)) {
+                return Err(key(name, &format!("null or false ({what} is not implemented)")));
             }
         }
-        let biases = match map.get("bias").and_then(Value::as_str).unwrap_or("none") {
-            "none" => false,
-            "all" if kind.is_peft() => true,
-            _ => return Err(key("bias", "\"none\" or, for LoRA and DoRA, \"all\"")),
+        let known = |name: &str| READ.contains(&name) || PASSED.contains(&name);
+        if let Some((name, _)) = map.iter().find(|(name, value)| !known(name) && !is_off(Some(value))) {
+            return Err(key(name, "no such key, or null: what it would change is not known"));
+        }
+        let biases = match map.get("bias") {
+            None | Some(Value::Null) => Some(Biases::None),
+            Some(value) => value.as_str().and_then(Biases::named),
         };
+        let biases = biases
+            .filter(|&biases| kind.is_peft() || biases == Biases::None)
+            .ok_or_else(|| key("bias", "\"none\" or, for LoRA and DoRA, \"lora_only\" or \"all\""))?;
         let names = |name: &str| match map.get(name) {
             None | Some(Value::Null) => Ok(Vec::new()),
             Some(Value::Array(list)) => {
@@ -153,48 +208,70 @@ impl AdapterConfig {
             };
             spec.alpha = map.get("lora_alpha").and_then(Value::as_f64).ok_or_else(|| key("lora_alpha", "a number"))?;
         }
-        let pattern = |name: &str| -> Result<BTreeMap<String, f64>> {
-            let Some(Value::Object(patterns)) = map.get(name) else { return Ok(BTreeMap::new()) };
-            let entry = |(k, v): (&String, &Value)| v.as_f64().map(|v| (k.clone(), v));
-            patterns.iter().map(|e| entry(e).ok_or_else(|| key(name, "numbers by module name"))).collect()
+        let by_pattern = |name: &str| -> Result<ByPattern> {
+            let entries = match map.get(name) {
+                None | Some(Value::Null) => return Ok(ByPattern::default()),
+                Some(Value::Object(entries)) => entries,
+                Some(_) => return Err(key(name, "numbers by module name")),
+            };
+            let numbers = entries.iter().map(|(k, v)| v.as_f64().map(|v| (k.as_str(), v))).collect::<Option<Vec<_>>>();
+            let numbers = numbers.ok_or_else(|| key(name, "numbers by module name"))?;
+            ByPattern::new(numbers.into_iter()).map_err(|e| key(name, &format!("regular expressions ({e})")))
         };
-        let targets = match map.get("target_modules") {
-            Some(Value::Array(list)) => {
-                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
-                Targets::Names(names.ok_or_else(|| key("target_modules", "a list of module names"))?)
-            }
-            // PEFT's word for every linear layer but the output head.
-            Some(Value::String(word)) if word == "all-linear" => Targets::All,
-            Some(Value::String(pattern)) => {
-                let whole = Regex::new(&format!("^(?:{pattern})$"));
-                Targets::Pattern(whole.map_err(|e| key("target_modules", &format!("a regular expression ({e})")))?)
-            }
-            None | Some(Value::Null) if map.get("target_parameters").is_some_and(Value::is_array) => {
-                Targets::Names(Vec::new())
-            }
-            _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
+        let modules = |name: &str, text: &str| match text {
+            // PEFT's word for every linear layer but the output projection.
+            "all-linear" => Ok(Names::AllLinear),
+            _ => whole(text).map(Names::Pattern).map_err(|e| key(name, &format!("a regular expression ({e})"))),
         };
         let parameters = names("target_parameters")?;
+        let targets = match map.get("target_modules") {
+            Some(Value::Array(_)) => Names::List(names("target_modules")?),
+            Some(Value::String(text)) => modules("target_modules", text)?,
+            None | Some(Value::Null) if !parameters.is_empty() => Names::List(Vec::new()),
+            _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
+        };
+        let excluded = match map.get("exclude_modules") {
+            Some(Value::String(text)) if !text.is_empty() => Some(modules("exclude_modules", text)?),
+            Some(Value::String(_)) => None,
+            _ => Some(Names::List(names("exclude_modules")?)),
+        };
         if !parameters.is_empty() && kind != AdapterKind::Lora {
             return Err(key("target_parameters", "null: only plain LoRA acts on them"));
         }
-        let layers =
-            match map.get("layers_to_transform") {
-                None | Some(Value::Null) => None,
-                Some(Value::Array(list)) => {
-                    let layers: Option<Vec<usize>> = list.iter().map(|v| v.as_u64().map(|l| l as usize)).collect();
-                    Some(layers.ok_or_else(|| key("layers_to_transform", "a list of layer numbers"))?)
-                }
-                Some(value) => Some(vec![
-                    value.as_u64().ok_or_else(|| key("layers_to_transform", "a list of layer numbers"))? as usize,
-                ]),
-            };
-        let (ranks, alphas) = (pattern("rank_pattern")?, pattern("alpha_pattern")?);
-        if ranks.values().any(|r| !(*r >= 1.0) || r.fract().abs() > 0.0) {
+        let number = |v: &Value| v.as_u64().map(|l| l as usize);
+        let layers = match map.get("layers_to_transform") {
+            None | Some(Value::Null) => Some(Vec::new()),
+            Some(Value::Array(list)) => list.iter().map(number).collect(),
+            Some(value) => number(value).map(|layer| vec![layer]),
+        };
+        let layers = layers.ok_or_else(|| key("layers_to_transform", "a list of layer numbers"))?;
+        let layer_names = match map.get("layers_pattern") {
+            Some(Value::String(name)) if name.is_empty() => Vec::new(),
+            Some(Value::String(name)) => vec![name.clone()],
+            _ => names("layers_pattern")?,
+        };
+        let regular = |name: &'static str| move |e| key(name, &format!("regular expressions ({e})"));
+        let targets = Targets {
+            modules: targets,
+            excluded,
+            saved: saved
+                .iter()
+                .map(|name| whole(&format!(r"(?:.*\.)?{name}(?:\..*)?")))
+                .collect::<std::result::Result<_, _>>()
+                .map_err(regular("modules_to_save"))?,
+            layers: Some(layers).filter(|layers| !layers.is_empty()),
+            layer_patterns: layer_patterns(&layer_names).map_err(regular("layers_pattern"))?,
+            parameters,
+        };
+        let (ranks, alphas) = (by_pattern("rank_pattern")?, by_pattern("alpha_pattern")?);
+        if ranks.values().any(|r| !(r >= 1.0) || r.fract().abs() > 0.0) {
             return Err(key("rank_pattern", "positive integers by module name"));
         }
+        let init = map.get("init_lora_weights").and_then(Value::as_str);
+        let moves_base = init.filter(|init| moves_base(init)).map(String::from);
         let path = path.to_path_buf();
         let true_derivative = flag("dora_true_derivative");
+        let keeps_tied = flag("ensure_weight_tying");
         Ok(Self {
             path,
             kind,
@@ -203,42 +280,35 @@ impl AdapterConfig {
             ranks,
             alphas,
             targets,
-            parameters,
-            layers,
+            moves_base,
             saved,
             biases,
             own_bias,
+            keeps_tied,
         })
     }
 
     /// Settings of one projection, or `None` if it is not adapted.
     pub fn spec_of(&self, config: &ModelConfig, layer: usize, p: Projection) -> Option<LoraSpec> {
-        if self.layers.as_ref().is_some_and(|layers| !layers.contains(&layer)) {
-            return None;
-        }
         let name = peft_name(config, layer, p);
-        let wanted = match (p.of_experts(), &self.targets) {
-            (true, _) if self.kind.is_peft() => self.parameters.iter().any(|target| target_matches(&name, target)),
-            (true, Targets::All) => false,
-            (_, targets) => targets.name(&name),
+        let wanted = if p.of_experts() && self.kind.is_peft() {
+            self.targets.parameter(&name)
+        } else {
+            !(p.of_experts() && matches!(self.targets.modules, Names::AllLinear)) && self.targets.module(&name)
         };
         wanted.then(|| self.settings(&name))
     }
 
-    /// Settings of a module outside the layers, or `None` if it is not adapted. PEFT's `all-linear` leaves the output
-    /// projection out.
+    /// Settings of a module outside the layers, or `None` if it is not adapted.
     pub fn spec_outside(&self, name: &str) -> Option<LoraSpec> {
-        let wanted = self.layers.is_none() && !matches!(self.targets, Targets::All) && self.targets.name(name);
-        wanted.then(|| self.settings(name))
+        self.targets.outside(name).then(|| self.settings(name))
     }
 
     /// Rank and alpha of a module by its name.
     fn settings(&self, name: &str) -> LoraSpec {
-        let find =
-            |patterns: &BTreeMap<String, f64>| patterns.iter().find(|(k, _)| pattern_matches(name, k)).map(|(_, &v)| v);
         LoraSpec {
-            rank: find(&self.ranks).map_or(self.spec.rank, |r| r as usize),
-            alpha: find(&self.alphas).unwrap_or(self.spec.alpha),
+            rank: self.ranks.of(name).map_or(self.spec.rank, |r| r as usize),
+            alpha: self.alphas.of(name).unwrap_or(self.spec.alpha),
             rank_stabilized: self.spec.rank_stabilized,
         }
     }
@@ -248,14 +318,25 @@ impl AdapterConfig {
         self.saved.iter().any(|saved| name.ends_with(saved.as_str()))
     }
 
-    /// A target that no module of the model has, if there is one.
-    pub fn unknown_target(&self, config: &ModelConfig) -> Option<String> {
-        let Targets::Names(names) = &self.targets else { return None };
-        let layers = 0..config.num_hidden_layers;
-        let mut all: Vec<String> =
-            layers.flat_map(|l| config.projections(l).into_iter().map(move |p| peft_name(config, l, p))).collect();
-        all.extend([Outside::Embedding, Outside::Head].map(|module| config.options.outside(module).to_string()));
-        names.iter().find(|target| !all.iter().any(|name| target_matches(name, target))).cloned()
+    /// A target that nothing of the model has, if there is one, and the key that names it.
+    pub fn unknown_target(&self, config: &ModelConfig) -> Option<(&'static str, String)> {
+        let all: Vec<(bool, String)> = (0..config.num_hidden_layers)
+            .flat_map(|l| config.projections(l).into_iter().map(move |p| (p.of_experts(), peft_name(config, l, p))))
+            .collect();
+        let [embedding, head] = [Outside::Embedding, Outside::Head].map(|module| config.options.outside(module));
+        let outside = [embedding, head, HEAD_IN_MEMORY];
+        let unknown = |names: &[String], of_modules: bool| {
+            let known = |target: &String| {
+                all.iter().any(|(experts, name)| (of_modules || *experts) && ends_with(name, target))
+                    || of_modules && outside.iter().any(|name| ends_with(name, target))
+            };
+            names.iter().find(|target| !known(target)).cloned()
+        };
+        let modules = match &self.targets.modules {
+            Names::List(names) => unknown(names, true).map(|name| ("target_modules", name)),
+            _ => None,
+        };
+        modules.or_else(|| unknown(&self.targets.parameters, false).map(|name| ("target_parameters", name)))
     }
 }
 
@@ -299,10 +380,12 @@ impl Template {
 pub(super) struct Beside {
     /// Modules outside the layers with low-rank updates.
     pub adapted: BTreeMap<String, LoraSpec>,
+    /// Whether these have DoRA's magnitudes.
+    pub dora: bool,
     /// Modules that are trained whole.
     pub saved: Vec<String>,
-    /// Whether every bias is trained.
-    pub biases: bool,
+    /// Which biases are trained.
+    pub biases: Biases,
     /// Whether updates have a bias of their own.
     pub own_bias: bool,
 }
@@ -353,7 +436,7 @@ pub(super) fn compose(
         "peft_type": kind.peft_type(),
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "bias": if beside.biases { "all" } else { "none" },
+        "bias": beside.biases.name(),
         "inference_mode": true,
     });
     if let Some(map) = value.as_object_mut() {
@@ -386,7 +469,9 @@ pub(super) fn compose(
         let mut keys = like.keys.clone();
         keys.extend(map.clone());
         // The targets above name every layer that they mean.
-        keys.entry("layers_to_transform").and_modify(|layers| *layers = Value::Null);
+        for key in ["layers_to_transform", "layers_pattern", "exclude_modules"] {
+            keys.entry(key).and_modify(|layers| *layers = Value::Null);
+        }
         value = Value::Object(keys);
     }
     format!("{value:#}\n")

@@ -15,6 +15,7 @@
 pub use super::adapter_config::AdapterKind;
 use super::adapter_config::{AdapterConfig, compose};
 use super::adapter_experts::{ExpertPart, expert_stacks, stack_prefix, write_stacks};
+use super::adapter_targets::ends_with;
 use super::config::ModelConfig;
 use super::parameters::{Model, Projection, TrainableParts};
 use super::s2ft::{LayerOrder, side_of};
@@ -73,6 +74,27 @@ impl<'a> Reader<'a> {
             }
             None => Ok(()),
         }
+    }
+
+    /// Whether the file holds a tensor.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.file.contains(name)
+    }
+
+    /// Whether it holds a tensor of a module, or of something in it, whose name ends so.
+    pub(super) fn holds_module(&self, end: &str) -> bool {
+        let holds = |name: &str| {
+            // The module of a factor stands two parts before the end: `...lm_head.lora_A.weight`.
+            let mut part = name;
+            while let Some((module, _)) = part.rsplit_once('.') {
+                if ends_with(module, end) {
+                    return true;
+                }
+                part = module;
+            }
+            false
+        };
+        self.file.names().any(holds)
     }
 
     pub(super) fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
@@ -182,12 +204,21 @@ impl<T: Real> Model<T> {
         let file = TensorFile::open(folder.join(WEIGHTS))?;
         let mut reader = Reader::new(&file);
         let mut adapted = 0;
-        if let Some(target) = config.unknown_target(&self.config) {
-            let known: BTreeSet<String> =
-                self.config.all_projections().iter().map(|&p| self.config.options.module_kind(p)).collect();
+        if let Some((key, target)) = config.unknown_target(&self.config) {
+            let parameters = key == "target_parameters";
+            let all = self.config.all_projections();
+            let known: BTreeSet<String> = all
+                .iter()
+                .filter(|p| p.of_experts() == parameters)
+                .map(|&p| self.config.options.module_kind(p))
+                .collect();
             let known: Vec<String> = known.into_iter().collect();
-            let expected = format!("modules among {}", known.join(", "));
-            return Err(Error::format(&config.path, "key target_modules", expected, target));
+            let expected = match (parameters, known.is_empty()) {
+                (true, true) => "null: this model has no experts (target other weights by their modules)".to_string(),
+                (true, false) => "parameters of experts: mlp.experts.gate_up_proj, mlp.experts.down_proj".to_string(),
+                _ => format!("modules among {}", known.join(", ")),
+            };
+            return Err(Error::format(&config.path, format!("key {key}"), expected, target));
         }
         for l in 0..self.layers.len() {
             let there = self.config.projections(l).into_iter();
@@ -211,7 +242,9 @@ impl<T: Real> Model<T> {
                     let wanted = format!("{} head groups and {} channels", expected.0, expected.1);
                     return Err(file.malformed(format!("orders of layer {l}"), wanted, found));
                 }
-                self.layers[l].co_permute(&LayerOrder { groups, channels }, &self.config)?;
+                self.layers[l]
+                    .co_permute(&LayerOrder { groups, channels }, &self.config)
+                    .map_err(|e| file.malformed(format!("orders of layer {l}"), "every place once", e.to_string()))?;
             }
             let stacks = if config.kind == AdapterKind::Lora { expert_stacks(&wanted) } else { BTreeMap::new() };
             let mut factors = BTreeMap::new();
@@ -284,6 +317,7 @@ impl<T: Real> Model<T> {
             embedding: parts.embedding,
             lm_head: parts.lm_head,
             biases: parts.biases,
+            adapted_biases: parts.adapted_biases,
             ..Default::default()
         };
         if parts != held {
@@ -332,7 +366,8 @@ impl<T: Real> Model<T> {
             }
         }
         let beside = self.write_outside(&mut writer);
-        let kind = kind.or((!beside.adapted.is_empty()).then_some(AdapterKind::Lora));
+        let outside = if beside.dora { AdapterKind::Dora } else { AdapterKind::Lora };
+        let kind = kind.or((!beside.adapted.is_empty()).then_some(outside));
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
@@ -342,6 +377,10 @@ impl<T: Real> Model<T> {
                 format!("{parts:?}"),
                 "an adapter of this method holds projections only",
             ));
+        }
+        if let Some(name) = beside.adapted.keys().next().filter(|_| kind != outside) {
+            let requirement = format!("one adapter folder holds one method; others are {kind:?}");
+            return Err(Error::invalid(name, format!("{outside:?}"), requirement));
         }
         let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
         let text = compose(kind, &entries, &self.config, true_derivative, &beside, like.as_ref());

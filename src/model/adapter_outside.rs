@@ -1,20 +1,27 @@
 //! What an adapter folder holds beside the projections of layers: updates of the embedding and the output projection, modules
 //! that are trained whole, biases.
 
-use super::adapter_config::{AdapterConfig, Beside};
+use super::adapter_config::{AdapterConfig, Beside, Biases};
+use super::adapter_experts::ExpertPart;
 use super::adapter_folder::{PREFIX, Reader};
 use super::layer::Layer;
-use super::names::Outside;
+use super::names::{HEAD_IN_MEMORY, Outside};
 use super::options::Norm;
-use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS};
-use super::parameters::Model;
-use crate::adapters::Method;
+use super::outside_adapters::{OutsideAdapter, outside_names};
+use super::parameters::{Model, Projection};
 use crate::adapters::lora::Lora;
 use crate::adapters::stored::AdapterKind;
+use crate::adapters::{AdaptedLinear, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::TensorWriter;
-use ndarray::Array1;
+use ndarray::{Array1, Array2, Axis};
+
+/// A module's name in an adapter's file. Transformers 5 calls every output projection `lm_head` in memory, whatever the
+/// family's checkpoints do, and PEFT takes that name.
+fn name_in(reader: &Reader<'_>, own: &'static str, module: Outside) -> &'static str {
+    if module == Outside::Head && !reader.holds_module(own) { HEAD_IN_MEMORY } else { own }
+}
 
 impl<T: Real> Model<T> {
     /// What an adapter trains outside the projections of layers; how many updates were read.
@@ -23,29 +30,63 @@ impl<T: Real> Model<T> {
         let table = (self.config.vocab_size, self.config.hidden_size);
         let mut adapted = 0;
         for module in [Outside::Embedding, Outside::Head] {
-            let name = options.outside(module);
+            let name = name_in(reader, options.outside(module), module);
             let prefix = format!("{PREFIX}.{name}");
+            let tied = config.keeps_tied && self.config.tie_word_embeddings;
+            if tied && config.spec_outside(name).is_some() {
+                let expected =
+                    format!("false: an update of {name} that is tied to the other table's is not implemented");
+                return Err(Error::format(&config.path, "key ensure_weight_tying", expected, "true"));
+            }
+            let copy = format!("{prefix}.weight");
+            if tied && !config.saved.is_empty() {
+                // One table under one or both names.
+                if reader.has(&copy) {
+                    self.put_table(Outside::Embedding, reader.matrix(copy, table)?);
+                    self.trainable.embedding = true;
+                }
+                continue;
+            }
             if let Some(spec) = config.spec_outside(name) {
-                if config.kind != AdapterKind::Lora {
-                    let expected = format!("modules of layers: only plain LoRA adapts {name}");
+                if !config.kind.is_peft() || config.true_derivative {
+                    let expected = format!("modules of layers: only LoRA and DoRA as PEFT has it adapt {name}");
                     return Err(Error::format(&config.path, "key target_modules", expected, name));
                 }
                 // PEFT's embedding has A r x V and B D x r, so that its weight stands the other way round.
-                let (names, (out, input)) = match module {
-                    Outside::Embedding => (EMBEDDING_FACTORS.map(String::from), (table.1, table.0)),
-                    _ => (HEAD_FACTORS.map(|factor| format!("{factor}.weight")), table),
+                let (ends, (out, input)) = match module {
+                    Outside::Embedding => ("", (table.1, table.0)),
+                    _ => (".weight", table),
                 };
-                let a = reader.matrix(format!("{prefix}.{}", names[0]), (spec.rank, input))?;
-                let b = reader.matrix(format!("{prefix}.{}", names[1]), (out, spec.rank))?;
-                let lora = Some(Lora::from_factors(spec, (out, input), a, b)?);
+                let [a, b, magnitude] = outside_names(module).map(|tensor| format!("{prefix}.{tensor}"));
+                let a = reader.matrix(a + ends, (spec.rank, input))?;
+                let b = reader.matrix(b + ends, (out, spec.rank))?;
+                let lora = Lora::from_factors(spec, (out, input), a, b)?;
+                let magnitude = match config.kind {
+                    AdapterKind::Dora => {
+                        let longer = format!("{magnitude}.weight");
+                        let name = if reader.has(&longer) { longer } else { magnitude };
+                        let values = Array1::from(reader.vector(&name)?);
+                        if values.len() != out {
+                            return Err(reader.wrong(&name, &format!("{out} entries"), values.len().to_string()));
+                        }
+                        Some(values.insert_axis(Axis(0)))
+                    }
+                    _ => None,
+                };
+                let adapter = Some(OutsideAdapter { lora, magnitude });
                 match module {
-                    Outside::Embedding => self.adapters.embedding = lora,
-                    _ => self.adapters.head = lora,
+                    Outside::Embedding => self.adapters.embedding = adapter,
+                    _ => self.adapters.head = adapter,
                 }
                 adapted += 1;
             }
+            // PEFT writes the tables beside the factors, and where they grew.
+            let base = [format!("{prefix}.base_layer.weight"), copy.clone()];
+            if let Some(base) = base.into_iter().find(|tensor| !config.saves(name) && reader.has(tensor)) {
+                self.put_table(module, reader.matrix(base, table)?);
+            }
             if config.saves(name) {
-                let copy = reader.matrix(format!("{prefix}.weight"), table)?;
+                let copy = reader.matrix(copy, table)?;
                 match module {
                     Outside::Embedding => {
                         // The output projection keeps the old table if it shared it.
@@ -69,31 +110,49 @@ impl<T: Real> Model<T> {
                 }
             }
         }
-        let outside = [Outside::Embedding, Outside::Head].map(|module| options.outside(module));
-        if let Some(other) =
-            config.saved.iter().find(|saved| !outside.iter().any(|name| name.ends_with(saved.as_str())))
-        {
+        let outside = [Outside::Embedding, Outside::Head].map(|m| name_in(reader, options.outside(m), m));
+        let other = |saved: &&String| !outside.iter().any(|name| name.ends_with(saved.as_str()));
+        // A name that no module has trains nothing; PEFT's files hold one only where it does.
+        if let Some(other) = config.saved.iter().filter(other).find(|saved| reader.holds_module(saved)) {
             let expected = format!("{} or {} (others are not implemented)", outside[0], outside[1]);
             return Err(Error::format(&config.path, "key modules_to_save", expected, other));
         }
-        if config.biases {
-            self.trainable.biases = true;
+        if config.biases != Biases::None {
+            let all = config.biases == Biases::All;
+            // PEFT trains what is called `bias`; the experts' biases have other names.
+            let of_experts = |(p, projection): (Projection, &AdaptedLinear<T>)| {
+                ExpertPart::of_projection(p).is_some() && projection.bias.is_some()
+            };
+            if all && self.layers.iter().flat_map(|layer| layer.projections()).any(of_experts) {
+                let expected =
+                    "\"none\" or \"lora_only\" on a model whose experts have biases, which PEFT leaves out of \"all\"";
+                return Err(Error::format(&config.path, "key bias", expected, "\"all\""));
+            }
+            self.trainable.biases = all;
+            self.trainable.adapted_biases = !all;
             let mut biases = Vec::new();
             for (l, layer) in self.layers.iter_mut().enumerate() {
                 for (&p, projection) in &mut layer.projections {
                     let adapted = projection.is_trainable();
+                    if !adapted && !all {
+                        continue;
+                    }
                     let prefix = format!("{PREFIX}.{}", options.module(l, p));
                     let name = if adapted { format!("{prefix}.base_layer.bias") } else { format!("{prefix}.bias") };
                     biases.extend(projection.bias.as_mut().map(|bias| (name, bias)));
                 }
                 for (norm, vectors) in Norm::ALL.into_iter().zip(&mut layer.norms) {
-                    let bias = vectors.as_mut().and_then(|norm| norm.bias.as_mut());
+                    let bias = vectors.as_mut().filter(|_| all).and_then(|norm| norm.bias.as_mut());
                     biases
                         .extend(bias.map(|bias| (format!("{PREFIX}.{}", options.norm_tensor(l, norm, "bias")), bias)));
                 }
             }
             let last = format!("{PREFIX}.{}", options.outside_tensor(Outside::FinalNorm, "bias"));
-            biases.extend(self.final_norm.bias.as_mut().map(|bias| (last, bias)));
+            biases.extend(self.final_norm.bias.as_mut().filter(|_| all).map(|bias| (last, bias)));
+            // A recorded step keeps them with the model.
+            if !biases.iter().any(|(name, _)| reader.has(name)) {
+                biases.clear();
+            }
             for (name, bias) in biases {
                 let values = reader.vector::<T>(&name)?;
                 if values.len() != bias.len() {
@@ -105,29 +164,48 @@ impl<T: Real> Model<T> {
         Ok(adapted)
     }
 
+    /// Puts a frozen table in place of the base's; a tied one is both.
+    fn put_table(&mut self, module: Outside, table: Array2<T>) {
+        let tied = self.is_tied();
+        match module {
+            Outside::Head if !tied => {
+                self.lm_head = Some(table);
+                self.tables.head = None;
+            }
+            _ => {
+                self.embedding = table;
+                self.tables.embedding = None;
+            }
+        }
+    }
+
     /// Writes what is trained outside the projections of layers.
     pub(super) fn write_outside(&self, writer: &mut TensorWriter) -> Beside {
         let (options, parts) = (&self.config.options, self.trainable);
         let own = |layer: &Layer<T>| {
             layer.projections().any(|(_, p)| matches!(&p.method, Method::Lora(lora) if lora.bias.is_some()))
         };
-        let mut beside = Beside { biases: parts.biases, own_bias: self.layers.iter().any(own), ..Beside::default() };
+        let biases = match (parts.biases, parts.adapted_biases) {
+            (true, _) => Biases::All,
+            (false, true) => Biases::Adapted,
+            (false, false) => Biases::None,
+        };
+        let mut beside = Beside { biases, own_bias: self.layers.iter().any(own), ..Beside::default() };
         for module in [Outside::Embedding, Outside::Head] {
             let name = options.outside(module);
             let prefix = format!("{PREFIX}.{name}");
-            let (lora, names, whole) = match module {
-                Outside::Embedding => {
-                    let whole = parts.embedding.then_some(&self.embedding);
-                    (&self.adapters.embedding, EMBEDDING_FACTORS.map(String::from), whole)
-                }
-                _ => {
-                    let whole = self.lm_head.as_ref().filter(|_| parts.lm_head);
-                    (&self.adapters.head, HEAD_FACTORS.map(|factor| format!("{factor}.weight")), whole)
-                }
+            let (ends, whole) = match module {
+                Outside::Embedding => ("", parts.embedding.then_some(&self.embedding)),
+                _ => (".weight", self.lm_head.as_ref().filter(|_| parts.lm_head)),
             };
-            if let Some(lora) = lora {
-                writer.matrix(&format!("{prefix}.{}", names[0]), lora.a.view());
-                writer.matrix(&format!("{prefix}.{}", names[1]), lora.b.view());
+            if let Some(OutsideAdapter { lora, magnitude }) = self.adapters.of(module) {
+                let [a, b, norm] = outside_names(module).map(|tensor| format!("{prefix}.{tensor}"));
+                writer.matrix(&(a + ends), lora.a.view());
+                writer.matrix(&(b + ends), lora.b.view());
+                if let Some(magnitude) = magnitude {
+                    writer.tensor(&norm, &[magnitude.len()], magnitude.iter().copied());
+                    beside.dora = true;
+                }
                 beside.adapted.insert(name.to_string(), lora.spec);
             }
             if let Some(whole) = whole {
@@ -135,24 +213,24 @@ impl<T: Real> Model<T> {
                 beside.saved.push(name.to_string());
             }
         }
-        if parts.biases {
+        if biases != Biases::None {
             let mut add = |name: String, bias: &Array1<T>| {
                 writer.tensor(&format!("{PREFIX}.{name}"), &[bias.len()], bias.iter().copied());
             };
             for (l, layer) in self.layers.iter().enumerate() {
                 for (p, projection) in layer.projections() {
                     let base = if projection.is_trainable() { ".base_layer" } else { "" };
-                    if let Some(bias) = &projection.bias {
+                    if let Some(bias) = projection.bias.as_ref().filter(|_| parts.bias_of(projection)) {
                         add(format!("{}{base}.bias", options.module(l, p)), bias);
                     }
                 }
                 for norm in Norm::ALL {
-                    if let Some(bias) = layer.norm(norm).and_then(|norm| norm.bias.as_ref()) {
+                    if let Some(bias) = layer.norm(norm).filter(|_| parts.biases).and_then(|norm| norm.bias.as_ref()) {
                         add(options.norm_tensor(l, norm, "bias"), bias);
                     }
                 }
             }
-            if let Some(bias) = &self.final_norm.bias {
+            if let Some(bias) = self.final_norm.bias.as_ref().filter(|_| parts.biases) {
                 add(options.outside_tensor(Outside::FinalNorm, "bias"), bias);
             }
         }

@@ -71,12 +71,22 @@ impl Batch {
     /// Documents by Transformers' rule for a batch without a mask: one begins where positions do not go on by one. `None`
     /// where every row is one document.
     pub fn documents_of_positions(positions: &Array2<u32>) -> Option<Array2<u32>> {
-        let mut starts = Array2::zeros(positions.dim());
+        Self::starts(positions.dim(), |b, t| positions[[b, t]] == positions[[b, t - 1]].wrapping_add(1))
+    }
+
+    /// Documents by their numbers: one begins where the number changes. `None` where every row is one document.
+    pub fn documents_of_numbers(numbers: &Array2<i64>) -> Option<Array2<u32>> {
+        Self::starts(numbers.dim(), |b, t| numbers[[b, t]] == numbers[[b, t - 1]])
+    }
+
+    /// Where each token's document begins, if a row has several; `goes_on` says of a token that it follows the one before.
+    fn starts(shape: (usize, usize), goes_on: impl Fn(usize, usize) -> bool) -> Option<Array2<u32>> {
+        let mut starts = Array2::zeros(shape);
         let mut several = false;
-        for (positions, mut starts) in positions.rows().into_iter().zip(starts.rows_mut()) {
-            for t in 1..positions.len() {
-                let goes_on = positions[t] == positions[t - 1].wrapping_add(1);
-                starts[t] = if goes_on { starts[t - 1] } else { t as u32 };
+        for b in 0..shape.0 {
+            for t in 1..shape.1 {
+                let goes_on = goes_on(b, t);
+                starts[[b, t]] = if goes_on { starts[[b, t - 1]] } else { t as u32 };
                 several |= !goes_on;
             }
         }

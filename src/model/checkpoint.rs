@@ -118,6 +118,29 @@ impl Shards {
         self.file(name).rows(name, "config.json asks for it", rows, into)
     }
 
+    /// Whether two tables are both there, of one shape, and not the same.
+    fn differ(&self, names: &[String; 2], (rows, width): (usize, usize)) -> Result<bool> {
+        if !names.iter().all(|name| self.place.contains_key(self.actual(name)) && !quantized::is_packed(self, name)) {
+            return Ok(false);
+        }
+        for name in names {
+            self.check(name, &[rows, width])?;
+        }
+        const ROWS: usize = 1024;
+        let mut tables = [const { Vec::<f32>::new() }; 2];
+        for first in (0..rows).step_by(ROWS) {
+            let part = first..(first + ROWS).min(rows);
+            for (name, table) in names.iter().zip(&mut tables) {
+                table.resize(part.len() * width, 0.0);
+                self.rows(name, part.clone(), table)?;
+            }
+            if tables[0] != tables[1] {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     pub(super) fn matrix<T: Real>(&self, name: &str, expected: (usize, usize)) -> Result<Array2<T>> {
         let name = self.actual(name);
         let file = self.file(name);
@@ -182,10 +205,15 @@ impl<T: Real> Model<T> {
     }
 
     fn read_or_open(folder: &Path, later: bool) -> Result<Self> {
-        let config = ModelConfig::read(&folder.join("config.json"))?;
+        let mut config = ModelConfig::read(&folder.join("config.json"))?;
         let shards = Arc::new(Shards::open(folder)?);
         let width = config.hidden_size;
         let table = (config.vocab_size, width);
+        if config.tie_word_embeddings {
+            // As Transformers does it: two tables that differ stay two, whatever the config says.
+            let names = [Outside::Embedding, Outside::Head].map(|m| config.options.outside_tensor(m, "weight"));
+            config.tie_word_embeddings = !shards.differ(&names, table)?;
+        }
         let options = &config.options;
         let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let of_table = |module: Outside| -> Result<(Array2<T>, Option<BaseWeight<T>>)> {
@@ -306,7 +334,7 @@ impl<T: Real> Model<T> {
             let requirement = "embedding and output projection are one tensor: merging an update into it would change both; keep the adapter apart, or untie the model first";
             return Err(Error::invalid("tie_word_embeddings", true, requirement));
         }
-        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding().view());
+        writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding()?.view());
         if let Some(table) = &self.positions {
             writer.matrix(&outside(Outside::Positions, "weight"), table.view());
         }
@@ -330,7 +358,7 @@ impl<T: Real> Model<T> {
         let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
         norm(&mut writer, names, &self.final_norm);
         if self.lm_head.is_some() {
-            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head().view());
+            writer.matrix(&outside(Outside::Head, "weight"), self.acting_head()?.view());
         }
         writer.write(&weights_path(folder))?;
         let dtype = if T::NAME == f32::NAME { "float32" } else { "float64" };

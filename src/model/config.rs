@@ -15,7 +15,7 @@ use std::path::Path;
 /// | `vocab_size` | required | V | >= 1 |
 /// | `hidden_size` | required | D | >= 1, a multiple of the heads |
 /// | `intermediate_size` | required | F | >= 1 |
-/// | `num_hidden_layers` | required | layers | 1 to 4096 |
+/// | `num_hidden_layers` | required | layers | 1 to 1024 |
 /// | `num_attention_heads` | required | H | >= 1 |
 /// | `num_key_value_heads` | H | key/value heads | divides H |
 /// | `head_dim` | D / H | d | even |
@@ -55,9 +55,9 @@ pub struct ModelConfig {
 /// allocated for them.
 const MOST_PARAMETERS: u128 = 1 << 40;
 
-/// Most layers. The deepest published decoders have some hundreds; beyond this a small file could ask for any amount
+/// Most layers. The deepest published decoders have some hundreds. Beyond this a small file could ask for any amount
 /// of memory, since every layer has its own bookkeeping.
-const MOST_LAYERS: usize = 4096;
+const MOST_LAYERS: usize = 1024;
 
 /// The keys of a file, or of an object inside it.
 pub(super) struct Keys<'a> {
@@ -495,7 +495,7 @@ mod tests {
         });
         match ModelConfig::from_json(Path::new("c.json"), &deep) {
             Err(Error::Format { field, expected, found, .. }) => {
-                let want = ("key num_hidden_layers", "at most 4096 layers", "99999999");
+                let want = ("key num_hidden_layers", "at most 1024 layers", "99999999");
                 assert_eq!((field.as_str(), expected.as_str(), found.as_str()), want);
             }
             other => panic!("{other:?}"),

@@ -3,7 +3,7 @@
 use super::names::Outside;
 use super::norm::NormSinks;
 use super::options::{Norm, Options};
-use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideSinks};
+use super::outside_adapters::{OutsideSinks, outside_names};
 use super::parameters::{ModelOn, Projection};
 use crate::linalg::scratch::fill_zero;
 use crate::linalg::{Real, Scratch, on_workers};
@@ -71,7 +71,7 @@ impl<E: Ops> GradientsOn<E> {
                 sinks: vector(parts.sinks && options.sinks, config.num_attention_heads),
                 biases: layer
                     .projections()
-                    .filter(|(_, projection)| parts.biases && projection.bias.is_some())
+                    .filter(|(_, projection)| parts.bias_of(projection))
                     .map(|(p, projection)| (p, engine.sink((1, projection.shape().0))))
                     .collect(),
                 projections: layer
@@ -101,8 +101,8 @@ impl<E: Ops> GradientsOn<E> {
         let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
         let mut all: Vec<(String, &E::Sink)> = Vec::new();
         all.extend(self.embedding.as_ref().map(|g| (outside(Outside::Embedding, "weight"), g)));
-        let names = EMBEDDING_FACTORS.map(|name| outside(Outside::Embedding, name));
-        all.extend(names.into_iter().zip(self.outside.embedding.iter().flatten()));
+        let names = outside_names(Outside::Embedding).map(|name| outside(Outside::Embedding, name));
+        all.extend(names.into_iter().zip(&self.outside.embedding));
         all.extend(self.positions.as_ref().map(|g| (outside(Outside::Positions, "weight"), g)));
         for (l, layer) in self.layers.iter().enumerate() {
             let norm = |norm: Norm| {
@@ -124,15 +124,15 @@ impl<E: Ops> GradientsOn<E> {
         all.extend(self.final_norm.gain.as_ref().map(|g| (outside(Outside::FinalNorm, "weight"), g)));
         all.extend(self.final_norm.bias.as_ref().map(|g| (outside(Outside::FinalNorm, "bias"), g)));
         all.extend(self.lm_head.as_ref().map(|g| (outside(Outside::Head, "weight"), g)));
-        let names = HEAD_FACTORS.map(|name| outside(Outside::Head, name));
-        all.extend(names.into_iter().zip(self.outside.head.iter().flatten()));
+        let names = outside_names(Outside::Head).map(|name| outside(Outside::Head, name));
+        all.extend(names.into_iter().zip(&self.outside.head));
         all
     }
 
     /// Calls `change` on every sink, in the same order.
     pub(crate) fn for_each_sink(&mut self, mut change: impl FnMut(&mut E::Sink)) {
         self.embedding.iter_mut().for_each(&mut change);
-        self.outside.embedding.iter_mut().flatten().chain(&mut self.positions).for_each(&mut change);
+        self.outside.embedding.iter_mut().chain(&mut self.positions).for_each(&mut change);
         for layer in &mut self.layers {
             let [first, rest @ ..] = &mut layer.norms;
             first.gain.iter_mut().chain(&mut first.bias).for_each(&mut change);
@@ -145,7 +145,7 @@ impl<E: Ops> GradientsOn<E> {
         }
         let last = &mut self.final_norm;
         last.gain.iter_mut().chain(&mut last.bias).chain(&mut self.lm_head).for_each(&mut change);
-        self.outside.head.iter_mut().flatten().for_each(&mut change);
+        self.outside.head.iter_mut().for_each(&mut change);
     }
 }
 

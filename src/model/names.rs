@@ -4,6 +4,9 @@ use super::options::{Family, Norm, Options, Placement, QueryKeyNorm};
 use super::parameters::Projection;
 use std::borrow::Cow;
 
+/// Transformers' name of every family's output projection in memory.
+pub(super) const HEAD_IN_MEMORY: &str = "lm_head";
+
 /// What stands outside the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outside {

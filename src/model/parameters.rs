@@ -6,9 +6,8 @@ use super::layer::{Layer, LayerOn};
 use super::names::Outside;
 use super::norm::NormOn;
 use super::options::Norm;
-use super::outside_adapters::{EMBEDDING_FACTORS, HEAD_FACTORS, OutsideAdapters};
+use super::outside_adapters::{OutsideAdapters, outside_names};
 use super::tables::Tables;
-use crate::adapters::lora::LoraOn;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -146,6 +145,8 @@ pub struct TrainableParts {
     pub norms: bool,
     /// Every bias, of projections and of layer norms.
     pub biases: bool,
+    /// The biases of projections that carry a method, the others not (PEFT's `bias: lora_only`).
+    pub adapted_biases: bool,
     /// Attention sinks.
     pub sinks: bool,
     /// The table of learned positions.
@@ -157,7 +158,20 @@ pub struct TrainableParts {
 impl TrainableParts {
     /// All of them.
     pub fn all() -> Self {
-        Self { embedding: true, norms: true, biases: true, sinks: true, positions: true, lm_head: true }
+        Self {
+            embedding: true,
+            norms: true,
+            biases: true,
+            adapted_biases: false,
+            sinks: true,
+            positions: true,
+            lm_head: true,
+        }
+    }
+
+    /// Whether the bias of a projection is trained.
+    pub(super) fn bias_of<E: Ops>(&self, projection: &LinearOn<E>) -> bool {
+        projection.bias.is_some() && (self.biases || (self.adapted_biases && projection.is_trainable()))
     }
 }
 
@@ -274,15 +288,14 @@ impl<E: Ops> ModelOn<E> {
         let mut numbers = if parts.norms { norms } else { 0 };
         if parts.biases {
             numbers += if options.layer_norm { norms } else { 0 };
-            let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(_, p)| p.bias.is_some());
-            numbers += biased.map(|(_, p)| p.shape().0).sum::<usize>();
         }
+        let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(_, p)| parts.bias_of(p));
+        numbers += biased.map(|(_, p)| p.shape().0).sum::<usize>();
         numbers += if parts.sinks && options.sinks { self.layers.len() * config.num_attention_heads } else { 0 };
         numbers += if parts.embedding { elements(&self.embedding) } else { 0 };
         numbers += if parts.positions { self.positions.as_ref().map_or(0, elements) } else { 0 };
         numbers += if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
-        let outside = self.adapters.named().into_iter().filter_map(|(lora, _)| lora.as_ref());
-        numbers += outside.map(|lora| elements(&lora.a) + elements(&lora.b)).sum::<usize>();
+        numbers += self.adapters.tensors().map(elements).sum::<usize>();
         let projections = self.layers.iter().flat_map(|layer| layer.projections());
         numbers +=
             projections.flat_map(|(_, p)| p.trainable_shapes()).map(|(rows, columns)| rows * columns).sum::<usize>();
@@ -322,10 +335,9 @@ impl<E: Ops> ModelOn<E> {
         if parts.embedding {
             see(e, &outside(Outside::Embedding, "weight"), Trained::Matrix(&mut self.embedding))?;
         }
-        if let Some(lora) = &mut self.adapters.embedding {
-            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(EMBEDDING_FACTORS) {
-                see(e, &outside(Outside::Embedding, name), Trained::Matrix(factor))?;
-            }
+        let adapter = self.adapters.embedding.iter_mut().flat_map(|adapter| adapter.tensors_mut());
+        for (tensor, name) in adapter.zip(outside_names(Outside::Embedding)) {
+            see(e, &outside(Outside::Embedding, name), Trained::Matrix(tensor))?;
         }
         if let (Some(table), true) = (&mut self.positions, parts.positions) {
             see(e, &outside(Outside::Positions, "weight"), Trained::Matrix(table))?;
@@ -339,7 +351,8 @@ impl<E: Ops> ModelOn<E> {
             for (&p, projection) in &mut layer.projections {
                 let name = options.module(l, p);
                 see(e, &name, Trained::Projection(projection))?;
-                if let (Some(bias), true) = (&mut projection.bias, parts.biases) {
+                let trained = parts.bias_of(projection);
+                if let (Some(bias), true) = (&mut projection.bias, trained) {
                     see(e, &format!("{name}.bias"), Trained::Vector(bias))?;
                 }
             }
@@ -357,10 +370,9 @@ impl<E: Ops> ModelOn<E> {
         if let (Some(head), true) = (&mut self.lm_head, parts.lm_head) {
             see(e, &outside(Outside::Head, "weight"), Trained::Matrix(head))?;
         }
-        if let Some(lora) = &mut self.adapters.head {
-            for (factor, name) in [&mut lora.a, &mut lora.b].into_iter().zip(HEAD_FACTORS) {
-                see(e, &outside(Outside::Head, name), Trained::Matrix(factor))?;
-            }
+        let adapter = self.adapters.head.iter_mut().flat_map(|adapter| adapter.tensors_mut());
+        for (tensor, name) in adapter.zip(outside_names(Outside::Head)) {
+            see(e, &outside(Outside::Head, name), Trained::Matrix(tensor))?;
         }
         Ok(())
     }
@@ -377,13 +389,11 @@ impl<E: Ops> ModelOn<E> {
         if parts.embedding {
             all.push((outside(Outside::Embedding, "weight"), self.embedding.clone()));
         }
-        let factors = |lora: &Option<LoraOn<E>>, module: Outside, names: [&str; 2]| {
-            let [a, b] = names.map(|name| outside(module, name));
-            lora.iter()
-                .flat_map(move |lora| [(a.clone(), lora.a.clone()), (b.clone(), lora.b.clone())])
-                .collect::<Vec<_>>()
+        let adapter = |module: Outside| {
+            let tensors = self.adapters.of(module).into_iter().flat_map(|adapter| adapter.tensors());
+            tensors.zip(outside_names(module)).map(move |(tensor, name)| (outside(module, name), tensor.clone()))
         };
-        all.extend(factors(&self.adapters.embedding, Outside::Embedding, EMBEDDING_FACTORS));
+        all.extend(adapter(Outside::Embedding));
         if parts.positions {
             all.extend(self.positions.as_ref().map(|table| (outside(Outside::Positions, "weight"), table.clone())));
         }
@@ -400,7 +410,7 @@ impl<E: Ops> ModelOn<E> {
                 let module = options.module(l, p);
                 let named = projection.method.trainable_names().iter().zip(values(projection, e));
                 all.extend(named.map(|(name, values)| (format!("{module}.{name}"), values)));
-                let bias = projection.bias.as_ref().filter(|_| parts.biases).map(|bias| e.row(bias));
+                let bias = projection.bias.as_ref().filter(|_| parts.bias_of(projection)).map(|bias| e.row(bias));
                 all.extend(bias.map(|bias| (format!("{module}.bias"), bias)));
             }
             let sinks = layer.sinks.as_ref().filter(|_| parts.sinks);
@@ -414,7 +424,7 @@ impl<E: Ops> ModelOn<E> {
         if parts.lm_head {
             all.extend(self.lm_head.as_ref().map(|head| (outside(Outside::Head, "weight"), head.clone())));
         }
-        all.extend(factors(&self.adapters.head, Outside::Head, HEAD_FACTORS));
+        all.extend(adapter(Outside::Head));
         all
     }
 
@@ -593,8 +603,7 @@ impl<T: Real> Model<T> {
             + self.layers.iter().map(LayerOn::vectors).sum::<usize>();
         let projections = || self.layers.iter().flat_map(|l| l.projections());
         let weights: usize = projections().map(|(_, p)| p.base.bytes()).sum();
-        let factors: usize =
-            self.adapters.named().iter().filter_map(|(l, _)| l.as_ref()).map(|l| l.a.len() + l.b.len()).sum();
+        let factors: usize = self.adapters.tensors().map(Array2::len).sum();
         (outside * single + weights, (factors + projections().map(|(_, p)| p.held()).sum::<usize>()) * single)
     }
 }

@@ -186,7 +186,7 @@ impl<E: Ops> ModelOn<E> {
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
         let wanted = self.trained_below(self.layers.len(), lowest) || self.trainable.norms || self.trainable.biases;
         let cap = options.logit_cap;
-        let head = self.head_with_update(e);
+        let head = self.head_with_update(e)?;
         let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));
         let own = if self.lm_head.is_some() { lm_head } else { embedding };
         let sink = whole.as_mut().or(own.as_mut());
@@ -205,7 +205,7 @@ impl<E: Ops> ModelOn<E> {
             if let Some(own) = own {
                 e.accumulate(own, 1.0, &whole);
             }
-            self.head_factors_backward(&whole, gradients);
+            self.head_factors_backward(whole, gradients)?;
         }
         Ok(PassOn { loss, inputs, layers, last, dnormed })
     }
@@ -360,7 +360,7 @@ impl<T: Real> Model<T> {
             None => prediction_targets(batch.labels.view(), self.config.vocab_size)?,
         };
         let divisor = (divisor(options, targets.len())?, self.config.options.logit_cap);
-        let own = self.acting_head();
+        let own = self.acting_head()?;
         let head = self.stored_head().map_or_else(|| Head::Whole(own.view()), Head::of);
         let observe = |gradient: bool, logits: &mut Array2<T>| instruments.tap(None, Point::Logits, gradient, logits);
         cross_entropy_through(hidden.view(), &head, &targets, divisor, None, &observe, cost).map(Some)

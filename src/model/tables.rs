@@ -44,7 +44,7 @@ impl<T: Real> Model<T> {
     pub fn project(&self, rows: ArrayView2<T>, cost: &mut Cost) -> Result<Array2<T>> {
         match self.stored_head() {
             Some(head) => Head::of(head).logits(rows, cost),
-            None => Head::Whole(self.acting_head().view()).logits(rows, cost),
+            None => Head::Whole(self.acting_head()?.view()).logits(rows, cost),
         }
     }
 

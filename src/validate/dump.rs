@@ -73,6 +73,8 @@ pub struct Setting {
     pub adapter_name: Option<String>,
     /// Whether positions start again inside a row: several documents in it.
     pub packed: bool,
+    /// Whether the dump says by number which document each token belongs to.
+    pub documents_given: bool,
     /// Backward against differences of the trainer's own forward.
     pub own_forward: Option<OwnForward>,
     /// Tokens of each row before the recorder's own padding, where no mask says so: rows of packed documents.
@@ -196,6 +198,7 @@ impl Case {
             None => None,
         };
         let batch = read_batch(&file)?;
+        in_vocabulary(&file, &batch, model.config.vocab_size)?;
         let loss = manifest.map(|m| m.loss.clone()).unwrap_or_default();
         let rows: usize = loss.micro_batch_rows.iter().sum();
         if !loss.micro_batch_rows.is_empty() && rows != batch.input_ids.nrows() {
@@ -237,6 +240,7 @@ impl Case {
             frozen: of_adapter.into_iter().filter(|name| !trained.contains(name)).collect(),
             adapter_name: named.and_then(|names| names.iter().find_map(|n| adapter_name(n))),
             packed: starts_again(&batch) && batch.documents.is_none(),
+            documents_given: file.contains(DOCUMENTS),
             own_forward: manifest.and_then(|m| m.check.clone()),
             row_lengths: row_lengths(&file, batch.input_ids.dim())?,
             from_upstream: false,
@@ -284,6 +288,9 @@ impl Case {
         self.loss.micro_batch_rows.iter().map(next).collect()
     }
 }
+
+/// Number of each token's document in its row, where a mask keeps documents apart.
+const DOCUMENTS: &str = "documents";
 
 /// Refuses in words what the reference cannot imitate and the tensors' names betray.
 fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
@@ -413,7 +420,11 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
 /// [`Error::MissingTensor`]; [`Error::Format`] for ids, labels or masks of a wrong shape or kind.
 pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     let reason = "the batch of the step";
-    let ids = integers(file, "input_ids", reason)?.mapv(|x| x as u32);
+    let ids = integers(file, "input_ids", reason)?;
+    if let Some((place, id)) = ids.indexed_iter().find(|(_, id)| u32::try_from(**id).is_err()) {
+        return Err(file.malformed("tensor input_ids", "ids of at least 0", format!("{id} at {place:?}")));
+    }
+    let ids = ids.mapv(|x| x as u32);
     // Without labels a step is judged from the gradient of its loss.
     let given = ["dlogits", "dfinal"].iter().any(|name| file.contains(name));
     let labels = if given && !file.contains("labels") {
@@ -435,6 +446,12 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
         }
         batch = batch.with_attention_mask(mask.mapv(|x| x == 1)).map_err(in_file)?;
     }
+    if file.contains(DOCUMENTS) {
+        let numbers = integers(file, DOCUMENTS, reason)?;
+        if let Some(starts) = Batch::documents_of_numbers(&numbers) {
+            batch = batch.with_documents(starts).map_err(in_file)?;
+        }
+    }
     if file.contains("position_ids") {
         let positions = integers(file, "position_ids", reason)?;
         if let Some(bad) = positions.iter().find(|p| **p < 0 || **p > i64::from(u32::MAX)) {
@@ -443,6 +460,7 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
         let positions = positions.mapv(|x| x as u32);
         // Positions that start again without a mask: documents that are kept apart, unless the step says otherwise.
         if batch.attention_mask.is_none()
+            && batch.documents.is_none()
             && let Some(documents) = Batch::documents_of_positions(&positions)
         {
             batch = batch.with_documents(documents).map_err(in_file)?;
@@ -450,6 +468,21 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
         batch = batch.with_position_ids(positions).map_err(in_file)?;
     }
     Ok(batch)
+}
+
+/// Refuses ids and labels that the model does not have.
+fn in_vocabulary(file: &TensorFile, batch: &Batch, size: usize) -> Result<()> {
+    let outside = |id: i64| id < 0 || id as u64 >= size as u64;
+    if let Some((place, id)) = batch.input_ids.indexed_iter().find(|(_, id)| outside(i64::from(**id))) {
+        let expected = format!("ids below the vocabulary size {size}");
+        return Err(file.malformed("tensor input_ids", expected, format!("{id} at {place:?}")));
+    }
+    let ignored = |label: i64| label == IGNORED_LABEL;
+    if let Some((place, label)) = batch.labels.indexed_iter().find(|(_, l)| outside(**l) && !ignored(**l)) {
+        let expected = format!("{IGNORED_LABEL} or ids below the vocabulary size {size}");
+        return Err(file.malformed("tensor labels", expected, format!("{label} at {place:?}")));
+    }
+    Ok(())
 }
 
 fn row_lengths(file: &TensorFile, (rows, length): (usize, usize)) -> Result<Option<Vec<usize>>> {
@@ -502,10 +535,14 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
     Ok(Observed { values, precision, shape })
 }
 
-/// The projection of a layer with a name such as `q_proj`.
-fn projection_named(model: &Model<f64>, layer: usize, module: &str) -> Option<Projection> {
-    let mut all = model.layers.get(layer)?.projections();
-    all.find(|(p, _)| model.config.options.module_kind(*p) == module).map(|(p, _)| p)
+/// The projection of a module such as `transformer.h.0.mlp.c_proj`, by its last name where that stands for one.
+fn projection_named(model: &Model<f64>, module: &str) -> Option<(usize, Projection)> {
+    let (layer, kind, _) = super::names::place_of(&format!("{module}.mask"));
+    let (layer, options) = (layer?, &model.config.options);
+    let all = model.layers.get(layer)?.projections().map(|(p, _)| p);
+    let named: Vec<Projection> = all.filter(|&p| options.module_kind(p) == kind).collect();
+    let whole = named.iter().copied().find(|&p| options.module(layer, p) == module);
+    whole.or_else(|| <[Projection; 1]>::try_from(named).ok().map(|[p]| p)).map(|p| (layer, p))
 }
 
 fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize) -> Result<Trainer> {
@@ -554,15 +591,14 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
             "exp_avg" | "momentum_buffer" => &mut trainer.first,
             "exp_avg_sq" => &mut trainer.second,
             "dropout" => {
-                let (layer, module, _) = super::names::place_of(&format!("{raw}.mask"));
-                let place = layer.and_then(|layer| Some((layer, projection_named(model, layer, &module)?)));
-                let Some(place) = place else {
+                let Some(place) = projection_named(model, &super::names::canonical_name(raw)) else {
                     return Err(file.malformed(format!("tensor {name}"), "dropout. and a projection of a layer", raw));
                 };
                 let mask = observed(file, name, 1.0)?.values;
-                if mask.nrows() != tokens {
-                    let found = format!("{} rows", mask.nrows());
-                    return Err(file.malformed(format!("tensor {name}"), format!("{tokens} rows"), found));
+                let width = model.layers[place.0].projection(place.1).shape().1;
+                if mask.dim() != (tokens, width) {
+                    let (expected, found) = (format!("{tokens} rows of {width}"), format!("{:?}", mask.dim()));
+                    return Err(file.malformed(format!("tensor {name}"), expected, found));
                 }
                 trainer.masks.insert(place, mask);
                 continue;
@@ -584,4 +620,26 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
         }
     }
     Ok(trainer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_stands_for_two_projections_needs_its_module() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families/gpt2");
+        let model: Model<f64> = Model::read(&folder).unwrap();
+        let attention = projection_named(&model, "transformer.h.1.attn.c_proj").unwrap();
+        let mlp = projection_named(&model, "transformer.h.1.mlp.c_proj").unwrap();
+        assert_eq!((attention.0, mlp.0), (1, 1));
+        assert_ne!(attention.1, mlp.1, "each has its own mask");
+        assert_eq!(projection_named(&model, "transformer.h.1.c_proj"), None, "two of that name");
+        assert_eq!(
+            projection_named(&model, "h.1.c_attn"),
+            projection_named(&model, "transformer.h.1.attn.c_attn"),
+            "one of that name"
+        );
+        assert_eq!(projection_named(&model, "transformer.h.9.attn.c_attn"), None);
+    }
 }

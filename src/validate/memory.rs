@@ -100,7 +100,8 @@ pub fn plan(paths: &DumpPaths, manifest: Option<&Manifest>, limit: usize) -> Res
         Some(folder) if uses_dora(folder) => MethodName::Dora,
         Some(_) => MethodName::Lora,
     };
-    let rank = 8.min(config.hidden_size).min(config.head_dim * config.num_key_value_heads);
+    let sides = config.all_projections().into_iter().map(|p| config.projection_shape(p));
+    let rank = sides.map(|(out, input)| out.min(input)).min().map_or(8, |least| least.clamp(1, 8));
     let method = MethodParams { rank, ..MethodParams::named(name) };
     let numbers = |keep: &dyn Fn(&str) -> bool| -> usize {
         let kept = file.names().filter(|name| keep(name)).filter_map(|name| file.shape(name));

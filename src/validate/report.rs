@@ -176,7 +176,11 @@ fn with_declared_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
         }
     }
     if !report.passed && case.batch.documents.is_some() && judge(&setting::as_one_document(case), watch)?.passed {
-        return Err(setting::ambiguous_documents());
+        if !case.trainer.setting.documents_given {
+            return Err(setting::ambiguous_documents());
+        }
+        let leak = setting::documents_leak("the attention mask holds several documents a row");
+        report.diagnoses.insert(0, Diagnosis::of_setting(leak, true));
     }
     // Labels that the collator moved, with a loss that does not move them again, are right.
     if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case)

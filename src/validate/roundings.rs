@@ -28,6 +28,8 @@ const OF_THE_WIDEST: f64 = 0.5;
 const FAR: f64 = 60.0;
 /// From this part of a gradient on that rounding moves, the gradient says nothing.
 const LOST: f64 = 0.35;
+/// So much larger is rounding than what is left where the parts of a sum cancel.
+const CANCELS: f64 = 10.0;
 
 /// The step rounded as the trainer rounds, each tensor moved by up to half a unit before, and the scores of attention
 /// where `scores` says so.
@@ -102,8 +104,13 @@ pub(super) fn second_look(
     }
     let format = case.rounding.coarsest().name();
     if judged < lost.len() {
+        let better = if case.rounding.coarsest() == Precision::F32 {
+            "record one whose rows or labels do not cancel"
+        } else {
+            "record one in float32"
+        };
         let what = format!(
-            "rounding alone moves {} of {} gradients by a third or more, so this step says too little: record one in float32",
+            "rounding alone moves {} of {} gradients by a third or more, so this step says too little: {better}",
             lost.len(),
             case.trained.len()
         );
@@ -168,13 +175,14 @@ impl<'a> Widest<'a> {
         self.samples += 1.0;
     }
 
-    /// Gradients that rounding alone moves too far to be compared. One that is zero is no such thing.
+    /// Gradients that rounding alone moves too far to be compared. One that is zero is such a thing only where all of
+    /// the exact one cancels.
     fn lost(&self, case: &Case) -> Vec<String> {
         let moved = |name: &String| {
             let norm = frobenius(&self.exact.gradients.get(name)?.view());
             let there = case.trainer.gradients.get(name)?.values.iter().any(|x| x.abs() > 0.0);
             let error = (self.squares.get(name)? / self.samples).sqrt();
-            Some(there && norm > 0.0 && error > LOST * norm)
+            Some(norm > 0.0 && error > if there { LOST } else { CANCELS } * norm)
         };
         case.trained.iter().filter(|name| moved(name) == Some(true)).cloned().collect()
     }

@@ -290,7 +290,7 @@ fn memory_refuses_what_cannot_be() {
     std::fs::write(&deep, TINY.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 99999999")).unwrap();
     std::fs::write(&wide, TINY.replace("\"vocab_size\": 259", "\"vocab_size\": 549755813888")).unwrap();
     let cases: [(&[&str], &[&str]); 13] = [
-        (&["--config", text(&deep)], &["deep.json", "key num_hidden_layers", "at most 4096 layers", "99999999"]),
+        (&["--config", text(&deep)], &["deep.json", "key num_hidden_layers", "at most 1024 layers", "99999999"]),
         (&["--config", text(&wide)], &["wide.json", "vocab_size", "weights"]),
         (&["--preset", "nano", "--fits", "80"], &["did you mean 80GiB?"]),
         (&["--preset", "nano", "--bytes", "3"], &["--bytes", "2 (half precision), 4 (f32) or 8 (f64)"]),

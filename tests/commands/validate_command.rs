@@ -151,7 +151,7 @@ fn bad_input_is_refused_by_name() {
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["num_hidden_layers"] = 99_999_999.into();
     std::fs::write(deep.join("config.json"), config.to_string()).unwrap();
-    let parts = ["deep/config.json", "key num_hidden_layers", "at most 4096 layers", "found 99999999"];
+    let parts = ["deep/config.json", "key num_hidden_layers", "at most 1024 layers", "found 99999999"];
     refused(&[text(&copy("deep-dump", &|m| m["model"] = text(&deep).into()))], &parts);
     refused(&[], &["required"]);
     refused(&["--model", text(&dump)], &["--reference"]);

@@ -208,7 +208,7 @@ fn peft_folders_keep_their_config_to_the_byte() {
 }
 
 #[test]
-fn changed_settings_are_written_and_unknown_keys_kept() {
+fn changed_settings_are_written_and_other_keys_kept() {
     let root = Path::new("tests/data/llama_lora");
     let base: Model<f64> = Model::read(root).unwrap();
     let update = ModelUpdate::read(&root.join("adapter"), &base).unwrap();
@@ -217,7 +217,7 @@ fn changed_settings_are_written_and_unknown_keys_kept() {
     std::fs::create_dir(&like).unwrap();
     let config = "adapter_config.json";
     let text = std::fs::read_to_string(root.join("adapter").join(config)).unwrap();
-    let text = text.replacen('{', "{\n  \"note_to_self\": {\"kept\": [1, 2.50]},", 1);
+    let text = text.replacen("\"auto_mapping\": null", "\"auto_mapping\": {\"kept\": [1, 2.50]}", 1);
     std::fs::write(like.join(config), &text).unwrap();
     let (same, doubled) = (folder.path().join("same"), folder.path().join("doubled"));
     update.write(&same, &base.config, Some(&like)).unwrap();
@@ -226,9 +226,20 @@ fn changed_settings_are_written_and_unknown_keys_kept() {
     sum.write(&doubled, &base.config, Some(&like)).unwrap();
     let value: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(doubled.join(config)).unwrap()).unwrap();
-    assert_eq!(value["note_to_self"], serde_json::json!({"kept": [1, 2.5]}));
+    assert_eq!(value["auto_mapping"], serde_json::json!({"kept": [1, 2.5]}));
     assert_eq!((value["r"].as_u64(), value["lora_alpha"].as_f64()), (Some(8), Some(8.0)), "rank 4 twice");
     assert_eq!(value["peft_version"], "0.21.2");
+    // Factors that were subtracted from the base are no update of it.
+    let moved = text.replacen("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa_niter_4\"", 1);
+    assert_ne!(moved, text);
+    for (file, content) in [
+        (config, moved.as_bytes()),
+        ("adapter_model.safetensors", &std::fs::read(root.join("adapter/adapter_model.safetensors")).unwrap()),
+    ] {
+        std::fs::write(like.join(file), content).unwrap();
+    }
+    let message = ModelUpdate::read(&like, &base).unwrap_err().to_string();
+    assert!(message.contains("key init_lora_weights") && message.contains("pissa_niter_4"), "{message}");
     let again = ModelUpdate::read(&doubled, &base).unwrap();
     for (place, entry) in &again.entries {
         let want = update.entries[place].dense() * 0.75;

@@ -362,8 +362,8 @@ fn bad_settings_are_refused_by_name() {
         Error::InvalidParam { name, value, requirement } => format!("{name} = {value}: {requirement}"),
         other => panic!("{other}"),
     };
-    assert!(text(attach(MethodSpec::Lora(lora(0)))).contains("rank = 0: must be in 1..=12"));
-    assert!(text(attach(MethodSpec::Lora(lora(13)))).contains("rank = 13: must be in 1..=12"));
+    assert!(text(attach(MethodSpec::Lora(lora(0)))).contains("rank = 0: must be in 1..=65536"));
+    assert!(text(attach(MethodSpec::Lora(lora(65_537)))).contains("rank = 65537: must be in 1..=65536"));
     let spec = peft_limits::adapters::lora::LoraSpec { alpha: f64::NAN, ..lora(2) };
     assert!(text(attach(MethodSpec::Lora(spec))).contains("alpha = NaN"));
     let spec = PacaSpec { rank: 25, ..PacaSpec::default() };

@@ -39,6 +39,42 @@ fn rewrite(folder: &Path, mut edit: impl FnMut(&mut TensorWriter, &str, &[usize]
 }
 
 #[test]
+fn a_tied_head_that_differs_from_the_embedding_is_a_table_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/llama_full_mha_tied");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(source.join(name), folder.path().join(name)).unwrap();
+    }
+    let tied: Model<f64> = Model::read(folder.path()).unwrap();
+    assert!(tied.is_tied());
+    let with_head = |change: f64| {
+        rewrite(folder.path(), |writer, name, shape, values| {
+            if name == "model.embed_tokens.weight" {
+                writer.tensor("lm_head.weight", shape, values.iter().map(|v| v + change));
+            }
+            if name != "lm_head.weight" {
+                writer.tensor(name, shape, values);
+            }
+        });
+        [Model::<f64>::read(folder.path()).unwrap(), Model::<f64>::open(folder.path()).unwrap()]
+    };
+    for again in with_head(0.0) {
+        assert!(again.is_tied(), "a copy that is the same");
+    }
+    for again in with_head(0.25) {
+        assert!(!again.is_tied() && !again.config.tie_word_embeddings);
+    }
+    // The head alone moved, by the same in every entry: every logit by a quarter of the sum of the last hidden state.
+    let [moved, _] = with_head(0.25);
+    let (before, after) = (logits(&tied), logits(&moved));
+    for (before, after) in before.rows().into_iter().zip(after.rows()) {
+        let shift = after[0] - before[0];
+        assert!(shift.abs() > 1e-6);
+        assert!((&after - &before).iter().all(|d| (d - shift).abs() < 1e-12), "a softmax does not see it");
+    }
+}
+
+#[test]
 fn shards_are_read_through_their_index() {
     let folder = tempfile::tempdir().unwrap();
     let model: Model<f64> = model(3);
@@ -217,10 +253,14 @@ fn broken_adapters_are_refused_with_file_and_key() {
     assert!(message.contains("shape (4, 24)") && message.contains("(5, 24)"), "{message}");
     let message = broken(spec, &replace("\"LORA\"", "\"IA3\""));
     assert!(message.contains("peft_type") && message.contains("IA3"), "{message}");
-    let message = broken(spec, &replace("\"bias\": \"none\"", "\"bias\": \"lora_only\""));
+    let message = broken(spec, &replace("\"bias\": \"none\"", "\"bias\": \"some\""));
     assert!(message.contains("key bias"), "{message}");
     let message = broken(spec, &replace("\"bias\"", "\"use_qalora\": true, \"bias\""));
     assert!(message.contains("use_qalora") && message.contains("not implemented"), "{message}");
+    let message = broken(spec, &replace("\"bias\"", "\"new_config\": {\"on\": 1}, \"bias\""));
+    assert!(message.contains("key new_config") && message.contains("not known"), "{message}");
+    let message = broken(spec, &replace("\"bias\"", "\"target_parameters\": [\"q_proj.weight\"], \"bias\""));
+    assert!(message.contains("key target_parameters") && message.contains("no experts"), "{message}");
 
     let paca = MethodSpec::Paca(peft_limits::adapters::paca::PacaSpec { rank: 3, ..Default::default() });
     for (index, expected) in

@@ -33,6 +33,9 @@ pub struct Flags {
     /// Folder of attention head files (*.safetensors) for real-heads [default: tests/data/heads]
     #[arg(long, value_name = "DIR")]
     pub heads: Option<PathBuf>,
+    /// Folder of right training steps for operating-curve, a dump each [default: tests/data/dumps/clean]
+    #[arg(long, value_name = "DIR")]
+    pub dumps: Option<PathBuf>,
     /// Folder of a trained decoder with its tokenizer, for the studies of fine-tuning: they then run on it too
     #[arg(long, value_name = "DIR", requires = "text")]
     pub base: Option<PathBuf>,
@@ -45,6 +48,8 @@ pub struct Flags {
 }
 
 static HEADS: OnceLock<PathBuf> = OnceLock::new();
+
+static DUMPS: OnceLock<PathBuf> = OnceLock::new();
 
 static DECODER: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
 
@@ -67,12 +72,28 @@ pub fn head_files() -> Vec<(String, PathBuf)> {
     files.into_iter().map(|p| (p.file_stem().unwrap_or_default().to_string_lossy().into_owned(), p)).collect()
 }
 
+/// The folder of `--dumps`: by default the right steps that come with the project.
+pub fn dumps_folder() -> PathBuf {
+    DUMPS.get().cloned().unwrap_or_else(|| PathBuf::from("tests/data/dumps/clean"))
+}
+
+/// The dumps of [`dumps_folder`], with their names, in order; none if it cannot be read.
+pub fn dump_folders() -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(dumps_folder()).into_iter().flatten().flatten();
+    let mut folders: Vec<PathBuf> = entries.map(|e| e.path()).filter(|p| p.join("manifest.json").is_file()).collect();
+    folders.sort();
+    folders.into_iter().map(|p| (p.file_name().unwrap_or_default().to_string_lossy().into_owned(), p)).collect()
+}
+
 impl Flags {
     /// Sets what holds for the whole process: the thread pool, the folder of head files, the trained decoder.
     pub(super) fn use_for_process(&self) -> Result<()> {
         if let Some(folder) = &self.heads {
             // A second run in one process (tests) keeps the first folder.
             let _ = HEADS.set(folder.clone());
+        }
+        if let Some(folder) = &self.dumps {
+            let _ = DUMPS.set(folder.clone());
         }
         if let (Some(base), Some(text)) = (&self.base, &self.text) {
             let _ = DECODER.set((base.clone(), text.clone()));

@@ -44,7 +44,7 @@ mod listed;
 mod tests;
 
 pub use experiment::{Checks, Experiment, Point, Profile};
-pub use flags::{Flags, head_files, heads_folder};
+pub use flags::{Flags, dump_folders, dumps_folder, head_files, heads_folder};
 pub use interrupt::interrupted;
 #[cfg(feature = "gpu")]
 pub use on_device::{best_device, main_on_device};

@@ -10,6 +10,7 @@
 use super::super::adapter_config::{AdapterConfig, AdapterKind, Beside, compose, read_object};
 use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices};
 use super::super::config::ModelConfig;
+use super::super::names::Outside;
 use super::super::parameters::{Model, Projection};
 use super::ModelUpdate;
 use crate::adapters::lora::LoraSpec;
@@ -42,8 +43,23 @@ impl<T: Real> ModelUpdate<T> {
     /// [`Error::Io`]; [`Error::Format`], [`Error::MissingTensor`] naming file and key or tensor; as the two above.
     pub fn read(folder: &Path, base: &Model<T>) -> Result<Self> {
         if !is_slice_folder(folder)? {
+            let settings = AdapterConfig::read(&folder.join(CONFIG))?;
+            if let Some(init) = settings.moves_base {
+                let expected = "factors that act beside the base model; this initialisation subtracted the first ones from it \
+                                (PEFT's save_pretrained converts: path_initial_model_for_weight_conversion)";
+                return Err(Error::format(settings.path, "key init_lora_weights", expected, init));
+            }
             let mut adapted = base.clone();
             adapted.read_adapter(folder)?;
+            let options = &base.config.options;
+            let tables = [
+                (adapted.embedding != base.embedding, Outside::Embedding),
+                (adapted.lm_head != base.lm_head, Outside::Head),
+            ];
+            if let Some((_, module)) = tables.into_iter().find(|(changed, _)| *changed) {
+                let requirement = "the folder has a table of its own; an update holds projections of layers only";
+                return Err(Error::invalid(options.outside_tensor(module, "weight"), "changed", requirement));
+            }
             return Self::of_adapters(&adapted);
         }
         let file = TensorFile::open(folder.join(WEIGHTS))?;

@@ -53,6 +53,11 @@ impl<T: Real> ModelUpdate<T> {
         if parts != TrainableParts::default() {
             return Err(Error::invalid("trainable", format!("{parts:?}"), "an update holds projections only"));
         }
+        let outside = [(&model.adapters.embedding, Outside::Embedding), (&model.adapters.head, Outside::Head)];
+        if let Some((_, module)) = outside.into_iter().find(|(lora, _)| lora.is_some()) {
+            let requirement = "an update holds projections of layers only";
+            return Err(Error::invalid(model.config.options.outside(module), "adapted", requirement));
+        }
         let mut entries = BTreeMap::new();
         for (l, layer) in model.layers.iter().enumerate() {
             for (p, projection) in layer.projections() {
@@ -67,6 +72,9 @@ impl<T: Real> ModelUpdate<T> {
                 let update = match &projection.method {
                     Method::Frozen => continue,
                     Method::Full => return Err(refuse("keeps no original; compare with the base model instead")),
+                    Method::Lora(lora) if lora.bias.is_some() => {
+                        return Err(refuse("has a bias of its own (lora_bias), which an update does not hold"));
+                    }
                     Method::Lora(lora) => Some(WeightUpdate::LowRank(lora.clone())),
                     Method::Moslora(m) => {
                         let b = parallel_product(m.b.view(), m.mixer.view(), &mut Cost::default());

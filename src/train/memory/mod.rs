@@ -254,7 +254,7 @@ fn sized_projection(
         error => error,
     };
     let factors = |spec: LoraSpec| -> Result<(Buffer, Buffer, f64)> {
-        let scaling = spec.scaling(shape).map_err(named)?;
+        let scaling = spec.scaling().map_err(named)?;
         Ok((Buffer::at_rest((spec.rank, shape.1)), Buffer::at_rest((shape.0, spec.rank)), scaling))
     };
     let wanted = method.projections(config)?.contains(&p);

@@ -364,10 +364,33 @@ impl<'a> Context<'a> {
         if !self.may_explain(variant, &edit, tested)? || !tested.affords(1.0, fault.name) {
             return Ok(());
         }
+        self.run_and_judge(fault, variant, |evidence, _| edit(evidence), tested)
+    }
+
+    /// A fault of the backward alone: the gradients of a variant beside the forward of the right step.
+    pub fn test_gradients(&self, fault: Fault, variant: &Variant<'_>, tested: &mut Tested<'_>) -> Result<()> {
+        if !tested.affords(1.0, fault.name) {
+            return Ok(());
+        }
+        let forward_of = |evidence: &mut Evidence, right: &Evidence| {
+            let gradients = std::mem::take(&mut evidence.gradients);
+            *evidence = Evidence { gradients, ..right.clone() };
+        };
+        self.run_and_judge(fault, variant, forward_of, tested)
+    }
+
+    /// `edit` sees what the variant gives, and the right step in the same precision.
+    fn run_and_judge(
+        &self,
+        fault: Fault,
+        variant: &Variant<'_>,
+        edit: impl Fn(&mut Evidence, &Evidence),
+        tested: &mut Tested<'_>,
+    ) -> Result<()> {
         tested.steps += 1;
         // A hypothesis that cannot be run (a loss that overflows, say) explains nothing.
         if let Ok(mut predicted) = self.case.run(variant) {
-            edit(&mut predicted);
+            edit(&mut predicted, self.exact);
             if let Some(visit) = tested.visit {
                 return visit(&fault, &predicted);
             }
@@ -378,7 +401,7 @@ impl<'a> Context<'a> {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
                 let mut rounded = self.case.run(&variant)?;
-                edit(&mut rounded);
+                edit(&mut rounded, self.rounded);
                 diagnosis = self.judge(fault, &predicted, &rounded);
             }
             tested.found.push(diagnosis);

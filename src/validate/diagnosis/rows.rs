@@ -154,15 +154,10 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 fn last_micro_batch(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let parts = context.case.parts();
     let Some(last) = parts.last().filter(|_| parts.len() > 1) else { return Ok(()) };
-    if !tested.affords(1.0, "last-micro-batch-only") {
-        return Ok(());
-    }
-    tested.steps += 1;
     let variant = Variant { parts: Some(vec![last.clone()]), ..Variant::default() };
-    let alone = context.case.run(&variant)?;
     let what = format!("only the last of {} micro-batches is in the gradient", parts.len());
     let fix = "call zero_grad once a step, before the first micro-batch, not before each";
-    context.propose(Fault::new("last-micro-batch-only", what, fix), &context.with_gradients(alone.gradients), tested)
+    context.test_gradients(Fault::new("last-micro-batch-only", what, fix), &variant, tested)
 }
 
 /// Weights with which the gradients of single rows make up the trainer's.

@@ -66,6 +66,14 @@ pub(in crate::validate) fn as_one_document(case: &Case) -> Case {
     other
 }
 
+/// Documents of a row, which `declared` says there are, attend to each other.
+pub(in crate::validate) fn documents_leak(declared: &str) -> Fault {
+    let what = format!("{declared}, yet later documents attend to earlier ones: packed documents leak into each other");
+    let fix = "pass a block-diagonal mask, or restarting position_ids with no attention_mask and use_cache=False (a mask of \
+               ones switches their separation off)";
+    Fault::new("packing-leak", what, fix)
+}
+
 /// Positions that start again, no mask, and attention over the row: a leak or meant so, which the dump does not say.
 /// Transformers 5 keeps such documents apart without a cache (`use_cache=False`) only.
 pub(in crate::validate) fn ambiguous_documents() -> Error {
@@ -138,11 +146,7 @@ pub(in crate::validate) fn findings(case: &Case, rungs: &[Rung]) -> Result<(Vec<
                         attention_mask out of the dump, or dump one document in a row";
             return Err(Error::invalid("position_ids", "packed", what));
         }
-        let what = "positions start again inside rows, yet later documents attend to earlier ones: packed documents leak \
-                    into each other";
-        let fix = "pass a block-diagonal mask, or restarting position_ids with no attention_mask and use_cache=False (a mask of \
-                   ones switches their separation off)";
-        faults.push(Fault::new("packing-leak", what, fix));
+        faults.push(documents_leak("positions start again inside rows"));
     }
     Ok((faults, remarks))
 }

@@ -124,7 +124,7 @@ fn embedding_noise(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     let forward = [RungName::Loss, RungName::Logits, RungName::Hidden].into_iter().all(|n| fine(n, &|_| true));
     let above = fine(RungName::Gradients, &|name: &str| place_of(name).0 != Some(0) && !name.contains("embed_tokens"));
     // Noise is everywhere of the same size.
-    let Some(right) = context.exact.hidden.get(&0) else { return Ok(()) };
+    let Some(right) = context.exact.hidden.get(&0).filter(|h| h.dim() == first.values.dim()) else { return Ok(()) };
     let gap = &first.values - right;
     let sizes: Vec<f64> = case.real_rows().iter().map(|&i| gap.row(i).dot(&gap.row(i)).sqrt()).collect();
     let (low, high) = sizes.iter().fold((f64::INFINITY, 0.0f64), |(l, h), x| (l.min(*x), h.max(*x)));
