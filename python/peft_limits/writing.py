@@ -11,8 +11,8 @@ import torch
 
 from .calls import dtype_name, plain, unwrap
 from .quantized import is_quantized
-from .ranks import digest, local, world
-from .report import require_known
+from .ranks import digest, is_sharded, local, world
+from .report import NotJudged, require_known
 
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 
@@ -60,7 +60,11 @@ def write_json(path, value, indent=1):
 
 def write_checkpoint(folder, config, tensors):
     write_json(os.path.join(folder, "config.json"), config)
-    require_known(os.path.join(folder, "config.json"))
+    try:
+        require_known(os.path.join(folder, "config.json"))
+    except NotJudged:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -82,7 +86,8 @@ def untied(step, model, base, config):
     weights = [getattr(end, "weight", None) for end in ends]
     if not config.get("tie_word_embeddings") or any(not isinstance(w, torch.Tensor) for w in weights):
         return config
-    if weights[0].data_ptr() == weights[1].data_ptr() or is_quantized(weights[1]):
+    # Parts of sharded weights have no address of their own.
+    if any(map(is_sharded, weights)) or weights[0].data_ptr() == weights[1].data_ptr() or is_quantized(weights[1]):
         return config
     # PEFT's wrapper hides the original that the other end still uses.
     names = {name: module for name, module in inner.named_modules(remove_duplicate=False) if module in ends}
