@@ -1,4 +1,5 @@
-//! How small a fault `peft-limits validate` finds, by the trainer's number format.
+//! Claim under test: in half formats a matched filter over all numbers of a training step finds faults that every single
+//! tensor hides below rounding. How small a fault `peft-limits validate` finds, by the trainer's number format.
 //!
 //! Measured on right steps of PyTorch in six methods (`--dumps DIR` for your own; those of the project's tests otherwise): for every
 //! known fault of the step, which part of it makes a tensor leave its tolerance, and which part is six deviations of the

@@ -180,7 +180,7 @@ fn ranks_that_do_not_fit_are_refused() {
     let base = folder.path().join("base");
     succeeded(&train(&run, &base, &["--steps", "1", "--eval-rows", "0"]));
     let model = base.join("model");
-    for (method, rank) in [("lora", "13"), ("paca", "25"), ("lora", "0")] {
+    for (method, rank) in [("lora", "65537"), ("paca", "25"), ("lora", "0")] {
         let out = folder.path().join("out");
         let arguments =
             ["train", "--model", text(&model), "--method", method, "--rank", rank, "--task", "lists", "-o", text(&out)];
@@ -300,7 +300,7 @@ fn memory_refuses_what_cannot_be() {
         (&["--config", text(&config)], &["config.json", "num_attention_heads"]),
         (&["--config", text(&none)], &["none"]),
         (&["--preset", "giant"], &["giant", "pico, nano, micro, mini"]),
-        (&["--preset", "nano", "--method", "lora", "--rank", "65"], &["method.rank", "64"]),
+        (&["--preset", "nano", "--method", "lora", "--rank", "65537"], &["method.rank", "65536"]),
         (&["--preset", "nano", "--fits", "3 furlongs"], &["furlongs"]),
         (&["--preset", "nano", "--length", "0"], &["length"]),
     ];
