@@ -8,7 +8,7 @@
 //!
 //! Refuted if the filter found no smaller faults than the tolerances do in a half format, or if a right step came near a name.
 //!
-//! `cargo run --release --bin operating_curve [-- --dumps DIR] [-- --profile full]`; a few seconds, in full about ten.
+//! `cargo run --release --bin operating_curve [-- --dumps DIR] [-- --profile full]`; a few seconds.
 
 use crate::harness::{Experiment, Point, Profile, dump_folders, dumps_folder};
 use peft_limits::report::{Axis, Figure, LineChart, LineStyle, NamedFigure, Reference, Row, Series, Summary, Table};
@@ -44,11 +44,9 @@ const TOLERANCE: &str = "limit by tolerances";
 const FILTER: &str = "limit by the filter";
 const CHANCE: &str = "amplitude in deviations";
 
-fn grid(profile: Profile, _: u64) -> Vec<Point> {
-    // In the quick profile one method; all have the same formats.
-    let wanted = |name: &str| profile == Profile::Full || name.starts_with("lora-");
-    let folders = dump_folders().into_iter().filter(|(name, _)| wanted(name));
-    let points: Vec<Point> = folders
+fn grid(_: Profile, _: u64) -> Vec<Point> {
+    let points: Vec<Point> = dump_folders()
+        .into_iter()
         .filter_map(|(name, path)| {
             let step = std::fs::read(path.join("step.safetensors")).ok()?;
             Some(Point::new(name.clone()).with("dump", name).with("sha256", &sha256_hex(&step)[..16]))
