@@ -79,22 +79,27 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Entries of a head that are rotated.
+    /// Entries of a head that are rotated: pairs, so one more than the share gives where that is odd, as Transformers has it.
     pub fn width(&self, head_dim: usize) -> usize {
+        self.part(head_dim).next_multiple_of(2)
+    }
+
+    /// The share of a head in entries, of which the frequencies are those.
+    fn part(&self, head_dim: usize) -> usize {
         self.share.map_or(head_dim, |share| (share * head_dim as f64) as usize)
     }
 
-    /// (frequencies of the d/2 pairs, factor of cos and sin) for positions below `length`.
+    /// (frequencies of the pairs of d entries, factor of cos and sin) for positions below `length`.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a base that is not positive or a number of factors that is not d/2.
+    /// [`Error::InvalidParam`] for a base that is not positive or a number of factors that is not that of the pairs.
     fn frequencies(&self, head_dim: usize, base: f64, length: usize) -> Result<(Vec<f64>, f64)> {
         let theta = self.theta.unwrap_or(base);
         if !(theta > 0.0) || !theta.is_finite() {
             return Err(Error::invalid("rope_theta", theta, "must be positive and finite"));
         }
         let d = head_dim as f64;
-        let of = |theta: f64| (0..head_dim / 2).map(move |j| theta.powf(-2.0 * j as f64 / d));
+        let of = |theta: f64| (0..head_dim.div_ceil(2)).map(move |j| theta.powf(-2.0 * j as f64 / d));
         let turn = 2.0 * std::f64::consts::PI;
         Ok(match &self.scaling {
             Scaling::None => (of(theta).collect(), 1.0),
@@ -130,8 +135,9 @@ impl Rotary {
             }
             Scaling::LongRope { short, long, original, factor, attention } => {
                 let factors = if length > *original { long } else { short };
-                if factors.len() != head_dim / 2 {
-                    let requirement = format!("must hold {} factors, one for each pair of a head", head_dim / 2);
+                let pairs = head_dim.div_ceil(2);
+                if factors.len() != pairs {
+                    let requirement = format!("must hold {pairs} factors, one for each pair of a head");
                     return Err(Error::invalid("short_factor, long_factor", factors.len(), requirement));
                 }
                 let grown = || (1.0 + factor.ln() / (*original as f64).ln()).sqrt();
@@ -177,12 +183,12 @@ impl<T: Real> RopeTable<T> {
             return Err(Error::invalid("head_dim", head_dim, "rotary embedding needs a positive even head width"));
         }
         let width = rotary.width(head_dim);
-        if width == 0 || !width.is_multiple_of(2) {
-            let requirement = format!("must leave a positive even part of a head of {head_dim} entries");
+        if width == 0 || width > head_dim {
+            let requirement = format!("must rotate a part of a head of {head_dim} entries, and some of it");
             return Err(Error::invalid("partial_rotary_factor", rotary.share.unwrap_or(1.0), requirement));
         }
         let length = positions.iter().max().map_or(0, |last| *last as usize + 1);
-        let (frequencies, scale) = rotary.frequencies(width, theta, length)?;
+        let (frequencies, scale) = rotary.frequencies(rotary.part(head_dim), theta, length)?;
         let angle = |(t, j): (usize, usize)| f64::from(positions[t]) * frequencies[j];
         let shape = (positions.len(), width / 2);
         Ok(Self {
@@ -269,4 +275,22 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
         );
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_odd_share_of_a_head_rotates_one_entry_more() {
+        let rotary = Rotary { share: Some(0.25), ..Rotary::default() };
+        // 3 of 12 entries: two pairs, their angles those of three.
+        assert_eq!(rotary.width(12), 4);
+        let table = RopeTable::<f64>::of(&rotary, &[0, 1], 12, 1e4).unwrap();
+        assert_eq!(table.cos().dim(), (2, 2));
+        assert!((table.cos()[[1, 0]] - 1f64.cos()).abs() < 1e-15);
+        assert!((table.sin()[[1, 1]] - 1e4f64.powf(-2.0 / 3.0).sin()).abs() < 1e-15);
+        let none = Rotary { share: Some(0.05), ..Rotary::default() };
+        assert!(RopeTable::<f64>::of(&none, &[0], 12, 1e4).is_err(), "nothing is rotated");
+    }
 }
