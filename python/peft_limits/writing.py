@@ -58,6 +58,11 @@ def write_json(path, value, indent=1):
         file.write("\n")
 
 
+def without_paths(config):
+    """The configuration without the folder that a model was loaded from: dumps are sent to others."""
+    return {k: None if k.endswith("name_or_path") and isinstance(v, str) and os.path.isabs(v) else v for k, v in config.items()}
+
+
 def write_checkpoint(folder, config, tensors):
     write_json(os.path.join(folder, "config.json"), config)
     try:
@@ -149,7 +154,7 @@ def write_model(step):
         if not config:
             raise ValueError("dump_step: give config=, the model has none")
         # The copies of modules_to_save are written as the modules themselves.
-        write_base(step, untied(step, model, base, jsonable(config)), base)
+        write_base(step, untied(step, model, base, without_paths(jsonable(config))), base)
     adapter |= {n: full(t) for n, t in (step.official.tensors | (step.adapter_tensors or {})).items()}
     if given:
         adapter |= {"base_model.model." + name: base[name] for name in copies if name in base}
@@ -157,7 +162,7 @@ def write_model(step):
         config = step.adapter_config or step.official.config or (peft and peft[active].to_dict())
         if not config:
             raise ValueError("dump_step: give adapter_config=, the model is not a PEFT model")
-        config = jsonable(config)
+        config = without_paths(jsonable(config))
         if copies and not given:
             # No adapter acts on the modules that they are written as.
             config |= {"modules_to_save": None, "exclude_modules": without(config)}
