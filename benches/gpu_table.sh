@@ -138,13 +138,16 @@ fi
 experiment() { # NAME LIMIT PROFILE
     step "$1" "$2" "$bin/$1" --profile "$3" --resume --out "$work/experiments/$1"
 }
-case $part in
-1)
+checks() { # against the processor's f64
     tests attention:: 70
     tests training:: 70
     tests validation:: 60
     tests commands:: 30
     for case in llama_full llama_lora llama_dora; do validate $case 25; done
+}
+case $part in
+1)
+    checks
     if have_torch; then
         step "PyTorch attention" 75 "$python" "$root/benches/peers/torch_gpu_attention.py" --device cuda --with-rust "$bin/peft-limits" \
             --csv "$out/attention.csv"
@@ -169,11 +172,7 @@ case $part in
     fi
     ;;
 rehearse)
-    tests attention:: 70
-    tests training:: 70
-    tests validation:: 60
-    tests commands:: 30
-    for case in llama_full llama_lora llama_dora; do validate $case 25; done
+    checks
     if have_torch; then
         step "PyTorch attention" 75 "$python" "$root/benches/peers/torch_gpu_attention.py" --device "$torch_device" --longest 1024 --features taylor:degree=1 \
             --with-rust "$bin/peft-limits" --rust-device "$device" --csv "$out/attention.csv"
