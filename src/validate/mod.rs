@@ -20,6 +20,7 @@ pub mod objective;
 pub mod own_forward;
 pub mod ranks;
 mod recorded;
+mod recorded_batch;
 pub mod reference;
 mod report;
 mod roundings;
