@@ -180,11 +180,9 @@ impl OptimizerRecord {
             "adam" => return Err("Adam with coupled weight decay is not implemented".into()),
             other => return Err(format!("optimizer {other} is not implemented (adamw, adam, sgd)")),
         };
-        for (name, on) in [
-            ("amsgrad", group.amsgrad),
-            ("nesterov", group.nesterov),
-            ("dampening", group.dampening.abs() > 0.0),
-        ] {
+        for (name, on) in
+            [("amsgrad", group.amsgrad), ("nesterov", group.nesterov), ("dampening", group.dampening.abs() > 0.0)]
+        {
             if on {
                 return Err(format!("{} with {name} is not implemented", self.kind));
             }
