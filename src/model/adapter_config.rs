@@ -3,7 +3,7 @@
 use super::adapter_targets::{ByPattern, Names, Targets, ends_with, layer_patterns, whole};
 use super::config::ModelConfig;
 use super::names::{HEAD_IN_MEMORY, Outside};
-use super::parameters::Projection;
+use super::projection::Projection;
 use crate::adapters::lora::LoraSpec;
 pub use crate::adapters::stored::AdapterKind;
 use crate::error::{Error, Result};
