@@ -68,6 +68,7 @@ mod step;
 mod tables;
 pub mod update;
 
+pub use adapter_config::PeftSettings;
 pub use attach::{AdapterPlan, MethodSpec};
 pub use batch::{Batch, StepOptions, StepOutput};
 pub use calibration::{Calibration, ProjectionStatistics};
