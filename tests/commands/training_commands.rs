@@ -287,10 +287,13 @@ fn a_method_may_come_from_pefts_file() {
     let peft = folder.path().join("adapter_config.json");
     let settings = r#"{"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}"#;
     std::fs::write(&peft, settings).unwrap();
-    let (by_file, by_flags) = (folder.path().join("file"), folder.path().join("flags"));
-    succeeded(&train(&run, &by_file, &["--peft", text(&peft)]));
+    let [base, by_file, by_flags, out] = ["base", "file", "flags", "refused"].map(|name| folder.path().join(name));
+    succeeded(&train(&run, &base, &[]));
+    let base = base.join("model");
+    let tune = |out: &Path, more: &[&str]| train(&run, out, &[&["--model", text(&base)], more].concat());
+    succeeded(&tune(&by_file, &["--peft", text(&peft)]));
     let flags = ["--method", "lora", "--rank", "3", "--alpha", "5", "--targets", "q_proj,down_proj"];
-    succeeded(&train(&run, &by_flags, &flags));
+    succeeded(&tune(&by_flags, &flags));
     let [ours, theirs] =
         [&by_file, &by_flags].map(|out| std::fs::read(out.join("adapter").join("adapter_model.safetensors")).unwrap());
     assert!(ours == theirs, "one seed and one method give one adapter");
@@ -303,8 +306,7 @@ fn a_method_may_come_from_pefts_file() {
     let flags = ["--method", "lora", "--rank", "3", "--targets", "q_proj,down_proj"];
     assert_eq!(memory(&["--peft", text(folder.path())]), memory(&flags));
     std::fs::write(&peft, settings.replace("\"r\"", "\"lora_dropout\": 0.1, \"r\"")).unwrap();
-    let out = folder.path().join("refused");
-    refused(&train(&run, &out, &["--peft", text(&peft)]), &out, &["adapter_config.json", "lora_dropout", "0.1"]);
+    refused(&tune(&out, &["--peft", text(&peft)]), &out, &["adapter_config.json", "lora_dropout", "0.1"]);
 }
 
 #[test]
