@@ -108,9 +108,14 @@ fn shards_are_read_through_their_index() {
         }
         other => panic!("{:?}", other.map(|_| ())),
     }
-    wrong.insert("model.norm.weight".into(), "../elsewhere.safetensors".into());
-    write_index(&wrong);
-    assert!(matches!(Model::<f64>::read(folder.path()), Err(Error::Format { .. })));
+    for absent in ["../elsewhere.safetensors", "gone.safetensors"] {
+        wrong.insert("model.norm.weight".into(), absent.into());
+        write_index(&wrong);
+        let refused = Model::<f64>::read(folder.path()).map(|_| ()).unwrap_err().to_string();
+        for fragment in ["index.json", "weight_map.model.norm.weight", absent] {
+            assert!(refused.contains(fragment), "{refused}");
+        }
+    }
 }
 
 #[test]
