@@ -259,10 +259,12 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         let (exact, ours) = (end(table, c, "exact")?.0, end(table, c, "guarded")?.0);
         guarded &= ours <= exact + 0.01;
     }
-    let (low, high) = (end(table, RATIOS[0], "guarded")?.2, end(table, RATIOS[3], "guarded")?.2);
+    let chained = |c: f64| Ok::<bool, Error>(end(table, c, "chained")?.0 <= end(table, c, "exact")?.0 + 0.01);
     Ok(vec![
         ("guarded training ends within 1% of the way of exact training at every c".into(), guarded),
-        ("the guard is exact more often at the largest c than at the smallest".into(), high > low),
+        ("at the smallest c the guard takes some chained steps".into(), end(table, RATIOS[0], "guarded")?.2 < 1.0),
+        ("at the smallest c chained training ends within 1% of the way of exact training".into(), chained(RATIOS[0])?),
+        ("at the largest c it does not, or has no gradient".into(), !chained(RATIOS[3])?),
     ])
 }
 
@@ -270,31 +272,35 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    /// Made-up runs that end at the given losses; the start is 4 and the lowest loss 1.
-    fn made_up(guarded: f64, shares: [f64; 2]) -> Table {
+    /// Made-up runs that end at the given losses (chained ones at the smallest and at larger c); the start is 4 and the lowest loss 1.
+    fn made_up(guarded: f64, share: f64, chained: [f64; 2]) -> Vec<bool> {
         let mut table = Table::default();
         for c in RATIOS {
             for seed in 0..5u64 {
-                for (source, end) in [("exact", 1.0), ("chained", 1.0), ("guarded", guarded)] {
-                    let share = if c < 0.4 { shares[0] } else { shares[1] };
+                let chained = if c < 0.4 { chained[0] } else { chained[1] };
+                for (source, end) in [("exact", 1.0), ("chained", chained), ("guarded", guarded)] {
                     for (step, loss) in [(0u64, 4.0), (10, end)] {
                         let row =
                             Row::new().with("c", c).with("gradients", source).with("seed", seed).with("step", step);
-                        let row = row.with("true loss", loss).with("seconds", 1.0).with("c now", c);
-                        table.push(&row.with("exact share", share).with("failed", false));
+                        let row = row.with("seconds", 1.0).with("c now", c).with("failed", loss.is_nan());
+                        let loss = if loss.is_nan() { Cell::Missing } else { Cell::Float(loss) };
+                        table.push(&row.with("true loss", loss).with("exact share", share));
                     }
                 }
             }
         }
-        table
+        checks(&table).unwrap().iter().map(|c| c.1).collect()
     }
 
     #[test]
     fn made_up_data_refute_what_they_should() {
-        let outcome = |table: Table| checks(&table).unwrap().iter().map(|c| c.1).collect::<Vec<_>>();
-        assert_eq!(outcome(made_up(1.0, [0.5, 1.0])), [true, true]);
-        // A twentieth of the way is left; the guard does not care about c.
-        assert_eq!(outcome(made_up(1.15, [0.5, 1.0])), [false, true]);
-        assert_eq!(outcome(made_up(1.0, [1.0, 1.0])), [true, false]);
+        assert_eq!(made_up(1.0, 0.5, [1.0, 2.0]), [true; 4]);
+        assert_eq!(made_up(1.0, 0.5, [1.0, f64::NAN]), [true; 4], "no gradient is no success");
+        // A twentieth of the way is left.
+        assert_eq!(made_up(1.15, 0.5, [1.0, 2.0]), [false, true, true, true]);
+        // A guard that never lets a chained gradient pass is exact training.
+        assert_eq!(made_up(1.0, 1.0, [1.0, 2.0]), [true, false, true, true]);
+        assert_eq!(made_up(1.0, 0.5, [1.15, 2.0]), [true, true, false, true]);
+        assert_eq!(made_up(1.0, 0.5, [1.0, 1.0]), [true, true, true, false]);
     }
 }

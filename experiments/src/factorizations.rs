@@ -361,3 +361,32 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         ),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Errors of every family at the smallest and the largest c; of random features at the largest apart.
+    fn made_up(low: f64, high: f64, random: f64) -> Vec<bool> {
+        let mut table = Table::default();
+        for (c, error) in [(RATIOS[0], low), (RATIOS[2], high)] {
+            for family in FAMILIES {
+                let error = if c > 1.0 && family == "positive-features" { random } else { error };
+                // More columns than are judged prove nothing.
+                for (k, error) in [(128u64, error), (4096, 1e-9)] {
+                    let row = Row::new().with("head", format!("c = {c}")).with("family", family);
+                    let row = row.with("features", format!("{family}:rank={k}")).with("columns k", k);
+                    table.push(&row.with("gradient error", error).with("time (s)", 1.0));
+                }
+            }
+        }
+        checks(&table).unwrap().into_iter().map(|c| c.1).collect()
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert_eq!(made_up(0.01, 0.3, 2.0), [true, true]);
+        assert_eq!(made_up(0.01, 0.01, 2.0), [false, true], "as good at every norm");
+        assert_eq!(made_up(0.01, 0.3, 0.1), [true, false], "random features ahead of the coreset");
+    }
+}

@@ -290,3 +290,33 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         ("a chained gradient is faster than the exact one at the longest length of the exact one".into(), wins),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The exact gradient takes L^2; chained ones `start` L^power, with errors of the exact one and of both degrees.
+    fn made_up(power: f64, start: f64, errors: [f64; 3]) -> Vec<bool> {
+        let mut table = Table::default();
+        for tokens in [256.0f64, 512.0, 1024.0, 2048.0] {
+            let chained = start * tokens.powf(power);
+            for ((method, cost), error) in
+                [(EXACT, tokens.powi(2)), (CHAINED[0], chained), (CHAINED[1], chained)].into_iter().zip(errors)
+            {
+                let row = Row::new().with("head_dim", 8i64).with("tokens", tokens).with("method", method);
+                let row = row.with("runs", true).with("time (s)", cost).with("operations (flops)", cost);
+                table.push(&row.with("gradient error", error));
+            }
+        }
+        checks(&table).unwrap().into_iter().map(|c| c.1).collect()
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert_eq!(made_up(1.0, 10.0, [1e-6, 0.1, 0.01]), [true; 4]);
+        assert_eq!(made_up(1.2, 10.0, [1e-6, 0.1, 0.01]), [false, true, true, true]);
+        assert_eq!(made_up(1.0, 10.0, [1e-3, 0.1, 0.01]), [true, false, true, true]);
+        assert_eq!(made_up(1.0, 10.0, [1e-6, 0.01, 0.1]), [true, true, false, true]);
+        assert_eq!(made_up(1.0, 1e5, [1e-6, 0.1, 0.01]), [true, true, true, false]);
+    }
+}

@@ -269,12 +269,38 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         let rows = table.filter_eq("kind", "batch").filter_eq("method", method);
         rows.rows().map(|r| r.f64("held after forward (MiB)")).collect()
     };
-    let less = held("paca").iter().zip(held("lora")).all(|(paca, lora)| *paca < lora);
+    let (paca, lora) = (held("paca"), held("lora"));
+    let less = !paca.is_empty() && paca.len() == lora.len() && paca.iter().zip(lora).all(|(paca, lora)| *paca < lora);
     let ran = table.filter_eq("runs", true);
     let near = |ratio: f64| (0.95..1.05).contains(&ratio);
-    let predicted = ran.rows().all(|r| near(r.f64("held after forward (MiB)") / r.f64("predicted (MiB)")));
+    let predicted =
+        !ran.is_empty() && ran.rows().all(|r| near(r.f64("held after forward (MiB)") / r.f64("predicted (MiB)")));
     Ok(vec![
         ("PaCA holds less than LoRA at the same rank between forward and backward".into(), less),
         ("the allocator holds what was predicted to 5%".into(), predicted),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What PaCA holds of 100 MiB that LoRA holds, and the prediction over what is held.
+    fn made_up(methods: &[(&str, f64)], predicted: f64) -> Vec<bool> {
+        let mut table = Table::new(&["kind", "runs", "method"]);
+        for &(method, held) in methods {
+            let row = Row::new().with("kind", "batch").with("runs", true).with("method", method);
+            table.push(&row.with("held after forward (MiB)", held).with("predicted (MiB)", held * predicted));
+        }
+        checks(&table).unwrap().into_iter().map(|c| c.1).collect()
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert_eq!(made_up(&[("paca", 80.0), ("lora", 100.0)], 1.01), [true, true]);
+        assert_eq!(made_up(&[("paca", 100.0), ("lora", 100.0)], 1.01), [false, true]);
+        assert_eq!(made_up(&[("paca", 80.0), ("lora", 100.0)], 1.2), [true, false]);
+        assert_eq!(made_up(&[("lora", 100.0)], 1.0), [false, true], "nothing to compare with");
+        assert_eq!(made_up(&[], 1.0), [false, false]);
+    }
 }

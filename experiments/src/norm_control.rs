@@ -241,6 +241,16 @@ fn at(table: &Table, head: &str, softmax: &str, column: &str, last: bool) -> Res
     Ok(if last { ends.last() } else { ends.first() }.map_or(f64::NAN, |e| e.1))
 }
 
+/// What the norms of One over those of Standard say of the claim.
+fn verdict(ratio: f64) -> &'static str {
+    match ratio {
+        r if r < 0.98 => "smaller norms, as claimed",
+        r if r > 1.02 => "larger norms, against the claim",
+        r if r.is_nan() => "nothing to compare",
+        _ => "no difference to speak of, so the claim is refuted here",
+    }
+}
+
 fn findings(table: &Table) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for (key, _) in table.group_by(&["head"])? {
@@ -267,11 +277,7 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             "{head}: from the same start One ends with a smaller c than Standard in {smaller} of {} starts; c of One over that of Standard is {:.4} (median): {}.",
             one.len(),
             ratio.median,
-            match ratio.median {
-                r if r < 0.98 => "smaller norms, as claimed",
-                r if r > 1.02 => "larger norms, against the claim",
-                _ => "no difference to speak of",
-            }
+            verdict(ratio.median)
         ));
         lines.push(format!("{head}, medians: {}.", words.join("; ")));
     }
@@ -290,4 +296,38 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         }
     }
     Ok(vec![("training lowers the loss of every head with either softmax".into(), falls)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Starts of c = 1 that end at the given c, and losses that end at `loss` of 2.
+    fn made_up(one: f64, loss: f64) -> Table {
+        let mut table = Table::default();
+        for seed in 0..5u64 {
+            for (softmax, end) in [("standard", 2.0), ("one", one)] {
+                for (step, c, loss) in [(0u64, 1.0, 2.0), (80, end + 0.001 * seed as f64, loss)] {
+                    let row = Row::new().with("head", SYNTHETIC).with("softmax", softmax).with("seed", seed);
+                    let row = row.with("step", step).with("c", c).with("loss", loss).with("largest logit", c * c);
+                    table.push(&row.with("rank of P to 1%", 20u64).with("time to 1% (s)", 0.001));
+                }
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn made_up_data_turn_the_verdict() {
+        let says = |one: f64, words: &str| {
+            let found = findings(&made_up(one, 1.0)).unwrap();
+            assert!(found[0].contains(words), "{}", found[0]);
+        };
+        says(1.5, "smaller norms, as claimed");
+        says(2.0, "refuted");
+        says(2.5, "against the claim");
+        assert_eq!(verdict(f64::NAN), "nothing to compare");
+        // Heads that were not trained show nothing about training.
+        assert!(checks(&made_up(1.5, 1.0)).unwrap()[0].1 && !checks(&made_up(1.5, 2.0)).unwrap()[0].1);
+    }
 }

@@ -201,6 +201,15 @@ fn not_bracketed(table: &Table) -> Result<Vec<&'static str>> {
     Ok(found)
 }
 
+/// What a method separated below LoRA says of the claim.
+fn verdict(below: bool, open: bool) -> &'static str {
+    match (below, open) {
+        (true, true) => "refuted for the learning rates tried, which do not bracket the best",
+        (true, false) => "refuted at this scale",
+        (false, _) => "not refuted",
+    }
+}
+
 fn findings(table: &Table) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for (metric, column) in METRICS {
@@ -227,11 +236,7 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     }
     for method in ["paca", "s2ft"] {
         let (mean, low, high) = difference(table, method, "lora", METRICS[0].1)?;
-        let verdict = match (high < 0.0, not_bracketed(table)?.contains(&method)) {
-            (true, true) => "refuted for the learning rates tried, which do not bracket the best",
-            (true, false) => "refuted at this scale",
-            (false, _) => "not refuted",
-        };
+        let verdict = verdict(high < 0.0, not_bracketed(table)?.contains(&method));
         lines.push(format!(
             "{method} - lora in-domain: {mean:+.3}, corrected interval {low:+.3} to {high:+.3}: the claim for {method} is {verdict}."
         ));
@@ -261,4 +266,42 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         learned &= values(table, method, METRICS[0].1)?.iter().all(|&x| x > before);
     }
     Ok(vec![("every method is better in-domain after fine-tuning than before, with every seed".into(), learned)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Four bases; accuracy before, of PaCA and of every other method.
+    fn made_up(before: f64, paca: f64, others: f64, spread: f64) -> Table {
+        let mut table = Table::default();
+        for seed in 0..4u64 {
+            for method in ["none"].into_iter().chain(methods()) {
+                let right = match method {
+                    "none" => before,
+                    "paca" => paca + spread * (seed as f64 - 1.5),
+                    _ => others + 0.001 * seed as f64,
+                };
+                let mut row = Row::new().with("method", method).with("base", format!("ours {seed}"));
+                METRICS.iter().for_each(|(_, column)| row.set(*column, right));
+                table.push(&row.with("seed", seed).with("tuned", false).with("lr", 0.01).with("trained", 100u64));
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn made_up_data_turn_the_verdict() {
+        let says = |table: Table| {
+            let lines = findings(&table).unwrap();
+            lines.into_iter().find(|l| l.starts_with("paca - lora")).unwrap()
+        };
+        assert!(says(made_up(0.1, 0.9, 0.8, 0.01)).ends_with("not refuted."));
+        assert!(says(made_up(0.1, 0.7, 0.8, 0.001)).ends_with("refuted at this scale."));
+        // Below on average and not separated.
+        assert!(says(made_up(0.1, 0.78, 0.8, 0.05)).ends_with("not refuted."));
+        assert!(verdict(true, true).contains("do not bracket"));
+        let held = |table: Table| checks(&table).unwrap()[0].1;
+        assert!(held(made_up(0.1, 0.7, 0.8, 0.0)) && !held(made_up(0.75, 0.7, 0.8, 0.0)));
+    }
 }

@@ -231,3 +231,34 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         ("PaCA does fewer operations than LoRA at the same rank".into(), operations),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One measured model and the predicted one: PaCA's share of LoRA's memory and operations, prediction over measurement.
+    fn made_up(memory: f64, operations: f64, predicted: f64) -> Vec<bool> {
+        let mut table = Table::default();
+        for model in ["nano", LLAMA] {
+            for (method, memory, operations) in [("lora", 1.0, 1.0), ("paca", memory, operations)] {
+                let mut row = Row::new().with("model", model).with("batch", 4u64).with("length", 128u64);
+                row = row.with("method", method).with("total predicted (MiB)", 100.0 * memory * predicted);
+                if model != LLAMA {
+                    row = row.with("total measured (MiB)", 100.0 * memory);
+                    row = row.with("activations measured (MiB)", 50.0 * memory).with("operations (flops)", operations);
+                }
+                table.push(&row);
+            }
+        }
+        checks(&table).unwrap().into_iter().map(|c| c.1).collect()
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert_eq!(made_up(0.8, 0.9, 1.01), [true; 3]);
+        assert_eq!(made_up(1.0, 0.9, 1.01), [true, false, true]);
+        assert_eq!(made_up(0.8, 1.1, 1.01), [true, true, false]);
+        assert_eq!(made_up(0.8, 0.9, 1.03), [false, true, true]);
+        assert_eq!(made_up(f64::NAN, f64::NAN, 1.0), [false; 3]);
+    }
+}

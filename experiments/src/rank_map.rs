@@ -4,7 +4,8 @@
 //! Measured: eps-rank over L of P and of dS (relative Frobenius, eps = 1%) over (c, L), for entries that fill the box
 //! (uniform) and for normal entries with the same largest entry, whose logits are far smaller than Gamma^2.
 //!
-//! Refuted if the rank fraction does not fall with L below c = 1.
+//! Refuted if below c = 1 a rank fraction does not at least halve from the shortest L to the longest, or at the longest L does not
+//! grow with c.
 //!
 //! `cargo run --release --bin rank_map [-- --profile full]`; about 20 seconds, 20 minutes in full.
 
@@ -24,7 +25,7 @@ pub const EXPERIMENT: Experiment = Experiment {
     name: "rank_map",
     title: "The numerical rank of P and dS over norm and length",
     claim: "CL-LoRA: below the norm threshold the matrices of the gradient are numerically of low rank (k = L^o(1)); above it they are not.",
-    refuted_by: "rank fractions that do not fall with L below c = 1",
+    refuted_by: "a rank fraction below c = 1 that does not at least halve from the shortest L to the longest, or one that does not grow with c",
     doubt: "The rank is that of P and dS alone at L <= 2048 and head widths up to 8; what a method that never sees P can reach may lie well above it.",
     grid,
     measure,
@@ -183,10 +184,19 @@ fn findings(table: &Table) -> Result<Vec<String>> {
 }
 
 fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
-    let sizes = numbers(table, "tokens")?;
+    let (ratios, sizes) = (numbers(table, "c")?, numbers(table, "tokens")?);
     let (short, long) = (sizes[0], sizes[sizes.len() - 1]);
     let fraction = |c: f64, l: f64| median(table, "uniform", c, l, "eps-rank of P / L");
+    let mut halves = true;
+    for &c in ratios.iter().filter(|&&c| c < 0.9) {
+        for (kind, _) in KINDS {
+            for column in ["eps-rank of P / L", "eps-rank of dS / L"] {
+                halves &= median(table, kind, c, long, column)? < 0.5 * median(table, kind, c, short, column)?;
+            }
+        }
+    }
     Ok(vec![
+        ("below c = 0.9 every rank fraction at least halves from the shortest L to the longest".into(), halves),
         (
             "uniform entries, c = 0.5: the rank fraction of P falls at least fourfold".into(),
             fraction(0.5, long)? < 0.25 * fraction(0.5, short)?,
@@ -196,4 +206,35 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
             fraction(2.0, long)? > 5.0 * fraction(0.5, long)?,
         ),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fractions that are 0.5 c at L = 32 and fall to `long` of it below c = 1 at L = 512.
+    fn made_up(long: f64, high: f64) -> Table {
+        let mut table = Table::default();
+        for (tokens, part) in [(32u64, 1.0), (512, long)] {
+            for c in [0.5, 0.75, 2.0] {
+                for (kind, _) in KINDS {
+                    let share = if c < 1.0 { 0.5 * c * part } else { high };
+                    let row = Row::new().with("entries", kind).with("tokens", tokens).with("c", c);
+                    table.push(&row.with("eps-rank of P / L", share).with("eps-rank of dS / L", share));
+                }
+            }
+        }
+        table
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        let outcome = |table: Table| checks(&table).unwrap().iter().map(|c| c.1).collect::<Vec<_>>();
+        assert_eq!(outcome(made_up(0.2, 0.8)), [true; 3]);
+        // Ranks in proportion to L; ranks that fall, but slowly; ranks that do not care about c.
+        assert_eq!(outcome(made_up(1.0, 0.8)), [false, false, false]);
+        assert_eq!(outcome(made_up(0.4, 0.8)), [true, false, true]);
+        assert_eq!(outcome(made_up(0.2, 0.06)), [true, true, false]);
+        assert_eq!(outcome(made_up(f64::NAN, 0.8)), [false; 3]);
+    }
 }

@@ -380,8 +380,12 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
             best < 1.0,
         ));
     }
-    let reached = table.rows().all(|r| r.f64("gradient error") <= r.f64("target") * 1.0001);
-    checks.push(("every kept set reaches its gradient error".into(), reached && !table.is_empty()));
+    // In f64 it does so by the search for its threshold.
+    let reached = table.rows().all(|r| r.f64("gradient error, f32") <= r.f64("target") * 1.01);
+    checks.push((
+        "every kept set reaches its gradient error in f32 too (1% of it allowed)".into(),
+        reached && !table.is_empty(),
+    ));
     Ok(checks)
 }
 
@@ -389,7 +393,7 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    fn made_up(causal: bool, counted: f64, timed: f64) -> Table {
+    fn made_up(causal: bool, counted: f64, timed: f64, rounded: f64) -> Table {
         let mut table = Table::default();
         for head in ["m_l0_h0", "m_l0_h1", "m_l1_h0"] {
             for tokens in [512u64, 1024] {
@@ -403,7 +407,7 @@ mod tests {
                                 .with("tokens", tokens)
                                 .with("target", target)
                                 .with("search", search)
-                                .with("gradient error", 0.9 * target)
+                                .with("gradient error, f32", rounded * target)
                                 // An oracle, or a short head, that wins proves nothing.
                                 .with(COUNTED, if search == "oracle" || tokens == 512 { 0.1 } else { counted })
                                 .with(TIMED, if search == "oracle" || tokens == 512 { 0.1 } else { timed }),
@@ -418,11 +422,13 @@ mod tests {
     #[test]
     fn a_search_that_eats_the_gain_refutes_the_claim() {
         let passed = |causal, counted, timed| -> Vec<bool> {
-            checks(&made_up(causal, counted, timed)).unwrap().into_iter().map(|c| c.1).collect()
+            checks(&made_up(causal, counted, timed, 0.9)).unwrap().into_iter().map(|c| c.1).collect()
         };
         assert_eq!(passed(true, 0.4, 0.6), [true, true, true]);
         assert_eq!(passed(true, 1.02, 0.6), [false, true, true]);
         assert_eq!(passed(true, 0.4, 1.2), [true, false, true]);
         assert_eq!(passed(false, 1.4, 1.2), [true], "the claim is about decoders");
+        let rounded = checks(&made_up(true, 0.4, 0.6, 1.1)).unwrap();
+        assert!(!rounded[2].1, "rounding that costs the accuracy");
     }
 }

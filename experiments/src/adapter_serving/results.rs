@@ -120,7 +120,11 @@ pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let widths = numbers(&switch, "width")?;
     let last = ("width", widths[widths.len() - 1]);
     let time = |method: &str| Ok::<f64, Error>(spread(&switch, method, last, "time (ms)")?.0);
-    let gaps: Vec<f64> = mixed.rows().map(|r| r.f64("gap of logits, mixed against one by one")).collect();
+    let gaps = mixed.rows().map(|r| r.f64("gap of logits, mixed against one by one"));
+    let gaps: Vec<f64> = gaps.filter(|g| g.is_finite()).collect();
+    let counts = numbers(&mixed, "adapters")?;
+    let most = ("adapters", counts[counts.len() - 1]);
+    let serve = |method: &str| spread(&mixed, method, most, "time (ms)");
     Ok(vec![
         (
             "kept slices and kept weights restore every bit of the base".into(),
@@ -133,7 +137,47 @@ pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         // 256 tokens through two layers in f32; rounding of sums of 688 products.
         (
             "a mixed batch gives the logits of one adapter at a time (1e-5)".into(),
-            gaps.iter().filter(|g| g.is_finite()).all(|g| *g < 1e-5),
+            !gaps.is_empty() && gaps.iter().all(|g| *g < 1e-5),
+        ),
+        (
+            "a mixed batch of the most adapters does not take separably longer with slices than with LoRA".into(),
+            serve(SERVED[1])?.1 <= serve(SERVED[2])?.2,
         ),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peft_limits::report::{Cell, Row};
+
+    /// Times of a switch with slices and with LoRA, the drift of kept weights, the gap and the times of a mixed batch.
+    fn made_up(switch: [f64; 2], drift: f64, gap: f64, served: [f64; 2]) -> Vec<bool> {
+        let mut table = Table::default();
+        for seed in 0..3 {
+            let noise = 1.0 + 0.01 * f64::from(seed);
+            for (method, time) in SWITCHES.into_iter().zip([switch[0], switch[1], switch[1]]) {
+                let row = Row::new().with("part", "switch").with("method", method).with("width", 256.0);
+                table.push(&row.with("time (ms)", noise * time).with("drift after switches", drift));
+            }
+            for (method, time) in SERVED.into_iter().zip([1.0, served[0], served[1], 9.0, 9.0]) {
+                let row = Row::new().with("part", "mixed").with("method", method).with("adapters", 32.0);
+                let gap = if method == SERVED[0] { Cell::Missing } else { Cell::Float(gap) };
+                let row = row.with("gap of logits, mixed against one by one", gap);
+                table.push(&row.with("time (ms)", noise * time));
+            }
+        }
+        checks(&table).unwrap().into_iter().map(|c| c.1).collect()
+    }
+
+    #[test]
+    fn made_up_data_refute_what_they_should() {
+        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.0, 2.1]), [true; 4]);
+        assert_eq!(made_up([5.0, 5.0], 0.0, 1e-6, [2.0, 2.1]), [true, false, true, true], "LoRA switches as fast");
+        assert_eq!(made_up([1.0, 5.0], 1e-7, 1e-6, [2.0, 2.1]), [false, true, true, true]);
+        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-3, [2.0, 2.1]), [true, true, false, true]);
+        assert_eq!(made_up([1.0, 5.0], 0.0, f64::NAN, [2.0, 2.1]), [true, true, false, true], "never compared");
+        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.2, 2.1]), [true, true, true, false], "separably longer");
+        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.11, 2.1]), [true; 4], "longer within the spread");
+    }
 }

@@ -79,3 +79,17 @@ fn shown_flags_are_taken() {
     }
     assert!(count >= 3, "{count} experiments are shown");
 }
+
+/// A claim that nothing could refute is no claim: each experiment has a test with made-up data that should refute it.
+#[test]
+fn every_experiment_is_refuted_by_made_up_data_in_a_test() {
+    for name in binaries() {
+        let mut sources = vec![page(&format!("experiments/src/{name}.rs"))];
+        if let Ok(folder) = std::fs::read_dir(root().join("experiments/src").join(&name)) {
+            sources.extend(folder.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap()));
+        }
+        let tests = sources.iter().filter_map(|source| source.split_once("#[cfg(test)]").map(|(_, tests)| tests));
+        let found = tests.into_iter().any(|tests| tests.contains("made_up") && tests.contains("#[test]"));
+        assert!(found, "{name}: a test in which made_up data refute the claim");
+    }
+}

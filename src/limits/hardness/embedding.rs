@@ -12,7 +12,8 @@
 //!
 //! The adapter is LoRA's start on the query projection: B_Q = 0, and A_Q picks the last coordinate so that K A_Q^T is 1 on dummies
 //! and 0 on real keys. With G = 1, (dS K A_Q^T)_i = -O_i (1 - O_i), and as the last column of X_Q is Gamma throughout, the last row of
-//! dB_Q is -beta Gamma sum_i O_i (1 - O_i): the gradient alone tells.
+//! dB_Q is -beta Gamma sum_i O_i (1 - O_i): the gradient alone tells. With the papers' squared loss and Y = 0 the upstream gradient
+//! is O itself, and O_i (1 - O_i) becomes O_i^2 (1 - O_i) ([`Form`]).
 
 use super::instance::{BITS, Instance, NEAR, NULL_DISTANCE, WEIGHTS};
 use crate::attention::problem::{Adapter, Hidden, Projection, Source};
@@ -23,6 +24,30 @@ use ndarray::{Array2, s};
 
 /// Width of queries and keys.
 pub const HEAD_DIM: usize = 2 * BITS;
+
+/// The loss of a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// G = 1, given.
+    Given,
+    /// 1/2 ||O - Y||^2 with Y = 0, as \[AS24\] and \[CL-LoRA\] have it: G = O.
+    Squared,
+}
+
+impl Form {
+    /// p in O^p (1 - O): what a row adds to the gradient.
+    pub fn power(self) -> i32 {
+        match self {
+            Form::Given => 1,
+            Form::Squared => 2,
+        }
+    }
+
+    /// O^p (1 - O).
+    pub fn of_row(self, output: f64) -> f64 {
+        output.powi(self.power()) * (1.0 - output)
+    }
+}
 
 /// Everything that the size of an instance and Gamma settle.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,7 +115,7 @@ impl Embedding {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`] for an instance of another size.
-    pub fn head<T: Real>(&self, instance: &Instance) -> Result<AttentionProblem<T>> {
+    pub fn head<T: Real>(&self, instance: &Instance, form: Form) -> Result<AttentionProblem<T>> {
         let n = self.size;
         if instance.queries.len() != n || instance.keys.len() != n {
             let got = (instance.queries.len(), instance.keys.len());
@@ -121,7 +146,10 @@ impl Embedding {
             },
             scaling: 1.0,
         }));
-        let upstream = Objective::UpstreamGradient(Array2::ones((n, 1)));
-        AttentionProblem::new(source, upstream, Mask::Full, SoftmaxKind::Standard, 1.0 / HEAD_DIM as f64)
+        let objective = match form {
+            Form::Given => Objective::UpstreamGradient(Array2::ones((n, 1))),
+            Form::Squared => Objective::Target(Array2::zeros((n, 1))),
+        };
+        AttentionProblem::new(source, objective, Mask::Full, SoftmaxKind::Standard, 1.0 / HEAD_DIM as f64)
     }
 }
