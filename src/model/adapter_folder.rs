@@ -97,6 +97,18 @@ impl<'a> Reader<'a> {
         self.file.names().any(holds)
     }
 
+    /// Takes tensors that mean nothing here.
+    pub(super) fn pass(&mut self, meaningless: impl Fn(&TensorFile, &str) -> bool) {
+        self.taken.extend(self.file.names().filter(|name| meaningless(self.file, name)).map(String::from));
+    }
+
+    /// A tensor of any shape.
+    pub(super) fn tensor<T: Real>(&mut self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
+        let found = self.file.tensor::<T>(name, reason)?;
+        self.taken.insert(name.to_string());
+        Ok(found)
+    }
+
     pub(super) fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
         self.file.malformed(format!("tensor {name}"), expected, found)
     }
@@ -272,6 +284,7 @@ impl<T: Real> Model<T> {
                 projection.method = Method::Lora(Lora::from_factors(spec, projection.shape(), a, b)?);
             }
         }
+        self.read_saved(&mut reader, &config)?;
         adapted += self.read_outside(&mut reader, &config)?;
         if adapted == 0 {
             return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
@@ -318,10 +331,12 @@ impl<T: Real> Model<T> {
             lm_head: parts.lm_head,
             biases: parts.biases,
             adapted_biases: parts.adapted_biases,
+            positions: parts.positions,
+            sinks: parts.sinks,
             ..Default::default()
         };
         if parts != held {
-            let requirement = "an adapter holds projections, biases, the embedding and the output projection only";
+            let requirement = "an adapter holds modules and biases, not all norms or all biases of experts";
             return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
         let mut writer = TensorWriter::new();
@@ -332,7 +347,7 @@ impl<T: Real> Model<T> {
             entries.extend(write_stacks(&mut writer, layer, &self.config, l)?);
             kind = kind.or((!entries.is_empty()).then_some(AdapterKind::Lora));
             for (p, projection) in layer.projections() {
-                if ExpertPart::of_projection(p).is_some() && matches!(projection.method, Method::Lora(_)) {
+                if projection.whole || p.is_expert() && matches!(projection.method, Method::Lora(_)) {
                     continue;
                 }
                 let prefix = module_prefix(&self.config, l, p);
@@ -365,13 +380,15 @@ impl<T: Real> Model<T> {
                 );
             }
         }
-        let beside = self.write_outside(&mut writer);
+        let mut beside = self.write_outside(&mut writer);
+        beside.saved.extend(self.write_saved(&mut writer)?);
         let outside = if beside.dora { AdapterKind::Dora } else { AdapterKind::Lora };
         let kind = kind.or((!beside.adapted.is_empty()).then_some(outside));
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
-        if !kind.is_peft() && (parts != TrainableParts::default() || !beside.adapted.is_empty()) {
+        let more = parts != TrainableParts::default() || !beside.adapted.is_empty() || !beside.saved.is_empty();
+        if !kind.is_peft() && more {
             return Err(Error::invalid(
                 "trainable",
                 format!("{parts:?}"),

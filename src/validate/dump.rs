@@ -18,7 +18,7 @@ use crate::model::options::Norm;
 use crate::model::{Batch, Model, Outside, Projection};
 use crate::tensor_file::TensorFile;
 use ndarray::Array2;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -293,7 +293,11 @@ impl Case {
 
 /// Refuses in words what the reference cannot imitate and the tensors' names betray.
 fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
-    let copies = |file: &TensorFile| file.names().find(|name| name.contains(".modules_to_save.")).map(str::to_string);
+    // PEFT writes biases under both names where all biases are trained too.
+    let alone = |file: &TensorFile, name: &str| {
+        name.contains(".modules_to_save.") && !file.contains(&name.replace(".modules_to_save.", "."))
+    };
+    let copies = |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
     let refuse = |file: &TensorFile, name: String| {
         let expected = "no copies of modules: modules_to_save is not supported yet; train the head as a LoRA target, or \
                         make it trainable with requires_grad_ and leave modules_to_save out";
@@ -378,7 +382,9 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
     };
     let mut parts = model.trainable;
     let mut whole = Vec::new();
-    for name in trained {
+    // What the adapter trains already is.
+    let already: BTreeSet<String> = model.trainable_names().into_iter().collect();
+    for name in trained.iter().filter(|name| !already.contains(*name)) {
         let projection = |tensor: &str| {
             let module = name.strip_suffix(tensor)?;
             let mut all =
@@ -393,6 +399,8 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
             parts.lm_head = true;
         } else if norm("weight", name) {
             parts.norms = true;
+        } else if projection(".bias").is_some_and(|(_, p)| p.is_expert()) {
+            parts.expert_biases = true;
         } else if norm("bias", name) || projection(".bias").is_some() {
             parts.biases = true;
         } else if (0..model.layers.len()).any(|l| options.sinks_name(l) == *name) {
