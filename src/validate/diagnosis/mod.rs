@@ -510,6 +510,10 @@ pub(super) fn diagnose(
         if !tested.settled() && measured.is_none() && !context.forward_wrong() {
             rows::test(&context, &mut tested)?;
         }
+        // In a half format a fault of the forward pass may show in the gradients alone.
+        if !tested.settled() && measured.is_none() && !context.forward_wrong() && context.coarse() {
+            forward::test(&context, &mut tested)?;
+        }
         if !tested.settled() && measured.is_none() {
             unjudged::test(&context, &mut tested)?;
         }
