@@ -54,6 +54,15 @@ pub fn is_lora(folder: &Path) -> Result<bool> {
     Ok(AdapterConfig::read(&folder.join(CONFIG))?.kind == AdapterKind::Lora)
 }
 
+/// Whether a tensor under the name that a copy of `modules_to_save` has in memory stands in the file under the module's own
+/// too: PEFT writes biases so where all biases are trained, with the adapter's name or without it.
+pub(crate) fn is_written_twice(file: &TensorFile, name: &str) -> bool {
+    name.split_once(".modules_to_save.").is_some_and(|(module, rest)| {
+        let inner = rest.split_once('.').map(|(_, inner)| inner);
+        [Some(rest), inner].into_iter().flatten().any(|rest| file.contains(&format!("{module}.{rest}")))
+    })
+}
+
 /// Reads tensors and remembers which were taken.
 pub(super) struct Reader<'a> {
     file: &'a TensorFile,

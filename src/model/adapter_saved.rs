@@ -3,7 +3,7 @@
 
 use super::adapter_config::AdapterConfig;
 use super::adapter_experts::ExpertPart;
-use super::adapter_folder::{CONFIG, PREFIX, Reader};
+use super::adapter_folder::{CONFIG, PREFIX, Reader, is_written_twice};
 use super::config::ModelConfig;
 use super::layer::Layer;
 use super::names::{HEAD_IN_MEMORY, Outside};
@@ -170,10 +170,7 @@ impl<T: Real> Model<T> {
             self.trainable.sinks = true;
         }
         // Where biases are trained too, PEFT writes those of the modules that the copies stand for.
-        reader.pass(|file, name| {
-            let copy = name.contains(".modules_to_save.") && file.contains(&name.replace(".modules_to_save.", "."));
-            copy || name.contains(".original_module.")
-        });
+        reader.pass(|file, name| name.contains(".original_module.") || is_written_twice(file, name));
         Ok(())
     }
 

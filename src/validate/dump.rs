@@ -12,7 +12,7 @@ use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
 use crate::error::{Error, Result};
-use crate::model::adapter_folder::AdapterKind;
+use crate::model::adapter_folder::{AdapterKind, is_written_twice};
 use crate::model::checkpoint::PackedPlaces;
 use crate::model::options::Norm;
 use crate::model::{Batch, Model, Outside, Projection};
@@ -120,6 +120,8 @@ pub struct Case {
     pub effort: Effort,
     /// Whether backward runs each layer's forward again instead of keeping its activations.
     pub recompute: bool,
+    /// Whether logits and hidden states alone are judged ([`Case::only_rows`]).
+    pub forward_only: bool,
     /// Whether faults below every tolerance are looked for; by the size of the step when absent.
     pub faint: Option<bool>,
     /// How several processes divided the step, if they did.
@@ -265,6 +267,7 @@ impl Case {
             input: None,
             effort,
             recompute: false,
+            forward_only: false,
             faint: None,
             distribution: None,
         })
@@ -293,14 +296,11 @@ impl Case {
 
 /// Refuses in words what the reference cannot imitate and the tensors' names betray.
 fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
-    // PEFT writes biases under both names where all biases are trained too.
-    let alone = |file: &TensorFile, name: &str| {
-        name.contains(".modules_to_save.") && !file.contains(&name.replace(".modules_to_save.", "."))
-    };
+    let alone = |file: &TensorFile, name: &str| name.contains(".modules_to_save.") && !is_written_twice(file, name);
     let copies = |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
     let refuse = |file: &TensorFile, name: String| {
-        let expected = "no copies of modules: modules_to_save is not supported yet; train the head as a LoRA target, or \
-                        make it trainable with requires_grad_ and leave modules_to_save out";
+        let expected = "modules under their own names, as save_pretrained and the recorder write the copies that \
+                        modules_to_save trains";
         Err(file.malformed(format!("tensor {name}"), expected, "a copy that modules_to_save trains"))
     };
     let weights = paths.model.join("model.safetensors");
