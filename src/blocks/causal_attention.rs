@@ -3,7 +3,9 @@
 use super::{numbers_mut, require_shape};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
-use crate::linalg::elementwise::{online_softmax_tile, scale_rows, softmax_backward_tile};
+use crate::linalg::attention_tile::{
+    OnlineSoftmax, ROW_STATISTICS, front, hide_future, key_tiles, softmax_backward_tile,
+};
 use crate::linalg::gemm::multiply;
 use crate::linalg::row_dots::row_dots;
 use crate::linalg::{Real, Scratch};
@@ -169,7 +171,7 @@ impl Visibility<'_> {
         query_start: usize,
         key_start: usize,
     ) {
-        mask_future(scores, query_start + self.ahead.min(shape.length), key_start);
+        hide_future(scores, query_start + self.ahead.min(shape.length), key_start);
         if self.window.is_some() || self.starts.is_some() {
             for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
                 let query = query_start + i;
@@ -199,26 +201,6 @@ fn split_heads<'a, T>(array: &'a mut Array2<T>, length: usize, head_dim: usize) 
         }
     }
     views
-}
-
-/// Sets entry (i, j) of a score tile to -inf where key `key_start + j` comes after query `query_start + i`.
-fn mask_future<T: Real>(scores: &mut ArrayViewMut2<T>, query_start: usize, key_start: usize) {
-    let width = scores.ncols();
-    if key_start + width <= query_start + 1 {
-        return;
-    }
-    let Some(entries) = scores.as_slice_mut() else { unreachable!("a tile of scores lies in one piece") };
-    for (i, row) in entries.chunks_exact_mut(width).enumerate() {
-        let visible = (query_start + i + 1).saturating_sub(key_start).min(width);
-        row[visible..].fill(T::neg_infinity());
-    }
-}
-
-fn tile_view<'a, T>(buffer: &'a mut [T], rows: usize, columns: usize) -> ArrayViewMut2<'a, T> {
-    match ArrayViewMut2::from_shape((rows, columns), &mut buffer[..rows * columns]) {
-        Ok(view) => view,
-        Err(_) => unreachable!("the slice has rows * columns entries"),
-    }
 }
 
 /// O = softmax(scale Q K^T + mask) V, the mask being `visible`, for every sequence and head; returns (O, log-sum-exp).
@@ -259,46 +241,30 @@ pub fn causal_attention_forward<T: Real>(
             rest = later;
         }
     }
-    let tiles = || (vec![T::zero(); QUERY_TILE * KEY_TILE], vec![T::zero(); QUERY_TILE * head_dim]);
-    tasks.into_par_iter().for_each_init(tiles, |(scores, sums), (index, start, mut out, lse)| {
+    let tiles = || [KEY_TILE, head_dim].map(|n| vec![T::zero(); QUERY_TILE * n]);
+    tasks.into_par_iter().for_each_init(tiles, |[scores, sums], (index, start, mut out, lse)| {
         let (batch, head) = (index / shape.heads, index % shape.heads);
         let rows = lse.len();
         let q = shape.head(&query, batch, head);
         let q = q.slice(s![start..start + rows, ..]);
         let k = shape.head(&key, batch, head / group);
         let v = shape.head(&value, batch, head / group);
-        let (mut maximum, mut sum) = ([T::neg_infinity(); QUERY_TILE], [T::zero(); QUERY_TILE]);
-        let mut factor = [T::one(); QUERY_TILE];
-        let last = visible.key_end(start + rows, length);
+        let mut statistics = [T::zero(); QUERY_TILE * ROW_STATISTICS];
+        let mut softmax = OnlineSoftmax::new(&mut statistics, rows, false);
+        let mut acc = front(sums, rows, head_dim);
         let begin = visible.key_start(start);
-        for key_start in (begin..last).step_by(KEY_TILE) {
-            let key_end = (key_start + KEY_TILE).min(last);
-            let mut tile = tile_view(scores, rows, key_end - key_start);
-            let keys = k.slice(s![key_start..key_end, ..]);
-            multiply(T::of(scoring.scale), &q, &keys.t(), T::zero(), &mut tile);
-            scoring.disturb(&mut tile, index, (start, key_start));
+        for keys in key_tiles(begin..visible.key_end(start + rows, length), KEY_TILE) {
+            let (first, range) = (keys.start == begin, s![keys.clone(), ..]);
+            let mut tile = front(scores, rows, keys.len());
+            multiply(T::of(scoring.scale), &q, &k.slice(range).t(), T::zero(), &mut tile);
+            scoring.disturb(&mut tile, index, (start, keys.start));
             scoring.apply_cap(&mut tile, None);
-            visible.hide(&mut tile, &shape, batch, start, key_start);
-            online_softmax_tile(tile.view_mut(), &mut maximum[..rows], &mut sum[..rows], &mut factor[..rows]);
-            let mut acc = tile_view(sums, rows, head_dim);
-            let keep = if key_start == begin { T::zero() } else { T::one() };
-            if key_start > begin {
-                scale_rows(acc.view_mut(), &factor[..rows]);
-            }
-            multiply(T::one(), &tile.view(), &v.slice(s![key_start..key_end, ..]), keep, &mut acc);
+            visible.hide(&mut tile, &shape, batch, start, keys.start);
+            softmax.absorb(tile.view_mut(), acc.view_mut(), first);
+            multiply(T::one(), &tile.view(), &v.slice(range), if first { T::zero() } else { T::one() }, &mut acc);
         }
-        let acc = tile_view(sums, rows, head_dim);
-        for i in 0..rows {
-            if !(sum[i] > T::zero()) && maximum[i] == T::neg_infinity() {
-                // No key at all: exp(s - inf) = 0 in backward.
-                out.row_mut(i).fill(T::zero());
-                lse[i] = T::infinity();
-                continue;
-            }
-            let inverse = T::one() / sum[i];
-            out.row_mut(i).zip_mut_with(&acc.row(i), |o, &a| *o = a * inverse);
-            lse[i] = maximum[i] + sum[i].ln();
-        }
+        softmax.finish(acc.view_mut(), lse);
+        out.assign(&acc);
     });
     cost.release(QUERY_TILE * (KEY_TILE + head_dim));
     Ok((output, log_sum_exp))
@@ -389,23 +355,21 @@ pub fn causal_attention_backward<T: Real>(
                 // dS comes out scaled.
                 delta.iter_mut().for_each(|d| *d *= scale);
                 let mut dq = dq.slice_mut(s![start..end, ..]);
-                let last = visible.key_end(end, length);
                 let begin = visible.key_start(start);
-                for key_start in (begin..last).step_by(KEY_TILE) {
-                    let key_end = (key_start + KEY_TILE).min(last);
-                    let (range, width) = (s![key_start..key_end, ..], key_end - key_start);
-                    let mut p = tile_view(scores, rows, width);
-                    let mut ds = tile_view(products, rows, width);
+                for keys in key_tiles(begin..visible.key_end(end, length), KEY_TILE) {
+                    let (key_start, width, range) = (keys.start, keys.len(), s![keys, ..]);
+                    let mut p = front(scores, rows, width);
+                    let mut ds = front(products, rows, width);
                     multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
                     scoring.disturb(&mut p, batch * shape.heads + head, (start, key_start));
                     if scoring.cap.is_some() {
-                        scoring.apply_cap(&mut p, Some(&mut tile_view(slopes, rows, width)));
+                        scoring.apply_cap(&mut p, Some(&mut front(slopes, rows, width)));
                     }
                     visible.hide(&mut p, &shape, batch, start, key_start);
                     multiply(scale, &g, &v.slice(range).t(), T::zero(), &mut ds);
                     softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
                     if scoring.cap.is_some() {
-                        ds *= &tile_view(slopes, rows, width);
+                        ds *= &front(slopes, rows, width);
                     }
                     multiply(T::one(), &p.t(), &g, first, &mut dv.slice_mut(range));
                     multiply(T::one(), &ds.t(), &q, first, &mut dk.slice_mut(range));

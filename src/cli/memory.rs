@@ -48,6 +48,9 @@ pub struct MemoryArgs {
     /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
+    /// The method, as PEFT writes it: an `adapter_config.json` or the folder that holds it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["method", "rank", "targets"])]
+    peft: Option<PathBuf>,
     /// Rows per forward pass
     #[arg(long, default_value_t = 8, value_parser = between::<1, { 1 << 20 }>)]
     batch: usize,
@@ -205,7 +208,12 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         checkpointing: args.checkpointing,
     };
     let trainer = args.trainer_shape();
-    let mut methods = if args.method.is_empty() { MethodName::ALL.to_vec() } else { args.method.clone() };
+    let given = args.peft.as_ref().map(|path| MethodParams::of_peft(path, &config)).transpose()?;
+    let mut methods = match &given {
+        Some(method) => vec![method.name],
+        None if args.method.is_empty() => MethodName::ALL.to_vec(),
+        None => args.method.clone(),
+    };
     if args.method.is_empty() && config.options.quantization.is_some() {
         methods.retain(|name| name.trains_beside_the_base());
     }
@@ -213,7 +221,8 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
     let mut rows = Vec::with_capacity(methods.len());
     for name in methods {
         let targets = if name == MethodName::S2ft { None } else { args.targets.clone() };
-        let method = MethodParams { rank: args.rank, targets, ..MethodParams::named(name) };
+        let by_flags = MethodParams { rank: args.rank, targets, ..MethodParams::named(name) };
+        let method = given.clone().unwrap_or(by_flags);
         within_numbers(&config, shape.batch, shape.length)?;
         let ours = predict(&config, &method, &shape)?;
         let theirs = match pytorch::predict(&config, &method, &trainer) {

@@ -9,7 +9,7 @@ use crate::linalg::Real;
 use crate::train::checkpoint;
 use crate::train::config::{Dtype, ModelSource, TrainConfig};
 use crate::train::memory::{StepShape, predict};
-use crate::train::method::MethodName;
+use crate::train::method::{MethodName, MethodParams};
 use crate::train::observe::{CsvLog, EvaluationRecord, Event, Observe, StopReason};
 use crate::train::preset;
 use crate::train::schedule::Decay;
@@ -34,6 +34,8 @@ Examples:
   peft-limits train --model runs/base/model --method paca --task lists -o runs/paca
   # a configuration file, some keys overridden
   peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora
+  # the settings of an adapter that PEFT trains
+  peft-limits train --model runs/base/model --peft adapter_config.json --task lists -o runs/lora
   # continue after Ctrl-C
   peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora --resume
 
@@ -76,6 +78,9 @@ pub struct TrainArgs {
     /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
+    /// The method, as PEFT writes it: an `adapter_config.json` or the folder that holds it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["method", "rank", "alpha", "targets"])]
+    peft: Option<PathBuf>,
     /// Task to train on (repeat for a mixture): arithmetic, modular, lists, recall, facts, text=FILE (UTF-8) or
     /// jsonl=FILE; when a checkpoint is fine-tuned, the other pretraining tasks are tested for forgetting
     #[arg(long = "task", value_name = "TASK")]
@@ -163,6 +168,9 @@ impl TrainArgs {
         set(&mut config.method.rank, self.rank);
         config.method.alpha = self.alpha.or(config.method.alpha);
         config.method.targets = self.targets.clone().or(config.method.targets);
+        if let Some(path) = &self.peft {
+            config.method = MethodParams::of_peft(path, &config.model.sizes()?)?;
+        }
         let run = &mut config.train;
         set(&mut run.steps, self.steps);
         set(&mut run.batch, self.batch);

@@ -1,4 +1,4 @@
-//! Element-wise kernels of softmax attention, compiled for the widest vectors the machine has.
+//! Element-wise kernels, compiled for the widest vectors the machine has.
 //!
 //! Each public function picks the instruction set at run time once per call, so a call should cover
 //! a whole tile. Sums and maxima run in [`LANES`] independent lanes: the result depends on the data
@@ -108,126 +108,10 @@ pub(crate) fn lane_total<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
 
 /// The entries of a row-major tile; a tile that is not contiguous is an internal error.
 #[track_caller]
-fn contiguous<'a, T>(tile: &'a mut ArrayViewMut2<T>) -> &'a mut [T] {
+pub(super) fn contiguous<'a, T>(tile: &'a mut ArrayViewMut2<T>) -> &'a mut [T] {
     match tile.as_slice_mut() {
         Some(entries) => entries,
         None => panic!("element-wise kernels work on row-major tiles"),
-    }
-}
-
-/// One tile of the online softmax: `scores` becomes exp(scores - m'), with m' the running maximum.
-///
-/// For each row i: m' = max(m_i, max_j s_ij), c = exp(m_i - m'), sum_i = c sum_i + sum_j exp(s_ij - m').
-/// `correction` receives c, by which the caller scales the row of its output accumulator.
-/// `scores` must be contiguous in row-major order.
-pub fn online_softmax_tile<T: Real>(
-    mut scores: ArrayViewMut2<T>,
-    row_maximum: &mut [T],
-    row_sum: &mut [T],
-    correction: &mut [T],
-) {
-    vectorized(OnlineSoftmax {
-        width: scores.ncols(),
-        scores: contiguous(&mut scores),
-        row_maximum,
-        row_sum,
-        correction,
-    });
-}
-
-struct OnlineSoftmax<'a, T> {
-    width: usize,
-    scores: &'a mut [T],
-    row_maximum: &'a mut [T],
-    row_sum: &'a mut [T],
-    correction: &'a mut [T],
-}
-
-impl<T: Real> Kernel for OnlineSoftmax<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self) {
-        let rows = self.scores.chunks_exact_mut(self.width.max(1));
-        for (((row, maximum), sum), factor) in rows.zip(self.row_maximum).zip(self.row_sum).zip(self.correction) {
-            let tile_maximum = row_max(row);
-            let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
-            // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
-            if updated == T::neg_infinity() {
-                row.fill(T::zero());
-                *factor = T::one();
-                continue;
-            }
-            *factor = (*maximum - updated).exp_nonpositive_lane();
-            *sum = *factor * *sum + row_exp_sum(row, updated);
-            *maximum = updated;
-        }
-    }
-}
-
-/// Multiplies row i of `output` by `factor[i]`, skipping factors that are exactly one.
-pub fn scale_rows<T: Real>(mut output: ArrayViewMut2<T>, factor: &[T]) {
-    vectorized(ScaleRows { width: output.ncols(), output: contiguous(&mut output), factor });
-}
-
-struct ScaleRows<'a, T> {
-    width: usize,
-    output: &'a mut [T],
-    factor: &'a [T],
-}
-
-impl<T: Real> Kernel for ScaleRows<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self) {
-        for (row, &f) in self.output.chunks_exact_mut(self.width.max(1)).zip(self.factor) {
-            if f < T::one() || f > T::one() {
-                for x in row {
-                    *x *= f;
-                }
-            }
-        }
-    }
-}
-
-/// Softmax backward on a tile: `scores` becomes p = exp(s - log_sum_exp), `upstream` (holding
-/// t = G V^T) becomes p (t - delta). Both tiles must be contiguous in row-major order.
-pub fn softmax_backward_tile<T: Real>(
-    mut scores: ArrayViewMut2<T>,
-    mut upstream: ArrayViewMut2<T>,
-    log_sum_exp: &[T],
-    delta: &[T],
-) {
-    let width = scores.ncols();
-    vectorized(SoftmaxBackward {
-        width,
-        scores: contiguous(&mut scores),
-        upstream: contiguous(&mut upstream),
-        log_sum_exp,
-        delta,
-    });
-}
-
-struct SoftmaxBackward<'a, T> {
-    width: usize,
-    scores: &'a mut [T],
-    upstream: &'a mut [T],
-    log_sum_exp: &'a [T],
-    delta: &'a [T],
-}
-
-impl<T: Real> Kernel for SoftmaxBackward<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run(self) {
-        let width = self.width.max(1);
-        let tiles = self.scores.chunks_exact_mut(width).zip(self.upstream.chunks_exact_mut(width));
-        for (((s_row, t_row), &lse), &d) in tiles.zip(self.log_sum_exp).zip(self.delta) {
-            for (s, t) in s_row.iter_mut().zip(t_row) {
-                let p = (*s - lse).exp_nonpositive_lane();
-                *s = p;
-                *t = p * (*t - d);
-            }
-        }
     }
 }
 
@@ -280,7 +164,6 @@ impl<T: Real> Kernel for ExpColumns<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ndarray::array;
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {
@@ -311,27 +194,6 @@ mod tests {
         assert!(1e3f64.exp_lane().is_infinite() && 89f32.exp_lane().is_infinite());
         assert_eq!(0f32.exp_lane().to_bits(), 1f32.to_bits());
         assert_eq!(0f64.exp_lane().to_bits(), 1f64.to_bits());
-    }
-
-    /// Softmax of log-integers has simple fractions: rows (ln 1, ln 2 | ln 5) sum to 8.
-    #[test]
-    fn online_softmax_of_log_integers() {
-        let (mut maximum, mut sum, mut factor) = ([f64::NEG_INFINITY], [0.0], [0.0]);
-        let mut first = array![[0.0, 2f64.ln()]];
-        online_softmax_tile(first.view_mut(), &mut maximum, &mut sum, &mut factor);
-        let mut second = array![[5f64.ln()]];
-        online_softmax_tile(second.view_mut(), &mut maximum, &mut sum, &mut factor);
-        assert!((sum[0] * maximum[0].exp() - 8.0).abs() < 1e-14);
-        assert!((factor[0] - 0.4).abs() < 1e-15, "2/5 rescales what came before");
-    }
-
-    #[test]
-    fn a_row_without_keys_stays_empty() {
-        let (mut maximum, mut sum, mut factor) = ([f32::NEG_INFINITY], [0.0f32], [0.0f32]);
-        let mut tile = array![[f32::NEG_INFINITY; 40]];
-        online_softmax_tile(tile.view_mut(), &mut maximum, &mut sum, &mut factor);
-        assert!(tile.iter().all(|x| x.to_bits() == 0));
-        assert_eq!((sum[0].to_bits(), factor[0].to_bits()), (0, 1f32.to_bits()));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One door to matrix products, element-wise kernels, decompositions, norms and Khatri-Rao products.
 
+pub mod attention_tile;
 pub mod decompositions;
 pub mod elementwise;
 pub mod gemm;

@@ -3,7 +3,7 @@
 use super::adapter_folder::{layer_prefix, write_factors};
 use super::config::ModelConfig;
 use super::layer::Layer;
-use super::parameters::Projection;
+use super::projection::Projection;
 use crate::adapters::Method;
 use crate::adapters::lora::{Lora, LoraSpec};
 use crate::error::{Error, Result};

@@ -1,6 +1,7 @@
 //! Attaching adaptation methods to a model's projections.
 
-use super::parameters::{Model, Projection};
+use super::parameters::Model;
+use super::projection::Projection;
 use crate::adapters::dora::Dora;
 use crate::adapters::lora::{Lora, LoraSpec};
 use crate::adapters::moslora::{MixerInit, Moslora};

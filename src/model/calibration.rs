@@ -1,7 +1,8 @@
 //! Activation and gradient norms on a few batches, by which sparse methods choose what to train.
 
 use super::batch::{Batch, StepOptions};
-use super::parameters::{Input, Model, Projection, TrainableParts};
+use super::parameters::{Model, TrainableParts};
+use super::projection::{Input, Projection};
 use crate::adapters::Method;
 use crate::adapters::selection::ColumnScores;
 use crate::cost::Cost;

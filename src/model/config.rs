@@ -1,7 +1,7 @@
 //! Model sizes: the keys of a Hugging Face `config.json`, resolved and checked.
 
 use super::options::{Family, Norm, Options, QueryKeyNorm};
-use super::parameters::Projection;
+use super::projection::Projection;
 use crate::blocks::rope::Scaling;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};

@@ -10,8 +10,8 @@
 use super::instruments::Point;
 use super::layer::{LayerNeeds, take};
 use super::options::Experts;
-use super::parameters::Projection;
 use super::projecting::{Projecting, Unprojecting, join_parts, split_parts};
+use super::projection::Projection;
 use crate::adapters::InputNeed;
 use crate::error::Result;
 use crate::ops::{Choice, InputGradient, Ops};

@@ -2,7 +2,7 @@
 
 use super::config::{Keys, Sizes};
 use super::options::{Experts, MlpKind, Options, Placement, QkvStorage, QueryKeyNorm, Source};
-use super::parameters::Projection;
+use super::projection::Projection;
 use super::quantized::Quantization;
 use crate::blocks::rope::{Rotary, Scaling};
 use crate::blocks::swiglu::Activation;

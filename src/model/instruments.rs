@@ -1,7 +1,7 @@
 //! Looking into a step, and changing it, at named points: how validation records hidden states, imitates the rounding
 //! of a trainer's precision, and computes what a known fault would give.
 
-use super::parameters::Projection;
+use super::projection::Projection;
 use crate::blocks::causal_attention::ScoreErrors;
 use crate::error::Result;
 use crate::ops::{Cpu, Ops};

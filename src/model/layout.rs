@@ -5,7 +5,7 @@ use super::checkpoint::Shards;
 use super::config::ModelConfig;
 use super::layer::Layer;
 use super::options::Family;
-use super::parameters::Projection;
+use super::projection::Projection;
 use super::quantized;
 use crate::adapters::{AdaptedLinear, BaseWeight, Method};
 use crate::blocks::numbers_mut;

@@ -3,8 +3,8 @@
 use super::instruments::Point;
 use super::layer::{LayerNeeds, take};
 use super::options::MlpKind;
-use super::parameters::Projection;
 use super::projecting::{Projecting, Unprojecting, join_parts, split_parts};
+use super::projection::Projection;
 use crate::error::Result;
 use crate::ops::{InputGradient, Ops};
 

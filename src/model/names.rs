@@ -1,7 +1,7 @@
 //! Names of a family's modules, as its checkpoints, PEFT and PyTorch use them.
 
 use super::options::{Family, Norm, Options, Placement, QueryKeyNorm};
-use super::parameters::Projection;
+use super::projection::Projection;
 use std::borrow::Cow;
 
 /// Transformers' name of every family's output projection in memory.

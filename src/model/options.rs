@@ -21,7 +21,7 @@
 //! | `gpt_neox` | layer norms, attention and MLP in parallel, a share of each head rotated |
 
 pub use super::families::Family;
-use super::parameters::Projection;
+use super::projection::Projection;
 use super::quantized::Quantization;
 use crate::blocks::rope::Rotary;
 use crate::blocks::swiglu::Activation;

@@ -4,7 +4,7 @@ use super::instruments::Masked;
 use super::layer::{Context, LayerOn};
 use super::norm::NormInput;
 use super::options::Norm;
-use super::parameters::Projection;
+use super::projection::Projection;
 use crate::error::{Error, Result};
 use crate::ops::{InputGradient, Ops};
 use std::collections::BTreeMap;

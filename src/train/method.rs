@@ -6,14 +6,16 @@ use crate::adapters::nf4::Nf4Matrix;
 use crate::adapters::paca::PacaSpec;
 use crate::adapters::selection::{ColumnRule, Order, Score};
 use crate::adapters::spft::SpftSpec;
+use crate::adapters::stored::AdapterKind;
 use crate::adapters::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::s2ft::{S2ftSpec, Scope};
-use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, ModelConfig, Projection};
+use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, ModelConfig, PeftSettings, Projection};
 use crate::streams::generator;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Names of the methods.
@@ -162,6 +164,28 @@ impl MethodParams {
     /// A method with default settings.
     pub fn named(name: MethodName) -> Self {
         Self { name, ..Self::default() }
+    }
+
+    /// What an `adapter_config.json` (the file or its folder) asks for: LoRA, DoRA or MosLoRA, the same in every layer.
+    ///
+    /// # Errors
+    /// As [`PeftSettings::read`].
+    pub fn of_peft(path: &Path, config: &ModelConfig) -> Result<Self> {
+        let file = if path.is_dir() { path.join("adapter_config.json") } else { path.to_path_buf() };
+        let PeftSettings { kind, spec, true_derivative, targets } = PeftSettings::read(&file, config)?;
+        let name = match kind {
+            AdapterKind::Dora => MethodName::Dora,
+            AdapterKind::Moslora => MethodName::Moslora,
+            _ => MethodName::Lora,
+        };
+        Ok(Self {
+            rank: spec.rank,
+            alpha: Some(spec.alpha),
+            rank_stabilized: spec.rank_stabilized,
+            true_derivative,
+            targets: Some(targets),
+            ..Self::named(name)
+        })
     }
 
     /// The target projections of a model, in the order in which they are updated. By default all but experts and their
@@ -334,6 +358,43 @@ mod tests {
         assert!(matches!(mixed.projections(&config), Err(Error::InvalidParam { value, .. }) if value == "all-linear"));
         let bad = MethodParams { targets: Some(vec!["w_proj".into()]), ..Default::default() };
         assert!(bad.projections(&config).unwrap_err().to_string().contains("down_proj"));
+    }
+
+    /// The same settings by PEFT's file and by hand; what a new adapter cannot have is refused by its key.
+    #[test]
+    fn a_method_as_peft_writes_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = preset("nano").unwrap();
+        let read = |text: &str| {
+            std::fs::write(folder.path().join("adapter_config.json"), text).unwrap();
+            MethodParams::of_peft(folder.path(), &config)
+        };
+        let text = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": true, "use_dora": true,
+            "target_modules": ".*self_attn\\.[qv]_proj"}"#;
+        let by_hand = MethodParams {
+            rank: 4,
+            alpha: Some(8.0),
+            rank_stabilized: true,
+            targets: Some(vec!["q_proj".into(), "v_proj".into()]),
+            ..MethodParams::named(MethodName::Dora)
+        };
+        assert_eq!(read(text).unwrap(), by_hand);
+        let all = read(r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}"#).unwrap();
+        assert_eq!(all.projections(&config).unwrap(), Projection::ALL);
+        for (key, value) in [
+            ("lora_dropout", "0.1"),
+            ("rank_pattern", r#"{"q_proj": 2}"#),
+            ("layers_to_transform", "[0]"),
+            ("modules_to_save", r#"["lm_head"]"#),
+            ("init_lora_weights", r#""pissa""#),
+            ("bias", r#""all""#),
+        ] {
+            let text = format!(
+                r#"{{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "{key}": {value}}}"#
+            );
+            let error = read(&text).unwrap_err().to_string();
+            assert!(error.contains(&format!("key {key}")), "{error}");
+        }
     }
 
     #[test]

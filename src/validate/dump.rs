@@ -83,6 +83,8 @@ pub struct Setting {
     pub row_lengths: Option<Vec<usize>>,
     /// Whether the step is judged from the recorded gradient of the loss on, whatever the loss is.
     pub from_upstream: bool,
+    /// The recorded loss was maximized: loss and gradients are minus the recorded ones.
+    pub maximized: bool,
 }
 
 /// Everything that validation needs.
@@ -214,7 +216,14 @@ impl Case {
             z_loss: loss.z_loss,
             weights: token_weights(&file, batch.labels.dim())?,
         };
-        let mut trainer = read_trainer(&file, loss.scale, &model, batch.tokens())?;
+        let mut optimizer = manifest.and_then(|m| m.optimizer.clone());
+        // A loss that is maximized is minus the reference's: from here on it is the one that falls.
+        let negated = optimizer.as_ref().is_some_and(OptimizerRecord::maximizes) && recorded_loss(&file)? < Some(0.0);
+        if let Some(record) = optimizer.as_mut().filter(|_| negated) {
+            record.groups.iter_mut().for_each(|group| group.maximize = false);
+        }
+        let sign = if negated { -1.0 } else { 1.0 };
+        let mut trainer = read_trainer(&file, (sign, loss.scale), &model, batch.tokens())?;
         let of_adapter: Vec<String> = match kind {
             Some(_) => model.trainable_names(),
             None => Vec::new(),
@@ -248,6 +257,7 @@ impl Case {
             own_forward: manifest.and_then(|m| m.check.clone()),
             row_lengths: row_lengths(&file, batch.input_ids.dim())?,
             from_upstream: false,
+            maximized: negated,
         };
         let effort = Effort::of(&model.config, batch.tokens());
         Ok(Self {
@@ -257,7 +267,7 @@ impl Case {
             batch,
             loss,
             objective,
-            optimizer: manifest.and_then(|m| m.optimizer.clone()),
+            optimizer,
             trained,
             rounding,
             quantized,
@@ -446,19 +456,22 @@ fn projection_named(model: &Model<f64>, module: &str) -> Option<(usize, Projecti
     whole.or_else(|| <[Projection; 1]>::try_from(named).ok().map(|[p]| p)).map(|p| (layer, p))
 }
 
-fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize) -> Result<Trainer> {
+fn recorded_loss(file: &TensorFile) -> Result<Option<f64>> {
+    if !file.contains("loss") {
+        return Ok(None);
+    }
+    Ok(file.raw_tensor::<f64>("loss", "the loss")?.1.first().copied())
+}
+
+fn read_trainer(file: &TensorFile, (sign, scale): (f64, f64), model: &Model<f64>, tokens: usize) -> Result<Trainer> {
     let config = &model.config;
-    let mut trainer = Trainer::default();
+    let mut trainer = Trainer { loss: recorded_loss(file)?.map(|loss| sign * loss), ..Trainer::default() };
     for name in file.names() {
         let (group, raw) = match name.split_once('.') {
             Some((group, raw)) => (group, raw),
             None => match name {
-                "loss" => {
-                    trainer.loss = file.raw_tensor::<f64>("loss", "the loss")?.1.first().copied();
-                    continue;
-                }
                 "dlogits" | "dfinal" => {
-                    let values = observed(file, name, 1.0 / scale)?.values;
+                    let values = observed(file, name, sign / scale)?.values;
                     let (rows, width) = values.dim();
                     let known = if name == "dlogits" { config.vocab_size } else { config.hidden_size };
                     if rows != tokens || width != known {
@@ -483,7 +496,11 @@ fn read_trainer(file: &TensorFile, scale: f64, model: &Model<f64>, tokens: usize
                 _ => continue,
             },
         };
-        let factor = if group == "grad" { 1.0 / scale } else { 1.0 };
+        let factor = match group {
+            "grad" => sign / scale,
+            "applied" => sign,
+            _ => 1.0,
+        };
         let target = match group {
             "grad" => &mut trainer.gradients,
             "applied" => &mut trainer.applied,

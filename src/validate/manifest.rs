@@ -120,9 +120,10 @@ pub struct ParameterGroup {
     pub weight_decay: f64,
     /// Momentum of SGD.
     pub momentum: f64,
+    /// The update ascends: the gradient is negated first.
+    pub maximize: bool,
     /// Variants that are not implemented here.
     amsgrad: bool,
-    maximize: bool,
     nesterov: bool,
     dampening: f64,
 }
@@ -165,6 +166,11 @@ impl OptimizerRecord {
         Self { kind: kind.into(), steps_before: 0, groups: vec![group] }
     }
 
+    /// Whether every group ascends.
+    pub fn maximizes(&self) -> bool {
+        !self.groups.is_empty() && self.groups.iter().all(|group| group.maximize)
+    }
+
     /// The settings of a group as this crate's optimizer takes them, or why it does not have them.
     pub fn params(&self, group: &ParameterGroup) -> std::result::Result<OptimizerParams, String> {
         let kind = match self.kind.as_str() {
@@ -174,12 +180,9 @@ impl OptimizerRecord {
             "adam" => return Err("Adam with coupled weight decay is not implemented".into()),
             other => return Err(format!("optimizer {other} is not implemented (adamw, adam, sgd)")),
         };
-        for (name, on) in [
-            ("amsgrad", group.amsgrad),
-            ("maximize", group.maximize),
-            ("nesterov", group.nesterov),
-            ("dampening", group.dampening.abs() > 0.0),
-        ] {
+        for (name, on) in
+            [("amsgrad", group.amsgrad), ("nesterov", group.nesterov), ("dampening", group.dampening.abs() > 0.0)]
+        {
             if on {
                 return Err(format!("{} with {name} is not implemented", self.kind));
             }

@@ -47,6 +47,9 @@ pub(super) fn list(case: &Case) -> Vec<(&'static str, String)> {
     if case.loss.z_loss.abs() > 0.0 {
         loss.push(format!("z-loss {}", case.loss.z_loss));
     }
+    if case.trainer.setting.maximized {
+        loss.push("minus the recorded one, which the optimizer maximizes".into());
+    }
     if (case.loss.scale - 1.0).abs() > 0.0 {
         loss.push(format!("scaled by {}", case.loss.scale));
     }

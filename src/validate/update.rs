@@ -57,7 +57,8 @@ pub(super) fn change(
     optimizer.begin_step();
     let mut values: Vec<f64> = before.iter().copied().collect();
     let gradient: Vec<f64> = gradient.iter().copied().collect();
-    optimizer.update(name, &mut values, &gradient, lr, 1.0)?;
+    let ascends = group_of(record, name).is_some_and(|group| group.maximize);
+    optimizer.update(name, &mut values, &gradient, lr, if ascends { -1.0 } else { 1.0 })?;
     let after = Array2::from_shape_vec(before.dim(), values).unwrap_or_else(|_| before.clone());
     Ok(after - before)
 }

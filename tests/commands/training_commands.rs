@@ -280,6 +280,35 @@ fn memory_of_a_7b_model_is_predicted_from_its_config() {
     );
 }
 
+/// PEFT's file says the same as flags, to `train` and to `memory`.
+#[test]
+fn a_method_may_come_from_pefts_file() {
+    let (folder, run) = workspace("");
+    let peft = folder.path().join("adapter_config.json");
+    let settings = r#"{"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}"#;
+    std::fs::write(&peft, settings).unwrap();
+    let [base, by_file, by_flags, out] = ["base", "file", "flags", "refused"].map(|name| folder.path().join(name));
+    succeeded(&train(&run, &base, &[]));
+    let base = base.join("model");
+    let tune = |out: &Path, more: &[&str]| train(&run, out, &[&["--model", text(&base)], more].concat());
+    succeeded(&tune(&by_file, &["--peft", text(&peft)]));
+    let flags = ["--method", "lora", "--rank", "3", "--alpha", "5", "--targets", "q_proj,down_proj"];
+    succeeded(&tune(&by_flags, &flags));
+    let [ours, theirs] =
+        [&by_file, &by_flags].map(|out| std::fs::read(out.join("adapter").join("adapter_model.safetensors")).unwrap());
+    assert!(ours == theirs, "one seed and one method give one adapter");
+    let config = folder.path().join("tiny.json");
+    let memory = |more: &[&str]| {
+        let outcome = peft_limits(&[&["memory", "--config", text(&config), "--json"], more].concat());
+        succeeded(&outcome);
+        stdout(&outcome)
+    };
+    let flags = ["--method", "lora", "--rank", "3", "--targets", "q_proj,down_proj"];
+    assert_eq!(memory(&["--peft", text(folder.path())]), memory(&flags));
+    std::fs::write(&peft, settings.replace("\"r\"", "\"lora_dropout\": 0.1, \"r\"")).unwrap();
+    refused(&tune(&out, &["--peft", text(&peft)]), &out, &["adapter_config.json", "lora_dropout", "0.1"]);
+}
+
 #[test]
 fn memory_refuses_what_cannot_be() {
     let folder = tempfile::tempdir().unwrap();

@@ -11,7 +11,8 @@ use super::super::adapter_config::{AdapterConfig, AdapterKind, Beside, compose, 
 use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices};
 use super::super::config::ModelConfig;
 use super::super::names::Outside;
-use super::super::parameters::{Model, Projection};
+use super::super::parameters::Model;
+use super::super::projection::Projection;
 use super::{ModelUpdate, Switchable};
 use crate::adapters::Method;
 use crate::adapters::lora::LoraSpec;

@@ -2,7 +2,8 @@
 
 use super::super::batch::Batch;
 use super::super::instruments::Instruments;
-use super::super::parameters::{Model, Projection};
+use super::super::parameters::Model;
+use super::super::projection::Projection;
 use super::ModelUpdate;
 use crate::adapters::update::WeightUpdate;
 use crate::blocks::linear::linear_forward;

@@ -18,7 +18,8 @@ mod switch;
 
 use super::names::Outside;
 use super::options::Norm;
-use super::parameters::{Model, Projection, TrainableParts};
+use super::parameters::{Model, TrainableParts};
+use super::projection::Projection;
 use super::s2ft::original_places;
 use crate::adapters::Method;
 use crate::adapters::lora::Lora;

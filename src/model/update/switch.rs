@@ -1,6 +1,7 @@
 //! One model, many adapters, one in place at a time.
 
-use super::super::parameters::{Model, Projection};
+use super::super::parameters::Model;
+use super::super::projection::Projection;
 use super::{ModelUpdate, plain_weight, require_plain};
 use crate::adapters::update::{SlicePlace, WeightUpdate};
 use crate::cost::Cost;

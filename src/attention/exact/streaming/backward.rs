@@ -1,11 +1,12 @@
 //! Pass 2: scores again, and the products with dS and P^T tile by tile (\[FA2\] backward).
 
-use super::pass::{Pass, front};
+use super::pass::Pass;
 use crate::cost::Cost;
 use crate::linalg::Real;
-use crate::linalg::elementwise::softmax_backward_tile;
+use crate::linalg::attention_tile::{front, key_tiles, softmax_backward_tile};
 use crate::linalg::tile::{Padded, SKINNY, add_transposed_times_tile, tile_times};
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, Axis, parallel::prelude::*, s};
+use std::ops::Range;
 
 /// What pass 2 reads besides [`Pass`].
 pub(crate) struct Sides<'a, T> {
@@ -109,9 +110,8 @@ fn backward_tile<T: Real>(
     let delta = sides.delta.slice(s![range]).to_vec();
     let visible = pass.visible_keys(first, rows);
     workspace.key_side.slice_mut(s![..visible.div_ceil(pass.tile.keys), .., ..]).fill(T::zero());
-    let mut start = 0;
-    while start < visible {
-        let end = (start + pass.tile.keys).min(visible);
+    for keys in key_tiles(0..visible, pass.tile.keys) {
+        let Range { start, end } = keys;
         let mut p = front(&mut workspace.scores, rows, end - start);
         let mut ds = front(&mut workspace.upstream, rows, end - start);
         pass.scores(first, query, start..end, &mut p, &mut cost);
@@ -137,7 +137,6 @@ fn backward_tile<T: Real>(
             add_transposed_times_tile(value_left.slice(s![slab.clone(), ..]), p, value.view_mut(), &mut cost);
             at = slab.end;
         }
-        start = end;
     }
     cost
 }

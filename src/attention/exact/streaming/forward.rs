@@ -1,11 +1,11 @@
 //! Pass 1: the online softmax over the key tiles of each query tile.
 
-use super::pass::{Pass, front};
+use super::pass::Pass;
 use crate::attention::contraction::side_by_side;
 use crate::attention::problem::SoftmaxKind;
 use crate::cost::Cost;
 use crate::linalg::Real;
-use crate::linalg::elementwise::{online_softmax_tile, scale_rows};
+use crate::linalg::attention_tile::{OnlineSoftmax, ROW_STATISTICS, front, key_tiles};
 use crate::linalg::tile::{Padded, tile_times};
 use ndarray::{Array1, Array2, ArrayView2, Axis, parallel::prelude::*, s};
 use std::sync::Mutex;
@@ -29,7 +29,7 @@ pub(crate) fn forward<T: Real>(pass: &Pass<T>, value_right: ArrayView2<T>, cost:
     let mut log_sum_exp = Array1::<T>::zeros(queries);
     cost.hold(2 * output.len() + values.len() + queries);
     let threads = rayon::current_num_threads();
-    let workspace = tile.queries * (tile.keys + 3);
+    let workspace = tile.queries * (tile.keys + ROW_STATISTICS);
     (0..threads).for_each(|_| cost.hold(workspace));
     // At most one buffer a thread, reused from tile to tile.
     let pool: Mutex<Vec<Vec<T>>> = Mutex::new(Vec::new());
@@ -45,33 +45,16 @@ pub(crate) fn forward<T: Real>(pass: &Pass<T>, value_right: ArrayView2<T>, cost:
             let rows = query.nrows();
             let first = index * tile.queries;
             let (scores, statistics) = buffer.split_at_mut(tile.queries * tile.keys);
-            let (maximum, rest) = statistics.split_at_mut(tile.queries);
-            let (sum, correction) = rest.split_at_mut(tile.queries);
-            let (maximum, sum, correction) = (&mut maximum[..rows], &mut sum[..rows], &mut correction[..rows]);
-            // `One` starts with the extra score 0: maximum 0, sum exp(0 - 0).
-            let one = pass.softmax == SoftmaxKind::One;
-            maximum.fill(if one { T::zero() } else { T::neg_infinity() });
-            sum.fill(if one { T::one() } else { T::zero() });
-            let visible = pass.visible_keys(first, rows);
-            let mut start = 0;
-            while start < visible {
-                let end = (start + tile.keys).min(visible);
-                let mut p = front(scores, rows, end - start);
-                pass.scores(first, query, start..end, &mut p, &mut cost);
-                online_softmax_tile(p.view_mut(), maximum, sum, correction);
-                cost.exponentials += (rows * (end - start)) as u64;
-                cost.elementwise += 3 * (rows * (end - start)) as u64;
-                if start > 0 {
-                    scale_rows(out.view_mut(), correction);
-                }
-                tile_times(p.view(), &values, start..end, start > 0, out.view_mut(), &mut cost);
-                start = end;
+            let mut softmax = OnlineSoftmax::new(statistics, rows, pass.softmax == SoftmaxKind::One);
+            for keys in key_tiles(0..pass.visible_keys(first, rows), tile.keys) {
+                let mut p = front(scores, rows, keys.len());
+                pass.scores(first, query, keys.clone(), &mut p, &mut cost);
+                softmax.absorb(p.view_mut(), out.view_mut(), keys.start == 0);
+                cost.exponentials += p.len() as u64;
+                cost.elementwise += 3 * p.len() as u64;
+                tile_times(p.view(), &values, keys.clone(), keys.start > 0, out.view_mut(), &mut cost);
             }
-            for i in 0..rows {
-                lse[i] = maximum[i] + sum[i].ln();
-                correction[i] = T::one() / sum[i];
-            }
-            scale_rows(out, correction);
+            softmax.finish(out, &mut lse);
             if let Ok(mut pool) = pool.lock() {
                 pool.push(buffer);
             }

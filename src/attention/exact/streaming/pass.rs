@@ -4,8 +4,9 @@ use super::Tile;
 use crate::attention::problem::{Mask, SoftmaxKind};
 use crate::cost::Cost;
 use crate::linalg::Real;
+use crate::linalg::attention_tile::hide_future;
 use crate::linalg::tile::{Padded, tile_times};
-use ndarray::{ArrayView2, ArrayViewMut2, Axis, parallel::prelude::*, s};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, parallel::prelude::*};
 
 /// What both passes read.
 pub(crate) struct Pass<'a, T> {
@@ -67,11 +68,8 @@ impl<'a, T: Real> Pass<'a, T> {
     ) {
         let right = &self.key_transposed[keys.start / self.tile.keys];
         tile_times(query, right, 0..query.ncols(), false, out.view_mut(), cost);
-        if self.mask == Mask::Causal && keys.end > first {
-            for (i, mut row) in out.rows_mut().into_iter().enumerate() {
-                let visible = (first + i + 1).saturating_sub(keys.start).min(row.len());
-                row.slice_mut(s![visible..]).fill(T::neg_infinity());
-            }
+        if self.mask == Mask::Causal {
+            hide_future(out, first, keys.start);
         }
     }
 }
@@ -79,10 +77,4 @@ impl<'a, T: Real> Pass<'a, T> {
 /// The transposes of the tiles of keys.
 fn transposed_tiles<T: Real>(a: ArrayView2<T>, keys: usize) -> Vec<Padded<T>> {
     a.axis_chunks_iter(Axis(0), keys).into_par_iter().map(|tile| Padded::new(tile.t())).collect()
-}
-
-/// Contiguous `rows x columns` view of the front of a buffer.
-pub(super) fn front<T: Real>(buffer: &mut [T], rows: usize, columns: usize) -> ArrayViewMut2<'_, T> {
-    ArrayViewMut2::from_shape((rows, columns), &mut buffer[..rows * columns])
-        .unwrap_or_else(|_| unreachable!("sizes multiply"))
 }
