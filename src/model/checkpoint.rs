@@ -51,11 +51,12 @@ impl Shards {
         };
         let mut names = BTreeSet::new();
         for (tensor, file) in map {
-            match file.as_str().filter(|name| !name.contains(['/', '\\'])) {
+            let there = |name: &&str| !name.contains(['/', '\\']) && folder.join(name).is_file();
+            match file.as_str().filter(there) {
                 Some(name) => names.insert(name.to_string()),
                 None => {
                     let field = format!("weight_map.{tensor}");
-                    return Err(Error::format(&index, field, "a file name in the same folder", file.to_string()));
+                    return Err(Error::format(&index, field, "a file that is in the same folder", file.to_string()));
                 }
             };
         }

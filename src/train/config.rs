@@ -64,11 +64,16 @@ impl ModelSource {
     /// The sizes.
     ///
     /// # Errors
-    /// As [`preset`] or [`ModelConfig::read`].
+    /// [`Error::InvalidParam`] naming the key if nothing is there; as [`preset`] or [`ModelConfig::read`].
     pub fn sizes(&self) -> Result<ModelConfig> {
+        let absent = |key: &str, path: &Path, what: &str| {
+            Error::invalid(format!("model.{key}"), path.display(), format!("must be {what} that exists"))
+        };
         match self {
             Self::Preset(name) => preset(name),
+            Self::Config(path) if !path.exists() => Err(absent("config", path, "a config.json")),
             Self::Config(path) => ModelConfig::read(path),
+            Self::Path(folder) if !folder.exists() => Err(absent("path", folder, "a checkpoint folder")),
             Self::Path(folder) => ModelConfig::read(&folder.join("config.json")),
         }
     }

@@ -129,6 +129,13 @@ pub const SCALE_MULTIPLE: f64 = 6.0;
 
 /// Climbs every rung of a case.
 pub fn climb(case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<Rung> {
+    let mut rungs = climb_of_step(case, exact, rounded);
+    rungs.extend([applied::rung(case), update::rung(case)]);
+    rungs
+}
+
+/// Without the optimizer's rungs, which no reference changes.
+pub(super) fn climb_of_step(case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<Rung> {
     let gradients = gradients(case, exact, rounded);
     let scale = gradient_factor(case, &gradients);
     vec![
@@ -138,8 +145,6 @@ pub fn climb(case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<Rung> {
         hidden(case, exact, rounded),
         gradients,
         scale,
-        applied::rung(case),
-        update::rung(case),
     ]
 }
 
@@ -196,7 +201,7 @@ fn rows_measure(
     rounded: &ndarray::Array2<f64>,
 ) -> Measure {
     let rows = case.real_rows();
-    if got.values.dim() != exact.dim() {
+    if got.values.dim() != exact.dim() || rows.len() == exact.nrows() {
         return measure(name, &got.values, exact, rounded, unit(case), 1.0);
     }
     let of = |a| select_rows(a, &rows);

@@ -11,8 +11,8 @@
 //! A tensor passes when its share is at most 1. `tests/validation.rs` records the shares of clean dumps.
 
 use super::precision::Precision;
-use crate::linalg::norms::frobenius;
-use ndarray::Array2;
+use ndarray::{Array2, s};
+use rayon::prelude::*;
 use serde::Serialize;
 
 /// M: how many times the rounding gap a trainer may be off. Another order of the same sums, and rounding inside fused
@@ -99,38 +99,123 @@ pub fn measure(
     if got.dim() != exact.dim() || rounded.dim() != exact.dim() {
         return m;
     }
-    let norm = frobenius(&exact.view());
+    let Sums { exact: norm, got: got_norm, noise: noise_norm, gap: gap_norm, along, noise_along, peaks } =
+        sums(got, exact, rounded);
     let norm = if norm > ZERO * scale { norm } else { 0.0 };
     let unit = if norm > 0.0 { norm } else { scale };
-    let noise = rounded - exact;
-    let noise_norm = frobenius(&noise.view());
-    let noise_rms = noise_norm / (noise.len().max(1) as f64).sqrt();
+    let noise_rms = noise_norm / (exact.len().max(1) as f64).sqrt();
     m.rounding = noise_norm / unit;
     m.tolerance = (MULTIPLE * m.rounding + floor).min(LARGEST_TOLERANCE);
-    let mut worst = -1.0;
-    for ((i, j), &g) in got.indexed_iter() {
-        let r = exact[[i, j]];
-        let gap = (g - r).abs();
-        if !gap.is_finite() {
-            m.worst = Some((i, j, g, r));
-            return m;
-        }
-        if gap > worst {
-            worst = gap;
-            m.worst = Some((i, j, g, r));
-        }
+    m.worst = peaks.at.map(|(i, j)| (i, j, got[[i, j]], exact[[i, j]]));
+    if !peaks.gap.is_finite() {
+        return m;
     }
-    let (got_norm, gap_norm) = (frobenius(&got.view()), frobenius(&(got - exact).view()));
     m.relative = gap_norm / unit;
     m.norm_ratio = got_norm / unit;
     if norm > 0.0 {
-        m.along = dot(got, exact) / norm / norm - 1.0;
-        m.rounding_along = dot(&noise, exact) / norm / norm;
+        m.along = along / norm / norm - 1.0;
+        m.rounding_along = noise_along / norm / norm;
     }
-    m.cosine = if got_norm > 0.0 && norm > 0.0 { dot(got, exact) / got_norm / norm } else { 0.0 };
-    let largest = |a: &Array2<f64>| a.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-    let entry_unit = if norm > 0.0 { largest(exact) } else { scale };
-    let worst_allowed = WORST_MULTIPLE * largest(&noise).max(4.0 * noise_rms) + floor * entry_unit;
-    m.share = (m.relative / m.tolerance).max(if worst > 0.0 { worst / worst_allowed } else { 0.0 });
+    m.cosine = if got_norm > 0.0 && norm > 0.0 { along / got_norm / norm } else { 0.0 };
+    let entry_unit = if norm > 0.0 { peaks.exact } else { scale };
+    let worst_allowed = WORST_MULTIPLE * peaks.noise.max(4.0 * noise_rms) + floor * entry_unit;
+    m.share = (m.relative / m.tolerance).max(if peaks.gap > 0.0 { peaks.gap / worst_allowed } else { 0.0 });
     m
+}
+
+/// Largest magnitudes of G, R, R~ - R and G - R, and where the last one stands: the first that is not finite, if any.
+#[derive(Debug, Clone, Copy, Default)]
+struct Peaks {
+    got: f64,
+    exact: f64,
+    noise: f64,
+    gap: f64,
+    at: Option<(usize, usize)>,
+}
+
+impl Peaks {
+    /// With those of later rows.
+    fn and(self, later: Self) -> Self {
+        // Of equal ones, and of several that are not finite, the first.
+        let moves = self.at.is_none() || (self.gap.is_finite() && !(later.gap <= self.gap));
+        let (gap, at) = if moves && later.at.is_some() { (later.gap, later.at) } else { (self.gap, self.at) };
+        let [got, exact, noise] =
+            [(self.got, later.got), (self.exact, later.exact), (self.noise, later.noise)].map(|(a, b)| a.max(b));
+        Self { got, exact, noise, gap, at }
+    }
+}
+
+/// Norms of G, R, R~ - R and G - R, and G . R, (R~ - R) . R.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
+    got: f64,
+    exact: f64,
+    noise: f64,
+    gap: f64,
+    along: f64,
+    noise_along: f64,
+    peaks: Peaks,
+}
+
+/// Entries that one thread takes; the sums of the parts are added in order.
+const PART: usize = 1 << 16;
+
+/// All sums of a comparison in one pass.
+fn sums(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>) -> Sums {
+    let plain = summed(got, exact, rounded, 1.0);
+    let largest = plain.peaks.got.max(plain.peaks.exact).max(plain.peaks.noise);
+    let safe = largest == 0.0 || !largest.is_finite() || (1e-100..1e140).contains(&largest);
+    let (scale, of) = if safe { (1.0, plain) } else { (1.0 / largest, summed(got, exact, rounded, 1.0 / largest)) };
+    Sums {
+        got: of.got.sqrt() / scale,
+        exact: of.exact.sqrt() / scale,
+        noise: of.noise.sqrt() / scale,
+        gap: of.gap.sqrt() / scale,
+        along: of.along / scale / scale,
+        noise_along: of.noise_along / scale / scale,
+        peaks: plain.peaks,
+    }
+}
+
+/// Squares and products of entries times `scale`; peaks as they are.
+fn summed(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>, scale: f64) -> Sums {
+    let rows = (PART / exact.ncols().max(1)).max(1);
+    let part = |index: usize| {
+        let first = index * rows;
+        let range = s![first..(first + rows).min(exact.nrows()), ..];
+        let (got, exact, rounded) = (got.slice(range), exact.slice(range), rounded.slice(range));
+        let mut all = Sums::default();
+        for (i, ((got, exact), rounded)) in got.rows().into_iter().zip(exact.rows()).zip(rounded.rows()).enumerate() {
+            for (j, ((&g, &r), &q)) in got.iter().zip(exact).zip(rounded).enumerate() {
+                let (gap, noise) = ((g - r).abs(), q - r);
+                let peaks = &mut all.peaks;
+                if peaks.at.is_none() || (peaks.gap.is_finite() && !(gap <= peaks.gap)) {
+                    (peaks.gap, peaks.at) = (gap, Some((first + i, j)));
+                }
+                peaks.got = peaks.got.max(g.abs());
+                peaks.exact = peaks.exact.max(r.abs());
+                peaks.noise = peaks.noise.max(noise.abs());
+                let (g, r, gap, noise) = (g * scale, r * scale, gap * scale, noise * scale);
+                all.got += g * g;
+                all.exact += r * r;
+                all.noise += noise * noise;
+                all.gap += gap * gap;
+                all.along += g * r;
+                all.noise_along += noise * r;
+            }
+        }
+        all
+    };
+    let parts = exact.nrows().div_ceil(rows);
+    let parts: Vec<Sums> =
+        if parts > 1 { (0..parts).into_par_iter().map(part).collect() } else { (0..parts).map(part).collect() };
+    parts.into_iter().fold(Sums::default(), |a, b| Sums {
+        got: a.got + b.got,
+        exact: a.exact + b.exact,
+        noise: a.noise + b.noise,
+        gap: a.gap + b.gap,
+        along: a.along + b.along,
+        noise_along: a.noise_along + b.noise_along,
+        peaks: a.peaks.and(b.peaks),
+    })
 }

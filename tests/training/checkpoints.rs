@@ -108,9 +108,14 @@ fn shards_are_read_through_their_index() {
         }
         other => panic!("{:?}", other.map(|_| ())),
     }
-    wrong.insert("model.norm.weight".into(), "../elsewhere.safetensors".into());
-    write_index(&wrong);
-    assert!(matches!(Model::<f64>::read(folder.path()), Err(Error::Format { .. })));
+    for absent in ["../elsewhere.safetensors", "gone.safetensors"] {
+        wrong.insert("model.norm.weight".into(), absent.into());
+        write_index(&wrong);
+        let refused = Model::<f64>::read(folder.path()).map(|_| ()).unwrap_err().to_string();
+        for fragment in ["index.json", "weight_map.model.norm.weight", absent] {
+            assert!(refused.contains(fragment), "{refused}");
+        }
+    }
 }
 
 #[test]
@@ -346,12 +351,15 @@ fn quantized_checkpoints_are_read_as_they_are() {
     }
 }
 
+/// A tensor's new name and number of rows; `None` leaves it out.
+type Edit<'a> = &'a dyn Fn(&str) -> Option<(String, Option<usize>)>;
+
 /// A folder with modules that are trained whole, damaged: errors that name what is wrong.
 #[test]
 fn saved_modules_that_do_not_fit_are_refused_by_name() {
     let base: Model<f64> = Model::read(Path::new("tests/data/llama_lora")).unwrap();
     let saved = Path::new("tests/data/adapters/saved");
-    let refusal = |modules: &[&str], edit: &dyn Fn(&str) -> Option<(String, Option<usize>)>| {
+    let refusal = |modules: &[&str], edit: Edit<'_>| {
         let folder = tempfile::tempdir().unwrap();
         let text = std::fs::read_to_string(saved.join("adapter_config.json")).unwrap();
         let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();

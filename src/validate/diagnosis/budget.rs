@@ -1,7 +1,7 @@
 //! What a search for faults may cost, and how a hypothesis is ruled out by a part of a step.
 //!
 //! A step of the reference costs what its multiply-adds cost. A right step is two of them (exact, rounded); a search may
-//! add eight, so that a wrong step costs some five times a right one. Small models may use more: nobody waits for them.
+//! add seven, so that a wrong step costs some five times a right one. Small models may use more: nobody waits for them.
 //!
 //! Where a step is expensive a hypothesis is first run in part. Its forward must come nearer to the first wrong hidden state;
 //! where the forward is right, its backward must come nearer to the gradients of the top layer, from the exact input of
@@ -18,10 +18,10 @@ use ndarray::Array2;
 use std::collections::BTreeSet;
 
 /// Steps of the reference that a search may take, beside the two that every validation takes.
-const STEPS: f64 = 8.0;
+const STEPS: f64 = 7.0;
 
-/// Multiply-adds that a search may take whatever the model: about ten seconds of a laptop.
-const FREE: f64 = 3e11;
+/// Multiply-adds that a search may take whatever the model: some eight seconds of a laptop.
+const FREE: f64 = 2.4e11;
 
 /// A hypothesis that leaves more than this part of the gap does not explain it.
 const RULED_OUT: f64 = 2.0 * LEFT_OVER;

@@ -26,12 +26,13 @@ mod unjudged;
 mod update;
 
 use super::dump::Case;
-use super::ladder::{Outcome, Rung, RungName, climb, gradient_scale, rung_of};
+use super::ladder::{Outcome, Rung, RungName, climb_of_step, gradient_scale, rung_of};
 use super::measure::Measure;
 use super::reference::{Evidence, Variant, hidden_name, select_rows};
 use super::report::Watch;
 use crate::error::Result;
 use budget::Budget;
+use ndarray::Array2;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -196,27 +197,26 @@ impl<'a> Context<'a> {
 
     /// What a fault predicts with rounding, taken to be that of the right step.
     fn carry_rounding(&self, predicted: &Evidence) -> Evidence {
-        let mut shifted = predicted.clone();
-        shifted.loss += self.rounded.loss - self.exact.loss;
-        let shift = |to: &mut ndarray::Array2<f64>, rounded: &ndarray::Array2<f64>, exact: &ndarray::Array2<f64>| {
-            if to.dim() == rounded.dim() {
-                *to += &(rounded - exact);
-            }
-        };
-        if let (Some(to), Some(r), Some(e)) = (&mut shifted.logits, &self.rounded.logits, &self.exact.logits) {
-            shift(to, r, e);
+        let shift =
+            |to: &Array2<f64>, rounded: Option<&Array2<f64>>, exact: Option<&Array2<f64>>| match (rounded, exact) {
+                (Some(rounded), Some(exact)) if to.dim() == rounded.dim() => ndarray::Zip::from(to)
+                    .and(rounded)
+                    .and(exact)
+                    .map_collect(|to, rounded, exact| to + (rounded - exact)),
+                _ => to.clone(),
+            };
+        let (rounded, exact) = (self.rounded, self.exact);
+        let logits = predicted.logits.iter().map(|to| shift(to, rounded.logits.as_ref(), exact.logits.as_ref())).next();
+        let hidden = predicted.hidden.iter();
+        let gradients = predicted.gradients.iter();
+        Evidence {
+            loss: predicted.loss + rounded.loss - exact.loss,
+            logits,
+            hidden: hidden.map(|(l, to)| (*l, shift(to, rounded.hidden.get(l), exact.hidden.get(l)))).collect(),
+            gradients: gradients
+                .map(|(n, to)| (n.clone(), shift(to, rounded.gradients.get(n), exact.gradients.get(n))))
+                .collect(),
         }
-        for (layer, to) in &mut shifted.hidden {
-            if let (Some(r), Some(e)) = (self.rounded.hidden.get(layer), self.exact.hidden.get(layer)) {
-                shift(to, r, e);
-            }
-        }
-        for (name, to) in &mut shifted.gradients {
-            if let (Some(r), Some(e)) = (self.rounded.gradients.get(name), self.exact.gradients.get(name)) {
-                shift(to, r, e);
-            }
-        }
-        shifted
     }
 
     /// How much of the gap a fault accounts for; `None` if it predicts nothing that differs from the right step.
@@ -224,11 +224,7 @@ impl<'a> Context<'a> {
     /// `rungs` are the measures under the fault, whose rounding may be larger.
     fn account(&self, predicted: &Evidence, rungs: &[Rung]) -> Option<Account> {
         let (mut along, mut fault, mut gap, mut left) = (0.0, 0.0, 0.0, 0.0);
-        let mut add = |rung: RungName,
-                       name: &str,
-                       got: &ndarray::Array2<f64>,
-                       right: &ndarray::Array2<f64>,
-                       faulty: &ndarray::Array2<f64>| {
+        let mut add = |rung: RungName, name: &str, got: &Array2<f64>, right: &Array2<f64>, faulty: &Array2<f64>| {
             let measured = rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let Some(m) = measured.filter(|m| m.share.is_finite()) else { return };
             if got.dim() != right.dim() || faulty.dim() != right.dim() {
@@ -249,15 +245,17 @@ impl<'a> Context<'a> {
         let trainer = &self.case.trainer;
         // What stands at padding means nothing, and would outweigh every fault.
         let rows = self.case.real_rows();
-        let mut add_rows = |rung: RungName,
-                            name: &str,
-                            got: &ndarray::Array2<f64>,
-                            right: &ndarray::Array2<f64>,
-                            faulty: &ndarray::Array2<f64>| {
-            if got.dim() == right.dim() && faulty.dim() == right.dim() {
-                add(rung, name, &select_rows(got, &rows), &select_rows(right, &rows), &select_rows(faulty, &rows));
-            }
-        };
+        let mut add_rows =
+            |rung: RungName, name: &str, got: &Array2<f64>, right: &Array2<f64>, faulty: &Array2<f64>| {
+                if got.dim() != right.dim() || faulty.dim() != right.dim() {
+                    return;
+                }
+                if rows.len() == right.nrows() {
+                    add(rung, name, got, right, faulty);
+                } else {
+                    add(rung, name, &select_rows(got, &rows), &select_rows(right, &rows), &select_rows(faulty, &rows));
+                }
+            };
         if let (Some(got), Some(r), Some(f)) = (&trainer.logits, &self.exact.logits, &predicted.logits) {
             add_rows(RungName::Logits, "logits", &got.values, r, f);
         }
@@ -267,15 +265,11 @@ impl<'a> Context<'a> {
             }
         }
         for (name, r) in &self.exact.gradients {
-            let zero = || ndarray::Array2::zeros(r.dim());
             if let Some(f) = predicted.gradients.get(name).filter(|_| self.case.trained.contains(name)) {
-                add(
-                    RungName::Gradients,
-                    name,
-                    &trainer.gradients.get(name).map_or_else(zero, |o| o.values.clone()),
-                    r,
-                    f,
-                );
+                match trainer.gradients.get(name) {
+                    Some(got) => add(RungName::Gradients, name, &got.values, r, f),
+                    None => add(RungName::Gradients, name, &Array2::zeros(r.dim()), r, f),
+                }
             }
         }
         (fault > 1e-12 * gap && fault > 0.0 && gap > 0.0)
@@ -284,7 +278,7 @@ impl<'a> Context<'a> {
 
     /// Everything dumped against what a fault predicts, exactly and rounded.
     fn judge(&self, fault: Fault, predicted: &Evidence, rounded: &Evidence) -> Diagnosis {
-        let rungs = climb(self.case, predicted, rounded);
+        let rungs = climb_of_step(self.case, predicted, rounded);
         let before = |rung: RungName, name: &str| {
             let measured = rung_of(self.rungs, rung);
             measured.and_then(|r| r.tensors.iter().find(|m| m.name == name)).map_or(0.0, |m| m.share)
@@ -487,9 +481,9 @@ pub(super) fn diagnose(
         if !tested.settled() {
             gradient::shapes(&mut context, &mut tested);
         }
-        if !tested.settled()
-            && (context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits)))
-        {
+        let forward_first =
+            context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits));
+        if !tested.settled() && forward_first {
             forward::test(&context, &mut tested)?;
         }
         // In a half format the loss of a fresh model hides which labels it counts.
@@ -511,7 +505,7 @@ pub(super) fn diagnose(
             rows::test(&context, &mut tested)?;
         }
         // In a half format a fault of the forward pass may show in the gradients alone.
-        if !tested.settled() && measured.is_none() && !context.forward_wrong() && context.coarse() {
+        if !tested.settled() && measured.is_none() && !forward_first && context.coarse() {
             forward::test(&context, &mut tested)?;
         }
         if !tested.settled() && measured.is_none() {
