@@ -12,6 +12,8 @@ On the base model of tests/data/llama_lora, in float64:
   fused       0.5 lora - 0.25 s2ft by peft-limits against weights summed directly; and two plain LoRA adapters against
               PEFT's own add_weighted_adapter("cat") (which keeps the first one's rank-stabilized flag, so that its
               sums of rank-stabilized adapters have another scaling)
+  saved       made by PEFT with modules_to_save (norms, a projection, the output head); merged into a checkpoint by
+              peft-limits; same logits in Transformers
 
 Needs torch, transformers, peft and safetensors. Exit code 1 if anything differs.
 """
@@ -86,6 +88,8 @@ def make_peft(base, folder, generator, **settings):
             if "lora_" in name:
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
                 p.copy_(p + 0.1 * noise if "magnitude" in name else 0.3 * noise)
+            elif p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64), alpha=0.1)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return model.eval()
@@ -221,6 +225,12 @@ def main():
     both.set_adapter("sum")
     run("fuse", "--model", base, f"{scratch / 'lora2'}=0.7", f"{scratch / 'lora3'}=0.3", "--f64", "-o", scratch / "sum")
     gap("0.7 lora2 + 0.3 lora3 against PEFT's cat", peft_logits(base, scratch / "sum", ids), logits(both.eval(), ids))
+
+    saved = make_peft(base, fresh("saved"), generator, r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"],
+                      modules_to_save=["norm", "layers.1.self_attn.o_proj", "lm_head"])
+    reference["saved"] = logits(saved, ids)
+    run("merge", "--model", base, out / "saved", "--f64", "-o", scratch / "merged")
+    gap("saved: merged, in Transformers", logits(base_model(scratch / "merged"), ids), reference["saved"])
 
     save_file({**reference, "input_ids": ids}, out / "logits.safetensors")
     shutil.rmtree(scratch)

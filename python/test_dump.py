@@ -476,6 +476,7 @@ class DumpTest(unittest.TestCase):
                  {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
                  {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
                  {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["down_proj", "lm_head"]},
+                 {"target_modules": ["q_proj"], "modules_to_save": ["norm", "1.mlp"]},
                  {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, {"target_modules": ["q_proj"], "init_lora_weights": "mica"}]
         for settings in cases:
             with self.subTest(str(settings)):
@@ -484,6 +485,41 @@ class DumpTest(unittest.TestCase):
                 self.setUp()
         with self.assertRaisesRegex(ValueError, "trainable_token_indices"):
             self.step(model(target_modules=["q_proj"], trainable_token_indices=[3]), batch())
+
+    def test_saved_folders_are_read(self):
+        """A folder as PEFT saves it, with modules that are trained whole: the step is judged and the merged checkpoint is the model."""
+        torch.manual_seed(0)
+        gpt2 = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0,
+                                       embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+        experts = transformers.GptOssConfig(vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+                                            num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+                                            num_experts_per_tok=2, sliding_window=6)
+        cases = [(transformers.GPT2LMHeadModel(gpt2), {"target_modules": ["c_attn"], "modules_to_save": ["ln_f", "mlp"]}),
+                 (transformers.GPT2LMHeadModel(gpt2), {"target_modules": ["c_attn"], "modules_to_save": ["c_proj"], "bias": "all"}),
+                 (transformers.GptOssForCausalLM(experts), {"target_modules": ["q_proj"], "modules_to_save": ["norm", "0.mlp"], "bias": "all"})]
+        for base, settings in cases:
+            with self.subTest(**settings):
+                self.setUp()
+                folder = os.path.join(self.temporary.name, "saved")
+                for p in base.parameters():
+                    p.data.add_(torch.randn(p.shape), alpha=0.1)
+                base.save_pretrained(f"{folder}/base")
+                base = type(base).from_pretrained(f"{folder}/base", attn_implementation="eager")
+                m = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+                for p in m.parameters():
+                    if p.requires_grad:
+                        p.data.add_(torch.randn(p.shape), alpha=0.1)
+                m.save_pretrained(f"{folder}/adapter")
+                with dump_step(m, self.folder, model_path=f"{folder}/base", adapter_path=f"{folder}/adapter"):
+                    m(**batch()).loss.backward()
+                self.verdict()
+                command = [BINARY, "adapter", "merge", "--model", f"{folder}/base", f"{folder}/adapter", "-o", f"{folder}/merged"]
+                subprocess.run(command, check=True, capture_output=True)
+                merged = type(base).from_pretrained(f"{folder}/merged", attn_implementation="eager")
+                ids = batch()["input_ids"]
+                with torch.no_grad():
+                    want, got = m.eval()(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
+                self.assertLess((got - want).norm() / want.norm(), 1e-5)
 
     def test_copies_of_a_tied_table_are_two_tables(self):
         for saved in (["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]):

@@ -32,7 +32,7 @@ spec.loader.exec_module(make_dumps)
 def planted(name):
     """The fault in a dump's name."""
     fault = name.split("/")[1]
-    for end in ("-f32", "-bf16", "-replicas"):
+    for end in ("-f32", "-bf16", "-replicas", "-adapter", "-mlp", "-attention", "-alone"):
         fault = fault.removesuffix(end)
     return fault
 

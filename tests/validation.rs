@@ -3,6 +3,8 @@
 use peft_limits::Error;
 use peft_limits::adapters::BaseWeight;
 mod common;
+#[path = "validation/families.rs"]
+mod families;
 #[path = "validation/ranks.rs"]
 mod ranks;
 #[path = "validation/streaming.rs"]
@@ -407,38 +409,6 @@ fn frozen_adapters_are_named_and_frozen_kinds_are_not() {
         assert!(!report.passed && names.first() == Some(&"frozen-adapters"), "{names:?}");
     }
     assert!(without(&|n| n.ends_with("lora_A")).passed);
-}
-
-/// A fault that only some families can have is named first: the step of a model with the option changed, judged as that of the
-/// model without.
-#[test]
-fn a_changed_option_of_a_family_is_named() {
-    type Change = fn(&mut peft_limits::model::options::Options);
-    let faults: [(&str, &str, Change); 8] = [
-        ("gemma2", "window-off-by-one", |o| o.windows.iter_mut().flatten().for_each(|w| *w += 1)),
-        ("gemma2", "attention-cap-missing", |o| o.attention_cap = None),
-        ("granite", "residual-multiplier-missing", |o| o.residual_multiplier = 1.0),
-        ("llama3", "rotary-scaling-missing", |o| o.rotaries[0].scaling = Default::default()),
-        ("phi3", "rotary-share", |o| o.rotaries[0].share = None),
-        ("gpt_neox", "parallel-residual", |o| o.parallel = false),
-        ("qwen3_moe", "router-not-renormalised", |o| o.experts.as_mut().unwrap().renormalise = false),
-        ("opt", "position-offset", |o| o.positions = Some(0)),
-    ];
-    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/families");
-    for (family, fault, change) in faults {
-        let dump = common::family_dump(&families.join(family), false, false).unwrap();
-        let mut case = case(dump.path());
-        let mut other = case.model.clone();
-        change(&mut other.config.options);
-        let evidence = case.run(&Variant { forward: Some(&other), ..Variant::default() }).unwrap();
-        case.trainer.loss = Some(evidence.loss);
-        for (name, gradient) in evidence.gradients {
-            case.trainer.gradients.get_mut(&name).unwrap().values = gradient;
-        }
-        let report = validate(&case, &Silent).unwrap();
-        assert!(!report.passed, "{family} {fault}");
-        assert_eq!(report.diagnoses.first().map(|d| d.fault.as_str()), Some(fault), "{family}");
-    }
 }
 
 /// Steps of PEFT on bases that bitsandbytes quantized (tests/data/quantized): right ones pass, wrong ones are named.

@@ -35,11 +35,25 @@ def is_sharded(tensor):
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
-def local(tensor):
-    """A tensor as this process holds it, copied to the CPU."""
+def open_sum(tensor):
+    """(index, number) of this process among those whose parts of a DTensor still have to be added; None without such a sum."""
+    axes = [axis for axis, p in enumerate(tensor.placements) if p.is_partial()] if is_sharded(tensor) else []
+    if not axes:
+        return None
+    if any(tensor.placements[axis].reduce_op != "sum" for axis in axes):
+        raise ValueError(f"a DTensor of which ranks hold parts of other than a sum ({tensor.placements}) cannot be recorded")
+    index, of = 0, 1
+    for axis in axes:
+        size = tensor.device_mesh.size(axis)
+        index, of = index * size + tensor.device_mesh.get_coordinate()[axis], of * size
+    return index, of
+
+
+def local(tensor, summand=False):
+    """A tensor as this process holds it, copied to the CPU; its part of an open sum only where that is asked for."""
     tensor = tensor.detach()
     if is_sharded(tensor):
-        if any(p.is_partial() for p in tensor.placements):
+        if open_sum(tensor) and not summand:
             raise ValueError(f"a DTensor whose sum over ranks is still open ({tensor.placements}) cannot be recorded")
         tensor = tensor.to_local()
     return tensor.to("cpu", copy=True).contiguous()
@@ -92,7 +106,7 @@ class Ranks:
         self.wrapper, self.reduced = None, declared.get("reduced")
         if self.reduced not in (None, "backward", "by_hand"):
             raise ValueError("dump_step: parallel's reduced is backward or by_hand")
-        self.flat, self.shards = flat_shards(model), {}
+        self.flat, self.shards, self.open = flat_shards(model), {}, {}
         for module in model.modules():
             self.look_at(module)
         if self.cut is None:
@@ -130,7 +144,8 @@ class Ranks:
             size, offset = place(tensor.shape, tensor.device_mesh, tensor.placements)
             # An empty part says where its neighbour would begin, which may be behind the end.
             offset = [min(o, n) for o, n in zip(offset, tensor.shape)]
-            return {"shape": list(tensor.shape), "offset": offset, "size": list(size)}
+            part = {"shape": list(tensor.shape), "offset": offset, "size": list(size)}
+            return part | ({"summand": list(open_sum(tensor))} if open_sum(tensor) else {})
         if id(tensor) in self.flat:
             return self.flat[id(tensor)]
         name = plain(raw)
@@ -143,6 +158,19 @@ class Ranks:
                 offset[dim] = index * size[dim] if start is None else start
                 return {"shape": shape, "offset": offset, "size": size}
         return None
+
+    def note_gradient(self, group, parameter):
+        """Notes which part of a gradient this process holds where that is a summand."""
+        key, gradient = (group, id(parameter)), parameter.grad
+        self.open.pop(key, None)
+        if open_sum(gradient):
+            self.open[key] = self.place("", gradient)
+
+    def name_gradients(self, name, key, recorded):
+        """Says in the manifest which of a parameter's gradients are summands."""
+        for group, of in (("grad", recorded), ("applied", "applied")):
+            if (of, key) in self.open:
+                self.shards[f"{group}.{name}"] = self.open[of, key]
 
     def manifest(self):
         return {"rank": self.rank, "world_size": self.size, "data": {"cut": self.cut, "index": self.data[0], "of": self.data[1]},

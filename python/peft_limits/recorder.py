@@ -429,7 +429,13 @@ class dump_step:
         self.at_end = False
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is not None:
-                self.gradients[id(parameter)] = full(parameter.grad)
+                self.gradients[id(parameter)] = self.gradient("grad", parameter)
+
+    def gradient(self, group, parameter):
+        """A gradient as this process holds it: where the sum over processes is still open, its summand."""
+        if self.ranks:
+            self.ranks.note_gradient(group, parameter)
+        return full(parameter.grad, summand=True)
 
     def accumulated(self, parameter):
         if self.several:
@@ -438,7 +444,7 @@ class dump_step:
             return
         # A custom function may return no gradient; nothing may be raised inside backward.
         if parameter.grad is not None:
-            self.gradients[id(parameter)] = full(parameter.grad)
+            self.gradients[id(parameter)] = self.gradient("grad", parameter)
 
     def before_update(self, optimizer, args, kwargs):
         if self.optimizer is not None:
@@ -454,7 +460,7 @@ class dump_step:
             groups.append({"parameters": names, **settings})
             for p in members:
                 if p.grad is not None:
-                    self.applied[id(p)] = full(p.grad)
+                    self.applied[id(p)] = self.gradient("applied", p)
                 for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
                     moment = optimizer.state.get(p, {}).get(key)
                     if isinstance(moment, torch.Tensor):
@@ -561,7 +567,9 @@ class dump_step:
             trained.append(name)
             gradient = self.gradients.get(key, self.applied.get(key))
             if gradient is None and parameter.grad is not None:
-                gradient = full(parameter.grad)
+                gradient = self.gradient("grad", parameter)
+            if self.ranks:
+                self.ranks.name_gradients(name, key, "grad" if key in self.gradients or key not in self.applied else "applied")
             if gradient is not None:
                 tensors["grad." + name] = gradient
             # After clipping or unscaling the optimizer sees another gradient than backward left.

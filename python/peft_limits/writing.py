@@ -17,10 +17,10 @@ from .report import NotJudged, require_known
 ADAPTER_TENSOR = re.compile(r"\.(lora_|paca_|s2ft_)")
 
 
-def full(tensor):
+def full(tensor, summand=False):
     """The tensor on the CPU: the whole of one that is sharded over one process, this process's part of one over several."""
     if world()[1] > 1:
-        return local(tensor)
+        return local(tensor, summand)
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()

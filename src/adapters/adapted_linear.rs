@@ -17,6 +17,8 @@ pub struct LinearOn<E: Ops> {
     pub method: MethodOn<E>,
     /// Added to the output.
     pub bias: Option<E::Vector>,
+    /// Trained whole beside an adapter, its bias too (PEFT's `modules_to_save`).
+    pub whole: bool,
     /// The base weight as it was, while an additive method is merged into it.
     unmerged: Option<E::Matrix>,
 }
@@ -27,7 +29,7 @@ pub type AdaptedLinear<T> = LinearOn<Cpu<T>>;
 impl<E: Ops> LinearOn<E> {
     /// A weight and its method.
     pub fn new(base: E::Weight, method: MethodOn<E>) -> Self {
-        Self { base, method, bias: None, unmerged: None }
+        Self { base, method, bias: None, whole: false, unmerged: None }
     }
 
     /// (out, in).

@@ -1,4 +1,4 @@
-//! `peft-limits adapter`: export, fuse, switch, evaluate.
+//! `peft-limits adapter`: export, merge, fuse, switch, evaluate.
 
 use super::output::check_folder;
 use crate::adapters::update::WeightUpdate;
@@ -39,6 +39,14 @@ Examples:
   # from a run's latest checkpoint, as a LoRA folder that PEFT loads
   peft-limits adapter export --model runs/base/model --run runs/paca --low-rank -o math-lora";
 
+const MERGE_EXAMPLES: &str = "\
+Everything that the adapter trains is folded in: factors of projections, output head and embedding, modules that are \
+trained whole (PEFT's modules_to_save), biases. Refused: an update of a head that is tied to the embedding, which would \
+change both. The files of the tokenizer are copied.
+
+Example:
+  peft-limits adapter merge --model runs/base/model runs/lora/adapter -o merged";
+
 const FUSE_EXAMPLES: &str = "\
 Examples:
   # the sum of both updates
@@ -72,6 +80,8 @@ pub struct AdapterArgs {
 enum Action {
     /// Write what training added to a base model as an adapter folder
     Export(Export),
+    /// Write a base model with an adapter folded into it as a checkpoint folder
+    Merge(Merge),
     /// Write the weighted sum of adapters as one adapter folder
     Fuse(Fuse),
     /// Put an adapter into a checkpoint folder in place, or take it out again, byte for byte
@@ -118,6 +128,23 @@ struct ExportSource {
     /// A folder of `peft-limits train`: its latest checkpoint
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = MERGE_EXAMPLES)]
+struct Merge {
+    /// Base checkpoint folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Adapter folder of any kind
+    #[arg(value_name = "ADAPTER")]
+    adapter: PathBuf,
+    /// Compute and write in double precision, not single
+    #[arg(long)]
+    f64: bool,
+    /// Output folder
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -184,6 +211,7 @@ impl AdapterArgs {
                 let ExportSource { adapter, trained, run } = source;
                 adapter.as_ref().or(trained.as_ref()).or(run.as_ref()).unwrap_or(model)
             }
+            Action::Merge(args) => &args.adapter,
             Action::Fuse(args) => &args.model,
             Action::Switch(args) => args.adapter.as_ref().unwrap_or(&args.model),
             Action::Evaluate(args) => &args.model,
@@ -199,6 +227,8 @@ pub fn run(args: &AdapterArgs) -> Result<ExitCode> {
     match &args.action {
         Action::Export(args) if args.output.f64 => export::<f64>(args),
         Action::Export(args) => export::<f32>(args),
+        Action::Merge(args) if args.f64 => merge::<f64>(args),
+        Action::Merge(args) => merge::<f32>(args),
         Action::Fuse(args) if args.output.f64 => fuse::<f64>(args),
         Action::Fuse(args) => fuse::<f32>(args),
         Action::Switch(args) => switch(args),
@@ -226,6 +256,33 @@ fn export<T: Real>(args: &Export) -> Result<ExitCode> {
         println!("{exact} of {all} trained numbers come back bit for bit, the others within one rounding");
     }
     write(&update, &args.output, &base.config, args.source.adapter.as_deref())
+}
+
+/// What a checkpoint folder holds beside the model.
+const OF_TOKENIZER: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+fn merge<T: Real>(args: &Merge) -> Result<ExitCode> {
+    check_folder("--out", &args.out, &[&args.model, &args.adapter])?;
+    let merged = Model::<T>::read(&args.model)?.with_folder(&args.adapter)?;
+    merged.write(&args.out)?;
+    for name in OF_TOKENIZER {
+        let (from, to) = (args.model.join(name), args.out.join(name));
+        if from.is_file() {
+            std::fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
+        }
+    }
+    println!("merged {} into {}; wrote {}", args.adapter.display(), args.model.display(), args.out.display());
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The update of a run's latest checkpoint, and the trained model where it is no adapter's.

@@ -106,22 +106,29 @@ pub(super) struct ValidateArgs {
     selftest: bool,
     /// Judge the gradients of these layers alone, from the recorded output of the layer below on if the dump has it:
     /// FIRST..END or FIRST.. (layers count from 0)
-    #[arg(long, value_name = "LAYERS", value_parser = Layers::parse, conflicts_with_all = ["head", "trainer"])]
-    layers: Option<Layers>,
+    #[arg(long, value_name = "LAYERS", value_parser = Span::parse, conflicts_with_all = ["head", "trainer"])]
+    layers: Option<Span>,
+    /// Judge these rows of the batch alone, FIRST..END or FIRST..: their logits and hidden states, and the gradients if no
+    /// other row counts in the loss
+    #[arg(long, value_name = "ROWS", value_parser = Span::parse, conflicts_with_all = ["head", "trainer"])]
+    rows: Option<Span>,
+    /// Judge the first tokens of each row alone, likewise
+    #[arg(long, value_name = "N", conflicts_with_all = ["head", "trainer"])]
+    tokens: Option<usize>,
     /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not fit stays on the disk and
     /// is read layer by layer
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
 }
 
-/// Layers from one on, up to another or the last.
+/// Layers or rows from one on, up to another or the last.
 #[derive(Debug, Clone, Copy)]
-struct Layers {
+struct Span {
     first: usize,
     end: Option<usize>,
 }
 
-impl Layers {
+impl Span {
     fn parse(text: &str) -> std::result::Result<Self, &'static str> {
         let read = || {
             let (first, end) = text.split_once("..")?;
@@ -131,8 +138,8 @@ impl Layers {
         read().ok_or("expected FIRST..END or FIRST.., for instance 20..24")
     }
 
-    fn within(self, layers: usize) -> std::ops::Range<usize> {
-        self.first..self.end.unwrap_or(layers)
+    fn within(self, all: usize) -> std::ops::Range<usize> {
+        self.first..self.end.unwrap_or(all)
     }
 }
 
@@ -234,6 +241,10 @@ fn must_be_a_dump(folder: &Path) -> Result<()> {
 fn validate_step(args: &ValidateArgs) -> Result<Report> {
     let spinner = Spinner::new();
     if let Some(folder) = args.dump.as_ref().filter(|folder| is_of_ranks(folder)) {
+        if args.rows.is_some() || args.tokens.is_some() {
+            let requirement = "of one process: what ranks hold is a sum over their rows";
+            return Err(Error::invalid("--rows, --tokens", folder.display(), requirement));
+        }
         let ranks = Ranks::read(folder)?;
         let name = folder.display().to_string();
         let report = validate_ranks(
@@ -292,6 +303,13 @@ fn read_case(
     let case = read(name, paths, manifest, &PlainSettings { dtype: args.dtype })?;
     spinner.layers.set(case.model.layers.len());
     let case = Case { faint: args.faint.then_some(true), recompute: plan.recompute, ..case };
+    let case = match (&args.rows, args.tokens) {
+        (None, None) => case,
+        (rows, tokens) => {
+            let all = case.batch.input_ids.nrows();
+            case.only_rows(rows.map_or(0..all, |rows| rows.within(all)), tokens)?
+        }
+    };
     match &args.layers {
         Some(layers) => case.only_layers(layers.within(spinner.layers.get())),
         None => Ok(case),

@@ -1,5 +1,7 @@
 //! `adapter_config.json`: which method, rank and scaling each projection has.
 
+use super::adapter_folder::PREFIX;
+use super::adapter_saved::all_modules;
 use super::adapter_targets::{ByPattern, Names, Targets, ends_with, layer_patterns, whole};
 use super::config::ModelConfig;
 use super::names::{HEAD_IN_MEMORY, Outside};
@@ -313,9 +315,16 @@ impl AdapterConfig {
         }
     }
 
-    /// Whether `modules_to_save` names a module, by its name or the end of it.
-    pub fn saves(&self, name: &str) -> bool {
-        self.saved.iter().any(|saved| name.ends_with(saved.as_str()))
+    /// Whether `modules_to_save` names a module or one that it is in.
+    pub fn saves(&self, module: &str) -> bool {
+        self.saved.iter().any(|saved| self.saves_by(saved, module))
+    }
+
+    /// Whether one of its names does: PEFT takes any end of a module's name for it, `norm` for `q_norm` too.
+    pub fn saves_by(&self, saved: &str, module: &str) -> bool {
+        let full = format!("{PREFIX}.{module}");
+        let ends = full.match_indices('.').map(|(at, _)| at).chain([full.len()]);
+        ends.into_iter().any(|end| full[..end].ends_with(saved))
     }
 
     /// A target that nothing of the model has, if there is one, and the key that names it.
@@ -446,11 +455,10 @@ impl Template {
         let mut places =
             (0..model.num_hidden_layers).flat_map(|l| model.projections(l).into_iter().map(move |p| (l, p)));
         let given: BTreeMap<_, _> = entries.iter().map(|&(l, p, spec)| ((l, p), spec)).collect();
-        let outside = [Outside::Embedding, Outside::Head].map(|module| model.options.outside(module));
-        let same_outside = outside.iter().all(|name| {
-            config.spec_outside(name) == beside.adapted.get(*name).copied()
-                && config.saves(name) == beside.saved.iter().any(|saved| saved == name)
-        });
+        let outside = [model.options.outside(Outside::Embedding), HEAD_IN_MEMORY];
+        let same_outside = outside.iter().all(|name| config.spec_outside(name) == beside.adapted.get(*name).copied());
+        let saved = |name: &String| config.saves(name) == beside.saved.contains(name);
+        let same_outside = same_outside && all_modules(model).iter().all(saved);
         let same = config.biases == beside.biases && config.own_bias == beside.own_bias && same_outside;
         settings && same && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
     }

@@ -55,6 +55,15 @@ pub fn is_lora(folder: &Path) -> Result<bool> {
     Ok(AdapterConfig::read(&folder.join(CONFIG))?.kind == AdapterKind::Lora)
 }
 
+/// Whether a tensor under the name that a copy of `modules_to_save` has in memory stands in the file under the module's own
+/// too: PEFT writes biases so where all biases are trained, with the adapter's name or without it.
+pub(crate) fn is_written_twice(file: &TensorFile, name: &str) -> bool {
+    name.split_once(".modules_to_save.").is_some_and(|(module, rest)| {
+        let inner = rest.split_once('.').map(|(_, inner)| inner);
+        [Some(rest), inner].into_iter().flatten().any(|rest| file.contains(&format!("{module}.{rest}")))
+    })
+}
+
 /// Reads tensors and remembers which were taken.
 pub(super) struct Reader<'a> {
     file: &'a TensorFile,
@@ -96,6 +105,18 @@ impl<'a> Reader<'a> {
             false
         };
         self.file.names().any(holds)
+    }
+
+    /// Takes tensors that mean nothing here.
+    pub(super) fn pass(&mut self, meaningless: impl Fn(&TensorFile, &str) -> bool) {
+        self.taken.extend(self.file.names().filter(|name| meaningless(self.file, name)).map(String::from));
+    }
+
+    /// A tensor of any shape.
+    pub(super) fn tensor<T: Real>(&mut self, name: &str, reason: &str) -> Result<(Vec<usize>, Vec<T>)> {
+        let found = self.file.tensor::<T>(name, reason)?;
+        self.taken.insert(name.to_string());
+        Ok(found)
     }
 
     pub(super) fn wrong(&self, name: &str, expected: &str, found: String) -> Error {
@@ -273,6 +294,7 @@ impl<T: Real> Model<T> {
                 projection.method = Method::Lora(Lora::from_factors(spec, projection.shape(), a, b)?);
             }
         }
+        self.read_saved(&mut reader, &config)?;
         adapted += self.read_outside(&mut reader, &config)?;
         if adapted == 0 {
             return Err(Error::format(&config.path, "key target_modules", "modules of this model", "no match"));
@@ -319,10 +341,12 @@ impl<T: Real> Model<T> {
             lm_head: parts.lm_head,
             biases: parts.biases,
             adapted_biases: parts.adapted_biases,
+            positions: parts.positions,
+            sinks: parts.sinks,
             ..Default::default()
         };
         if parts != held {
-            let requirement = "an adapter holds projections, biases, the embedding and the output projection only";
+            let requirement = "an adapter holds modules and biases, not all norms or all biases of experts";
             return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
         let mut writer = TensorWriter::new();
@@ -333,7 +357,7 @@ impl<T: Real> Model<T> {
             entries.extend(write_stacks(&mut writer, layer, &self.config, l)?);
             kind = kind.or((!entries.is_empty()).then_some(AdapterKind::Lora));
             for (p, projection) in layer.projections() {
-                if ExpertPart::of_projection(p).is_some() && matches!(projection.method, Method::Lora(_)) {
+                if projection.whole || p.is_expert() && matches!(projection.method, Method::Lora(_)) {
                     continue;
                 }
                 let prefix = module_prefix(&self.config, l, p);
@@ -366,13 +390,15 @@ impl<T: Real> Model<T> {
                 );
             }
         }
-        let beside = self.write_outside(&mut writer);
+        let mut beside = self.write_outside(&mut writer);
+        beside.saved.extend(self.write_saved(&mut writer)?);
         let outside = if beside.dora { AdapterKind::Dora } else { AdapterKind::Lora };
         let kind = kind.or((!beside.adapted.is_empty()).then_some(outside));
         let Some(kind) = kind else {
             return Err(Error::invalid("adapter", "none", "no projection carries an adapter"));
         };
-        if !kind.is_peft() && (parts != TrainableParts::default() || !beside.adapted.is_empty()) {
+        let more = parts != TrainableParts::default() || !beside.adapted.is_empty() || !beside.saved.is_empty();
+        if !kind.is_peft() && more {
             return Err(Error::invalid(
                 "trainable",
                 format!("{parts:?}"),

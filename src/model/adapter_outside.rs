@@ -2,17 +2,15 @@
 //! that are trained whole, biases.
 
 use super::adapter_config::{AdapterConfig, Beside, Biases};
-use super::adapter_experts::ExpertPart;
 use super::adapter_folder::{PREFIX, Reader};
 use super::layer::Layer;
 use super::names::{HEAD_IN_MEMORY, Outside};
 use super::options::Norm;
 use super::outside_adapters::{OutsideAdapter, outside_names};
 use super::parameters::Model;
-use super::projection::Projection;
+use crate::adapters::Method;
 use crate::adapters::lora::Lora;
 use crate::adapters::stored::AdapterKind;
-use crate::adapters::{AdaptedLinear, Method};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::tensor_file::TensorWriter;
@@ -111,31 +109,16 @@ impl<T: Real> Model<T> {
                 }
             }
         }
-        let outside = [Outside::Embedding, Outside::Head].map(|m| name_in(reader, options.outside(m), m));
-        let other = |saved: &&String| !outside.iter().any(|name| name.ends_with(saved.as_str()));
-        // A name that no module has trains nothing; PEFT's files hold one only where it does.
-        if let Some(other) = config.saved.iter().filter(other).find(|saved| reader.holds_module(saved)) {
-            let expected = format!("{} or {} (others are not implemented)", outside[0], outside[1]);
-            return Err(Error::format(&config.path, "key modules_to_save", expected, other));
-        }
         if config.biases != Biases::None {
-            let all = config.biases == Biases::All;
             // PEFT trains what is called `bias`; the experts' biases have other names.
-            let of_experts = |(p, projection): (Projection, &AdaptedLinear<T>)| {
-                ExpertPart::of_projection(p).is_some() && projection.bias.is_some()
-            };
-            if all && self.layers.iter().flat_map(|layer| layer.projections()).any(of_experts) {
-                let expected =
-                    "\"none\" or \"lora_only\" on a model whose experts have biases, which PEFT leaves out of \"all\"";
-                return Err(Error::format(&config.path, "key bias", expected, "\"all\""));
-            }
+            let all = config.biases == Biases::All;
             self.trainable.biases = all;
             self.trainable.adapted_biases = !all;
             let mut biases = Vec::new();
             for (l, layer) in self.layers.iter_mut().enumerate() {
                 for (&p, projection) in &mut layer.projections {
                     let adapted = projection.is_trainable();
-                    if !adapted && !all {
+                    if projection.whole || p.is_expert() || !(adapted || all) {
                         continue;
                     }
                     let prefix = format!("{PREFIX}.{}", options.module(l, p));
@@ -143,13 +126,14 @@ impl<T: Real> Model<T> {
                     biases.extend(projection.bias.as_mut().map(|bias| (name, bias)));
                 }
                 for (norm, vectors) in Norm::ALL.into_iter().zip(&mut layer.norms) {
-                    let bias = vectors.as_mut().filter(|_| all).and_then(|norm| norm.bias.as_mut());
+                    let bias = vectors.as_mut().filter(|norm| all && !norm.whole).and_then(|norm| norm.bias.as_mut());
                     biases
                         .extend(bias.map(|bias| (format!("{PREFIX}.{}", options.norm_tensor(l, norm, "bias")), bias)));
                 }
             }
             let last = format!("{PREFIX}.{}", options.outside_tensor(Outside::FinalNorm, "bias"));
-            biases.extend(self.final_norm.bias.as_mut().filter(|_| all).map(|bias| (last, bias)));
+            let whole = self.final_norm.whole;
+            biases.extend(self.final_norm.bias.as_mut().filter(|_| all && !whole).map(|bias| (last, bias)));
             // A recorded step keeps them with the model.
             if !biases.iter().any(|(name, _)| reader.has(name)) {
                 biases.clear();
@@ -193,7 +177,7 @@ impl<T: Real> Model<T> {
         };
         let mut beside = Beside { biases, own_bias: self.layers.iter().any(own), ..Beside::default() };
         for module in [Outside::Embedding, Outside::Head] {
-            let name = options.outside(module);
+            let name = if module == Outside::Head { HEAD_IN_MEMORY } else { options.outside(module) };
             let prefix = format!("{PREFIX}.{name}");
             let (ends, whole) = match module {
                 Outside::Embedding => ("", parts.embedding.then_some(&self.embedding)),
@@ -221,17 +205,19 @@ impl<T: Real> Model<T> {
             for (l, layer) in self.layers.iter().enumerate() {
                 for (p, projection) in layer.projections() {
                     let base = if projection.is_trainable() { ".base_layer" } else { "" };
-                    if let Some(bias) = projection.bias.as_ref().filter(|_| parts.bias_of(projection)) {
+                    let trained = parts.bias_of(p, projection) && !projection.whole && !p.is_expert();
+                    if let Some(bias) = projection.bias.as_ref().filter(|_| trained) {
                         add(format!("{}{base}.bias", options.module(l, p)), bias);
                     }
                 }
                 for norm in Norm::ALL {
-                    if let Some(bias) = layer.norm(norm).filter(|_| parts.biases).and_then(|norm| norm.bias.as_ref()) {
+                    let norm_here = layer.norm(norm).filter(|norm| parts.biases && !norm.whole);
+                    if let Some(bias) = norm_here.and_then(|norm| norm.bias.as_ref()) {
                         add(options.norm_tensor(l, norm, "bias"), bias);
                     }
                 }
             }
-            if let Some(bias) = self.final_norm.bias.as_ref().filter(|_| parts.biases) {
+            if let Some(bias) = self.final_norm.bias.as_ref().filter(|_| parts.biases && !self.final_norm.whole) {
                 add(options.outside_tensor(Outside::FinalNorm, "bias"), bias);
             }
         }

@@ -166,6 +166,7 @@ impl Shards {
         let norm = NormOn {
             gain: self.vector(&gain, width)?,
             bias: if options.layer_norm { Some(self.vector(&bias, width)?) } else { None },
+            whole: false,
         };
         known.insert(gain);
         if options.layer_norm {

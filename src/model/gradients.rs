@@ -1,7 +1,7 @@
 //! Gradient buffers: one per trainable tensor, none for frozen ones.
 
 use super::names::Outside;
-use super::norm::NormSinks;
+use super::norm::{NormOn, NormSinks};
 use super::options::{Norm, Options};
 use super::outside_adapters::{OutsideSinks, outside_names};
 use super::parameters::ModelOn;
@@ -60,19 +60,20 @@ impl<E: Ops> GradientsOn<E> {
         let (config, parts) = (&model.config, model.trainable);
         let options = config.options.clone();
         let vector = |wanted: bool, width: usize| wanted.then(|| engine.sink((1, width)));
-        let norm = |width: Option<usize>| NormSinks {
-            gain: width.and_then(|width| vector(parts.norms, width)),
-            bias: width.filter(|_| options.layer_norm).and_then(|width| vector(parts.biases, width)),
+        let norm = |of: Option<&NormOn<E>>, width: Option<usize>| {
+            let [gain, bias] = of.map_or([false; 2], |norm| parts.of_norm(norm));
+            let width = width.unwrap_or(0);
+            NormSinks { gain: vector(gain, width), bias: vector(bias, width) }
         };
         let layers = model
             .layers
             .iter()
             .map(|layer| LayerGradientsOn {
-                norms: Norm::ALL.map(|of| norm(config.norm_width(of))),
+                norms: Norm::ALL.map(|of| norm(layer.norm(of), config.norm_width(of))),
                 sinks: vector(parts.sinks && options.sinks, config.num_attention_heads),
                 biases: layer
                     .projections()
-                    .filter(|(_, projection)| parts.bias_of(projection))
+                    .filter(|(p, projection)| parts.bias_of(*p, projection))
                     .map(|(p, projection)| (p, engine.sink((1, projection.shape().0))))
                     .collect(),
                 projections: layer
@@ -91,7 +92,7 @@ impl<E: Ops> GradientsOn<E> {
         let (embedding, lm_head) =
             (table(parts.embedding, Some(&model.embedding)), table(parts.lm_head, model.lm_head.as_ref()));
         let positions = table(parts.positions, model.positions.as_ref());
-        let final_norm = norm(Some(config.hidden_size));
+        let final_norm = norm(Some(&model.final_norm), Some(config.hidden_size));
         let outside = model.adapters.sinks(&engine);
         Self { embedding, positions, layers, final_norm, lm_head, outside, options, engine }
     }

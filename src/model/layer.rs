@@ -93,6 +93,11 @@ impl<E: Ops> LayerOn<E> {
         found.unwrap_or_else(|| panic!("the layer has no {}", p.module()))
     }
 
+    /// Whether a norm is trained for itself.
+    pub(super) fn has_whole_norm(&self) -> bool {
+        self.norms.iter().flatten().any(|norm| norm.whole)
+    }
+
     fn trains(&self, input: Input) -> bool {
         self.projections().any(|(p, projection)| p.input() == input && projection.is_trainable())
     }
@@ -128,7 +133,7 @@ impl LayerNeeds {
     /// Of a layer in a step that begins at layer `first`.
     pub fn of<E: Ops>(model: &ModelOn<E>, index: usize, first: usize) -> Self {
         let (layer, parts) = (&model.layers[index], model.trainable);
-        let norms = parts.norms || parts.biases;
+        let norms = parts.vectors() || layer.has_whole_norm();
         let input = model.trained_below(index, first);
         let normed_input = input || norms;
         let attention = normed_input || layer.trains(Input::Normed);

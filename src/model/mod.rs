@@ -42,6 +42,7 @@ mod adapter_config;
 mod adapter_experts;
 pub mod adapter_folder;
 mod adapter_outside;
+mod adapter_saved;
 mod adapter_targets;
 mod attach;
 mod batch;

@@ -15,6 +15,8 @@ pub struct NormOn<E: Ops> {
     pub gain: E::Vector,
     /// Bias, of a layer norm.
     pub bias: Option<E::Vector>,
+    /// Trained whole beside an adapter, whatever the other norms are (PEFT's `modules_to_save`).
+    pub whole: bool,
 }
 
 impl<T: Real> PartialEq for NormOn<Cpu<T>> {

@@ -7,6 +7,7 @@ use super::names::Outside;
 use super::norm::NormOn;
 use super::options::Norm;
 use super::outside_adapters::{OutsideAdapters, outside_names};
+use super::projection::Projection;
 use super::tables::Tables;
 use crate::adapters::{AdaptedLinear, LinearOn, MethodOn};
 use crate::error::{Error, Result};
@@ -23,8 +24,10 @@ pub struct TrainableParts {
     pub embedding: bool,
     /// Every norm's gain.
     pub norms: bool,
-    /// Every bias, of projections and of layer norms.
+    /// Every bias of projections, experts' apart, and of layer norms (PEFT's `bias: all`).
     pub biases: bool,
+    /// Biases of experts.
+    pub expert_biases: bool,
     /// The biases of projections that carry a method, the others not (PEFT's `bias: lora_only`).
     pub adapted_biases: bool,
     /// Attention sinks.
@@ -42,6 +45,7 @@ impl TrainableParts {
             embedding: true,
             norms: true,
             biases: true,
+            expert_biases: true,
             adapted_biases: false,
             sinks: true,
             positions: true,
@@ -50,8 +54,20 @@ impl TrainableParts {
     }
 
     /// Whether the bias of a projection is trained.
-    pub(super) fn bias_of<E: Ops>(&self, projection: &LinearOn<E>) -> bool {
-        projection.bias.is_some() && (self.biases || (self.adapted_biases && projection.is_trainable()))
+    pub(super) fn bias_of<E: Ops>(&self, p: Projection, projection: &LinearOn<E>) -> bool {
+        let all = if p.is_expert() { self.expert_biases } else { self.biases };
+        let adapted = self.adapted_biases && projection.is_trainable();
+        projection.bias.is_some() && (all || adapted || projection.whole)
+    }
+
+    /// Whether vectors of every layer are.
+    pub(super) fn vectors(&self) -> bool {
+        self.norms || self.biases || self.expert_biases
+    }
+
+    /// Whether a norm's gain and bias are trained.
+    pub(super) fn of_norm<E: Ops>(&self, norm: &NormOn<E>) -> [bool; 2] {
+        [self.norms || norm.whole, norm.bias.is_some() && (self.biases || norm.whole)]
     }
 }
 
@@ -115,11 +131,12 @@ fn see_norm<E: Ops>(
     norm: &mut NormOn<E>,
     names: [String; 2],
 ) -> Result<()> {
-    if parts.norms {
+    let [gain, bias_too] = parts.of_norm(norm);
+    if gain {
         see(e, &names[0], Trained::Vector(&mut norm.gain))?;
     }
     match &mut norm.bias {
-        Some(bias) if parts.biases => see(e, &names[1], Trained::Vector(bias)),
+        Some(bias) if bias_too => see(e, &names[1], Trained::Vector(bias)),
         _ => Ok(()),
     }
 }
@@ -141,8 +158,10 @@ impl<E: Ops> ModelOn<E> {
                 if matches!(projection.method, MethodOn::Full) {
                     projection.method = MethodOn::Frozen;
                 }
+                projection.whole = false;
             }
         }
+        self.norms_mut().for_each(|norm| norm.whole = false);
     }
 
     /// Whether the output projection is the embedding.
@@ -155,6 +174,15 @@ impl<E: Ops> ModelOn<E> {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// Every norm.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &NormOn<E>> {
+        self.layers.iter().flat_map(|layer| layer.norms.iter().flatten()).chain([&self.final_norm])
+    }
+
+    fn norms_mut(&mut self) -> impl Iterator<Item = &mut NormOn<E>> {
+        self.layers.iter_mut().flat_map(|layer| layer.norms.iter_mut().flatten()).chain([&mut self.final_norm])
+    }
+
     /// Number of trained numbers.
     pub fn trainable_elements(&self) -> usize {
         let parts = self.trainable;
@@ -163,13 +191,16 @@ impl<E: Ops> ModelOn<E> {
             rows * columns
         };
         let (config, options) = (&self.config, &self.config.options);
-        let widths: usize = Norm::ALL.iter().filter_map(|&norm| config.norm_width(norm)).sum();
-        let norms = self.layers.len() * widths + config.hidden_size;
-        let mut numbers = if parts.norms { norms } else { 0 };
-        if parts.biases {
-            numbers += if options.layer_norm { norms } else { 0 };
-        }
-        let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(_, p)| parts.bias_of(p));
+        let widths = Norm::ALL.map(|norm| config.norm_width(norm).unwrap_or(0));
+        let of_norm = |(norm, width): (&NormOn<E>, usize)| {
+            parts.of_norm(norm).into_iter().filter(|trained| *trained).count() * width
+        };
+        let in_layer = |layer: &LayerOn<E>| -> usize {
+            layer.norms.iter().zip(widths).filter_map(|(norm, width)| Some(of_norm((norm.as_ref()?, width)))).sum()
+        };
+        let mut numbers =
+            self.layers.iter().map(in_layer).sum::<usize>() + of_norm((&self.final_norm, config.hidden_size));
+        let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(p, of)| parts.bias_of(*p, of));
         numbers += biased.map(|(_, p)| p.shape().0).sum::<usize>();
         numbers += if parts.sinks && options.sinks { self.layers.len() * config.num_attention_heads } else { 0 };
         numbers += if parts.embedding { elements(&self.embedding) } else { 0 };
@@ -231,7 +262,7 @@ impl<E: Ops> ModelOn<E> {
             for (&p, projection) in &mut layer.projections {
                 let name = options.module(l, p);
                 see(e, &name, Trained::Projection(projection))?;
-                let trained = parts.bias_of(projection);
+                let trained = parts.bias_of(p, projection);
                 if let (Some(bias), true) = (&mut projection.bias, trained) {
                     see(e, &format!("{name}.bias"), Trained::Vector(bias))?;
                 }
@@ -278,9 +309,9 @@ impl<E: Ops> ModelOn<E> {
             all.extend(self.positions.as_ref().map(|table| (outside(Outside::Positions, "weight"), table.clone())));
         }
         let norm = |e: &mut E, norm: Option<&NormOn<E>>, names: [String; 2]| {
-            let [gain, bias] = names;
-            let gain = norm.filter(|_| parts.norms).map(|norm| (gain, e.row(&norm.gain)));
-            let bias = norm.filter(|_| parts.biases).and_then(|norm| Some((bias, e.row(norm.bias.as_ref()?))));
+            let ([gain, bias], trained) = (names, norm.map_or([false; 2], |norm| parts.of_norm(norm)));
+            let gain = norm.filter(|_| trained[0]).map(|norm| (gain, e.row(&norm.gain)));
+            let bias = norm.filter(|_| trained[1]).and_then(|norm| Some((bias, e.row(norm.bias.as_ref()?))));
             gain.into_iter().chain(bias)
         };
         for (l, layer) in self.layers.iter().enumerate() {
@@ -290,7 +321,7 @@ impl<E: Ops> ModelOn<E> {
                 let module = options.module(l, p);
                 let named = projection.method.trainable_names().iter().zip(values(projection, e));
                 all.extend(named.map(|(name, values)| (format!("{module}.{name}"), values)));
-                let bias = projection.bias.as_ref().filter(|_| parts.bias_of(projection)).map(|bias| e.row(bias));
+                let bias = projection.bias.as_ref().filter(|_| parts.bias_of(p, projection)).map(|bias| e.row(bias));
                 all.extend(bias.map(|bias| (format!("{module}.bias"), bias)));
             }
             let sinks = layer.sinks.as_ref().filter(|_| parts.sinks);
@@ -343,9 +374,10 @@ impl<E: Ops> ModelOn<E> {
     pub(crate) fn trained_below(&self, index: usize, first: usize) -> bool {
         let parts = self.trainable;
         let outside = parts.embedding || parts.positions || self.adapters.embedding.is_some();
-        let vectors = parts.norms || parts.biases || (parts.sinks && self.config.options.sinks);
+        let vectors = parts.vectors() || (parts.sinks && self.config.options.sinks);
         (first == 0 && outside)
             || (index > first && vectors)
+            || self.layers[first..index].iter().any(LayerOn::has_whole_norm)
             || self.layers[first..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
     }
 }
@@ -376,6 +408,7 @@ impl<T: Real> Model<T> {
         let norm = |width: usize| NormOn {
             gain: Array1::from_elem(width, unit),
             bias: options.layer_norm.then(|| Array1::zeros(width)),
+            whole: false,
         };
         let layers = (0..config.num_hidden_layers)
             .map(|l| {

@@ -104,9 +104,14 @@ impl Projection {
         }
     }
 
+    /// Whether it is one expert's.
+    pub fn is_expert(self) -> bool {
+        matches!(self, Projection::ExpertGateUp(_) | Projection::ExpertDown(_))
+    }
+
     /// Whether it belongs to the experts of a mixture, which PEFT takes for parameters, not modules.
     pub fn of_experts(self) -> bool {
-        matches!(self, Projection::Router | Projection::ExpertGateUp(_) | Projection::ExpertDown(_))
+        self == Projection::Router || self.is_expert()
     }
 }
 

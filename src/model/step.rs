@@ -184,7 +184,8 @@ impl<E: Ops> ModelOn<E> {
         // A factor of the logits is one of the hidden rows.
         let mut normed = self.multiplied(normed, options.logit_multiplier, e);
         instruments.tap(None, Point::FinalNorm, false, &mut normed);
-        let wanted = self.trained_below(self.layers.len(), lowest) || self.trainable.norms || self.trainable.biases;
+        let norm = self.trainable.of_norm(&self.final_norm).contains(&true);
+        let wanted = self.trained_below(self.layers.len(), lowest) || norm;
         let cap = options.logit_cap;
         let head = self.head_with_update(e)?;
         let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));

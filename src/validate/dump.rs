@@ -12,13 +12,13 @@ use super::routing::Tie;
 use super::stacked::{names_of, placed};
 use crate::adapters::Method;
 use crate::error::{Error, Result};
-use crate::model::adapter_folder::AdapterKind;
+use crate::model::adapter_folder::{AdapterKind, is_written_twice};
 use crate::model::checkpoint::PackedPlaces;
 use crate::model::options::Norm;
 use crate::model::{Batch, Model, Outside, Projection};
 use crate::tensor_file::TensorFile;
 use ndarray::Array2;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -122,6 +122,8 @@ pub struct Case {
     pub effort: Effort,
     /// Whether backward runs each layer's forward again instead of keeping its activations.
     pub recompute: bool,
+    /// Whether logits and hidden states alone are judged ([`Case::only_rows`]).
+    pub forward_only: bool,
     /// Whether faults below every tolerance are looked for; by the size of the step when absent.
     pub faint: Option<bool>,
     /// How several processes divided the step, if they did.
@@ -275,6 +277,7 @@ impl Case {
             input: None,
             effort,
             recompute: false,
+            forward_only: false,
             faint: None,
             distribution: None,
         })
@@ -303,10 +306,11 @@ impl Case {
 
 /// Refuses in words what the reference cannot imitate and the tensors' names betray.
 fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
-    let copies = |file: &TensorFile| file.names().find(|name| name.contains(".modules_to_save.")).map(str::to_string);
+    let alone = |file: &TensorFile, name: &str| name.contains(".modules_to_save.") && !is_written_twice(file, name);
+    let copies = |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
     let refuse = |file: &TensorFile, name: String| {
-        let expected = "no copies of modules: modules_to_save is not supported yet; train the head as a LoRA target, or \
-                        make it trainable with requires_grad_ and leave modules_to_save out";
+        let expected = "modules under their own names, as save_pretrained and the recorder write the copies that \
+                        modules_to_save trains";
         Err(file.malformed(format!("tensor {name}"), expected, "a copy that modules_to_save trains"))
     };
     let weights = paths.model.join("model.safetensors");
@@ -388,7 +392,9 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
     };
     let mut parts = model.trainable;
     let mut whole = Vec::new();
-    for name in trained {
+    // What the adapter trains already is.
+    let already: BTreeSet<String> = model.trainable_names().into_iter().collect();
+    for name in trained.iter().filter(|name| !already.contains(*name)) {
         let projection = |tensor: &str| {
             let module = name.strip_suffix(tensor)?;
             let mut all =
@@ -403,6 +409,8 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
             parts.lm_head = true;
         } else if norm("weight", name) {
             parts.norms = true;
+        } else if projection(".bias").is_some_and(|(_, p)| p.is_expert()) {
+            parts.expert_biases = true;
         } else if norm("bias", name) || projection(".bias").is_some() {
             parts.biases = true;
         } else if (0..model.layers.len()).any(|l| options.sinks_name(l) == *name) {

@@ -180,6 +180,9 @@ fn loss(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     if case.given().is_some() {
         return Rung::skipped(RungName::Loss, "everything below is judged from the recorded gradient of the loss on");
     }
+    if case.forward_only {
+        return Rung::skipped(RungName::Loss, OF_ALL);
+    }
     let Some(got) = case.trainer.loss else {
         return Rung::skipped(RungName::Loss, "the dump holds no loss");
     };
@@ -242,7 +245,13 @@ pub(super) fn gradient_scale(gradients: &BTreeMap<String, ndarray::Array2<f64>>)
     (squares / norms.len().max(1) as f64).sqrt().max(f64::MIN_POSITIVE)
 }
 
+/// Why a part of the batch has none, where the rest of it counts too.
+const OF_ALL: &str = "a sum over the whole batch, of which a part is judged";
+
 fn gradients(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
+    if case.forward_only {
+        return Rung::skipped(RungName::Gradients, OF_ALL);
+    }
     if case.trainer.gradients.is_empty() && case.trained.is_empty() {
         return Rung::skipped(RungName::Gradients, "the dump holds no gradients");
     }

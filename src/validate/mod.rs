@@ -18,6 +18,7 @@ mod names;
 mod not_exercised;
 pub mod objective;
 pub mod own_forward;
+mod part_of_batch;
 pub mod ranks;
 mod recorded;
 mod recorded_batch;

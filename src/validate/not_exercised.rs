@@ -71,7 +71,7 @@ fn batch(case: &Case, all: &mut Vec<String>) {
     if case.micro_batches().len() < 2 {
         all.push("one micro-batch: accumulation of gradients".into());
     }
-    if !case.trainer.setting.packed {
+    if !case.trainer.setting.packed && case.batch.documents.is_none() {
         all.push("one document a row: packing".into());
     }
     if case.trainer.loss.is_none() && case.given().is_none() {

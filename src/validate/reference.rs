@@ -4,6 +4,7 @@ use super::dump::Case;
 use super::ladder::RungName;
 use super::manifest::Reduction;
 use super::objective::{Chunks, Objective, Upstream, copy_rows};
+use super::part_of_batch::part_of;
 use super::precision::Precision;
 use super::report::Watch;
 use crate::blocks::causal_attention::ScoreErrors;
@@ -210,22 +211,6 @@ fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>>
     Ok(cast)
 }
 
-/// Rows of a batch.
-fn rows_of(batch: &Batch, rows: &Range<usize>) -> Result<Batch> {
-    let cut = s![rows.clone(), ..];
-    let mut part = Batch::new(batch.input_ids.slice(cut).to_owned(), batch.labels.slice(cut).to_owned())?;
-    if let Some(mask) = &batch.attention_mask {
-        part = part.with_attention_mask(mask.slice(cut).to_owned())?;
-    }
-    if let Some(positions) = &batch.position_ids {
-        part = part.with_position_ids(positions.slice(cut).to_owned())?;
-    }
-    if let Some(documents) = &batch.documents {
-        part = part.with_documents(documents.slice(cut).to_owned())?;
-    }
-    Ok(part)
-}
-
 impl Case {
     /// The step's parts with the divisor of each one's loss, by the declared reduction.
     pub fn parts(&self) -> Vec<(Range<usize>, f64)> {
@@ -259,6 +244,7 @@ impl Case {
 
     /// A part of the step within the layers that are judged.
     fn within<'a>(&'a self, part: Part<'a>) -> Part<'a> {
+        let part = Part { forward_only: part.forward_only || self.forward_only, ..part };
         match &self.layers {
             Some(layers) if part.from.is_none() => Part {
                 from: self.input.as_ref().map(|input| (layers.start, input)),
@@ -463,7 +449,7 @@ impl Case {
                 ..Instruments::default()
             };
             let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: self.recompute };
-            let rows = rows_of(batch, range)?;
+            let rows = part_of(batch, range, length)?;
             let mut cost = Cost::default();
             if part.forward_only {
                 let loss = forward.loss_with(&rows, &options, &instruments, &mut cost)?;

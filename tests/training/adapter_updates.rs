@@ -456,4 +456,27 @@ fn logits_are_those_of_peft() {
     }
     let fused = ModelUpdate::fuse(&[(0.5, &updates["lora"]), (-0.25, &updates["s2ft"])]).unwrap();
     check("0.5 lora - 0.25 s2ft", "fused", with(&fused));
+
+    // Modules that are trained whole: read, written again as the same folder, merged into a checkpoint.
+    let folder = tempfile::tempdir().unwrap();
+    let (again, merged) = (folder.path().join("again"), folder.path().join("merged"));
+    let mut model = base.clone();
+    model.read_adapter(&root.join("saved")).unwrap();
+    check("saved", "saved", run(&model));
+    let trained = model.trainable_names();
+    for name in ["layers.0.input_layernorm.weight", "layers.1.self_attn.o_proj.weight", "norm.weight"] {
+        assert!(trained.contains(&format!("model.{name}")), "{trained:?}");
+    }
+    assert!(trained.contains(&"lm_head.weight".to_string()) && trained.len() == 5 + 2 + 8, "{trained:?}");
+    model.write_adapter_like(&again, Some(&root.join("saved"))).unwrap();
+    let files = [root.join("saved"), again].map(|folder| {
+        let file = TensorFile::open(folder.join("adapter_model.safetensors")).unwrap();
+        let all = file.names().map(|name| (name.to_string(), file.raw_tensor::<f64>(name, "test").unwrap()));
+        (std::fs::read(folder.join("adapter_config.json")).unwrap(), all.collect::<Vec<_>>())
+    });
+    assert!(files[0] == files[1]);
+    base.clone().with_folder(&root.join("saved")).unwrap().write(&merged).unwrap();
+    check("saved, merged", "saved", run(&Model::read(&merged).unwrap()));
+    let refusal = ModelUpdate::read(&root.join("saved"), &base).unwrap_err().to_string();
+    assert!(refusal.contains("modules_to_save") && refusal.contains("adapter merge"), "{refusal}");
 }

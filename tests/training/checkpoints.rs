@@ -350,3 +350,45 @@ fn quantized_checkpoints_are_read_as_they_are() {
         assert!(text.contains("quant_method") && text.contains("gptq"), "{text}");
     }
 }
+
+/// A tensor's new name and number of rows; `None` leaves it out.
+type Edit<'a> = &'a dyn Fn(&str) -> Option<(String, Option<usize>)>;
+
+/// A folder with modules that are trained whole, damaged: errors that name what is wrong.
+#[test]
+fn saved_modules_that_do_not_fit_are_refused_by_name() {
+    let base: Model<f64> = Model::read(Path::new("tests/data/llama_lora")).unwrap();
+    let saved = Path::new("tests/data/adapters/saved");
+    let refusal = |modules: &[&str], edit: Edit<'_>| {
+        let folder = tempfile::tempdir().unwrap();
+        let text = std::fs::read_to_string(saved.join("adapter_config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["modules_to_save"] = serde_json::json!(modules);
+        std::fs::write(folder.path().join("adapter_config.json"), config.to_string()).unwrap();
+        let file = TensorFile::open(saved.join("adapter_model.safetensors")).unwrap();
+        let mut writer = TensorWriter::new();
+        for name in file.names() {
+            let (mut shape, mut values) = file.raw_tensor::<f64>(name, "test").unwrap();
+            let Some((name, rows)) = edit(name) else { continue };
+            if let Some(rows) = rows {
+                values.truncate(values.len() / shape[0] * rows);
+                shape[0] = rows;
+            }
+            writer.tensor(&name, &shape, values);
+        }
+        writer.write(&folder.path().join("adapter_model.safetensors")).unwrap();
+        base.clone().read_adapter(folder.path()).unwrap_err().to_string()
+    };
+    let all = ["norm", "layers.1.self_attn.o_proj", "lm_head"];
+    let says = |text: String, words: &[&str]| assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    let gone = |name: &str| (!name.contains("model.norm")).then(|| (name.to_string(), None));
+    says(refusal(&all, &gone), &["adapter_model.safetensors", "model.norm.weight"]);
+    let short = |name: &str| Some((name.to_string(), name.contains("model.norm").then_some(31)));
+    says(refusal(&all, &short), &["model.norm.weight", "32 entries", "31"]);
+    let narrow = |name: &str| Some((name.to_string(), name.contains("o_proj").then_some(8)));
+    says(refusal(&all, &narrow), &["o_proj.weight", "(32, 32)", "(8, 32)"]);
+    let same = |name: &str| Some((name.to_string(), None));
+    says(refusal(&["norm", "lm_head"], &same), &["o_proj.weight", "leave over"]);
+    let score = |name: &str| Some((name.replace("lm_head", "score"), None));
+    says(refusal(&["norm", "layers.1.self_attn.o_proj", "score"], &score), &["modules_to_save", "score"]);
+}

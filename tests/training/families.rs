@@ -12,7 +12,7 @@ use peft_limits::linalg::Real;
 use peft_limits::model::options::Family;
 use peft_limits::model::s2ft::S2ftSpec;
 use peft_limits::model::{AdapterPlan, Batch, Gradients, Instruments, MethodSpec, Model, Projection, StepOptions};
-use peft_limits::tensor_file::TensorFile;
+use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use peft_limits::train::optimizer::{OptimizerParams, update_model};
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings, Trainer};
 use rand::RngExt;
@@ -341,4 +341,78 @@ fn adapters_go_round_and_their_gradients_are_derivatives() {
         let order = observed_order(&central_differences(moved, 2e-4), exact);
         assert!((order - 2.0).abs() < 0.3, "{name}: order {order}");
     }
+}
+
+/// Modules that an adapter trains whole: their gradients are those of full fine-tuning, their values those of the folder, and
+/// merging puts them into the checkpoint.
+#[test]
+fn modules_that_an_adapter_trains_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut families, mut compared) = (0, 0);
+    for name in cases() {
+        let Some(full) = theirs(&name, true).filter(|full| !full.gradients.is_empty()) else { continue };
+        let (_, batch) = reference(&name);
+        let base: Model<f64> = Model::read(&root().join(&name)).unwrap();
+        let mut lora = base.clone();
+        let spec = MethodSpec::Lora(LoraSpec { rank: 2, alpha: 4.0, rank_stabilized: false });
+        lora.attach(&AdapterPlan::everywhere(&[Projection::Output], spec), &mut crate::common::rng(3)).unwrap();
+        let adapted = lora.config.options.module_kind(Projection::Output);
+        let checkpoint = TensorFile::open(root().join(&name).join("model.safetensors")).unwrap();
+        let left = ["embed", ".wte.", ".wpe.", "lm_head", ".sinks", "block_sparse_moe", &adapted];
+        let saved: Vec<&str> = checkpoint
+            .names()
+            .filter(|name| !left.iter().any(|part| name.contains(part)) && !name.contains(".experts.0"))
+            .filter(|name| name.contains("norm") || name.contains("ln_") || name.contains(".0."))
+            .filter(|name| !name.split('.').any(|part| part == "experts") || name.contains("_proj"))
+            .filter(|name| {
+                name.split(".experts.").nth(1).is_none_or(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
+            })
+            .collect();
+        let write = |factor: f64| {
+            let at = folder.path().join(&name);
+            lora.write_adapter(&at).unwrap();
+            let plain = TensorFile::open(at.join("adapter_model.safetensors")).unwrap();
+            let mut writer = TensorWriter::new();
+            for tensor in plain.names() {
+                let (shape, values) = plain.raw_tensor::<f64>(tensor, "test").unwrap();
+                writer.tensor(tensor, &shape, values);
+            }
+            let mut modules: Vec<&str> = Vec::new();
+            for tensor in &saved {
+                let (shape, values) = checkpoint.raw_tensor::<f64>(tensor, "test").unwrap();
+                writer.tensor(&format!("base_model.model.{tensor}"), &shape, values.into_iter().map(|x| factor * x));
+                modules.push(tensor.rsplit_once('.').unwrap().0);
+            }
+            modules.dedup();
+            writer.write(&at.join("adapter_model.safetensors")).unwrap();
+            let path = at.join("adapter_config.json");
+            let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            config["modules_to_save"] = serde_json::json!(modules);
+            std::fs::write(&path, config.to_string()).unwrap();
+            at
+        };
+        let mut model = base.clone();
+        model.read_adapter(&write(1.0)).unwrap();
+        let (loss, gradients) = step(&model, &batch);
+        let trained = model.trainable_names();
+        assert!(trained.len() > 2 * model.layers.len() + 3, "{name}: {trained:?}");
+        assert_eq!(gradients.named().len(), trained.len(), "{name}");
+        for (tensor, got) in gradients.named() {
+            if let Some(want) = full.gradients.get(&tensor).filter(|g| g.values.iter().any(|x| x.abs() > 1e-12)) {
+                assert_close(&format!("{name}: {tensor}"), &got, &want.values.view(), TOLERANCE);
+                compared += 1;
+            }
+        }
+        let mut other = base.clone();
+        let at = write(1.25);
+        other.read_adapter(&at).unwrap();
+        let changed = step(&other, &batch).0;
+        assert!((changed / loss - 1.0).abs() > 1e-4, "{name}: {changed} {loss}");
+        let merged = folder.path().join(format!("{name}-merged"));
+        base.with_folder(&at).unwrap().write(&merged).unwrap();
+        let again = Model::<f64>::read(&merged).unwrap().loss(&batch, &mut Cost::default()).unwrap();
+        assert!((again / changed - 1.0).abs() < TOLERANCE, "{name}: {again} {changed}");
+        families += 1;
+    }
+    assert!(families >= 14 && compared >= 150, "{families} {compared}");
 }

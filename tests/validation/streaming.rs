@@ -1,11 +1,12 @@
 //! Weights that stay on the disk, steps that are run in part, searches that may cost only so much.
 
 use super::{FAULTS, case, common, dumps, folders};
+use ndarray::s;
 use peft_limits::tensor_file::TensorFile;
 use peft_limits::validate::diagnosis::budget::Effort;
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::reference::{Evidence, Part, Variant};
-use peft_limits::validate::{Silent, validate};
+use peft_limits::validate::{Precision, Report, Silent, validate};
 use std::path::{Path, PathBuf};
 
 /// The case with its weights on the disk and activations computed again.
@@ -177,6 +178,59 @@ fn some_layers_are_judged_alone() {
         for layers in [top..top, top..top + 2] {
             assert!(all.clone().only_layers(layers).is_err());
         }
+    }
+}
+
+/// Rows, and first tokens, are judged alone: by their forward pass, and by the gradients where nothing else counts.
+#[test]
+fn a_part_of_the_batch_is_judged_alone() {
+    let mut all = case(&dumps("clean/lora-right-f32"));
+    let exact = all.run(&Variant { hidden: vec![0, 1], ..Variant::default() }).unwrap();
+    let (rows, length) = all.batch.input_ids.dim();
+    let observed = |values: &ndarray::Array2<f64>| {
+        let shape = vec![rows, length, values.ncols()];
+        peft_limits::validate::dump::Observed { values: values.clone(), precision: Precision::F32, shape }
+    };
+    all.trainer.hidden = exact.hidden.iter().map(|(layer, values)| (*layer, observed(values))).collect();
+    let judged = |case: &Case, rows: std::ops::Range<usize>, tokens| {
+        validate(&case.clone().only_rows(rows, tokens).unwrap(), &Silent).unwrap()
+    };
+    let checked = |report: &Report| -> Vec<&str> {
+        report.rungs.iter().filter(|r| !r.tensors.is_empty()).map(|r| r.name.name()).collect()
+    };
+    for (part, tokens) in [(0..1, None), (1..rows, None), (0..rows, Some(length - 2))] {
+        let report = judged(&all, part, tokens);
+        assert!(report.passed && checked(&report) == ["logits", "hidden states"], "{:?}", checked(&report));
+    }
+    // One row is wrong: the others pass, and what is wrong with it is found in it alone.
+    let scaled = all.run(&Variant { scale: Some(1.0), hidden: vec![0, 1], ..Variant::default() }).unwrap();
+    let mut wrong = all.clone();
+    for (layer, values) in &mut wrong.trainer.hidden {
+        values.values.slice_mut(s![length.., ..]).assign(&scaled.hidden[layer].slice(s![length.., ..]));
+    }
+    let logits = &mut wrong.trainer.logits.as_mut().unwrap().values;
+    logits.slice_mut(s![length.., ..]).assign(&scaled.logits.unwrap().slice(s![length.., ..]));
+    assert!(judged(&wrong, 0..1, None).passed);
+    let report = judged(&wrong, 1..rows, None);
+    assert!(!report.passed && report.diagnoses[0].fault == "attention-scale", "{:?}", report.diagnoses);
+    // The only row that counts: its gradients are the step's.
+    let mut one = all.clone();
+    one.batch.labels.slice_mut(s![1.., ..]).fill(-100);
+    one.trainer.after.clear();
+    one.trainer.applied.clear();
+    let evidence = one.run(&Variant::default()).unwrap();
+    one.trainer.loss = Some(evidence.loss);
+    for (name, gradient) in evidence.gradients {
+        one.trainer.gradients.get_mut(&name).unwrap().values = gradient;
+    }
+    one.trainer.upstream = None;
+    let report = judged(&one, 0..1, None);
+    assert!(report.passed && checked(&report).contains(&"gradients"), "{:?}", report.first_failure());
+    let gradient = one.trainer.gradients.values_mut().next().unwrap();
+    gradient.values.mapv_inplace(|x| 1.1 * x);
+    assert!(!judged(&one, 0..1, None).passed);
+    for (rows, tokens) in [(0..0, None), (0..rows + 1, None), (1..2, None), (0..1, Some(length + 1)), (0..1, Some(1))] {
+        assert!(one.clone().only_rows(rows, tokens).is_err());
     }
 }
 

@@ -19,7 +19,8 @@ use crate::linalg::Real;
 use crate::model::options::{MlpKind, QkvStorage};
 use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, NormOn, PassOn, Place, Projection, StepOptions};
 use crate::model::{attention_shape, divisor, rope_tables};
-use ndarray::{Array1, Array2, Axis};
+use crate::ops::Cpu;
+use ndarray::{Array2, Axis};
 use std::collections::BTreeMap;
 
 /// A function that sees each tensor of a step when it has just been computed, and gives what the step goes on with.
@@ -120,6 +121,7 @@ fn upload_projection<T: Real, B: Engine>(
     };
     let mut there = LinearOn::new(on.upload(&format!("{name}.weight"), weight.view())?, method);
     let bias = projection.bias.as_ref().map(|bias| bias.view().insert_axis(Axis(0)));
+    there.whole = projection.whole;
     there.bias = bias.map(|bias| on.upload(&format!("{name}.bias"), bias)).transpose()?;
     Ok(there)
 }
@@ -156,8 +158,9 @@ impl<B: Engine> DeviceModel<B> {
             let requirement = "has windows or caps, which a device does not compute yet; use --device cpu";
             return Err(Error::invalid("model", options.family.model_type(), requirement));
         }
-        let gain = |name: &str, gain: &Array1<T>| {
-            Ok(NormOn { gain: on.upload(name, gain.view().insert_axis(Axis(0)))?, bias: None })
+        let gain = |name: &str, norm: &NormOn<Cpu<T>>| {
+            let gain = on.upload(name, norm.gain.view().insert_axis(Axis(0)))?;
+            Ok(NormOn { gain, bias: None, whole: norm.whole })
         };
         let mut layers = Vec::with_capacity(model.layers.len());
         for (l, layer) in model.layers.iter().enumerate() {
@@ -165,8 +168,7 @@ impl<B: Engine> DeviceModel<B> {
             let projections = layer.projections().map(upload).collect::<Result<Vec<_>>>()?;
             let mut norms = [const { None }; 6];
             for (there, here) in norms.iter_mut().zip(&layer.norms) {
-                *there =
-                    here.as_ref().map(|here| gain(&format!("{}.norm", options.layer(l)), &here.gain)).transpose()?;
+                *there = here.as_ref().map(|here| gain(&format!("{}.norm", options.layer(l)), here)).transpose()?;
             }
             layers.push(LayerOn::new(projections, norms, None));
         }
@@ -176,7 +178,7 @@ impl<B: Engine> DeviceModel<B> {
             embedding: on.upload("model.embed_tokens.weight", model.embedding.view())?,
             positions: None,
             layers,
-            final_norm: gain("model.norm.weight", &model.final_norm.gain)?,
+            final_norm: gain("model.norm.weight", &model.final_norm)?,
             lm_head: head.transpose()?,
             trainable: model.trainable,
             adapters: Default::default(),

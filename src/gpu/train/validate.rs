@@ -129,6 +129,7 @@ impl DeviceCase {
             layers: None,
             input: None,
             recompute: false,
+            forward_only: false,
             faint: None,
             distribution: None,
         })

@@ -13,7 +13,8 @@ use super::super::config::ModelConfig;
 use super::super::names::Outside;
 use super::super::parameters::Model;
 use super::super::projection::Projection;
-use super::ModelUpdate;
+use super::{ModelUpdate, Switchable};
+use crate::adapters::Method;
 use crate::adapters::lora::LoraSpec;
 use crate::adapters::s2ft::Side;
 use crate::adapters::update::{SliceUpdate, WeightUpdate};
@@ -36,6 +37,44 @@ pub fn is_slice_folder(folder: &Path) -> Result<bool> {
     Ok(map.get("peft_type").and_then(|v| v.as_str()) == Some(SLICE))
 }
 
+/// The settings of a folder whose factors act beside the base model as it is.
+fn beside_the_base(folder: &Path) -> Result<AdapterConfig> {
+    let settings = AdapterConfig::read(&folder.join(CONFIG))?;
+    if let Some(init) = settings.moves_base {
+        let expected = "factors that act beside the base model; this initialisation subtracted the first ones from it \
+                        (PEFT's save_pretrained converts: path_initial_model_for_weight_conversion)";
+        return Err(Error::format(settings.path, "key init_lora_weights", expected, init));
+    }
+    Ok(settings)
+}
+
+impl<T: Real> Model<T> {
+    /// This base model with an adapter folder of any kind in effect, to be written as a checkpoint ([`Model::write`]):
+    /// modules that the adapter trains whole, biases, embedding and output projection too.
+    ///
+    /// # Errors
+    /// As [`ModelUpdate::read`] and [`Model::read_adapter`].
+    pub fn with_folder(mut self, folder: &Path) -> Result<Self> {
+        if is_slice_folder(folder)? {
+            let update = ModelUpdate::read(folder, &self)?;
+            let mut switchable = Switchable::new(self)?;
+            switchable.switch(Some(&update))?;
+            return Ok(switchable.model().clone());
+        }
+        beside_the_base(folder)?;
+        self.read_adapter(folder)?;
+        // A bias of the update's own goes where there is one to hold it; elsewhere writing says that none is.
+        for (_, projection) in self.layers.iter_mut().flat_map(|layer| layer.projections_mut()) {
+            if let (Method::Lora(lora), Some(bias)) = (&mut projection.method, &mut projection.bias)
+                && let Some(own) = lora.bias.take()
+            {
+                bias.scaled_add(T::of(lora.scaling), &own.row(0));
+            }
+        }
+        Ok(self)
+    }
+}
+
 impl<T: Real> ModelUpdate<T> {
     /// Reads any adapter folder as an update of `base`: SLICE as it is, every other kind by putting it on a copy of
     /// the model ([`Model::read_adapter`]) and taking what it changes ([`ModelUpdate::of_adapters`]).
@@ -44,11 +83,11 @@ impl<T: Real> ModelUpdate<T> {
     /// [`Error::Io`]; [`Error::Format`], [`Error::MissingTensor`] naming file and key or tensor; as the two above.
     pub fn read(folder: &Path, base: &Model<T>) -> Result<Self> {
         if !is_slice_folder(folder)? {
-            let settings = AdapterConfig::read(&folder.join(CONFIG))?;
-            if let Some(init) = settings.moves_base {
-                let expected = "factors that act beside the base model; this initialisation subtracted the first ones from it \
-                                (PEFT's save_pretrained converts: path_initial_model_for_weight_conversion)";
-                return Err(Error::format(settings.path, "key init_lora_weights", expected, init));
+            let settings = beside_the_base(folder)?;
+            if !settings.saved.is_empty() {
+                let expected = "null: modules that are trained whole are no update of projections (merge the folder into a \
+                                checkpoint instead: peft-limits adapter merge)";
+                return Err(Error::format(settings.path, "key modules_to_save", expected, settings.saved.join(", ")));
             }
             let mut adapted = base.clone();
             adapted.read_adapter(folder)?;
@@ -58,7 +97,8 @@ impl<T: Real> ModelUpdate<T> {
                 (adapted.lm_head != base.lm_head, Outside::Head),
             ];
             if let Some((_, module)) = tables.into_iter().find(|(changed, _)| *changed) {
-                let requirement = "the folder has a table of its own; an update holds projections of layers only";
+                let requirement = "the folder has a table of its own; an update holds projections of layers only (merge the folder into a \
+                                   checkpoint instead: peft-limits adapter merge)";
                 return Err(Error::invalid(options.outside_tensor(module, "weight"), "changed", requirement));
             }
             return Self::of_adapters(&adapted);

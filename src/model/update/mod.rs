@@ -52,12 +52,18 @@ impl<T: Real> ModelUpdate<T> {
     pub fn of_adapters(model: &Model<T>) -> Result<Self> {
         let parts = model.trainable;
         if parts != TrainableParts::default() {
-            return Err(Error::invalid("trainable", format!("{parts:?}"), "an update holds projections only"));
+            let requirement = "an update holds projections only; merge the folder into a checkpoint instead \
+                               (peft-limits adapter merge)";
+            return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
         let outside = [(&model.adapters.embedding, Outside::Embedding), (&model.adapters.head, Outside::Head)];
         if let Some((_, module)) = outside.into_iter().find(|(lora, _)| lora.is_some()) {
-            let requirement = "an update holds projections of layers only";
+            let requirement = "an update holds projections of layers only; merge the folder into a checkpoint instead \
+                               (peft-limits adapter merge)";
             return Err(Error::invalid(model.config.options.outside(module), "adapted", requirement));
+        }
+        if model.norms().any(|norm| norm.whole) {
+            return Err(Error::invalid("norms", "trained (modules_to_save)", "an update holds projections only"));
         }
         let mut entries = BTreeMap::new();
         for (l, layer) in model.layers.iter().enumerate() {

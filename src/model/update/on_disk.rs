@@ -56,7 +56,7 @@ pub fn switch_on_on_disk(folder: &Path, adapter: &Path) -> Result<OnDisk> {
     let mut done = OnDisk { tensors: 0, bytes: 0, kept };
     for (&(l, p), entry) in &update.entries {
         let Some(name) = own_tensor(&config, l, p) else {
-            let requirement = "is not stored out x in as a tensor of its own; merge into a new checkpoint instead";
+            let requirement = "is not stored out x in as a tensor of its own; merge into a new checkpoint instead (peft-limits adapter merge)";
             return Err(Error::invalid(config.options.module(l, p), "stored otherwise", requirement));
         };
         let file = shards.file_mut(&name);

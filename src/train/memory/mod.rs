@@ -209,7 +209,8 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
     }
     let gain = |width: usize| Buffer::at_rest((1, width));
     let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
-    let norm = |width: usize| NormOn { gain: gain(width), bias: config.options.layer_norm.then(|| gain(width)) };
+    let norm =
+        |width: usize| NormOn { gain: gain(width), bias: config.options.layer_norm.then(|| gain(width)), whole: false };
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let projections = config.projections(layer).into_iter();
         let sized = projections.map(|p| Ok((p, sized_projection(config, method, layer, p)?)));

@@ -1,12 +1,12 @@
 //! Faults that only some families of decoders can have: an option of the family that the trainer does not run, or runs
 //! otherwise. Each is the step with one option changed.
 
-use super::{Context, Fault, Tested};
+use super::{Context, Diagnosis, Fault, Tested};
 use crate::blocks::rope::Scaling;
 use crate::blocks::swiglu::Activation;
 use crate::error::Result;
-use crate::model::Model;
 use crate::model::options::{Norm, QueryKeyNorm};
+use crate::model::{Model, Projection};
 use crate::validate::reference::Variant;
 
 /// Changes the model if it has the option; says whether it did.
@@ -27,8 +27,19 @@ fn windows(model: &mut Model<f64>, change: impl Fn(usize) -> usize) -> bool {
     })
 }
 
+fn without_bias(model: &mut Model<f64>, of: fn(Projection) -> bool) -> bool {
+    let layers = model.layers.iter_mut().flat_map(|layer| layer.projections_mut());
+    layers.filter(|(p, _)| of(*p)).fold(false, |any, (_, projection)| match &mut projection.bias {
+        Some(bias) => {
+            bias.fill(0.0);
+            true
+        }
+        None => any,
+    })
+}
+
 /// (name, what, fix, the step with it).
-const FAULTS: [(&str, &str, &str, Change); 24] = [
+const FAULTS: [(&str, &str, &str, Change); 25] = [
     (
         "window-missing",
         "queries see every earlier key: the sliding window is missing",
@@ -121,15 +132,10 @@ const FAULTS: [(&str, &str, &str, Change); 24] = [
         |m| m.config.options.experts.as_mut().is_some_and(|experts| reset(&mut experts.renormalise, true)),
     ),
     ("expert-bias-dropped", "the experts' biases are missing", "add gate_up_proj_bias and down_proj_bias", |m| {
-        let layers = m.layers.iter_mut().flat_map(|layer| layer.projections_mut());
-        let experts = layers.filter(|(p, _)| p.of_experts());
-        experts.fold(false, |any, (_, projection)| match &mut projection.bias {
-            Some(bias) => {
-                bias.fill(0.0);
-                true
-            }
-            None => any,
-        })
+        without_bias(m, Projection::is_expert)
+    }),
+    ("expert-bias-dropped", "the router's bias is missing", "add the bias to the scores of the experts", |m| {
+        without_bias(m, |p| p == Projection::Router)
     }),
     (
         "gate-and-up-order",
@@ -162,7 +168,8 @@ const FAULTS: [(&str, &str, &str, Change); 24] = [
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     for (name, what, fix, change) in FAULTS {
         let mut model = context.case.model.clone();
-        if tested.settled() || !change(&mut model) {
+        // In a half format one factor may come near another's effect.
+        if tested.settled_well() || !change(&mut model) {
             continue;
         }
         context.test(
@@ -171,6 +178,37 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
             |_| (),
             tested,
         )?;
+    }
+    Ok(())
+}
+
+/// Most pairs of faults that are tried.
+const MOST_PAIRS: usize = 48;
+
+/// Two of them at once, where none alone explains the step: those first that come nearest by themselves.
+pub(super) fn pairs(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    let alone = |number: &usize| {
+        let (name, what, ..) = FAULTS[*number];
+        let found = tested.found.iter().filter(|d| d.fault == name && d.what == what);
+        found.map(|d| d.share).fold(f64::INFINITY, f64::min)
+    };
+    let mut known: Vec<(usize, f64)> =
+        (0..FAULTS.len()).filter(|&i| FAULTS[i].3(&mut context.case.model.clone())).map(|i| (i, alone(&i))).collect();
+    known.sort_by(|a, b| a.1.total_cmp(&b.1));
+    let both = (1..known.len()).flat_map(|j| (0..j).map(move |i| (i, j)));
+    for (i, j) in both.take(MOST_PAIRS) {
+        let ((one, what, fix, change), (other, what_else, _, change_too)) = (FAULTS[known[i].0], FAULTS[known[j].0]);
+        let mut model = context.case.model.clone();
+        if tested.settled() || !(change(&mut model) && change_too(&mut model)) {
+            continue;
+        }
+        let before = tested.found.len();
+        let fault = Fault::new(one, format!("{what}; and at once: {what_else}"), fix);
+        context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)?;
+        if let Some(both) = tested.found.get(before).filter(|d| d.complete).cloned() {
+            let what = format!("{what_else}; and at once: {what}");
+            tested.found.push(Diagnosis { fault: other.into(), what, fix: FAULTS[known[j].0].2.into(), ..both });
+        }
     }
     Ok(())
 }

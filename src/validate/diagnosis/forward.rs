@@ -68,6 +68,9 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     if !tested.settled() || tested.found.iter().any(|d| d.complete && d.fault == "rotary-theta" && d.share > 1.0) {
         super::frequencies::test(context, tested)?;
     }
+    if !tested.settled() {
+        super::families::pairs(context, tested)?;
+    }
     Ok(())
 }
 

@@ -481,9 +481,9 @@ pub(super) fn diagnose(
         if !tested.settled() {
             gradient::shapes(&mut context, &mut tested);
         }
-        if !tested.settled()
-            && (context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits)))
-        {
+        let forward_first =
+            context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits));
+        if !tested.settled() && forward_first {
             forward::test(&context, &mut tested)?;
         }
         // In a half format the loss of a fresh model hides which labels it counts.
@@ -503,6 +503,10 @@ pub(super) fn diagnose(
         }
         if !tested.settled() && measured.is_none() && !context.forward_wrong() {
             rows::test(&context, &mut tested)?;
+        }
+        // In a half format a fault of the forward pass may show in the gradients alone.
+        if !tested.settled() && measured.is_none() && !forward_first && context.coarse() {
+            forward::test(&context, &mut tested)?;
         }
         if !tested.settled() && measured.is_none() {
             unjudged::test(&context, &mut tested)?;

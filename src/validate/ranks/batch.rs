@@ -6,6 +6,7 @@ use super::read::{Rank, Ranks};
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
 use crate::tensor_file::{TensorFile, TensorWriter};
+use crate::validate::recorded_batch::DOCUMENTS;
 use safetensors::tensor::Dtype;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -92,6 +93,16 @@ impl Ranks {
         if ragged {
             names.insert(if packed { "row_lengths" } else { "attention_mask" }.into());
         }
+        // Beside rows with a mask, positions that start again would not say that documents are apart.
+        if axis == 0 && any("attention_mask") && !any(DOCUMENTS) {
+            let mut apart = false;
+            for (number, shape) in speakers.iter().zip(&shapes) {
+                apart |= documents(step(number), *shape)?.bytes.iter().any(|b| *b != 0);
+            }
+            if apart {
+                names.insert(DOCUMENTS.into());
+            }
+        }
         let weight = self.weight(speakers.len());
         let mut spans = Vec::new();
         let mut counted: Vec<Vec<Counted>> = Vec::new();
@@ -120,6 +131,7 @@ impl Ranks {
                     }
                     None if name == "attention_mask" => Rows::integers(shape, |_| 1),
                     None if name == "position_ids" => Rows::integers(shape, |t| t as i64),
+                    None if name == DOCUMENTS && axis == 0 => documents(file, shape)?,
                     None if name == "row_lengths" => Rows::integers([shape[0], 1], |_| shape[1] as i64),
                     None => return Err(file.missing(name, "other ranks have it")),
                 };
@@ -173,6 +185,19 @@ impl Ranks {
         }
         Ok(Division { counted, spans })
     }
+}
+
+/// Numbers of documents, where a process records none: its positions say where one begins, unless it has a mask.
+fn documents(file: &TensorFile, shape: [usize; 2]) -> Result<Rows> {
+    let mut numbers = vec![0i64; shape[0] * shape[1]];
+    if file.contains("position_ids") && !file.contains("attention_mask") {
+        let (held, positions) = file.raw_tensor::<f64>("position_ids", "where documents begin")?;
+        for i in (1..numbers.len()).filter(|i| held == shape && i % shape[1] > 0) {
+            numbers[i] = numbers[i - 1] + i64::from((positions[i] - positions[i - 1] - 1.0).abs() > 0.5);
+        }
+    }
+    let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    Ok(Rows { shape: shape.to_vec(), dtype: Dtype::I64, bytes })
 }
 
 /// Rows and labels that count, by micro-batch.

@@ -1,5 +1,6 @@
 //! What a process held of a step: key `parallel` of its manifest.
 
+use super::merge::parameter;
 use crate::validate::names::canonical_name;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -71,6 +72,9 @@ pub enum Part {
         offset: Vec<usize>,
         /// Its lengths.
         size: Vec<usize>,
+        /// Of a sum that is still open: which of how many summands it is.
+        #[serde(default)]
+        summand: Option<[usize; 2]>,
     },
     /// Entries `flat[0]..flat[1]` of the flattened tensor.
     Flat {
@@ -100,7 +104,10 @@ impl Part {
     /// What is wrong with it by itself.
     pub fn defect(&self) -> Option<String> {
         match self {
-            Self::Block { shape, offset, size } => {
+            Self::Block { shape, offset, size, summand } => {
+                if let Some([index, of]) = summand.filter(|[index, of]| index >= of) {
+                    return Some(format!("summand {index} of {of}"));
+                }
                 let axes = offset.len() == shape.len() && size.len() == shape.len();
                 let inside = |i: usize| offset[i].checked_add(size[i]).is_some_and(|end| end <= shape[i]);
                 (!axes || !(0..shape.len()).all(inside))
@@ -111,13 +118,21 @@ impl Part {
         }
     }
 
+    /// How many processes hold summands of these entries.
+    pub fn summands(&self) -> usize {
+        match self {
+            Self::Block { summand: Some([_, of]), .. } => *of,
+            _ => 1,
+        }
+    }
+
     /// Runs of entries that lie together in the part and in the whole: first entry there, first here, length.
     pub fn runs(&self) -> Vec<(usize, usize, usize)> {
         match self {
             Self::Flat { flat, .. } if flat[1] > flat[0] => vec![(flat[0], 0, flat[1] - flat[0])],
             Self::Flat { .. } => Vec::new(),
             Self::Block { .. } if self.entries() == 0 => Vec::new(),
-            Self::Block { shape, offset, size } => {
+            Self::Block { shape, offset, size, .. } => {
                 let Some((&length, outer)) = size.split_last() else { return vec![(0, 0, 1)] };
                 let lines: usize = outer.iter().product();
                 let start = |line: usize| {
@@ -137,7 +152,7 @@ impl Part {
     /// Rows or columns of a matrix that a block holds, if it cuts that axis alone.
     pub fn along(&self, axis: usize) -> Option<Range<usize>> {
         match self {
-            Self::Block { shape, offset, size } if shape.len() == 2 && size[1 - axis] == shape[1 - axis] => {
+            Self::Block { shape, offset, size, .. } if shape.len() == 2 && size[1 - axis] == shape[1 - axis] => {
                 Some(offset[axis]..offset[axis] + size[axis])
             }
             _ => None,
@@ -175,9 +190,13 @@ pub struct Parallel {
 }
 
 impl Parallel {
-    /// Parts by the reference's names.
+    /// Parts by the reference's names, behind that of their group where they are a gradient's own.
     pub(super) fn parts(&self) -> BTreeMap<String, Part> {
-        self.shards.iter().map(|(raw, part)| (canonical_name(raw), part.clone())).collect()
+        let own = |raw: &String| {
+            let parameter = parameter(raw);
+            format!("{}{}", &raw[..raw.len() - parameter.len()], canonical_name(parameter))
+        };
+        self.shards.iter().map(|(raw, part)| (own(raw), part.clone())).collect()
     }
 }
 
@@ -189,7 +208,7 @@ mod tests {
     fn runs_of_a_part_are_its_entries() {
         let shape = [3usize, 4, 5];
         let (offset, size) = ([1usize, 1, 2], [2usize, 3, 2]);
-        let block = Part::Block { shape: shape.to_vec(), offset: offset.to_vec(), size: size.to_vec() };
+        let block = Part::Block { shape: shape.to_vec(), offset: offset.to_vec(), size: size.to_vec(), summand: None };
         let mut want = Vec::new();
         for i in 0..size[0] {
             for j in 0..size[1] {
@@ -206,9 +225,9 @@ mod tests {
         assert!(block.defect().is_none());
         let flat = Part::Flat { shape: vec![3, 4], flat: [5, 9] };
         assert_eq!((flat.runs(), flat.entries(), flat.defect()), (vec![(5, 0, 4)], 4, None));
-        let outside = Part::Block { shape: vec![4], offset: vec![3], size: vec![2] };
+        let outside = Part::Block { shape: vec![4], offset: vec![3], size: vec![2], summand: None };
         assert!(outside.defect().is_some() && Part::Flat { shape: vec![4], flat: [2, 5] }.defect().is_some());
-        let rows = Part::Block { shape: vec![6, 4], offset: vec![2, 0], size: vec![3, 4] };
+        let rows = Part::Block { shape: vec![6, 4], offset: vec![2, 0], size: vec![3, 4], summand: None };
         assert_eq!((rows.along(0), rows.along(1)), (Some(2..5), None));
     }
 }

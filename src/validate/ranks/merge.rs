@@ -8,7 +8,7 @@ use super::divisors::nearer;
 use super::layout::{Across, Part};
 use super::read::{Rank, Ranks};
 use crate::error::{Error, Result};
-use crate::tensor_file::{TensorFile, TensorWriter};
+use crate::tensor_file::{TensorFile, TensorWriter, write_float};
 use crate::validate::dump::DumpPaths;
 use crate::validate::manifest::Manifest;
 use crate::validate::names::canonical_name;
@@ -92,15 +92,14 @@ impl Ranks {
     /// Processes with the parts of a tensor as one of them sees it: for each part that process itself if it holds it, else
     /// the one that stands where it does among the part's copies. Empty if it should hold the tensor and does not.
     pub(super) fn holders(&self, rank: usize, name: &str, of: FileOf) -> Vec<usize> {
-        let own = canonical_name(parameter(name));
         let mut parts: BTreeMap<Option<&Part>, Vec<usize>> = BTreeMap::new();
         for (number, other) in self.ranks.iter().enumerate() {
-            let part = other.parts.get(&own);
+            let part = other.part(name);
             if part.is_none_or(|p| p.entries() > 0) && of(other).is_some_and(|file| file.contains(name)) {
                 parts.entry(part).or_default().push(number);
             }
         }
-        let mine = self.ranks[rank].parts.get(&own);
+        let mine = self.ranks[rank].part(name);
         let place = parts.get(&mine).and_then(|all| all.iter().position(|n| *n == rank));
         let state = name.split_once('.').is_some_and(|(group, _)| STATE.contains(&group));
         if mine.is_none_or(|p| p.entries() > 0) && place.is_none() && !state {
@@ -162,15 +161,16 @@ impl Ranks {
 
     /// A tensor put together from its parts.
     fn assemble(&self, name: &str, of: FileOf, chosen: &[usize]) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
-        let own = canonical_name(parameter(name));
         let (mut whole, mut filled, mut unit) = (Vec::new(), Vec::new(), 0);
+        let summands = chosen.iter().filter_map(|&n| self.ranks[n].part(name)).map(Part::summands).max().unwrap_or(1);
+        let mut sum: Vec<f64> = Vec::new();
         let mut first: Option<(Dtype, Vec<usize>)> = None;
         for &number in chosen {
             let rank = &self.ranks[number];
             let Some(file) = of(rank) else { continue };
             let (dtype, bytes) = file.bytes(name, "the part of this process")?;
             let held = file.shape(name).unwrap_or_default();
-            let part = rank.parts.get(&own);
+            let part = rank.part(name);
             let shape = part.map_or(held, Part::shape);
             let fits = match part {
                 Some(Part::Block { size, .. }) => size == held,
@@ -190,26 +190,35 @@ impl Ranks {
             let entries: usize = shape.iter().product();
             if whole.is_empty() {
                 unit = bytes.len().checked_div(held.iter().product()).unwrap_or(1);
-                (whole, filled) = (vec![0u8; entries * unit], vec![false; entries]);
+                (whole, filled) = (vec![0u8; entries * unit], vec![0; entries]);
             }
             for (there, here, n) in part.map_or_else(|| vec![(0, 0, entries)], Part::runs) {
-                if filled[there..there + n].iter().any(|f| *f) {
+                if filled[there..there + n].iter().any(|f| *f >= summands) {
                     let found = format!("entries {there}..{} a second time", there + n);
                     return Err(file.malformed(tensor(), "parts that do not overlap", found));
                 }
-                filled[there..there + n].fill(true);
+                filled[there..there + n].iter_mut().for_each(|f| *f += 1);
+                if summands > 1 {
+                    sum.resize(entries, 0.0);
+                    let values = file.raw_tensor::<f64>(name, "the summand of this process")?.1;
+                    sum[there..there + n].iter_mut().zip(&values[here..here + n]).for_each(|(a, b)| *a += b);
+                    continue;
+                }
                 whole[there * unit..(there + n) * unit].copy_from_slice(&bytes[here * unit..(here + n) * unit]);
             }
         }
         let Some((dtype, shape)) = first else {
             return Err(Error::format(&self.folder, format!("tensor {name}"), "a part of it on some rank", "none"));
         };
-        let there = filled.iter().filter(|f| **f).count();
+        let there = filled.iter().filter(|f| **f == summands).count();
         if there < filled.len() {
-            let held = |n: &usize| format!("rank {n}: {}", self.ranks[*n].parts.get(&own).map_or(0, Part::entries));
+            let held = |n: &usize| format!("rank {n}: {}", self.ranks[*n].part(name).map_or(0, Part::entries));
             let found = format!("{there} ({})", chosen.iter().map(held).collect::<Vec<_>>().join(", "));
             let expected = format!("{} entries (shape {shape:?}) in all ranks' parts together", filled.len());
             return Err(Error::format(&self.folder, format!("tensor {name}"), expected, found));
+        }
+        for (x, to) in sum.iter().zip(whole.chunks_exact_mut(unit.max(1))) {
+            write_float(dtype, *x, to);
         }
         Ok((dtype, shape, whole))
     }
@@ -300,7 +309,7 @@ impl Ranks {
 }
 
 /// The parameter's name in that of a tensor of the step; a name of another file is that already.
-fn parameter(name: &str) -> &str {
+pub(super) fn parameter(name: &str) -> &str {
     match name.split_once('.') {
         Some((group, rest)) if OF_PARAMETERS.contains(&group) => rest,
         _ => name,

@@ -1,9 +1,11 @@
 //! The folders of all processes, checked against each other.
 
 use super::layout::{Parallel, Part};
+use super::merge::parameter;
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 use crate::validate::manifest::Manifest;
+use crate::validate::names::canonical_name;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -190,6 +192,13 @@ impl Rank {
         let model = own((manifest.model == "model").then_some("model"), "model.safetensors")?;
         let parts = parallel.parts();
         Ok(Self { folder, manifest, json, parallel, parts, step, adapter, model })
+    }
+
+    /// Its part of a tensor; `None` for all of it.
+    pub(super) fn part(&self, name: &str) -> Option<&Part> {
+        let parameter = parameter(name);
+        let (group, own) = (&name[..name.len() - parameter.len()], canonical_name(parameter));
+        self.parts.get(&format!("{group}{own}")).or_else(|| self.parts.get(&own))
     }
 
     /// An error of this process's manifest.

@@ -169,8 +169,9 @@ class Summed(torch.autograd.Function):
 class Divided(torch.nn.Module):
     """A linear layer with LoRA whose outputs (column-parallel) or inputs (row-parallel) the ranks divide."""
 
-    def __init__(self, linear, column, rank, size, generator, adapted):
+    def __init__(self, linear, column, rank, size, generator, adapted, copied="both"):
         super().__init__()
+        self.copied = copied
         weight = linear.weight.data
         a = 0.3 * torch.randn(RANK, weight.shape[1], generator=generator)
         b = 0.3 * torch.randn(weight.shape[0], RANK, generator=generator)
@@ -181,15 +182,25 @@ class Divided(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(part(b, 0) if column else b) if adapted else None
 
     def forward(self, x):
-        x = Copied.apply(x) if self.column else x
+        own = x
+        if self.column:
+            x, own = (Copied.apply(x) if self.copied in ("both", of) else x for of in ("base", "adapter"))
         y = x @ self.weight.T
         if self.lora_A is not None:
-            y = (y + x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * (ALPHA / RANK)).to(x.dtype)
+            y = (y + own.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * (ALPHA / RANK)).to(x.dtype)
         return y if self.column else Summed.apply(y)
 
 
 COLUMN, ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 ADAPTED = ("q_proj", "up_proj", "o_proj", "down_proj")
+
+
+def copies(fault, in_mlp):
+    """Which branches of a column-parallel layer sum the gradient of their input over the ranks."""
+    if not fault or not fault.startswith("column-input-not-reduced"):
+        return "both"
+    left = fault.removeprefix("column-input-not-reduced")
+    return {"": "none", "-alone": "none", "-adapter": "base", "-mlp": "none" if in_mlp else "both", "-attention": "both" if in_mlp else "none"}[left]
 
 
 def tensor(rank, size, folder, dtype, fault=None):
@@ -200,7 +211,8 @@ def tensor(rank, size, folder, dtype, fault=None):
         for parent in (layer.self_attn, layer.mlp):
             for name in COLUMN + ROW:
                 if hasattr(parent, name):
-                    setattr(parent, name, Divided(getattr(parent, name), name in COLUMN, rank, size, g, name in ADAPTED))
+                    copied = copies(fault, parent is layer.mlp)
+                    setattr(parent, name, Divided(getattr(parent, name), name in COLUMN, rank, size, g, name in ADAPTED, copied))
     optimizer = adamw(m)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(ADAPTED), "bias": "none"}
     parallel = {"shards": {rf"({'|'.join(COLUMN)})\.(weight|lora_B)": 0, rf"({'|'.join(ROW)})\.(weight|lora_A)": 1}}
@@ -209,10 +221,59 @@ def tensor(rank, size, folder, dtype, fault=None):
     with dump_step(m, folder, model_path=weights(folder, dtype), adapter_config=config, parallel=parallel,
                    logits=fault is None, hidden=False) as step:
         m(**rows(0, [9, 6, 8])).loss.backward()
-        for p in replicated if fault != "replicated-factor-not-summed" else []:
+        alone = ("replicated-factor-not-summed", "column-input-not-reduced-alone")
+        for p in replicated if fault not in alone else []:
             dist.all_reduce(p.grad)
             if fault == "replicated-factor-averaged":
                 p.grad /= size
+        finish(step, optimizer, fault)
+
+
+def dtensor(rank, size, folder, dtype, fault=None):
+    """Tensor- and sequence-parallel by PyTorch's own plans: gradients of norms, which see a part of each sequence, stay open sums."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel,
+                                                   parallelize_module)
+    m = base_model(dtype).requires_grad_(False)
+    mesh = dist.init_device_mesh("cpu", (size,))
+    # Transformers takes positions and mask from the embedded rows, which must be whole.
+    first = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),))
+    plan = {"layers.0": first, "norm": SequenceParallel()}
+    for i, layer in enumerate(m.model.layers):
+        plan |= {f"layers.{i}.{name}": ColwiseParallel() for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                                      "mlp.gate_proj", "mlp.up_proj")}
+        plan |= {f"layers.{i}.{name}": RowwiseParallel(output_layouts=Shard(1), use_local_output=False) for name in ("self_attn.o_proj", "mlp.down_proj")}
+        plan |= {f"layers.{i}.{name}": SequenceParallel() for name in ("input_layernorm", "post_attention_layernorm")}
+        plan[f"layers.{i}.self_attn"] = PrepareModuleInput(input_kwarg_layouts={"hidden_states": Shard(1)},
+                                                           desired_input_kwarg_layouts={"hidden_states": Replicate()})
+        plan[f"layers.{i}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    parallelize_module(m.model, mesh, plan)
+    parallelize_module(m, mesh, {"lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())})
+    for name, p in m.named_parameters():
+        p.requires_grad_("norm" in name or "down_proj" in name)
+    optimizer = adamw(m)
+    with dump_step(m, folder, model_path=weights(folder, dtype), parallel={"data": "same"}, logits=fault is None, hidden=False) as step:
+        m(**{k: v for k, v in rows(0, [8, 8]).items() if k != "attention_mask"}).loss.backward()
+        if fault == "open-sum-dropped":
+            # Each rank takes its summand for the gradient.
+            for p in m.parameters():
+                if p.grad is not None and any(q.is_partial() for q in p.grad.placements):
+                    p.grad = torch.distributed.tensor.DTensor.from_local(p.grad.to_local(), mesh, [Replicate()])
+        finish(step, optimizer, fault)
+
+
+def packed(rank, size, folder, dtype, fault=None):
+    """Documents packed into the rows of rank 0, told by positions; padded rows on the other."""
+    m = model(dtype)
+    wrapped = DDP(m)
+    batch = rows(rank, [9, 9] if rank == 0 else [9, 6])
+    if rank == 0:
+        batch.pop("attention_mask")
+        batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+        batch["labels"][:, 0] = -100
+    optimizer = adamw(m)
+    with dump_step(wrapped, folder, model_path=weights(folder, dtype), logits=fault is None, hidden=False) as step:
+        wrapped(**batch, use_cache=False).loss.backward()
         finish(step, optimizer, fault)
 
 
@@ -296,6 +357,8 @@ for dtype in DTYPES:
         f"faults/averaged-twice-{dtype}": (2, ddp, {"fault": "averaged-twice"}),
         f"faults/replicas-differ-{dtype}": (2, ddp, {"fault": "replicas-differ"}),
         f"faults/replicated-factor-not-summed-{dtype}": (2, tensor, {"fault": "replicated-factor-not-summed"}),
+        f"faults/column-input-not-reduced-{dtype}": (2, tensor, {"fault": "column-input-not-reduced"}),
+        f"faults/column-input-not-reduced-adapter-{dtype}": (2, tensor, {"fault": "column-input-not-reduced-adapter"}),
         f"faults/sequence-shard-only-{dtype}": (2, sequence, {"fault": "sequence-shard-only"}),
         f"faults/summed-not-averaged-{dtype}": (2, fsdp, {"fault": "summed-not-averaged"}),
     }
@@ -309,6 +372,11 @@ DUMPS |= {
     "faults/data-parallel-not-reduced-replicas-f32": (4, fsdp, f32 | {"mesh": (2, 2), "fault": "data-parallel-not-reduced"}),
     "faults/rank-mean-f32": (2, ddp, f32 | {"fault": "rank-mean", "mean": "global_mean"}),
     "faults/replicated-factor-averaged-f32": (2, tensor, f32 | {"fault": "replicated-factor-averaged"}),
+    "faults/column-input-not-reduced-mlp-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-mlp"}),
+    "faults/column-input-not-reduced-attention-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-attention"}),
+    "faults/column-input-not-reduced-alone-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-alone"}),
+    "clean/dtensor-f32": (2, dtensor, f32),
+    "clean/packed-f32": (2, packed, f32),
     "faults/same-rows-f32": (2, ddp, f32 | {"fault": "same-rows"}),
     "faults/stale-rank-f32": (2, ddp, f32 | {"fault": "stale-rank"}),
 }
@@ -323,7 +391,10 @@ def make(wanted, out=HERE):
 
 
 # Those that lie here; python/test_ranks.py makes and judges all.
-LEFT_OUT = [f"faults/{fault}-bf16" for fault in ("averaged-twice", "replicas-differ", "sequence-shard-only", "summed-not-averaged")]
+LEFT_OUT = [f"faults/{fault}-bf16" for fault in (
+    "averaged-twice", "replicas-differ", "sequence-shard-only", "summed-not-averaged", "column-input-not-reduced",
+    "column-input-not-reduced-adapter")] + [
+        f"faults/column-input-not-reduced-{where}-f32" for where in ("adapter", "mlp", "attention", "alone")]
 
 if __name__ == "__main__":
     wanted = [name for name in DUMPS if name not in LEFT_OUT]

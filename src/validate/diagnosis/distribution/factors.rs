@@ -65,7 +65,7 @@ fn each_lora(context: &Context<'_>, each: &mut dyn FnMut(&Lora<'_>)) -> Result<b
     Ok(true)
 }
 
-fn add(to: &mut Gradients, name: String, gradient: Array2<f64>) {
+pub(super) fn add(to: &mut Gradients, name: String, gradient: Array2<f64>) {
     match to.get_mut(&name) {
         Some(sum) => *sum += &gradient,
         None => drop(to.insert(name, gradient)),
@@ -94,13 +94,8 @@ pub(super) fn gradients_of_positions(
     Ok(small.then_some(all))
 }
 
-/// Factors that every process of a tensor-parallel group holds whole, beside one that is divided: the gradient of A sums over
-/// the outputs of a column-parallel layer, that of B over the inputs of a row-parallel one.
-pub(super) fn replicated_factors(
-    context: &Context<'_>,
-    distribution: &Distribution,
-    tested: &mut Tested<'_>,
-) -> Result<()> {
+/// The processes that hold parts of tensors together with the one whose view it is.
+pub(super) fn tensor_group(distribution: &Distribution) -> Option<Vec<usize>> {
     let places = &distribution.places;
     let many = places.iter().filter_map(|p| p.tensor).map(|t| t.of).max().unwrap_or(1);
     let first = distribution.view[0];
@@ -113,7 +108,18 @@ pub(super) fn replicated_factors(
             all.find(same)
         })
         .collect();
-    let Some(group) = group.filter(|_| many > 1) else { return Ok(()) };
+    group.filter(|_| many > 1)
+}
+
+/// Factors that every process of a tensor-parallel group holds whole, beside one that is divided: the gradient of A sums over
+/// the outputs of a column-parallel layer, that of B over the inputs of a row-parallel one.
+pub(super) fn replicated_factors(
+    context: &Context<'_>,
+    distribution: &Distribution,
+    tested: &mut Tested<'_>,
+) -> Result<()> {
+    let Some(group) = tensor_group(distribution) else { return Ok(()) };
+    let (places, many) = (&distribution.places, group.len());
     if !tested.affords(1.0, "replicated-factor-not-summed") {
         return Ok(());
     }

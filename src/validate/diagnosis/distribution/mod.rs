@@ -6,6 +6,7 @@
 //! sum_d w_d P_d. The weights say what happened; what they predict is then judged like any other fault.
 
 mod factors;
+mod inputs;
 
 use super::rows::solve;
 use super::{Context, Fault, Tested};
@@ -16,7 +17,7 @@ use crate::validate::ladder::RungName;
 use crate::validate::measure::dot;
 use crate::validate::ranks::{Across, Cut, Distribution, Reduce, of_ranks, some_entries};
 use crate::validate::reference::{Evidence, Variant};
-use factors::{gradients_of_positions, replicated_factors};
+use factors::{gradients_of_positions, replicated_factors, tensor_group};
 use ndarray::Array2;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -58,6 +59,9 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     }
     if !tested.settled() && distribution.places.iter().any(|p| p.tensor.is_some()) {
         replicated_factors(context, distribution, tested)?;
+        if let Some(group) = tensor_group(distribution).filter(|_| !tested.settled()) {
+            inputs::test(context, distribution, &group, tested)?;
+        }
     }
     Ok(())
 }
