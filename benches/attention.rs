@@ -1,6 +1,8 @@
-//! Gradient speed as ratios to the counted floor: GEMM operations over the GEMM rate of the same run.
+//! Gradient speed as ratios to the counted floor: GEMM operations over the GEMM rate of the same
+//! run.
 //!
-//! `cargo bench --bench attention [-- FILTER]` with the threads of RAYON_NUM_THREADS (all by default).
+//! `cargo bench --bench attention [-- FILTER]` with the threads of RAYON_NUM_THREADS (all by
+//! default).
 
 use ndarray::{Array2, parallel::prelude::*};
 use peft_limits::attention::chained;
@@ -33,12 +35,19 @@ fn gemm_rate<T: Real>() -> f64 {
     let a = Array2::<T>::from_elem((N, N), T::of(0.5));
     let mut c: Vec<Array2<T>> = vec![Array2::zeros((N, N)); threads];
     let [_, median, _] = time(15, || {
-        c.par_iter_mut().for_each(|c| multiply(T::one(), &a.view(), &a.view(), T::zero(), &mut c.view_mut()));
+        c.par_iter_mut()
+            .for_each(|c| multiply(T::one(), &a.view(), &a.view(), T::zero(), &mut c.view_mut()));
     });
     (N * N * N * threads) as f64 / median
 }
 
-fn streaming_case<T: Real>(tokens: usize, head_dim: usize, rank: usize, request: Request, repeats: usize) {
+fn streaming_case<T: Real>(
+    tokens: usize,
+    head_dim: usize,
+    rank: usize,
+    request: Request,
+    repeats: usize,
+) {
     let head = SyntheticHead { rank, ..SyntheticHead::new(tokens, head_dim) };
     let problem: AttentionProblem<T> = head.draw().expect("valid head");
     let rate = gemm_rate::<T>();
@@ -48,8 +57,9 @@ fn streaming_case<T: Real>(tokens: usize, head_dim: usize, rank: usize, request:
     });
     let floor = cost.multiply_adds as f64 / rate;
     println!(
-        "streaming {:3} L={tokens:6} d={head_dim:3} r={rank} {request:?}: {:8.1} ms [{:.1}, {:.1}]  floor {:8.1} ms  ratio {:.2}  \
-         GEMM {:.0} GFLOP/s  peak extra {:.1} MiB  largest buffer {:.1} MiB",
+        "streaming {:3} L={tokens:6} d={head_dim:3} r={rank} {request:?}: {:8.1} ms [{:.1}, \
+         {:.1}]  floor {:8.1} ms  ratio {:.2}  GEMM {:.0} GFLOP/s  peak extra {:.1} MiB  largest \
+         buffer {:.1} MiB",
         T::NAME,
         1e3 * median,
         1e3 * low,
@@ -64,21 +74,27 @@ fn streaming_case<T: Real>(tokens: usize, head_dim: usize, rank: usize, request:
 
 /// Chained against streaming on the same head, with the relative error of the gradient.
 fn chained_case(tokens: usize, mask: Mask, spec: &str, repeats: usize) {
-    let head = SyntheticHead { mask, rank: 4, ..SyntheticHead::new(tokens, 8).at_threshold_ratio(0.5) };
+    let head =
+        SyntheticHead { mask, rank: 4, ..SyntheticHead::new(tokens, 8).at_threshold_ratio(0.5) };
     let problem: AttentionProblem<f32> = head.draw().expect("valid head");
     let method = build::<f32>(spec).expect("valid spec");
     let rate = gemm_rate::<f32>();
     let mut result = None;
     let chained = time(repeats, || {
-        result = Some(chained::gradients(&problem, method.as_ref(), Request::Adapters).expect("inside the interval"));
+        result = Some(
+            chained::gradients(&problem, method.as_ref(), Request::Adapters)
+                .expect("inside the interval"),
+        );
     });
     let mut exact = None;
-    let streaming = time(1, || exact = Some(streaming::gradients(&problem, Request::Adapters).expect("valid head")));
+    let streaming = time(1, || {
+        exact = Some(streaming::gradients(&problem, Request::Adapters).expect("valid head"))
+    });
     let (Some(result), Some(exact)) = (result, exact) else { return };
     let floor = result.gradients.cost.multiply_adds as f64 / rate;
     println!(
-        "chained   f32 L={tokens:6} d=  8 r=4 {mask:?} {spec}: {:8.1} ms [{:.1}, {:.1}]  floor {:6.1} ms  ratio {:.2}  \
-         streaming {:.0} ms, {:.1}x  relative error {:.1e}",
+        "chained   f32 L={tokens:6} d=  8 r=4 {mask:?} {spec}: {:8.1} ms [{:.1}, {:.1}]  floor \
+         {:6.1} ms  ratio {:.2}  streaming {:.0} ms, {:.1}x  relative error {:.1e}",
         1e3 * chained[1],
         1e3 * chained[0],
         1e3 * chained[2],
@@ -90,7 +106,8 @@ fn chained_case(tokens: usize, mask: Mask, spec: &str, repeats: usize) {
     );
 }
 
-/// One factorization: the chain with its features against the chain's products alone at the GEMM rate, for each column.
+/// One factorization: the chain with its features against the chain's products alone at the GEMM
+/// rate, for each column.
 fn factorization_case(spec: &str, repeats: usize) {
     let head = SyntheticHead { rank: 4, ..SyntheticHead::new(8192, 16).at_threshold_ratio(0.4) };
     let problem: AttentionProblem<f32> = head.draw().expect("valid head");
@@ -99,23 +116,33 @@ fn factorization_case(spec: &str, repeats: usize) {
     let method = build::<f32>(spec).expect("valid spec");
     let rate = gemm_rate::<f32>();
     let mut map = None;
-    let prepare =
-        time(repeats, || map = Some(method.prepare(&scores, &mut Default::default()).expect("fits the head")));
+    let prepare = time(repeats, || {
+        map = Some(method.prepare(&scores, &mut Default::default()).expect("fits the head"))
+    });
     let Some(map) = map else { return };
     let mut counted = None;
     let chain = time(repeats, || {
-        let done = chained::with_map(&problem, &projected, map.as_ref(), Request::Adapters, Default::default());
+        let done = chained::with_map(
+            &problem,
+            &projected,
+            map.as_ref(),
+            Request::Adapters,
+            Default::default(),
+        );
         counted = done.ok().map(|d| d.gradients.cost.multiply_adds as f64);
     });
     let failed = counted.is_none();
     let (r, d) = (4, 16);
     // Without columns the work is in the pairs: a column is then one pair a query.
     let (columns, floor) = match map.rank() {
-        0 => ((map.certificate().corrected_pairs / 8192) as f64, counted.unwrap_or(f64::NAN) / rate),
+        0 => {
+            ((map.certificate().corrected_pairs / 8192) as f64, counted.unwrap_or(f64::NAN) / rate)
+        }
         k => (k as f64, chained::predicted_multiply_adds(8192, k as u128, d, 2 * r, 2 * r) / rate),
     };
     println!(
-        "features  f32 L=  8192 d= 16 r=4 {spec:44} k={:5}: chain {:6.2} us a column, ratio {:.2}  prepare {:6.2} us a column  both {:.2}{}",
+        "features  f32 L=  8192 d= 16 r=4 {spec:44} k={:5}: chain {:6.2} us a column, ratio \
+         {:.2}  prepare {:6.2} us a column  both {:.2}{}",
         map.rank(),
         1e6 * chain[1] / columns,
         chain[1] / floor,

@@ -1,5 +1,6 @@
-//! The crate's matrix products beside ndarray's on one thread, in the shapes of a training step and of attention tiles:
-//! `cargo bench --bench products`. Medians of rates, and their ratio within the run.
+//! The crate's matrix products beside ndarray's on one thread, in the shapes of a training step and
+//! of attention tiles: `cargo bench --bench products`. Medians of rates, and their ratio within the
+//! run.
 
 use ndarray::{Array2, linalg::general_mat_mul};
 use peft_limits::linalg::gemm::multiply;
@@ -7,7 +8,8 @@ use std::time::Instant;
 
 const REPEATS: usize = 41;
 
-/// Median seconds of two pieces of work that take turns, so that a change of the machine's speed meets both.
+/// Median seconds of two pieces of work that take turns, so that a change of the machine's speed
+/// meets both.
 fn compare(mut first: impl FnMut(), mut second: impl FnMut()) -> [f64; 2] {
     let mut seconds = [Vec::new(), Vec::new()];
     for _ in 0..REPEATS {
@@ -36,10 +38,15 @@ fn main() {
         (64, 256, 32, [false, false], "P V, a tile"),
         (256, 64, 32, [true, false], "P^T G, a tile"),
     ];
-    println!("{:<22}{:>18}{:>16}{:>18}{:>8}", "product", "m x k x n", "here, GFLOP/s", "ndarray, GFLOP/s", "ratio");
+    println!(
+        "{:<22}{:>18}{:>16}{:>18}{:>8}",
+        "product", "m x k x n", "here, GFLOP/s", "ndarray, GFLOP/s", "ratio"
+    );
     for (m, k, n, [a_transposed, b_transposed], name) in shapes {
         let filled = |rows: usize, columns: usize| {
-            Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) % 13) as f32 * 0.1 - 0.5)
+            Array2::from_shape_fn((rows, columns), |(i, j)| {
+                ((i * 7 + j * 3) % 13) as f32 * 0.1 - 0.5
+            })
         };
         let (a, b) = (
             if a_transposed { filled(k, m).reversed_axes() } else { filled(m, k) },
@@ -54,6 +61,10 @@ fn main() {
         assert!(gap < 1e-2, "{name}: the two products differ by {gap}");
         let rate = |seconds: f64| 2e-9 * (m * k * n) as f64 / seconds;
         let (here, there) = (rate(seconds[0]), rate(seconds[1]));
-        println!("{name:<22}{:>18}{here:>16.0}{there:>18.0}{:>8.2}", format!("{m} x {k} x {n}"), here / there);
+        println!(
+            "{name:<22}{:>18}{here:>16.0}{there:>18.0}{:>8.2}",
+            format!("{m} x {k} x {n}"),
+            here / there
+        );
     }
 }

@@ -1,7 +1,8 @@
-//! Where a step of full fine-tuning spends its time: each kind of work of the step alone, on the step's shapes and threads.
+//! Where a step of full fine-tuning spends its time: each kind of work of the step alone, on the
+//! step's shapes and threads.
 //!
-//! `cargo bench --bench step_parts`: milliseconds of a step for each part, in the middle of the repeats, the operations or
-//! bytes it must at least do, and their rate.
+//! `cargo bench --bench step_parts`: milliseconds of a step for each part, in the middle of the
+//! repeats, the operations or bytes it must at least do, and their rate.
 
 use ndarray::Array2;
 use peft_limits::blocks::causal_attention::{
@@ -53,7 +54,14 @@ impl Part {
         unit: &'static str,
         work: impl FnMut() + Send + 'static,
     ) -> Self {
-        Part { name, times, giga: amount as f64 * 1e-9, unit, work: Box::new(work), seconds: vec![] }
+        Part {
+            name,
+            times,
+            giga: amount as f64 * 1e-9,
+            unit,
+            work: Box::new(work),
+            seconds: vec![],
+        }
     }
 }
 
@@ -68,10 +76,24 @@ fn projection(names: [&'static str; 3], times: usize, input: usize, output: usiz
         parallel_product_into(1.0, x.view(), w.t(), 0.0, &mut y.view_mut(), &mut Cost::default());
     };
     let input = move || {
-        parallel_product_into(1.0, dy.view(), w2.view(), 0.0, &mut dx.view_mut(), &mut Cost::default());
+        parallel_product_into(
+            1.0,
+            dy.view(),
+            w2.view(),
+            0.0,
+            &mut dx.view_mut(),
+            &mut Cost::default(),
+        );
     };
     let weight = move || {
-        parallel_product_into(1.0, dy2.t(), x2.view(), 1.0, &mut dw.view_mut(), &mut Cost::default());
+        parallel_product_into(
+            1.0,
+            dy2.t(),
+            x2.view(),
+            1.0,
+            &mut dw.view_mut(),
+            &mut Cost::default(),
+        );
     };
     vec![
         Part::new(names[0], times, operations, "GFLOP", forward),
@@ -88,7 +110,8 @@ fn attention(shape: AttentionShape) -> Vec<Part> {
     let mut cost = Cost::default();
     let forward = move |inputs: &[Array2<f32>; 4], scratch: &mut Scratch<f32>, cost: &mut Cost| {
         let [query, key, value, _] = inputs.each_ref().map(|a| a.view());
-        causal_attention_forward(query, key, value, shape, visible, scale, scratch, cost).expect("the shapes fit")
+        causal_attention_forward(query, key, value, shape, visible, scale, scratch, cost)
+            .expect("the shapes fit")
     };
     let (output, log_sum_exp) = forward(&inputs, &mut scratch[0], &mut cost);
     let operations = 2 * cost.multiply_adds as usize;
@@ -105,7 +128,8 @@ fn attention(shape: AttentionShape) -> Vec<Part> {
         let cache = AttentionCache { query, key, value, output, log_sum_exp };
         let cost = &mut Cost::default();
         let (dquery, dkey, dvalue) =
-            causal_attention_backward(upstream, &cache, shape, visible, scale, &mut second, cost).expect("shapes fit");
+            causal_attention_backward(upstream, &cache, shape, visible, scale, &mut second, cost)
+                .expect("shapes fit");
         for gradient in [dquery, dkey, dvalue] {
             second.keep(gradient);
         }
@@ -120,30 +144,39 @@ fn attention(shape: AttentionShape) -> Vec<Part> {
 fn element_wise(head_dim: usize) -> Vec<Part> {
     let (narrow, wide) = (TOKENS * WIDTH * size_of::<f32>(), TOKENS * INNER * size_of::<f32>());
     let x = Arc::new(filled(TOKENS, WIDTH));
-    let (gain, inverse, mut dgain, mut dx) = (vec![1f32; WIDTH], vec![1f32; TOKENS], vec![0f32; WIDTH], (*x).clone());
+    let (gain, inverse, mut dgain, mut dx) =
+        (vec![1f32; WIDTH], vec![1f32; TOKENS], vec![0f32; WIDTH], (*x).clone());
     let [mut for_norm, mut for_gated, mut for_copies] = [(); 3].map(|()| Scratch::default());
     let norm = {
         let (x, gain) = (x.clone(), gain.clone());
         move || {
-            let (y, _) = rms_norm_forward(x.view(), &gain, 1e-5, &mut for_norm, &mut Cost::default()).expect("fits");
+            let (y, _) =
+                rms_norm_forward(x.view(), &gain, 1e-5, &mut for_norm, &mut Cost::default())
+                    .expect("fits");
             for_norm.keep(y);
         }
     };
     let dnorm = {
         let x = x.clone();
         move || {
-            let (dgain, dx, cost) = (Some(&mut dgain[..]), Some(&mut dx.view_mut()), &mut Cost::default());
-            rms_norm_backward(x.view(), x.view(), &inverse, &gain, dgain, dx, cost).expect("the shapes fit");
+            let (dgain, dx, cost) =
+                (Some(&mut dgain[..]), Some(&mut dx.view_mut()), &mut Cost::default());
+            rms_norm_backward(x.view(), x.view(), &inverse, &gain, dgain, dx, cost)
+                .expect("the shapes fit");
         }
     };
-    let (table, mut rotated) = (RopeTable::new(LENGTH, head_dim, 1e4).expect("the sizes fit"), (*x).clone());
-    let rotate = move || rope_forward(&mut rotated.view_mut(), &table, &mut Cost::default()).expect("the shapes fit");
+    let (table, mut rotated) =
+        (RopeTable::new(LENGTH, head_dim, 1e4).expect("the sizes fit"), (*x).clone());
+    let rotate = move || {
+        rope_forward(&mut rotated.view_mut(), &table, &mut Cost::default()).expect("the shapes fit")
+    };
     let gate = Arc::new(filled(TOKENS, INNER));
     let swiglu = {
         let gate = gate.clone();
         move || {
             let cost = &mut Cost::default();
-            let gated = swiglu_forward(gate.view(), gate.view(), &mut for_gated, cost).expect("the shapes fit");
+            let gated = swiglu_forward(gate.view(), gate.view(), &mut for_gated, cost)
+                .expect("the shapes fit");
             for_gated.keep(gated);
         }
     };
@@ -152,7 +185,8 @@ fn element_wise(head_dim: usize) -> Vec<Part> {
         // Its results stand where its inputs were, and would soon be denormal.
         dgate.assign(&gate);
         dup.assign(&gate);
-        swiglu_backward(gate.view(), &mut dgate, &mut dup, &mut Cost::default()).expect("the shapes fit");
+        swiglu_backward(gate.view(), &mut dgate, &mut dup, &mut Cost::default())
+            .expect("the shapes fit");
     };
     let copy = move || {
         let copy = for_copies.copy(&x);
@@ -177,31 +211,56 @@ fn head_and_loss() -> Part {
         let mut dhidden = dhidden.view_mut();
         let sinks = CrossEntropySinks { dhidden: &mut dhidden, dweight: Some(dhead.view_mut()) };
         let (divisor, cost) = (TOKENS as f64, &mut Cost::default());
-        cross_entropy(hidden.view(), head.view(), &targets, divisor, Some(sinks), cost).expect("finite");
+        cross_entropy(hidden.view(), head.view(), &targets, divisor, Some(sinks), cost)
+            .expect("finite");
     })
 }
 
 /// One update of `weights` numbers in as many tensors as there are layers.
 fn optimizer(name: &'static str, weights: usize) -> Part {
-    let mut optimizer = OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }.check().expect("in range");
+    let mut optimizer = OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }
+        .check()
+        .expect("in range");
     let each = weights / LAYERS;
     let (mut tensors, gradient) = (vec![vec![0.5f32; each]; LAYERS], vec![0.1f32; each]);
     Part::new(name, 1, 7 * weights * size_of::<f32>(), "GB", move || {
         optimizer.begin_step();
         for (layer, tensor) in tensors.iter_mut().enumerate() {
-            optimizer.update(&layer.to_string(), tensor, &gradient, 1e-4, 1.0).expect("the lengths fit");
+            optimizer
+                .update(&layer.to_string(), tensor, &gradient, 1e-4, 1.0)
+                .expect("the lengths fit");
         }
     })
 }
 
 fn main() {
     peft_limits::linalg::workers::keep_awake();
-    let mut parts =
-        projection(["q, k, v, o: forward", "q, k, v, o: input", "q, k, v, o: weight"], 4 * LAYERS, WIDTH, WIDTH);
-    parts.extend(projection(["gate, up: forward", "gate, up: input", "gate, up: weight"], 2 * LAYERS, WIDTH, INNER));
-    parts.extend(projection(["down: forward", "down: input", "down: weight"], LAYERS, INNER, WIDTH));
+    let mut parts = projection(
+        ["q, k, v, o: forward", "q, k, v, o: input", "q, k, v, o: weight"],
+        4 * LAYERS,
+        WIDTH,
+        WIDTH,
+    );
+    parts.extend(projection(
+        ["gate, up: forward", "gate, up: input", "gate, up: weight"],
+        2 * LAYERS,
+        WIDTH,
+        INNER,
+    ));
+    parts.extend(projection(
+        ["down: forward", "down: input", "down: weight"],
+        LAYERS,
+        INNER,
+        WIDTH,
+    ));
 
-    let shape = AttentionShape { batch: BATCH, length: LENGTH, heads: HEADS, kv_heads: HEADS, head_dim: WIDTH / HEADS };
+    let shape = AttentionShape {
+        batch: BATCH,
+        length: LENGTH,
+        heads: HEADS,
+        kv_heads: HEADS,
+        head_dim: WIDTH / HEADS,
+    };
     parts.extend(attention(shape));
     parts.extend(element_wise(shape.head_dim));
     parts.push(head_and_loss());
@@ -239,5 +298,9 @@ fn main() {
             part.unit
         );
     }
-    println!("| sum | {:.1} | {products:.2} GFLOP | {:.0} GFLOP/s |", 1e3 * total, products / total);
+    println!(
+        "| sum | {:.1} | {products:.2} GFLOP | {:.0} GFLOP/s |",
+        1e3 * total,
+        products / total
+    );
 }

@@ -1,12 +1,14 @@
-//! Time of one training step (forward, backward, AdamW) per adaptation method, with operations and saved bytes.
+//! Time of one training step (forward, backward, AdamW) per adaptation method, with operations and
+//! saved bytes.
 //!
-//! `cargo bench --bench train_step [-- --batch 8 --length 256 --width 256 --layers 6 --inner 688 --vocab 256
-//! --rank 8 --heads 8 --repeats 15 --checkpointing --only lora,full --on-request]`
+//! `cargo bench --bench train_step [-- --batch 8 --length 256 --width 256 --layers 6 --inner 688
+//! --vocab 256 --rank 8 --heads 8 --repeats 15 --checkpointing --only lora,full --on-request]`
 //!
-//! Methods are interleaved, so a change of the machine's speed meets all of them; the table shows the median and
-//! quartiles of the repeats and ratios of medians to LoRA's. With `--on-request` a step is done for each line of the
-//! standard input that names a method, and answered by its seconds: so another trainer takes turns with this one, step
-//! by step (`benches/peers/torch_train_step.py --with-rust`). The table follows at the end of the input.
+//! Methods are interleaved, so a change of the machine's speed meets all of them; the table shows
+//! the median and quartiles of the repeats and ratios of medians to LoRA's. With `--on-request` a
+//! step is done for each line of the standard input that names a method, and answered by its
+//! seconds: so another trainer takes turns with this one, step by step
+//! (`benches/peers/torch_train_step.py --with-rust`). The table follows at the end of the input.
 
 use ndarray::Array2;
 use peft_limits::adapters::lora::LoraSpec;
@@ -16,7 +18,9 @@ use peft_limits::adapters::spft::SpftSpec;
 use peft_limits::cost::Cost;
 use peft_limits::linalg::gemm::parallel_product_into;
 use peft_limits::model::s2ft::S2ftSpec;
-use peft_limits::model::{AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions};
+use peft_limits::model::{
+    AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions,
+};
 use peft_limits::train::optimizer::{Optimizer, OptimizerParams, update_model};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -91,8 +95,10 @@ fn main() {
     };
     let (batch, length, rank) = (flag("--batch", 8), flag("--length", 256), flag("--rank", 8));
     let (width, heads, repeats) = (flag("--width", 256), flag("--heads", 8), flag("--repeats", 15));
-    let options =
-        StepOptions { checkpointing: arguments.iter().any(|a| a == "--checkpointing"), ..StepOptions::default() };
+    let options = StepOptions {
+        checkpointing: arguments.iter().any(|a| a == "--checkpointing"),
+        ..StepOptions::default()
+    };
     let config = ModelConfig {
         vocab_size: flag("--vocab", 256),
         hidden_size: width,
@@ -109,14 +115,26 @@ fn main() {
     };
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let base: Model<f32> = Model::random(config.clone(), &mut rng).expect("sizes are consistent");
-    let ids = Array2::from_shape_simple_fn((batch, length), || rng.random_range(0..config.vocab_size as u32));
+    let ids = Array2::from_shape_simple_fn((batch, length), || {
+        rng.random_range(0..config.vocab_size as u32)
+    });
     let data = Batch::new(ids.clone(), ids.mapv(i64::from)).expect("not empty");
     let lora = LoraSpec { rank, alpha: 2.0 * rank as f64, rank_stabilized: false };
     let all = &Projection::ALL;
     let specs = [
         ("lora", MethodSpec::Lora(lora)),
-        ("paca", MethodSpec::Paca(PacaSpec { rank, alpha: Some(2.0 * rank as f64), ..PacaSpec::default() })),
-        ("paca 2r", MethodSpec::Paca(PacaSpec { rank: 2 * rank, alpha: None, ..PacaSpec::default() })),
+        (
+            "paca",
+            MethodSpec::Paca(PacaSpec {
+                rank,
+                alpha: Some(2.0 * rank as f64),
+                ..PacaSpec::default()
+            }),
+        ),
+        (
+            "paca 2r",
+            MethodSpec::Paca(PacaSpec { rank: 2 * rank, alpha: None, ..PacaSpec::default() }),
+        ),
         ("dora", MethodSpec::Dora { spec: lora, true_derivative: false }),
         ("moslora", MethodSpec::Moslora { spec: lora, mixer: MixerInit::Orthogonal }),
         ("spft", MethodSpec::Spft(SpftSpec::default())),
@@ -132,7 +150,9 @@ fn main() {
             name,
             gradients: model.zero_gradients(),
             model,
-            optimizer: OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }.check().expect("in range"),
+            optimizer: OptimizerParams { weight_decay: 0.01, ..OptimizerParams::default() }
+                .check()
+                .expect("in range"),
             seconds: vec![],
             warm_up: WARM_UP,
             flops: 0,
@@ -172,14 +192,16 @@ fn main() {
     }
     let rate = gemm_rate(batch * length, width, config.intermediate_size);
     println!(
-        "batch {batch}, length {length}, width {width}, inner {}, layers {}, vocabulary {}, rank {rank}, f32, {} threads; GEMM of this run {rate:.0} GFLOP/s",
+        "batch {batch}, length {length}, width {width}, inner {}, layers {}, vocabulary {}, rank \
+         {rank}, f32, {} threads; GEMM of this run {rate:.0} GFLOP/s",
         config.intermediate_size,
         config.num_hidden_layers,
         config.vocab_size,
         rayon::current_num_threads()
     );
     println!(
-        "| method | trainable | ms (median) | quartiles | ms / LoRA | GFLOP | GFLOP / LoRA | GFLOP/s | saved MB | held MB | held / LoRA |"
+        "| method | trainable | ms (median) | quartiles | ms / LoRA | GFLOP | GFLOP / LoRA | \
+         GFLOP/s | saved MB | held MB | held / LoRA |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for c in &mut contenders {
@@ -189,12 +211,14 @@ fn main() {
         let (weights, adapters) = c.model.weight_bytes();
         (c.saved_bytes + weights + adapters + 12 * c.model.trainable_elements()) as f64
     };
-    let lora = (quantile(&contenders[0].seconds, 0.5), contenders[0].flops as f64, held(&contenders[0]));
+    let lora =
+        (quantile(&contenders[0].seconds, 0.5), contenders[0].flops as f64, held(&contenders[0]));
     for c in &contenders {
         assert!(c.loss.is_finite() && c.loss > 0.0, "{}: loss {}", c.name, c.loss);
         let q = [0.25, 0.5, 0.75].map(|q| quantile(&c.seconds, q));
         println!(
-            "| {} | {} | {:.1} | {:.1} to {:.1} | {:.3} | {:.1} | {:.3} | {:.0} | {:.1} | {:.1} | {:.3} |",
+            "| {} | {} | {:.1} | {:.1} to {:.1} | {:.3} | {:.1} | {:.3} | {:.0} | {:.1} | {:.1} | \
+             {:.3} |",
             c.name,
             c.model.trainable_elements(),
             1e3 * q[1],

@@ -1,16 +1,19 @@
-//! The LoRA gradient of one head over as many tokens as the ranks hold: rows are drawn by seed where they are
-//! needed, so that nothing is read, sent or gathered but sums.
+//! The LoRA gradient of one head over as many tokens as the ranks hold: rows are drawn by seed
+//! where they are needed, so that nothing is read, sent or gathered but sums.
 //!
 //! `mpirun -n 2 target/release/examples/long_sequence --tokens 10000000`
 //!
-//! Any number of ranks draws the same head, so the printed norms agree. One line of `key=value` pairs a repetition,
-//! on rank 0: seconds of the slowest rank, memory of the largest, bytes of rank 0.
+//! Any number of ranks draws the same head, so the printed norms agree. One line of `key=value`
+//! pairs a repetition, on rank 0: seconds of the slowest rank, memory of the largest, bytes of
+//! rank 0.
 
 use clap::{Parser, ValueEnum};
 use ndarray::{Array2, s};
 use peft_limits::attention::chained::CHUNK;
 use peft_limits::attention::factorization::build;
-use peft_limits::attention::problem::{Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv};
+use peft_limits::attention::problem::{
+    Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv,
+};
 use peft_limits::attention::problem::{SoftmaxKind, Source};
 use peft_limits::attention::shards::{RowShards, together};
 use peft_limits::attention::{Gradients, Request};
@@ -71,7 +74,9 @@ fn main() -> ExitCode {
             Dtype::F32 => run::<f32>(&arguments, job.ranks()),
             Dtype::F64 => run::<f64>(&arguments, job.ranks()),
         },
-        None => Err(Error::invalid("launcher", "none", "start with mpirun -n N, also for one rank")),
+        None => {
+            Err(Error::invalid("launcher", "none", "start with mpirun -n N, also for one rank"))
+        }
     });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,7 +88,8 @@ fn main() -> ExitCode {
 }
 
 fn run<T: Scalar>(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
-    let drawn = rows_of(arguments.tokens, ranks.rank(), ranks.size()).and_then(|rows| draw::<T>(arguments, rows));
+    let drawn = rows_of(arguments.tokens, ranks.rank(), ranks.size())
+        .and_then(|rows| draw::<T>(arguments, rows));
     let problem = together::<T, _>(ranks, drawn)?;
     let factorization = build::<T>(&arguments.features)?;
     for _ in 0..arguments.repeats {
@@ -92,7 +98,8 @@ fn run<T: Scalar>(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
         let start = Instant::now();
         let gradients = match arguments.method {
             Method::Chained => {
-                chained::gradients(ranks, &problem, factorization.as_ref(), Request::Adapters)?.gradients
+                chained::gradients(ranks, &problem, factorization.as_ref(), Request::Adapters)?
+                    .gradients
             }
             Method::Streaming => ring::gradients(ranks, &problem, Request::Adapters)?,
         };
@@ -101,8 +108,8 @@ fn run<T: Scalar>(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
         let after = ranks.traffic();
         if ranks.is_first() {
             println!(
-                "ranks={} threads={} tokens={} causal={} seconds={seconds:.4} peak_mib={:.0} reduced={} scanned={} \
-                 sent={} control={} messages={} gflop={:.3} {}",
+                "ranks={} threads={} tokens={} causal={} seconds={seconds:.4} peak_mib={:.0} \
+                 reduced={} scanned={} sent={} control={} messages={} gflop={:.3} {}",
                 ranks.size(),
                 rayon::current_num_threads(),
                 arguments.tokens,
@@ -122,7 +129,10 @@ fn run<T: Scalar>(arguments: &Arguments, ranks: &Ranks) -> Result<()> {
 }
 
 fn norms<T: Scalar>(gradients: &Gradients<T>) -> String {
-    let words = gradients.named().into_iter().map(|(name, a)| format!("{name}={:.6e}", frobenius(&a.view())));
+    let words = gradients
+        .named()
+        .into_iter()
+        .map(|(name, a)| format!("{name}={:.6e}", frobenius(&a.view())));
     words.collect::<Vec<_>>().join(" ")
 }
 
@@ -133,7 +143,8 @@ fn draw<T: Scalar>(arguments: &Arguments, rows: Range<usize>) -> Result<Attentio
     let target = rows_by_seed::<T>(arguments.seed, "target", rows, d);
     let mut rng = seed_stream(arguments.seed, "weights");
     // Entries of Q and K are then below 1 in size, typically a third of it.
-    let mut matrix = |rows: usize, columns: usize, size: f64| uniform(&mut rng, rows, columns, size);
+    let mut matrix =
+        |rows: usize, columns: usize, size: f64| uniform(&mut rng, rows, columns, size);
     let mut projection = || Projection {
         weight: matrix(d, d, 1.0 / (d as f64).sqrt()),
         adapter: Some(Adapter { lora_a: matrix(r, d, 0.1), lora_b: matrix(d, r, 1.0) }),
@@ -142,14 +153,21 @@ fn draw<T: Scalar>(arguments: &Arguments, rows: Range<usize>) -> Result<Attentio
     let inputs = Qkv { query: x.clone(), key: x.clone(), value: x };
     let source = Source::Hidden(Box::new(Hidden { inputs, projections, scaling: 2.0 }));
     let mask = if arguments.causal { Mask::Causal } else { Mask::Full };
-    AttentionProblem::new(source, Objective::Target(target), mask, SoftmaxKind::Standard, 1.0 / (d as f64).sqrt())
+    AttentionProblem::new(
+        source,
+        Objective::Target(target),
+        mask,
+        SoftmaxKind::Standard,
+        1.0 / (d as f64).sqrt(),
+    )
 }
 
 /// Rows of a matrix whose blocks of [`CHUNK`] rows have streams of their own.
 fn rows_by_seed<T: Scalar>(seed: u64, what: &str, rows: Range<usize>, columns: usize) -> Array2<T> {
     let mut out = Array2::zeros((rows.len(), columns));
     for block in rows.start / CHUNK..rows.end.div_ceil(CHUNK) {
-        let all: Array2<T> = uniform(&mut seed_stream(seed, &format!("{what} {block}")), CHUNK, columns, 1.0);
+        let all: Array2<T> =
+            uniform(&mut seed_stream(seed, &format!("{what} {block}")), CHUNK, columns, 1.0);
         let (from, to) = (rows.start.max(block * CHUNK), rows.end.min((block + 1) * CHUNK));
         let here = s![from - block * CHUNK..to - block * CHUNK, ..];
         out.slice_mut(s![from - rows.start..to - rows.start, ..]).assign(&all.slice(here));
@@ -158,7 +176,9 @@ fn rows_by_seed<T: Scalar>(seed: u64, what: &str, rows: Range<usize>, columns: u
 }
 
 fn uniform<T: Scalar>(rng: &mut ChaCha8Rng, rows: usize, columns: usize, size: f64) -> Array2<T> {
-    Array2::from_shape_simple_fn((rows, columns), || T::of(size * (2.0 * rng.random::<f64>() - 1.0)))
+    Array2::from_shape_simple_fn((rows, columns), || {
+        T::of(size * (2.0 * rng.random::<f64>() - 1.0))
+    })
 }
 
 /// The largest memory that this process has held, in bytes, where the system tells.

@@ -1,14 +1,17 @@
-//! A factorization of exp(S) of your own, plugged into the chained gradient and compared with the dense one.
+//! A factorization of exp(S) of your own, plugged into the chained gradient and compared with the
+//! dense one.
 //!
-//! exp(x) ~= (1 + x/2)^2, the compound-interest formula after two periods. It is no better than the Taylor polynomial
-//! of degree 2, but it is never negative, so that no softmax denominator can vanish, whatever the logits are.
-//! `cargo run --release --example own_factorization`
+//! exp(x) ~= (1 + x/2)^2, the compound-interest formula after two periods. It is no better than the
+//! Taylor polynomial of degree 2, but it is never negative, so that no softmax denominator can
+//! vanish, whatever the logits are. `cargo run --release --example own_factorization`
 
 use ndarray::{ArrayView2, ArrayViewMut2};
 use peft_limits::Error;
 use peft_limits::attention::exact::dense;
 use peft_limits::attention::factorization::interval::Evidence;
-use peft_limits::attention::factorization::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
+use peft_limits::attention::factorization::{
+    Certificate, FeatureMap, Scores, SoftmaxFactorization,
+};
 use peft_limits::attention::factorization::{approximation, build};
 use peft_limits::attention::synthetic::SyntheticHead;
 use peft_limits::attention::{AttentionProblem, Request, chained};
@@ -18,8 +21,8 @@ use peft_limits::linalg::{Real, norms};
 /// (1 + x/2)^2; it has no parameters.
 struct Compound;
 
-/// With z = (1, sqrt(beta/2) q) and w = (1, sqrt(beta/2) k), (1 + beta q.k / 2)^2 = (z.w)^2 is the inner product of the
-/// products z_a z_b over a <= b, those of a < b times sqrt 2.
+/// With z = (1, sqrt(beta/2) q) and w = (1, sqrt(beta/2) k), (1 + beta q.k / 2)^2 = (z.w)^2 is the
+/// inner product of the products z_a z_b over a <= b, those of a < b times sqrt 2.
 struct CompoundMap<T> {
     head_dim: usize,
     /// sqrt(beta / 2).
@@ -32,9 +35,14 @@ impl<T: Real> SoftmaxFactorization<T> for Compound {
         "compound".into()
     }
 
-    fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>, Error> {
+    fn prepare(
+        &self,
+        scores: &Scores<T>,
+        cost: &mut Cost,
+    ) -> Result<Box<dyn FeatureMap<T>>, Error> {
         let head_dim = scores.query.ncols();
-        // Cauchy-Schwarz: no logit is larger than this. exp(x) - (1 + x/2)^2 is largest at the right end.
+        // Cauchy-Schwarz: no logit is larger than this. exp(x) - (1 + x/2)^2 is largest at the
+        // right end.
         let b = scores.beta * norms::max_row_norm(scores.query) * norms::max_row_norm(scores.key);
         cost.multiply_adds += (scores.query.len() + scores.key.len()) as u64;
         let certificate = Certificate {
@@ -45,7 +53,11 @@ impl<T: Real> SoftmaxFactorization<T> for Compound {
             exp_error_bound: Some(b.exp() - (1.0 + 0.5 * b).powi(2)),
             ..Certificate::default()
         };
-        Ok(Box::new(CompoundMap { head_dim, scale: T::of((0.5 * scores.beta).sqrt()), certificate }))
+        Ok(Box::new(CompoundMap {
+            head_dim,
+            scale: T::of((0.5 * scores.beta).sqrt()),
+            certificate,
+        }))
     }
 }
 
@@ -85,27 +97,40 @@ impl<T: Real> FeatureMap<T> for CompoundMap<T> {
 }
 
 pub(crate) fn main() -> Result<(), Error> {
-    println!("   c  columns  |exp error| <= bound     gradient error: compound, taylor of degree 2");
+    println!(
+        "   c  columns  |exp error| <= bound     gradient error: compound, taylor of degree 2"
+    );
     let mut errors = Vec::new();
     for c in [0.1, 0.2, 0.4, 0.8, 1.6] {
-        let head: AttentionProblem<f64> = SyntheticHead::new(300, 5).at_threshold_ratio(c).draw()?;
+        let head: AttentionProblem<f64> =
+            SyntheticHead::new(300, 5).at_threshold_ratio(c).draw()?;
         let projected = head.project(&mut Cost::default());
         let scores = Scores::of(&head, &projected);
 
         // Entry by entry against exp(S): the bound of the certificate must hold.
         let map = Compound.prepare(&scores, &mut Cost::default())?;
         let logits = scores.query.dot(&scores.key.t()) * scores.beta;
-        let gap = norms::max_abs(&(&approximation(map.as_ref(), &scores) - &logits.mapv(f64::exp)).view());
+        let gap = norms::max_abs(
+            &(&approximation(map.as_ref(), &scores) - &logits.mapv(f64::exp)).view(),
+        );
         let bound = map.certificate().exp_error_bound.unwrap_or(f64::NAN);
-        assert!(gap <= bound * (1.0 + 1e-12), "the certificate promises {bound:e}, the error is {gap:e}");
+        assert!(
+            gap <= bound * (1.0 + 1e-12),
+            "the certificate promises {bound:e}, the error is {gap:e}"
+        );
 
         let exact = dense::gradients(&head, Request::Adapters)?;
         let ours = chained::gradients(&head, &Compound, Request::Adapters)?;
-        let taylor = chained::gradients(&head, build("taylor:degree=2")?.as_ref(), Request::Adapters)?;
+        let taylor =
+            chained::gradients(&head, build("taylor:degree=2")?.as_ref(), Request::Adapters)?;
         // No softmax denominator is negative, even where the approximation is far off.
         assert!(ours.inverse_denominators.iter().all(|&x| x > 0.0));
-        let (ours, taylor) = (ours.gradients.relative_gap(&exact), taylor.gradients.relative_gap(&exact));
-        println!("{c:>4}  {:>7}  {gap:.2e} <= {bound:.2e}     {ours:.2e}, {taylor:.2e}", map.rank());
+        let (ours, taylor) =
+            (ours.gradients.relative_gap(&exact), taylor.gradients.relative_gap(&exact));
+        println!(
+            "{c:>4}  {:>7}  {gap:.2e} <= {bound:.2e}     {ours:.2e}, {taylor:.2e}",
+            map.rank()
+        );
         errors.push(ours);
     }
     assert!(

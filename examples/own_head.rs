@@ -6,20 +6,27 @@ use ndarray::Array2;
 use peft_limits::Error;
 use peft_limits::attention::exact::streaming;
 use peft_limits::attention::factorization::build;
-use peft_limits::attention::problem::{Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv};
+use peft_limits::attention::problem::{
+    Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv,
+};
 use peft_limits::attention::problem::{SoftmaxKind, Source};
 use peft_limits::attention::{Request, chained};
 use peft_limits::cost::Cost;
 use peft_limits::limits::threshold::Threshold;
 
 pub(crate) fn main() -> Result<(), Error> {
-    // Your tensors: hidden states X (tokens x width), weights (width x head_dim), adapters of rank 2 on Q and V.
+    // Your tensors: hidden states X (tokens x width), weights (width x head_dim), adapters of rank
+    // 2 on Q and V.
     let (tokens, width, head_dim, rank, alpha) = (1024, 16, 4, 2, 4.0);
     let wave = |rows: usize, columns: usize, frequency: f64| {
-        Array2::from_shape_fn((rows, columns), |(i, j)| 0.4 * (frequency * (i * columns + j + 1) as f64).sin())
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            0.4 * (frequency * (i * columns + j + 1) as f64).sin()
+        })
     };
     let x = wave(tokens, width, 0.731).into_shared();
-    let adapter = |f: f64| Some(Adapter { lora_a: wave(rank, head_dim, f), lora_b: wave(width, rank, 2.0 * f) });
+    let adapter = |f: f64| {
+        Some(Adapter { lora_a: wave(rank, head_dim, f), lora_b: wave(width, rank, 2.0 * f) })
+    };
     let hidden = Hidden {
         inputs: Qkv { query: x.clone(), key: x.clone(), value: x },
         projections: Qkv {
@@ -47,14 +54,20 @@ pub(crate) fn main() -> Result<(), Error> {
     for spec in ["taylor:degree=2", "taylor:degree=4", "taylor:degree=8"] {
         let fast = chained::gradients(&problem, build(spec)?.as_ref(), Request::Adapters)?;
         println!(
-            "{spec}: {} columns, relative gradient error {:.1e}, {:.2} times the operations of the exact gradient",
+            "{spec}: {} columns, relative gradient error {:.1e}, {:.2} times the operations of the \
+             exact gradient",
             fast.certificate.rank,
             fast.gradients.relative_gap(&exact),
             fast.gradients.cost.flops() as f64 / exact.cost.flops() as f64,
         );
     }
     if let Some(gradient) = &exact.lora_a.query {
-        println!("dA_Q is {} x {}, its first entry {:+.6e}", gradient.nrows(), gradient.ncols(), gradient[[0, 0]]);
+        println!(
+            "dA_Q is {} x {}, its first entry {:+.6e}",
+            gradient.nrows(),
+            gradient.ncols(),
+            gradient[[0, 0]]
+        );
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
-//! A fine-tuning method of your own, checked the way the crate checks its own: IA3-like output scaling
-//! y = (x W^T) diag(1 + scale), where only `scale` is trained.
+//! A fine-tuning method of your own, checked the way the crate checks its own: IA3-like output
+//! scaling y = (x W^T) diag(1 + scale), where only `scale` is trained.
 //!
-//! The backward is written from the blocks that the reference transformer uses, and checked against central
-//! differences, whose error must fall as h^2. `cargo run --release --example own_method`
+//! The backward is written from the blocks that the reference transformer uses, and checked against
+//! central differences, whose error must fall as h^2. `cargo run --release --example own_method`
 
 use ndarray::{Array1, Array2, Axis};
 use peft_limits::Error;
@@ -23,11 +23,20 @@ impl OutputScale {
     }
 
     /// dscale = sum over rows of dy o (x W^T), and dx = (dy (1 + scale)) W.
-    fn backward(&self, dy: &Array2<f64>, base: &Array2<f64>) -> Result<(Array1<f64>, Array2<f64>), Error> {
+    fn backward(
+        &self,
+        dy: &Array2<f64>,
+        base: &Array2<f64>,
+    ) -> Result<(Array1<f64>, Array2<f64>), Error> {
         let dscale = (dy * base).sum_axis(Axis(0));
         let mut dx = Array2::zeros((dy.nrows(), self.weight.ncols()));
         let scaled = dy * &self.scale.mapv(|s| 1.0 + s);
-        linear_backward_input(scaled.view(), self.weight.view(), &mut dx.view_mut(), &mut Cost::default())?;
+        linear_backward_input(
+            scaled.view(),
+            self.weight.view(),
+            &mut dx.view_mut(),
+            &mut Cost::default(),
+        )?;
         Ok((dscale, dx))
     }
 
@@ -42,7 +51,10 @@ pub(crate) fn main() -> Result<(), Error> {
         Array2::from_shape_fn((rows, columns), |(i, j)| (f * (i * columns + j + 1) as f64).sin())
     };
     let (x, direction) = (wave(5, 6, 0.7), wave(5, 6, 1.9));
-    let layer = OutputScale { weight: wave(4, 6, 1.3), scale: Array1::from_vec(vec![0.1, -0.2, 0.3, 0.05]) };
+    let layer = OutputScale {
+        weight: wave(4, 6, 1.3),
+        scale: Array1::from_vec(vec![0.1, -0.2, 0.3, 0.05]),
+    };
     let (y, base) = layer.forward(&x)?;
     let (dscale, dx) = layer.backward(&y.mapv(|y| y * y), &base)?;
 
@@ -53,10 +65,16 @@ pub(crate) fn main() -> Result<(), Error> {
         },
         1e-2,
     );
-    let along_x = central_differences(|t| layer.loss(&(&x + &(&direction * t))).unwrap_or(f64::NAN), 1e-2);
-    for (name, estimates, exact) in [("scale", along_scale, dscale.sum()), ("x", along_x, (&dx * &direction).sum())] {
+    let along_x =
+        central_differences(|t| layer.loss(&(&x + &(&direction * t))).unwrap_or(f64::NAN), 1e-2);
+    for (name, estimates, exact) in
+        [("scale", along_scale, dscale.sum()), ("x", along_x, (&dx * &direction).sum())]
+    {
         let order = observed_order(&estimates, exact);
-        println!("d{name}: backward {exact:+.9}, differences {:+.9}, order {order:.2} (2 expected)", estimates[2]);
+        println!(
+            "d{name}: backward {exact:+.9}, differences {:+.9}, order {order:.2} (2 expected)",
+            estimates[2]
+        );
         assert!((order - 2.0).abs() < 0.1, "the backward of {name} is wrong");
     }
     Ok(())

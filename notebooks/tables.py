@@ -20,8 +20,12 @@ class Tables:
             folder = folder / experiment
             if (folder / "table.csv").exists():
                 made = json.loads((folder / "manifest.json").read_text())
-                print(f"{experiment}: {made['profile']} profile of {made['started_at'][:10]}, {made['wall_seconds']:.0f} s")
+                print(
+                    f"{experiment}: {made['profile']} profile of {made['started_at'][:10]}, {made['wall_seconds']:.0f} s"
+                )
                 table = pd.read_csv(folder / "table.csv", usecols=columns)[columns]
                 # Text that looks like a number or a formula is written with a quote before it.
                 return table.map(lambda x: x.removeprefix("'") if isinstance(x, str) else x)
-        raise FileNotFoundError(f"no table of {experiment}: run `cargo run --release --bin {experiment}` first")
+        raise FileNotFoundError(
+            f"no table of {experiment}: run `cargo run --release --bin {experiment}` first"
+        )

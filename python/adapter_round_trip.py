@@ -69,7 +69,9 @@ def check(name, condition):
 
 
 def base_model(folder):
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+    return LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    ).eval()
 
 
 def logits(model, ids):
@@ -105,7 +107,13 @@ def projection(model, layer, path):
 def write_folder(folder, kind, targets, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": kind, "task_type": "CAUSAL_LM", "target_modules": targets, "bias": "none", "inference_mode": True}
+    config = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": True,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -116,7 +124,9 @@ def make_paca(base, folder, generator):
             weight = projection(model, layer, path)
             index = torch.randperm(weight.shape[1], generator=generator)[:3].sort().values
             with torch.no_grad():
-                weight[:, index] += 0.2 * torch.randn(weight.shape[0], 3, generator=generator, dtype=torch.float64)
+                weight[:, index] += 0.2 * torch.randn(
+                    weight.shape[0], 3, generator=generator, dtype=torch.float64
+                )
             name = f"{PREFIX}.{layer}.{path}"
             tensors[f"{name}.paca_index"] = index.double()
             tensors[f"{name}.paca_columns"] = weight.detach()[:, index]
@@ -146,7 +156,9 @@ def make_s2ft(base, folder, generator):
             weight, chosen = projection(model, layer, path), order[start:end]
             with torch.no_grad():
                 part = weight[chosen] if rows else weight[:, chosen]
-                part = part + 0.2 * torch.randn(part.shape, generator=generator, dtype=torch.float64)
+                part = part + 0.2 * torch.randn(
+                    part.shape, generator=generator, dtype=torch.float64
+                )
                 if rows:
                     weight[chosen] = part
                 else:
@@ -159,7 +171,9 @@ def make_s2ft(base, folder, generator):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peft-limits", required=True, help="the binary")
     parser.add_argument("--base", type=pathlib.Path, default=pathlib.Path("tests/data/llama_lora"))
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to fill")
@@ -178,10 +192,24 @@ def main():
 
     reference, scratch = {}, out / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
-    patterns = dict(rank_pattern={"layers.1.mlp.down_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 7})
+    patterns = dict(
+        rank_pattern={"layers.1.mlp.down_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 7}
+    )
     settings = {
-        "lora": dict(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"], **patterns),
-        "dora": dict(r=2, lora_alpha=3, use_dora=True, target_modules=["k_proj", "o_proj"], layers_to_transform=[1]),
+        "lora": dict(
+            r=3,
+            lora_alpha=5,
+            use_rslora=True,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            **patterns,
+        ),
+        "dora": dict(
+            r=2,
+            lora_alpha=3,
+            use_dora=True,
+            target_modules=["k_proj", "o_proj"],
+            layers_to_transform=[1],
+        ),
         "lora2": dict(r=2, lora_alpha=8, target_modules=["q_proj", "gate_proj"]),
         "lora3": dict(r=3, lora_alpha=4, target_modules=["q_proj", "gate_proj"]),
     }
@@ -195,42 +223,115 @@ def main():
         reference[name] = made
         again = scratch / f"{name}-again"
         run("export", "--model", base, "--adapter", folder, "--f64", "-o", again)
-        gap(f"{name}: exported, in PEFT or as a slice", (
-            peft_logits(base, again, ids) if name == "lora" else slice_logits(base, again, ids)), reference[name])
+        gap(
+            f"{name}: exported, in PEFT or as a slice",
+            (peft_logits(base, again, ids) if name == "lora" else slice_logits(base, again, ids)),
+            reference[name],
+        )
         if name == "lora":
-            check("lora: same configuration, to the byte", filecmp.cmp(folder / "adapter_config.json", again / "adapter_config.json", shallow=False))
+            check(
+                "lora: same configuration, to the byte",
+                filecmp.cmp(
+                    folder / "adapter_config.json", again / "adapter_config.json", shallow=False
+                ),
+            )
             ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (again, folder))
-            check("lora: same tensors", ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours))
+            check(
+                "lora: same tensors",
+                ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours),
+            )
     changed = {}
     for name, make in [("paca", make_paca), ("s2ft", make_s2ft)]:
         folder = fresh(name)
         changed[name] = make(base, folder, generator)
         reference[name] = logits(changed[name], ids)
-        run("export", "--model", base, "--adapter", folder, "--low-rank", "--f64", "-o", scratch / name)
-        gap(f"{name}: as low-rank factors, in PEFT", peft_logits(base, scratch / name, ids), reference[name])
-        run("export", "--model", base, "--adapter", folder, "--f64", "-o", scratch / f"{name}-slice")
-        gap(f"{name}: as a slice", slice_logits(base, scratch / f"{name}-slice", ids), reference[name])
+        run(
+            "export",
+            "--model",
+            base,
+            "--adapter",
+            folder,
+            "--low-rank",
+            "--f64",
+            "-o",
+            scratch / name,
+        )
+        gap(
+            f"{name}: as low-rank factors, in PEFT",
+            peft_logits(base, scratch / name, ids),
+            reference[name],
+        )
+        run(
+            "export", "--model", base, "--adapter", folder, "--f64", "-o", scratch / f"{name}-slice"
+        )
+        gap(
+            f"{name}: as a slice",
+            slice_logits(base, scratch / f"{name}-slice", ids),
+            reference[name],
+        )
 
-    run("fuse", "--model", base, f"{out / 'lora'}=0.5", f"{out / 's2ft'}=-0.25", "--f64", "-o", scratch / "fused")
+    run(
+        "fuse",
+        "--model",
+        base,
+        f"{out / 'lora'}=0.5",
+        f"{out / 's2ft'}=-0.25",
+        "--f64",
+        "-o",
+        scratch / "fused",
+    )
     want, original = base_model(base), base_model(base)
     lora = PeftModel.from_pretrained(base_model(base), out / "lora").merge_and_unload()
     with torch.no_grad():
-        for p, b, l, s in zip(want.parameters(), original.parameters(), lora.parameters(), changed["s2ft"].parameters()):
+        for p, b, l, s in zip(
+            want.parameters(),
+            original.parameters(),
+            lora.parameters(),
+            changed["s2ft"].parameters(),
+        ):
             p.copy_(b + 0.5 * (l - b) - 0.25 * (s - b))
     reference["fused"] = logits(want, ids)
-    gap("0.5 lora - 0.25 s2ft, fused, in PEFT", peft_logits(base, scratch / "fused", ids), reference["fused"])
+    gap(
+        "0.5 lora - 0.25 s2ft, fused, in PEFT",
+        peft_logits(base, scratch / "fused", ids),
+        reference["fused"],
+    )
     both = PeftModel.from_pretrained(base_model(base), scratch / "lora2", adapter_name="a")
     both.load_adapter(scratch / "lora3", adapter_name="b")
     both.add_weighted_adapter(["a", "b"], [0.7, 0.3], "sum", combination_type="cat")
     both.set_adapter("sum")
-    run("fuse", "--model", base, f"{scratch / 'lora2'}=0.7", f"{scratch / 'lora3'}=0.3", "--f64", "-o", scratch / "sum")
-    gap("0.7 lora2 + 0.3 lora3 against PEFT's cat", peft_logits(base, scratch / "sum", ids), logits(both.eval(), ids))
+    run(
+        "fuse",
+        "--model",
+        base,
+        f"{scratch / 'lora2'}=0.7",
+        f"{scratch / 'lora3'}=0.3",
+        "--f64",
+        "-o",
+        scratch / "sum",
+    )
+    gap(
+        "0.7 lora2 + 0.3 lora3 against PEFT's cat",
+        peft_logits(base, scratch / "sum", ids),
+        logits(both.eval(), ids),
+    )
 
-    saved = make_peft(base, fresh("saved"), generator, r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"],
-                      modules_to_save=["norm", "layers.1.self_attn.o_proj", "lm_head"])
+    saved = make_peft(
+        base,
+        fresh("saved"),
+        generator,
+        r=2,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["norm", "layers.1.self_attn.o_proj", "lm_head"],
+    )
     reference["saved"] = logits(saved, ids)
     run("merge", "--model", base, out / "saved", "--f64", "-o", scratch / "merged")
-    gap("saved: merged, in Transformers", logits(base_model(scratch / "merged"), ids), reference["saved"])
+    gap(
+        "saved: merged, in Transformers",
+        logits(base_model(scratch / "merged"), ids),
+        reference["saved"],
+    )
 
     save_file({**reference, "input_ids": ids}, out / "logits.safetensors")
     shutil.rmtree(scratch)

@@ -39,7 +39,10 @@ def read_checkpoint(path):
     config["vocab_size"] = abs(config["vocab_size"])
     dim, hidden, layers, heads, kv_heads, vocab, length = (config[key] for key in HEADER)
     if min(config.values()) <= 0 or dim % heads or heads % kv_heads or (dim // heads) % 2:
-        fail(path, f"the header {config} is none of llama2.c's first format (a newer one begins with 'ak42')")
+        fail(
+            path,
+            f"the header {config} is none of llama2.c's first format (a newer one begins with 'ak42')",
+        )
     width = dim // heads
     kv = width * kv_heads
     shapes = [
@@ -87,7 +90,9 @@ def read_checkpoint(path):
             "mlp.up_proj": w["w3"][i],
         }
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-    return config | {"shared": shared}, {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return config | {"shared": shared}, {
+        name: np.ascontiguousarray(value) for name, value in tensors.items()
+    }
 
 
 def model_config(c):
@@ -140,22 +145,41 @@ def tokenizer_json(pieces):
         merges += [(-pieces[i][1], i, [a, b]) for _, _, a, b in known]
     # Stable: splits of one piece stay in their order.
     merges.sort(key=lambda merge: merge[:2])
-    replace = lambda pattern, content: {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+    replace = lambda pattern, content: {
+        "type": "Replace",
+        "pattern": {"String": pattern},
+        "content": content,
+    }
     start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+            dict(
+                id=i,
+                content=name,
+                single_word=False,
+                lstrip=False,
+                rstrip=False,
+                normalized=False,
+                special=True,
+            )
             for i, name in enumerate(special)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace(" ", SPACE)]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace(" ", SPACE)],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [
+                start,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
         "decoder": {
@@ -188,13 +212,19 @@ def write_json(folder, name, value):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a .bin file of llama2.c")
     parser.add_argument("--tokenizer", help="its tokenizer as a .bin file of llama2.c")
-    parser.add_argument("--out", required=True, help="folder for config.json, model.safetensors and tokenizer.json")
+    parser.add_argument(
+        "--out", required=True, help="folder for config.json, model.safetensors and tokenizer.json"
+    )
     args = parser.parse_args()
     config, tensors = read_checkpoint(args.checkpoint)
-    tokenizer = args.tokenizer and tokenizer_json(read_tokenizer(args.tokenizer, config["vocab_size"]))
+    tokenizer = args.tokenizer and tokenizer_json(
+        read_tokenizer(args.tokenizer, config["vocab_size"])
+    )
     os.makedirs(args.out, exist_ok=True)
     save_file(tensors, os.path.join(args.out, "model.safetensors"), metadata={"format": "pt"})
     write_json(args.out, "config.json", model_config(config))

@@ -22,12 +22,43 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
-LARGE = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32,
-             num_key_value_heads=32, head_dim=128, max_position_embeddings=4096)
-COLUMNS = ["family", "size", "base", "method", "rank", "targets", "attention", "dtype", "adapter_dtype", "checkpointing", "batch", "length",
-           "first_layer", "other_layer", "outside"]
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+)
+LARGE = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=2,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    max_position_embeddings=4096,
+)
+COLUMNS = [
+    "family",
+    "size",
+    "base",
+    "method",
+    "rank",
+    "targets",
+    "attention",
+    "dtype",
+    "adapter_dtype",
+    "checkpointing",
+    "batch",
+    "length",
+    "first_layer",
+    "other_layer",
+    "outside",
+]
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
@@ -42,21 +73,37 @@ def build(row):
     sizes = LARGE if row["size"] == "large" else SMALL
     config = AutoConfig.for_model(row["family"], **sizes, pad_token_id=None)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, row["dtype"]), attn_implementation=row["attention"])
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, row["dtype"]), attn_implementation=row["attention"]
+    )
     if row["method"] == "full":
         return model
     if row["base"] != "plain":
-        settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                   bnb_4bit_compute_dtype=getattr(torch, row["dtype"]))
+        settings = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, row["dtype"]),
+        )
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=getattr(torch, row["dtype"]),
-                                                         attn_implementation=row["attention"])
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                quantization_config=settings,
+                dtype=getattr(torch, row["dtype"]),
+                attn_implementation=row["attention"],
+            )
         if row["base"] == "nf4-prepared":
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = row["targets"] if row["targets"] == "all-linear" else row["targets"].split("+")
-    adapter = peft.LoraConfig(r=row["rank"], target_modules=targets, use_dora=row["method"] == "dora", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, adapter, autocast_adapter_dtype=row["adapter_dtype"] == "float32")
+    adapter = peft.LoraConfig(
+        r=row["rank"],
+        target_modules=targets,
+        use_dora=row["method"] == "dora",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(
+        model, adapter, autocast_adapter_dtype=row["adapter_dtype"] == "float32"
+    )
 
 
 def count(row):
@@ -95,26 +142,48 @@ def count(row):
 
 
 def rows(large):
-    plain = dict(size="small", base="plain", method="lora", rank=4, targets="all-linear", attention="sdpa", dtype="bfloat16",
-                 adapter_dtype="bfloat16", checkpointing=0, batch=2, length=8)
+    plain = dict(
+        size="small",
+        base="plain",
+        method="lora",
+        rank=4,
+        targets="all-linear",
+        attention="sdpa",
+        dtype="bfloat16",
+        adapter_dtype="bfloat16",
+        checkpointing=0,
+        batch=2,
+        length=8,
+    )
     families = ["llama", "qwen2", "qwen3", "mistral", "phi3", "granite", "olmo2", "gemma3_text"]
     for family in families + ["gemma2"]:
         kernels = ["eager"] if family == "gemma2" else ["sdpa", "eager"]
         for attention, method in itertools.product(kernels, ["lora", "dora", "full"]):
             yield plain | dict(family=family, attention=attention, method=method)
-    for family, method in itertools.product(["llama", "qwen3", "gemma3_text"], ["lora", "dora", "full"]):
+    for family, method in itertools.product(
+        ["llama", "qwen3", "gemma3_text"], ["lora", "dora", "full"]
+    ):
         yield plain | dict(family=family, method=method, dtype="float32", adapter_dtype="float32")
         yield plain | dict(family=family, method=method, checkpointing=1)
         yield plain | dict(family=family, method=method, batch=1, length=24)
     for method in ["lora", "dora"]:
         yield plain | dict(family="llama", method=method, adapter_dtype="float32")
-        yield plain | dict(family="llama", method=method, adapter_dtype="float32", attention="eager", batch=3, length=16)
+        yield plain | dict(
+            family="llama",
+            method=method,
+            adapter_dtype="float32",
+            attention="eager",
+            batch=3,
+            length=16,
+        )
         for base, adapter in itertools.product(["nf4", "nf4-prepared"], ["bfloat16", "float32"]):
             yield plain | dict(family="llama", method=method, base=base, adapter_dtype=adapter)
         for targets in ["q_proj+v_proj", "down_proj", "o_proj+gate_proj"]:
             yield plain | dict(family="llama", method=method, targets=targets)
         if large:
-            yield plain | dict(family="llama", method=method, size="large", rank=8, batch=1, length=512)
+            yield plain | dict(
+                family="llama", method=method, size="large", rank=8, batch=1, length=512
+            )
 
 
 def main():
@@ -125,7 +194,9 @@ def main():
     transformers.logging.set_verbosity_error()
     with open(arguments.out, "w", newline="") as file:
         versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, peft {peft.__version__}"
-        file.write(f"# bytes; {versions}; python python/count_saved_tensors.py{' --large' if arguments.large else ''}\n")
+        file.write(
+            f"# bytes; {versions}; python python/count_saved_tensors.py{' --large' if arguments.large else ''}\n"
+        )
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows(arguments.large):

@@ -49,21 +49,43 @@ def integers(text):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or a model's name")
     parser.add_argument("--text", help="text file, or - for standard input")
-    parser.add_argument("--random-tokens", type=int, metavar="N", help="N random token ids in place of a text (no tokenizer needed)")
-    parser.add_argument("--layers", type=integers, default=None, help="such as 0,3,5-7 (default: all)")
+    parser.add_argument(
+        "--random-tokens",
+        type=int,
+        metavar="N",
+        help="N random token ids in place of a text (no tokenizer needed)",
+    )
+    parser.add_argument(
+        "--layers", type=integers, default=None, help="such as 0,3,5-7 (default: all)"
+    )
     parser.add_argument("--heads", type=integers, default=None, help="such as 0,7 (default: all)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens kept (default 512)")
-    parser.add_argument("--rank", type=int, default=4, help="rank of the random adapters of encoders (default 4)")
+    parser.add_argument(
+        "--rank", type=int, default=4, help="rank of the random adapters of encoders (default 4)"
+    )
     parser.add_argument("--alpha", type=float, default=None, help="alpha (default 2 rank)")
     parser.add_argument("--objective", choices=["target", "loss"], default="target")
-    parser.add_argument("--noise", type=float, default=0.1, help="Y = O + noise * std(O) * normal (default 0.1)")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="of the files; the model runs in float64")
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="Y = O + noise * std(O) * normal (default 0.1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64"],
+        default="float32",
+        help="of the files; the model runs in float64",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-output", action="store_true", help="leave out O")
-    parser.add_argument("--gradients", action="store_true", help="add the gradients by PyTorch autograd, to compare with `gradient`")
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="add the gradients by PyTorch autograd, to compare with `gradient`",
+    )
     parser.add_argument("--out", required=True, help="folder for the files")
     args = parser.parse_args(arguments)
     if (args.text is None) == (args.random_tokens is None):
@@ -76,10 +98,14 @@ def parse(arguments=None):
 def token_ids(args, config):
     if args.random_tokens is not None:
         generator = torch.Generator().manual_seed(args.seed)
-        return torch.randint(0, config.vocab_size, (1, min(args.random_tokens, args.max_length)), generator=generator)
+        return torch.randint(
+            0, config.vocab_size, (1, min(args.random_tokens, args.max_length)), generator=generator
+        )
     text = sys.stdin.read() if args.text == "-" else open(args.text, encoding="utf-8").read()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    return tokenizer(text, truncation=True, max_length=args.max_length, return_tensors="pt").input_ids
+    return tokenizer(
+        text, truncation=True, max_length=args.max_length, return_tensors="pt"
+    ).input_ids
 
 
 def load(args, config):
@@ -92,7 +118,9 @@ def load(args, config):
 
 
 def is_encoder(model):
-    return any(hasattr(m, "query") and hasattr(m, "key") and hasattr(m, "value") for m in model.modules())
+    return any(
+        hasattr(m, "query") and hasattr(m, "key") and hasattr(m, "value") for m in model.modules()
+    )
 
 
 def is_attention(module):
@@ -105,7 +133,9 @@ def is_attention(module):
 def attention_layers(model):
     layers = [(name, m) for name, m in model.named_modules() if is_attention(m)]
     if not layers:
-        sys.exit("dump_heads: no attention with separate query, key and value layers was found in this model")
+        sys.exit(
+            "dump_heads: no attention with separate query, key and value layers was found in this model"
+        )
     return layers
 
 
@@ -117,8 +147,12 @@ def run(model, ids, objective):
         """The model's own attention (PyTorch's), with what goes in and what comes out written down."""
         for name in ("softcap", "s_aux"):
             if rest.get(name) is not None:
-                sys.exit(f"dump_heads: this model's attention uses {name}, which the file format cannot express")
-        output, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **rest)
+                sys.exit(
+                    f"dump_heads: this model's attention uses {name}, which the file format cannot express"
+                )
+        output, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, **rest
+        )
         if output.requires_grad:
             output.retain_grad()
         groups = query.shape[1] // key.shape[1]
@@ -127,7 +161,9 @@ def run(model, ids, objective):
             key=key.detach()[0].repeat_interleave(groups, 0),
             value=value.detach()[0].repeat_interleave(groups, 0),
             output=output,
-            scaling=query.shape[-1] ** -0.5 if rest.get("scaling") is None else float(rest["scaling"]),
+            scaling=query.shape[-1] ** -0.5
+            if rest.get("scaling") is None
+            else float(rest["scaling"]),
             causal=bool(getattr(module, "is_causal", False)),
         )
         return output, weights
@@ -152,7 +188,9 @@ def run(model, ids, objective):
             hook.remove()
     missing = [name for name, module in layers if "output" not in records.get(module, {})]
     if missing:
-        sys.exit(f"dump_heads: the attention of {missing[0]} does not go through the common attention interface")
+        sys.exit(
+            f"dump_heads: the attention of {missing[0]} does not go through the common attention interface"
+        )
     return [records[module] | dict(module=module) for _, module in layers]
 
 
@@ -167,7 +205,9 @@ def attention(query, key, value, beta, causal):
 def require_same(ours, own, what):
     gap = float((ours - own).norm() / own.norm())
     if not gap < 1e-9:
-        sys.exit(f"dump_heads: {what} do not reproduce the model's own attention output (relative gap {gap:.1e})")
+        sys.exit(
+            f"dump_heads: {what} do not reproduce the model's own attention output (relative gap {gap:.1e})"
+        )
 
 
 def encoder_inputs(record, head, args, generator):
@@ -179,7 +219,11 @@ def encoder_inputs(record, head, args, generator):
     rows = slice(head * width, (head + 1) * width)
     for letter, linear in (("Q", module.query), ("K", module.key), ("V", module.value)):
         weight = linear.weight.detach()[rows].T
-        bias = torch.zeros(width, dtype=weight.dtype) if linear.bias is None else linear.bias.detach()[rows]
+        bias = (
+            torch.zeros(width, dtype=weight.dtype)
+            if linear.bias is None
+            else linear.bias.detach()[rows]
+        )
         tensors["W" + letter] = torch.cat([weight, bias[None]], 0)
     inputs = tensors["X"].shape[1]
     if args.rank > min(inputs, width):
@@ -209,7 +253,9 @@ def head_tensors(record, head, args, generator):
         # The file's head has adapters, the model's has none: its O moves a little.
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
         meta |= dict(alpha=repr(alpha), r=str(args.rank))
-        update = lambda letter: alpha / args.rank * tensors["X"] @ tensors["B" + letter] @ tensors["A" + letter]
+        update = lambda letter: (
+            alpha / args.rank * tensors["X"] @ tensors["B" + letter] @ tensors["A" + letter]
+        )
         output = attention(*(project(letter) + update(letter) for letter in "QKV"), beta, causal)
     else:
         tensors = {"Q": query, "K": key, "V": value}
@@ -226,12 +272,16 @@ def head_tensors(record, head, args, generator):
 
 def autograd_references(tensors, beta, causal, meta):
     """loss, and dQ, dK, dV or every dW, dA, dB, by autograd through the attention of the file format."""
-    leaves = {name: t.detach().clone().requires_grad_(name not in "XYG") for name, t in tensors.items()}
+    leaves = {
+        name: t.detach().clone().requires_grad_(name not in "XYG") for name, t in tensors.items()
+    }
     if "Q" in leaves:
         query, key, value = (leaves[letter] for letter in "QKV")
     else:
         scaling = float(meta["alpha"]) / int(meta["r"])
-        weight = lambda letter: leaves["W" + letter] + scaling * leaves["B" + letter] @ leaves["A" + letter]
+        weight = lambda letter: (
+            leaves["W" + letter] + scaling * leaves["B" + letter] @ leaves["A" + letter]
+        )
         query, key, value = (leaves["X"] @ weight(letter) for letter in "QKV")
     output = attention(query, key, value, beta, causal)
     target = "Y" in leaves
@@ -263,14 +313,22 @@ def main():
         record = records[layer]
         for head in chosen(args.heads, record["query"].shape[0], "head"):
             tensors, meta = head_tensors(record, head, args, generator)
-            meta["source"] = f"{os.path.basename(os.path.normpath(args.model))}, layer {layer}, head {head}, {ids.shape[1]} tokens"
+            meta["source"] = (
+                f"{os.path.basename(os.path.normpath(args.model))}, layer {layer}, head {head}, {ids.shape[1]} tokens"
+            )
             path = os.path.join(args.out, f"{stem}_l{layer}_h{head}.safetensors")
-            save_file({k: v.to(dtype).contiguous().clone() for k, v in tensors.items()}, path + ".partial", metadata=meta)
+            save_file(
+                {k: v.to(dtype).contiguous().clone() for k, v in tensors.items()},
+                path + ".partial",
+                metadata=meta,
+            )
             os.chmod(path + ".partial", 0o644)
             os.replace(path + ".partial", path)
             q, k = record["query"][head], record["key"][head]
             largest = (q @ k.T).abs().max() * record["scaling"]
-            print(f"{path}  L={ids.shape[1]} d={q.shape[-1]}  max|Q| {q.abs().max():.3g}  max|K| {k.abs().max():.3g}  max|logit| {largest:.3g}")
+            print(
+                f"{path}  L={ids.shape[1]} d={q.shape[-1]}  max|Q| {q.abs().max():.3g}  max|K| {k.abs().max():.3g}  max|logit| {largest:.3g}"
+            )
 
 
 if __name__ == "__main__":

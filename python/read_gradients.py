@@ -25,9 +25,13 @@ def main():
     gradients = load_file(arguments.gradients)
     reference = load_file(arguments.reference) if arguments.reference else {}
     for name, value in sorted(gradients.items()):
-        line = f"{name:6} {str(value.dtype):8} {str(value.shape):12} norm {np.linalg.norm(value):.6e}"
+        line = (
+            f"{name:6} {str(value.dtype):8} {str(value.shape):12} norm {np.linalg.norm(value):.6e}"
+        )
         if name in reference and reference[name].shape == value.shape:
-            gap = np.linalg.norm(value - reference[name]) / max(np.linalg.norm(reference[name]), np.finfo(float).tiny)
+            gap = np.linalg.norm(value - reference[name]) / max(
+                np.linalg.norm(reference[name]), np.finfo(float).tiny
+            )
             line += f"  gap {gap:.1e}"
         print(line)
 

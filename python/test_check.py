@@ -82,7 +82,9 @@ class Model(torch.nn.Module):
         self.seen += 1.0  # state that a pass changes and that no result depends on
         x = x + torch.tanh(self.first(x))
         q, k, v = self.second(x).chunk(3, -1)
-        angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 3.0 ** torch.arange(6, dtype=x.dtype)
+        angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 3.0 ** torch.arange(
+            6, dtype=x.dtype
+        )
         q, k = (Rotation.apply(t, angle.cos(), angle.sin(), self.rotation) for t in (q, k))
         causal = torch.full((x.shape[1], x.shape[1]), float("-inf"), dtype=x.dtype).triu(1)
         y = x + torch.softmax(q @ k.mT / q.shape[-1] ** 0.5 + causal, -1) @ v
@@ -120,7 +122,9 @@ class CheckTest(unittest.TestCase):
             self.assertIs(result.passed, False, result)
             self.assertLessEqual({t["name"] for t in result.wrong()}, wrong, result)
             self.assertNotIn("read", {t["name"] for t in result.wrong()})
-        detached = [t for t in step(Model(adapter="detached"))["tensors"] if t["name"] == "second.up"]
+        detached = [
+            t for t in step(Model(adapter="detached"))["tensors"] if t["name"] == "second.up"
+        ]
         self.assertIn("no gradient", detached[0]["what"])
 
     def test_faults_are_found_in_bf16_where_rounding_leaves_them(self):
@@ -186,9 +190,18 @@ class CheckTest(unittest.TestCase):
                 o.step()
             if watch:
                 self.assertTrue(watched.result.passed, watched.result)
-            tensors = [p for p in m.parameters()] + [b for b in m.buffers()] + [p.grad for p in m.parameters() if p.grad is not None]
+            tensors = (
+                [p for p in m.parameters()]
+                + [b for b in m.buffers()]
+                + [p.grad for p in m.parameters() if p.grad is not None]
+            )
             flags = [module.training for module in m.modules()]
-            return [t.detach().clone() for t in tensors], flags, torch.get_rng_state(), random.getstate()
+            return (
+                [t.detach().clone() for t in tensors],
+                flags,
+                torch.get_rng_state(),
+                random.getstate(),
+            )
 
         plain, watched = run(False), run(True)
         self.assertTrue(all(torch.equal(a, b) for a, b in zip(plain[0], watched[0], strict=True)))
@@ -221,7 +234,9 @@ class CheckTest(unittest.TestCase):
         self.assertIn("returned nothing", check.result["why"])
         with self.assertRaisesRegex(RuntimeError, "boom"), check_step(model):
             raise RuntimeError("boom")
-        self.assertFalse(model._forward_hooks or model._forward_pre_hooks or model.read._backward_hooks)
+        self.assertFalse(
+            model._forward_hooks or model._forward_pre_hooks or model.read._backward_hooks
+        )
         frozen = Model().requires_grad_(False)
         with check_step(frozen) as check:
             frozen(torch.randn(1, 4, 12))

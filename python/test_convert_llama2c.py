@@ -1,6 +1,6 @@
 """Converted checkpoints give the logits of llama2.c's own forward pass, written here after run.c.
 
-    python -m unittest python/test_convert_llama2c.py        # needs numpy, safetensors, torch, transformers
+python -m unittest python/test_convert_llama2c.py        # needs numpy, safetensors, torch, transformers
 """
 
 import os
@@ -15,7 +15,9 @@ import torch
 import transformers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SIZES = dict(dim=24, hidden_dim=20, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=16)
+SIZES = dict(
+    dim=24, hidden_dim=20, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=16
+)
 
 
 def weights(shared):
@@ -23,7 +25,14 @@ def weights(shared):
     d, f, n, h, g, v, t = SIZES.values()
     width = d // h
     normal = lambda *shape: (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype("<f4")
-    w = [normal(v, d), 1 + normal(n, d), normal(n, d, d), normal(n, g * width, d), normal(n, g * width, d), normal(n, d, d)]
+    w = [
+        normal(v, d),
+        1 + normal(n, d),
+        normal(n, d, d),
+        normal(n, g * width, d),
+        normal(n, g * width, d),
+        normal(n, d, d),
+    ]
     w += [1 + normal(n, d), normal(n, f, d), normal(n, d, f), normal(n, f, d), 1 + normal(d)]
     w += [np.zeros((t, width // 2), "<f4"), np.zeros((t, width // 2), "<f4")]
     return w if shared else w + [normal(v, d)]
@@ -69,7 +78,9 @@ class Conversion(unittest.TestCase):
         with open(os.path.join(folder, "m.bin"), "wb") as file:
             file.write(data[: len(data) - cut])
         pieces = ["<unk>", "\n<s>\n", "\n</s>\n"] + [f"<0x{i:02X}>" for i in range(256)]
-        scored = [(p, 0.0) for p in pieces] + [(p, -float(i)) for i, p in enumerate(["ab", " a", " ab", "abc"])]
+        scored = [(p, 0.0) for p in pieces] + [
+            (p, -float(i)) for i, p in enumerate(["ab", " a", " ab", "abc"])
+        ]
         singles = [c for c in " abc"]
         scored += [(c, -1e6 - i) for i, c in enumerate(singles)]
         scored += [(f"unused{i}", -2e6 - i) for i in range(SIZES["vocab_size"] - len(scored))]
@@ -77,8 +88,17 @@ class Conversion(unittest.TestCase):
             file.write(struct.pack("<I", 9))
             for text, score in scored:
                 file.write(struct.pack("<fi", score, len(text.encode())) + text.encode())
-        command = [sys.executable, os.path.join(HERE, "convert_llama2c.py"), os.path.join(folder, "m.bin")]
-        command += ["--tokenizer", os.path.join(folder, "t.bin"), "--out", os.path.join(folder, "hf")]
+        command = [
+            sys.executable,
+            os.path.join(HERE, "convert_llama2c.py"),
+            os.path.join(folder, "m.bin"),
+        ]
+        command += [
+            "--tokenizer",
+            os.path.join(folder, "t.bin"),
+            "--out",
+            os.path.join(folder, "hf"),
+        ]
         return subprocess.run(command, capture_output=True, text=True)
 
     def test_logits_and_tokens(self):
@@ -88,13 +108,19 @@ class Conversion(unittest.TestCase):
                 w = weights(shared)
                 done = self.convert(folder, w, shared)
                 self.assertEqual(done.returncode, 0, done.stderr)
-                model = transformers.AutoModelForCausalLM.from_pretrained(os.path.join(folder, "hf")).double().eval()
+                model = (
+                    transformers.AutoModelForCausalLM.from_pretrained(os.path.join(folder, "hf"))
+                    .double()
+                    .eval()
+                )
                 with torch.no_grad():
                     got = model(torch.tensor(tokens[None])).logits[0].numpy()
                 want = forward(w, tokens)
                 self.assertLess(np.linalg.norm(got - want) / np.linalg.norm(want), 1e-6)
                 # " abc" is merged by score: "ab" first, then " ab"; "abc" comes too late. "e" falls back to its byte.
-                encode = transformers.PreTrainedTokenizerFast(tokenizer_file=os.path.join(folder, "hf/tokenizer.json"))
+                encode = transformers.PreTrainedTokenizerFast(
+                    tokenizer_file=os.path.join(folder, "hf/tokenizer.json")
+                )
                 pieces = encode.convert_ids_to_tokens(encode("abce").input_ids)
                 self.assertEqual(pieces, ["<s>", "\u2581ab", "c", "<0x65>"])
 

@@ -22,7 +22,9 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from peft_limits import NotJudged, Report, ValidateCallback, dump_step, validate  # noqa: E402
 
-SCRIPT = os.environ.get("RANK_DUMPS") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tests/data/ranks/make_dumps.py")
+SCRIPT = os.environ.get("RANK_DUMPS") or os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), "../tests/data/ranks/make_dumps.py"
+)
 spec = importlib.util.spec_from_file_location("make_dumps", SCRIPT)
 make_dumps = importlib.util.module_from_spec(spec)
 sys.modules["make_dumps"] = make_dumps
@@ -39,44 +41,84 @@ def planted(name):
 
 def small():
     import transformers
+
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     model = transformers.LlamaForCausalLM(config)
     for p in model.parameters():
         if p.dim() == 2:
             p.data.normal_(0, 0.2)
     import peft
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"))
+
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
 
 
 def train(settings, folder):
     """One process of a Trainer; the first writes what the callback reports."""
     import transformers
+
     lengths = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(24):
-        ids = torch.randint(3, 61, (int(torch.randint(5, 25, (1,), generator=lengths)),), generator=lengths).tolist()
+        ids = torch.randint(
+            3, 61, (int(torch.randint(5, 25, (1,), generator=lengths)),), generator=lengths
+        ).tolist()
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
 
     def padded(rows):
         length = max(len(r["input_ids"]) for r in rows)
-        fill = lambda key, value: torch.tensor([r[key] + [value] * (length - len(r[key])) for r in rows])  # noqa: E731
-        return {"input_ids": fill("input_ids", 0), "attention_mask": fill("attention_mask", 0), "labels": fill("labels", -100)}
+        fill = lambda key, value: torch.tensor(
+            [r[key] + [value] * (length - len(r[key])) for r in rows]
+        )  # noqa: E731
+        return {
+            "input_ids": fill("input_ids", 0),
+            "attention_mask": fill("attention_mask", 0),
+            "labels": fill("labels", -100),
+        }
 
     callback = ValidateCallback(folder=os.path.join(folder, "dumps"), out=io.StringIO())
     arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, learning_rate=1e-3,
-        disable_tqdm=True, save_strategy="no", logging_strategy="no", **settings)
-    transformers.Trainer(small(), arguments, train_dataset=rows, data_collator=padded, callbacks=[callback]).train()
+        output_dir=folder,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        **settings,
+    )
+    transformers.Trainer(
+        small(), arguments, train_dataset=rows, data_collator=padded, callbacks=[callback]
+    ).train()
     if int(os.environ["RANK"]) == 0:
         with open(os.path.join(folder, "reports.json"), "w") as file:
-            json.dump([[isinstance(r, Report), getattr(r, "passed", None), str(r)] for r in callback.reports], file)
+            json.dump(
+                [
+                    [isinstance(r, Report), getattr(r, "passed", None), str(r)]
+                    for r in callback.reports
+                ],
+                file,
+            )
 
 
 def one_fails(rank, size, folder):
     """Rank 1 cannot record; all go on training."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
+    )
     if rank == 1:
         os.makedirs(f"{folder}/dump/rank-1.writing")
         open(f"{folder}/dump/rank-1", "w").close()
@@ -112,12 +154,26 @@ class RanksTest(unittest.TestCase):
                     self.assertEqual(report.faults[:1], [planted(name)], str(report))
 
     def test_trainer_under_torchrun(self):
-        for settings in ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}, {"bf16": True},
-                         {"average_tokens_across_devices": False}):
+        for settings in (
+            {},
+            {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05},
+            {"bf16": True},
+            {"average_tokens_across_devices": False},
+        ):
             with self.subTest(**settings):
                 folder = self.folder()
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           os.path.abspath(__file__), "--trainer", json.dumps(settings), folder]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    "2",
+                    os.path.abspath(__file__),
+                    "--trainer",
+                    json.dumps(settings),
+                    folder,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=600)
                 self.assertEqual(done.returncode, 0, done.stderr[-3000:])
                 with open(os.path.join(folder, "reports.json")) as file:

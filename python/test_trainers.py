@@ -31,24 +31,40 @@ def words():
     if TEXT:
         with open(TEXT) as file:
             return [part for part in file.read().split("\n\n") if len(part) > 75][:24]
-    numbers = [torch.randint(3, 61, (9 + 5 * (i % 4),), generator=torch.Generator().manual_seed(i)).tolist() for i in range(24)]
+    numbers = [
+        torch.randint(
+            3, 61, (9 + 5 * (i % 4),), generator=torch.Generator().manual_seed(i)
+        ).tolist()
+        for i in range(24)
+    ]
     return [" ".join(map(str, row)) for row in numbers]
 
 
 def tokenizer():
     if BASE:
-        return transformers.PreTrainedTokenizerFast(tokenizer_file=os.path.join(BASE, "tokenizer.json"), pad_token="<unk>", eos_token="</s>")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_file=os.path.join(BASE, "tokenizer.json"), pad_token="<unk>", eos_token="</s>"
+        )
     inner = Tokenizer(models.WordLevel({str(i): i for i in range(61)}, unk_token="0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="0", eos_token="1")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="0", eos_token="1"
+    )
 
 
 def model(dtype=torch.float32):
     if BASE:
         return transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     out = transformers.LlamaForCausalLM(config).to(dtype)
     for p in out.parameters():
         if p.dim() == 2:
@@ -57,21 +73,42 @@ def model(dtype=torch.float32):
 
 
 def lora(**settings):
-    return peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": "all-linear"} | settings))
+    return peft.LoraConfig(
+        **(
+            {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+            | settings
+        )
+    )
 
 
 def padded(rows):
     length = max(len(r["input_ids"]) for r in rows)
-    fill = lambda key, value: torch.tensor([r[key] + [value] * (length - len(r[key])) for r in rows])  # noqa: E731
-    return {"input_ids": fill("input_ids", 0), "attention_mask": fill("attention_mask", 0), "labels": fill("labels", -100)}
+    fill = lambda key, value: torch.tensor(
+        [r[key] + [value] * (length - len(r[key])) for r in rows]
+    )  # noqa: E731
+    return {
+        "input_ids": fill("input_ids", 0),
+        "attention_mask": fill("attention_mask", 0),
+        "labels": fill("labels", -100),
+    }
 
 
 class TrainersTest(unittest.TestCase):
     def arguments(self, **settings):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        common = {"output_dir": folder.name, "max_steps": 2, "per_device_train_batch_size": 3, "report_to": [], "use_cpu": True,
-                  "learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "bf16": False}
+        common = {
+            "output_dir": folder.name,
+            "max_steps": 2,
+            "per_device_train_batch_size": 3,
+            "report_to": [],
+            "use_cpu": True,
+            "learning_rate": 1e-3,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "bf16": False,
+        }
         return common | settings
 
     def run_with(self, make, **options):
@@ -80,17 +117,30 @@ class TrainersTest(unittest.TestCase):
         return callback.reports
 
     def trainer(self, dtype=torch.float32, dropout=0.0, **settings):
-        encoded = [tokenizer()(text)["input_ids"][:14 + 7 * (i % 4)] for i, text in enumerate(words())]
-        rows = [{"input_ids": r, "attention_mask": [1] * len(r), "labels": list(r)} for r in encoded]
+        encoded = [
+            tokenizer()(text)["input_ids"][: 14 + 7 * (i % 4)] for i, text in enumerate(words())
+        ]
+        rows = [
+            {"input_ids": r, "attention_mask": [1] * len(r), "labels": list(r)} for r in encoded
+        ]
         return lambda callback: transformers.Trainer(
-            peft.get_peft_model(model(dtype), lora(lora_dropout=dropout)), transformers.TrainingArguments(**self.arguments(**settings)),
-            train_dataset=rows, data_collator=padded, callbacks=[callback])
+            peft.get_peft_model(model(dtype), lora(lora_dropout=dropout)),
+            transformers.TrainingArguments(**self.arguments(**settings)),
+            train_dataset=rows,
+            data_collator=padded,
+            callbacks=[callback],
+        )
 
     def sft(self, dtype=torch.float32, dropout=0.0, **settings):
         data = datasets.Dataset.from_dict({"text": words()})
-        return lambda callback: SFTTrainer(model(dtype), args=SFTConfig(**self.arguments(**({"max_length": 48} | settings))),
-                                           train_dataset=data, processing_class=tokenizer(), peft_config=lora(lora_dropout=dropout),
-                                           callbacks=[callback])
+        return lambda callback: SFTTrainer(
+            model(dtype),
+            args=SFTConfig(**self.arguments(**({"max_length": 48} | settings))),
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=lora(lora_dropout=dropout),
+            callbacks=[callback],
+        )
 
     def passes(self, make, **options):
         reports = self.run_with(make, **options)
@@ -127,20 +177,37 @@ class TrainersTest(unittest.TestCase):
         half = [len(text.split()) // 2 for text in words()]
         prompts = [" ".join(text.split()[:n]) + " " for text, n in zip(words(), half)]
         answers = [" ".join(text.split()[n:]) for text, n in zip(words(), half)]
-        pairs = datasets.Dataset.from_dict({"prompt": prompts, "chosen": answers, "rejected": answers[::-1]})
-        rated = datasets.Dataset.from_dict({"prompt": prompts, "completion": answers, "label": [i % 2 == 0 for i in range(len(answers))]})
+        pairs = datasets.Dataset.from_dict(
+            {"prompt": prompts, "chosen": answers, "rejected": answers[::-1]}
+        )
+        rated = datasets.Dataset.from_dict(
+            {
+                "prompt": prompts,
+                "completion": answers,
+                "label": [i % 2 == 0 for i in range(len(answers))],
+            }
+        )
         for trainer, config, data, settings in (
             (DPOTrainer, DPOConfig, pairs, {}),
             (DPOTrainer, DPOConfig, pairs, {"bf16": True, "gradient_accumulation_steps": 2}),
             (KTOTrainer, KTOConfig, rated, {}),
         ):
             with self.subTest(trainer=trainer.__name__, **settings):
-                self.passes(lambda callback: trainer(
-                    model(), args=config(**self.arguments(**settings)), train_dataset=data, processing_class=tokenizer(),
-                    peft_config=lora(), callbacks=[callback]))
+                self.passes(
+                    lambda callback: trainer(
+                        model(),
+                        args=config(**self.arguments(**settings)),
+                        train_dataset=data,
+                        processing_class=tokenizer(),
+                        peft_config=lora(),
+                        callbacks=[callback],
+                    )
+                )
 
     def test_the_own_forward_is_checked_by_default(self):
-        for report in self.passes(self.trainer(dropout=0.2), check={"seconds": 15, "directions": 1}):
+        for report in self.passes(
+            self.trainer(dropout=0.2), check={"seconds": 15, "directions": 1}
+        ):
             self.assertEqual(report.own_forward["status"], "passed", report.own_forward)
 
     def test_what_cannot_be_judged_stops_no_training(self):

@@ -1,4 +1,5 @@
-//! Devices and precisions as commands name them: `cpu`, `gpu`, `gpu:1`, `cuda`, `cuda:0`; `f32`, `tf32`, `bf16`, `f16`.
+//! Devices and precisions as commands name them: `cpu`, `gpu`, `gpu:1`, `cuda`, `cuda:0`; `f32`,
+//! `tf32`, `bf16`, `f16`.
 
 use crate::error::{Error, Result};
 use std::fmt;
@@ -51,7 +52,8 @@ impl DeviceChoice {
         Error::NoDevice {
             wanted: self.to_string(),
             found: format!(
-                "this program was built without it; build with `cargo build --release --features {feature}`"
+                "this program was built without it; build with `cargo build --release --features \
+                 {feature}`"
             ),
         }
     }
@@ -73,8 +75,12 @@ pub enum ProductPrecision {
 
 impl ProductPrecision {
     /// Every precision.
-    pub const ALL: [ProductPrecision; 4] =
-        [ProductPrecision::F32, ProductPrecision::Tf32, ProductPrecision::Bf16, ProductPrecision::F16];
+    pub const ALL: [ProductPrecision; 4] = [
+        ProductPrecision::F32,
+        ProductPrecision::Tf32,
+        ProductPrecision::Bf16,
+        ProductPrecision::F16,
+    ];
 }
 
 impl fmt::Display for ProductPrecision {
@@ -117,7 +123,10 @@ mod tests {
         }
         assert!("F16".parse::<ProductPrecision>().is_err());
         for text in ["", "cpu:0", "gpu:", "gpu:-1", "cuda:x", "tpu", "gpu:1:2"] {
-            assert!(matches!(text.parse::<DeviceChoice>(), Err(Error::InvalidParam { .. })), "{text:?}");
+            assert!(
+                matches!(text.parse::<DeviceChoice>(), Err(Error::InvalidParam { .. })),
+                "{text:?}"
+            );
         }
     }
 }

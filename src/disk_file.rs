@@ -1,6 +1,7 @@
 //! A file whose bytes are read when they are asked for, from any thread.
 //!
-//! Reading into a buffer, not mapping: a mapped file that is cut short ends the process, a read that comes up short is an error.
+//! Reading into a buffer, not mapping: a mapped file that is cut short ends the process, a read
+//! that comes up short is an error.
 
 use crate::error::{Error, Result};
 use std::fs::File;
@@ -41,13 +42,15 @@ impl DiskFile {
     /// Fills a buffer from an offset.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] for a file that ends before, or is another than when it was opened.
+    /// [`Error::Io`]; [`Error::Format`] for a file that ends before, or is another than when it was
+    /// opened.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let end = offset + buffer.len() as u64;
         let outcome = read_exact_at(&self.file, buffer, offset);
         let about = self.file.metadata().map_err(|e| Error::io(&self.path, e))?;
         if about.len() != self.length {
-            let (expected, found) = (format!("{} bytes, as when it was opened", self.length), about.len().to_string());
+            let (expected, found) =
+                (format!("{} bytes, as when it was opened", self.length), about.len().to_string());
             return Err(Error::format(&self.path, "file", expected, found));
         }
         match outcome {
@@ -63,7 +66,12 @@ impl DiskFile {
             Err(e) => return Err(Error::io(&self.path, e)),
         }
         if about.modified().ok() != self.modified {
-            return Err(Error::format(&self.path, "file", "no change while it is read", "a newer modification time"));
+            return Err(Error::format(
+                &self.path,
+                "file",
+                "no change while it is read",
+                "a newer modification time",
+            ));
         }
         Ok(())
     }
@@ -104,7 +112,8 @@ mod tests {
         assert_eq!((two, file.length()), ([4, 5], 5));
         let text = file.read(4, &mut two).unwrap_err().to_string();
         assert!(text.contains("bytes") && text.contains("at least 6 bytes"), "{text}");
-        // Cut short, also where the part that is read is still there; the same length with other contents.
+        // Cut short, also where the part that is read is still there; the same length with other
+        // contents.
         File::options().write(true).open(&path).unwrap().set_len(2).unwrap();
         let text = file.read(0, &mut two).unwrap_err().to_string();
         assert!(text.contains("5 bytes, as when it was opened"), "{text}");

@@ -47,7 +47,10 @@ pub enum Error {
         value: f64,
     },
     /// An iteration ended without reaching its tolerance.
-    #[error("{op}: no convergence after {iterations} iterations (residual {residual:e}, tolerance {tolerance:e})")]
+    #[error(
+        "{op}: no convergence after {iterations} iterations (residual {residual:e}, tolerance \
+         {tolerance:e})"
+    )]
     NotConverged {
         /// The routine that gave up.
         op: &'static str,
@@ -60,8 +63,9 @@ pub enum Error {
     },
     /// Logits may leave the interval on which an approximation of exp is valid.
     #[error(
-        "{factorization}: logits reach {found:.6} in magnitude ({evidence}) but the approximation assumes [-{assumed:.6}, {assumed:.6}]; \
-         raise b, or pass check=off to accept an unbounded error"
+        "{factorization}: logits reach {found:.6} in magnitude ({evidence}) but the approximation \
+         assumes [-{assumed:.6}, {assumed:.6}]; raise b, or pass check=off to accept an unbounded \
+         error"
     )]
     LogitOutsideInterval {
         /// Spec of the factorization.
@@ -75,8 +79,8 @@ pub enum Error {
     },
     /// An approximate softmax denominator is zero, negative or not finite.
     #[error(
-        "{factorization}: the approximate softmax denominator of query row {row} is {value:.3e}; it must be positive \
-         (raise the degree or the rank)"
+        "{factorization}: the approximate softmax denominator of query row {row} is {value:.3e}; \
+         it must be positive (raise the degree or the rank)"
     )]
     NonPositiveDenominator {
         /// Spec of the factorization.
@@ -200,13 +204,31 @@ impl Error {
     }
 
     /// A parameter outside its range.
-    pub fn invalid(name: impl Into<String>, value: impl ToString, requirement: impl Into<String>) -> Self {
-        Error::InvalidParam { name: name.into(), value: value.to_string(), requirement: requirement.into() }
+    pub fn invalid(
+        name: impl Into<String>,
+        value: impl ToString,
+        requirement: impl Into<String>,
+    ) -> Self {
+        Error::InvalidParam {
+            name: name.into(),
+            value: value.to_string(),
+            requirement: requirement.into(),
+        }
     }
 
     /// A two-dimensional shape that differs from the required one.
-    pub fn shape(op: &'static str, arg: impl Into<String>, expected: (usize, usize), got: (usize, usize)) -> Self {
-        Error::ShapeMismatch { op, arg: arg.into(), expected: format!("{expected:?}"), got: format!("{got:?}") }
+    pub fn shape(
+        op: &'static str,
+        arg: impl Into<String>,
+        expected: (usize, usize),
+        got: (usize, usize),
+    ) -> Self {
+        Error::ShapeMismatch {
+            op,
+            arg: arg.into(),
+            expected: format!("{expected:?}"),
+            got: format!("{got:?}"),
+        }
     }
 
     /// A malformed file.

@@ -1,9 +1,10 @@
 //! How cheap can a fine-tuning gradient be, and is a trainer's gradient right?
 //!
-//! A LoRA gradient of softmax attention costs time quadratic in the number of tokens, or almost linear time; theory (\[CL-LoRA\], arXiv
-//! 2406.03136) says that the norms of the head decide. This crate computes such gradients exactly and by chained low-rank
-//! approximation, measures where the second stops working, holds a reference transformer with hand-written backward for
-//! LoRA, DoRA, MosLoRA, PaCA and S2FT, and validates recorded steps of other trainers against it.
+//! A LoRA gradient of softmax attention costs time quadratic in the number of tokens, or almost
+//! linear time; theory (\[CL-LoRA\], arXiv 2406.03136) says that the norms of the head decide. This
+//! crate computes such gradients exactly and by chained low-rank approximation, measures where the
+//! second stops working, holds a reference transformer with hand-written backward for LoRA, DoRA,
+//! MosLoRA, PaCA and S2FT, and validates recorded steps of other trainers against it.
 //!
 //! ```
 //! use peft_limits::attention::{AttentionProblem, Request, chained, exact::streaming};
@@ -49,13 +50,17 @@
 //! | `distributed` | gradients with the tokens divided among MPI ranks: with the feature `mpi` |
 //! | `report`, `cli` | tables and charts, commands: with the default feature `cli` |
 //!
-//! [`tensor_file`] reads and writes safetensors, [`precision`] rounds to number formats, [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
-//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides tokens among processes.
+//! [`tensor_file`] reads and writes safetensors, [`precision`] rounds to number formats,
+//! [`atomic_file`] makes files appear whole or not at all, [`streams`] derives seeds. Feature
+//! `hf-tokenizer` (default) reads `tokenizer.json`; `lapack` decomposes by OpenBLAS; `mpi` divides
+//! tokens among processes.
 //!
 //! # Limits
 //!
-//! The theorem is asymptotic, and silent about norms between o(sqrt(log L)) and a constant times it: at finite length the transition is gradual. On trained heads of width 32 no polynomial factorization pays; certified
-//! bounds are hundreds of times the error. The README says more, and `paper-notes/README.md` maps every equation to its function.
+//! The theorem is asymptotic, and silent about norms between o(sqrt(log L)) and a constant times
+//! it: at finite length the transition is gradual. On trained heads of width 32 no polynomial
+//! factorization pays; certified bounds are hundreds of times the error. The README says more, and
+//! `paper-notes/README.md` maps every equation to its function.
 
 pub mod adapters;
 pub mod atomic_file;

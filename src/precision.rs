@@ -28,7 +28,9 @@ impl Precision {
             "float32" | "f32" | "float" => Ok(Self::F32),
             "bfloat16" | "bf16" => Ok(Self::Bf16),
             "float16" | "f16" | "half" => Ok(Self::F16),
-            _ => Err(Error::invalid("dtype", name, "must be float64, float32, bfloat16 or float16")),
+            _ => {
+                Err(Error::invalid("dtype", name, "must be float64, float32, bfloat16 or float16"))
+            }
         }
     }
 

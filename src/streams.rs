@@ -1,8 +1,8 @@
 //! Random streams named by what they are for, and the hashes behind them: the crate has no others.
 //!
-//! Every use of randomness has a name (`init`, `data/train`, ...). Draw number i of a named stream is a function of the
-//! seed, the name and i alone, so a run resumes from its step count, streams never share numbers, and data do not depend
-//! on the model.
+//! Every use of randomness has a name (`init`, `data/train`, ...). Draw number i of a named stream
+//! is a function of the seed, the name and i alone, so a run resumes from its step count, streams
+//! never share numbers, and data do not depend on the model.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -52,7 +52,8 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 /// assert_eq!(fnv1a("a"), 0xaf63dc4c8601ec8c);
 /// ```
 pub fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+    text.bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Bits mixed so that every input bit reaches every output bit (the finaliser of SplitMix64).
@@ -83,10 +84,13 @@ mod tests {
 
     #[test]
     fn the_numbers_never_change() {
-        // SHA-256 of eight zero bytes and "data" as a ChaCha8 key; this crate's own output, recorded
-        // so that stored results stay reproducible.
+        // SHA-256 of eight zero bytes and "data" as a ChaCha8 key; this crate's own output,
+        // recorded so that stored results stay reproducible.
         let mut stream = seed_stream(0, "data");
-        assert_eq!([stream.next_u64(), stream.next_u64()], [16788391703126760310, 9291284337595492255]);
+        assert_eq!(
+            [stream.next_u64(), stream.next_u64()],
+            [16788391703126760310, 9291284337595492255]
+        );
     }
 
     #[test]

@@ -46,7 +46,8 @@ impl TensorFile {
     /// Reads a file and checks its header against its length.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it is truncated or not a safetensors file.
+    /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it is truncated or not a
+    /// safetensors file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
@@ -61,13 +62,19 @@ impl TensorFile {
         let path = path.as_ref().to_path_buf();
         let length = bytes.len();
         let broken = |e: safetensors::SafeTensorError| {
-            Error::format(&path, "file", "a complete safetensors file", format!("{e} ({length} bytes)"))
+            Error::format(
+                &path,
+                "file",
+                "a complete safetensors file",
+                format!("{e} ({length} bytes)"),
+            )
         };
         let (header_bytes, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
         Ok(Self::with_header(path, Bytes::Memory(bytes), header_bytes, &header))
     }
 
-    /// Opens a file and checks its header against its length; tensors stay on the disk until they are asked for.
+    /// Opens a file and checks its header against its length; tensors stay on the disk until they
+    /// are asked for.
     ///
     /// # Errors
     /// As [`TensorFile::open`]. A later change of the file is an error of whatever reads it then.
@@ -76,7 +83,12 @@ impl TensorFile {
         let path = path.as_ref().to_path_buf();
         let length = file.length();
         let broken = |what: String| {
-            Error::format(&path, "file", "a complete safetensors file", format!("{what} ({length} bytes)"))
+            Error::format(
+                &path,
+                "file",
+                "a complete safetensors file",
+                format!("{what} ({length} bytes)"),
+            )
         };
         let mut size = [0; size_of::<u64>()];
         let start = size.len() as u64;
@@ -93,7 +105,8 @@ impl TensorFile {
         }
         let mut header = vec![0; header_bytes as usize];
         file.read(start, &mut header)?;
-        let parsed: Metadata = serde_json::from_slice(&header).map_err(|e| broken(e.to_string()))?;
+        let parsed: Metadata =
+            serde_json::from_slice(&header).map_err(|e| broken(e.to_string()))?;
         if start + header_bytes + parsed.data_len() as u64 != length {
             return Err(broken(SafeTensorError::MetadataIncompleteBuffer.to_string()));
         }
@@ -106,7 +119,8 @@ impl TensorFile {
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
             (name, Entry { dtype: info.dtype, shape: info.shape.clone(), range })
         });
-        let (tensors, metadata) = (tensors.collect(), header.metadata().clone().unwrap_or_default());
+        let (tensors, metadata) =
+            (tensors.collect(), header.metadata().clone().unwrap_or_default());
         Self { path, bytes, metadata, tensors }
     }
 
@@ -136,7 +150,12 @@ impl TensorFile {
     }
 
     /// A malformed-content error of this file.
-    pub fn malformed(&self, field: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub fn malformed(
+        &self,
+        field: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
         Error::format(&self.path, field, expected, found)
     }
 
@@ -149,7 +168,12 @@ impl TensorFile {
         if found.is_empty() {
             found = "no tensor".into();
         }
-        Error::MissingTensor { path: self.path.clone(), name: name.into(), reason: reason.into(), found }
+        Error::MissingTensor {
+            path: self.path.clone(),
+            name: name.into(),
+            reason: reason.into(),
+            found,
+        }
     }
 
     fn entry(&self, name: &str, reason: &str) -> Result<&Entry> {
@@ -177,15 +201,21 @@ impl TensorFile {
         }
     }
 
-    /// As [`TensorFile::bytes`], to be changed in memory ([`TensorFile::write_back`] writes the file).
+    /// As [`TensorFile::bytes`], to be changed in memory ([`TensorFile::write_back`] writes the
+    /// file).
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::Format`] if the tensor does not hold floating-point numbers; those of reading.
+    /// [`Error::MissingTensor`]; [`Error::Format`] if the tensor does not hold floating-point
+    /// numbers; those of reading.
     pub fn bytes_mut(&mut self, name: &str) -> Result<(Dtype, &mut [u8])> {
         let entry = self.entry(name, "it is to be changed")?;
         let (dtype, range) = (entry.dtype, entry.range.clone());
         if float_bytes(dtype) == 0 {
-            return Err(self.malformed(format!("tensor {name}"), "dtype F64, F32, F16 or BF16", format!("{dtype:?}")));
+            return Err(self.malformed(
+                format!("tensor {name}"),
+                "dtype F64, F32, F16 or BF16",
+                format!("{dtype:?}"),
+            ));
         }
         Ok((dtype, &mut self.in_memory()?[range]))
     }
@@ -220,7 +250,8 @@ impl TensorFile {
         self.tensors.get(name).map(|entry| format!("{:?}", entry.dtype))
     }
 
-    /// All entries of a tensor in row-major order with its shape, converted to `T`; NaN and infinity pass.
+    /// All entries of a tensor in row-major order with its shape, converted to `T`; NaN and
+    /// infinity pass.
     ///
     /// Integers and half precisions are accepted.
     ///
@@ -233,15 +264,25 @@ impl TensorFile {
         Ok((entry.shape.clone(), values))
     }
 
-    /// Numbers of a tensor from its entry `first` on, converted to `T`; NaN and infinity pass. What is not in memory is read
-    /// in pieces, several at a time.
-    fn decode<T: Real>(&self, name: &str, entry: &Entry, first: usize, values: &mut [T]) -> Result<()> {
+    /// Numbers of a tensor from its entry `first` on, converted to `T`; NaN and infinity pass. What
+    /// is not in memory is read in pieces, several at a time.
+    fn decode<T: Real>(
+        &self,
+        name: &str,
+        entry: &Entry,
+        first: usize,
+        values: &mut [T],
+    ) -> Result<()> {
         let convert: fn(&[u8], &mut [T]) = match entry.dtype {
             Dtype::F64 => |data, to| decode(data, to, |b| T::of(f64::from_le_bytes(b))),
             Dtype::F32 => |data, to| decode(data, to, |b| T::of(f64::from(f32::from_le_bytes(b)))),
-            Dtype::F16 => |data, to| decode(data, to, |b| T::of(half::f16::from_le_bytes(b).to_f64())),
+            Dtype::F16 => {
+                |data, to| decode(data, to, |b| T::of(half::f16::from_le_bytes(b).to_f64()))
+            }
             // Its bits are the upper half of those of f32.
-            Dtype::BF16 => |data, to| decode(data, to, |[a, b]| T::of(f64::from(f32::from_le_bytes([0, 0, a, b])))),
+            Dtype::BF16 => |data, to| {
+                decode(data, to, |[a, b]| T::of(f64::from(f32::from_le_bytes([0, 0, a, b]))))
+            },
             Dtype::I64 => |data, to| decode(data, to, |b| T::of(i64::from_le_bytes(b) as f64)),
             Dtype::I32 => |data, to| decode(data, to, |b| T::of(f64::from(i32::from_le_bytes(b)))),
             other => {
@@ -262,26 +303,44 @@ impl TensorFile {
         })
     }
 
-    /// Rows of a tensor whose leading axes count as one, every entry being finite; `values` is as long as they are.
+    /// Rows of a tensor whose leading axes count as one, every entry being finite; `values` is as
+    /// long as they are.
     ///
     /// # Errors
     /// As [`TensorFile::tensor`]; [`Error::Format`] for rows that the tensor does not have.
-    pub fn rows<T: Real>(&self, name: &str, reason: &str, rows: Range<usize>, values: &mut [T]) -> Result<()> {
+    pub fn rows<T: Real>(
+        &self,
+        name: &str,
+        reason: &str,
+        rows: Range<usize>,
+        values: &mut [T],
+    ) -> Result<()> {
         let entry = self.entry(name, reason)?;
         let columns = entry.shape.last().copied().unwrap_or(1);
         let all: usize = entry.shape.iter().rev().skip(1).product();
         if rows.end > all || rows.len() * columns != values.len() {
             let expected = format!("rows {rows:?}, {} numbers", values.len());
-            return Err(self.malformed(format!("tensor {name}"), expected, format!("shape {:?}", entry.shape)));
+            return Err(self.malformed(
+                format!("tensor {name}"),
+                expected,
+                format!("shape {:?}", entry.shape),
+            ));
         }
         self.decode(name, entry, rows.start * columns, values)?;
         self.require_finite(name, &entry.shape, rows.start * columns, values)
     }
 
     /// Refuses numbers that are not finite, the first of which is entry `first` of the tensor.
-    fn require_finite<T: Real>(&self, name: &str, shape: &[usize], first: usize, values: &[T]) -> Result<()> {
+    fn require_finite<T: Real>(
+        &self,
+        name: &str,
+        shape: &[usize],
+        first: usize,
+        values: &[T],
+    ) -> Result<()> {
         let fine = values.par_chunks(PIECE).all(|piece| piece.iter().all(|x| x.is_finite()));
-        let Some(position) = (if fine { None } else { values.iter().position(|x| !x.is_finite()) }) else {
+        let Some(position) = (if fine { None } else { values.iter().position(|x| !x.is_finite()) })
+        else {
             return Ok(());
         };
         let mut rest = first + position;
@@ -309,7 +368,8 @@ impl TensorFile {
         Ok((shape, values))
     }
 
-    /// Refuses integers where real numbers belong: token ids or masks written under another tensor's name.
+    /// Refuses integers where real numbers belong: token ids or masks written under another
+    /// tensor's name.
     ///
     /// # Errors
     /// [`Error::MissingTensor`]; [`Error::Format`] with the dtype.
@@ -331,7 +391,11 @@ impl TensorFile {
         match shape[..] {
             [rows, columns] => Array2::from_shape_vec((rows, columns), values)
                 .map_err(|e| self.malformed(format!("tensor {name}"), "a matrix", e.to_string())),
-            _ => Err(self.malformed(format!("tensor {name}"), "two dimensions", format!("shape {shape:?}"))),
+            _ => Err(self.malformed(
+                format!("tensor {name}"),
+                "two dimensions",
+                format!("shape {shape:?}"),
+            )),
         }
     }
 
@@ -343,13 +407,20 @@ impl TensorFile {
         let (shape, values) = self.tensor::<T>(name, reason)?;
         match shape[..] {
             [_] => Ok(values.into()),
-            _ => Err(self.malformed(format!("tensor {name}"), "one dimension", format!("shape {shape:?}"))),
+            _ => Err(self.malformed(
+                format!("tensor {name}"),
+                "one dimension",
+                format!("shape {shape:?}"),
+            )),
         }
     }
 }
 
 fn decode<T, const N: usize>(data: &[u8], values: &mut [T], convert: impl Fn([u8; N]) -> T) {
-    values.iter_mut().zip(data.as_chunks::<N>().0).for_each(|(value, &bytes)| *value = convert(bytes));
+    values
+        .iter_mut()
+        .zip(data.as_chunks::<N>().0)
+        .for_each(|(value, &bytes)| *value = convert(bytes));
 }
 
 /// Bytes of one floating-point number; 0 for a dtype that holds none.
@@ -393,9 +464,15 @@ impl TensorWriter {
     }
 
     /// Adds a tensor of any shape, given in row-major order, in the precision of `T`.
-    pub fn tensor<T: Real>(&mut self, name: &str, shape: &[usize], values: impl IntoIterator<Item = T>) -> &mut Self {
+    pub fn tensor<T: Real>(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        values: impl IntoIterator<Item = T>,
+    ) -> &mut Self {
         let single = T::NAME == f32::NAME;
-        let mut bytes = Vec::with_capacity(shape.iter().product::<usize>() * if single { 4 } else { 8 });
+        let mut bytes =
+            Vec::with_capacity(shape.iter().product::<usize>() * if single { 4 } else { 8 });
         for x in values {
             if single {
                 bytes.extend_from_slice(&(x.widen() as f32).to_le_bytes());
@@ -427,7 +504,12 @@ impl TensorWriter {
         let mut views = Vec::with_capacity(self.tensors.len());
         for (name, (dtype, shape, bytes)) in &self.tensors {
             let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| {
-                Error::format(path, format!("tensor {name}"), "data that fill the shape", e.to_string())
+                Error::format(
+                    path,
+                    format!("tensor {name}"),
+                    "data that fill the shape",
+                    e.to_string(),
+                )
             })?;
             views.push((name.as_str(), view));
         }
@@ -448,16 +530,27 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.safetensors");
         let mut writer = TensorWriter::new();
-        writer.matrix("X", array![[1.0f64, 2.0, 3.0], [4.0, 5.0, 6.5]].view()).metadata("alpha", 3.5);
+        writer
+            .matrix("X", array![[1.0f64, 2.0, 3.0], [4.0, 5.0, 6.5]].view())
+            .metadata("alpha", 3.5);
         writer.tensor("v", &[2], [0.5f32, f32::INFINITY]);
         writer.write(&path).unwrap();
         let file = TensorFile::open(&path).unwrap();
         assert_eq!(file.metadata("alpha"), Some("3.5"));
-        assert_eq!(file.matrix::<f32>("X", "test").unwrap(), array![[1.0f32, 2.0, 3.0], [4.0, 5.0, 6.5]]);
+        assert_eq!(
+            file.matrix::<f32>("X", "test").unwrap(),
+            array![[1.0f32, 2.0, 3.0], [4.0, 5.0, 6.5]]
+        );
         let text = file.vector::<f64>("v", "test").unwrap_err().to_string();
-        assert!(text.contains("tensor v") && text.contains("[1]") && text.contains("inf"), "{text}");
+        assert!(
+            text.contains("tensor v") && text.contains("[1]") && text.contains("inf"),
+            "{text}"
+        );
         let text = file.matrix::<f64>("Z", "the test needs it").unwrap_err().to_string();
-        assert!(text.contains("no tensor named Z (the test needs it)") && text.contains("X, v"), "{text}");
+        assert!(
+            text.contains("no tensor named Z (the test needs it)") && text.contains("X, v"),
+            "{text}"
+        );
         let text = file.vector::<f64>("X", "test").unwrap_err().to_string();
         assert!(text.contains("one dimension") && text.contains("[2, 3]"), "{text}");
         let bytes = std::fs::read(&path).unwrap();
@@ -473,15 +566,25 @@ mod tests {
         let mut row = [0.0f64; 3];
         lazy.rows("X", "test", 1..2, &mut row).unwrap();
         assert_eq!(row.map(f64::to_bits), [4.0f64, 5.0, 6.5].map(f64::to_bits));
-        assert!(lazy.rows("X", "test", 1..3, &mut row).unwrap_err().to_string().contains("rows 1..3"));
+        assert!(
+            lazy.rows("X", "test", 1..3, &mut row).unwrap_err().to_string().contains("rows 1..3")
+        );
         assert_eq!(lazy.bytes("X", "test").unwrap(), file.bytes("X", "test").unwrap());
         let text = lazy.vector::<f64>("v", "test").unwrap_err().to_string();
         assert!(text.contains("[1]") && text.contains("inf"), "{text}");
         lazy.bytes_mut("X").unwrap().1.fill(0);
         lazy.write_back().unwrap();
-        assert!(TensorFile::open(&path).unwrap().matrix::<f64>("X", "test").unwrap().iter().all(|x| x.to_bits() == 0));
+        assert!(
+            TensorFile::open(&path)
+                .unwrap()
+                .matrix::<f64>("X", "test")
+                .unwrap()
+                .iter()
+                .all(|x| x.to_bits() == 0)
+        );
         // The half format by its bits, as the crate of half formats converts it.
-        let all: Vec<u8> = (0..=u16::MAX).filter(|b| b & 0x7f80 != 0x7f80).flat_map(u16::to_le_bytes).collect();
+        let all: Vec<u8> =
+            (0..=u16::MAX).filter(|b| b & 0x7f80 != 0x7f80).flat_map(u16::to_le_bytes).collect();
         let mut writer = TensorWriter::new();
         writer.raw("h", Dtype::BF16, &[all.len() / 2], all.clone());
         writer.write(&path).unwrap();

@@ -1,6 +1,8 @@
-//! Every way in which a head's file can be wrong: a typed error that names file, tensor, expected and found.
+//! Every way in which a head's file can be wrong: a typed error that names file, tensor, expected
+//! and found.
 //!
-//! Files are written byte by byte here, not by the crate's writer, so that they can be wrong in any way.
+//! Files are written byte by byte here, not by the crate's writer, so that they can be wrong in any
+//! way.
 
 use peft_limits::attention::file::read_problem;
 use peft_limits::attention::{AttentionProblem, Mask, Request, SoftmaxKind, exact};
@@ -65,7 +67,11 @@ struct HeadFile {
 
 fn matrix(rows: usize, columns: usize) -> Tensor {
     let values = (0..rows * columns).map(|i| ((i * 7 + rows) % 11) as f64 / 10.0 - 0.5);
-    Tensor { dtype: "F64", shape: vec![rows, columns], data: values.flat_map(f64::to_le_bytes).collect() }
+    Tensor {
+        dtype: "F64",
+        shape: vec![rows, columns],
+        data: values.flat_map(f64::to_le_bytes).collect(),
+    }
 }
 
 const L: usize = 9;
@@ -90,9 +96,13 @@ impl HeadFile {
         ] {
             file.tensors.insert(name, matrix(rows, columns));
         }
-        for (key, value) in
-            [("alpha", "3.0"), ("r", "2"), ("beta", "0.5"), ("causal", "True"), ("softmax_one", "False")]
-        {
+        for (key, value) in [
+            ("alpha", "3.0"),
+            ("r", "2"),
+            ("beta", "0.5"),
+            ("causal", "True"),
+            ("softmax_one", "False"),
+        ] {
             file.metadata.insert(key, value.to_string());
         }
         file
@@ -114,7 +124,10 @@ impl HeadFile {
     }
 
     fn without(mut self, name: &str) -> Self {
-        assert!(self.tensors.remove(name).is_some() || self.metadata.remove(name).is_some(), "{name}");
+        assert!(
+            self.tensors.remove(name).is_some() || self.metadata.remove(name).is_some(),
+            "{name}"
+        );
         self
     }
 
@@ -131,7 +144,8 @@ impl HeadFile {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let pairs: Vec<String> = self.metadata.iter().map(|(k, v)| format!("{k:?}:{v:?}")).collect();
+        let pairs: Vec<String> =
+            self.metadata.iter().map(|(k, v)| format!("{k:?}:{v:?}")).collect();
         let mut entries = vec![format!("\"__metadata__\":{{{}}}", pairs.join(","))];
         let mut data = Vec::new();
         for (name, tensor) in &self.tensors {
@@ -163,7 +177,8 @@ fn read(bytes: &[u8]) -> (PathBuf, Result<AttentionProblem<f64>>) {
     (path, outcome)
 }
 
-/// The error of a bad file: field, expected, found of [`Error::Format`], with the path checked and in the text.
+/// The error of a bad file: field, expected, found of [`Error::Format`], with the path checked and
+/// in the text.
 #[track_caller]
 fn refused(file: &HeadFile) -> (String, String, String) {
     match read(&file.bytes()) {
@@ -209,7 +224,9 @@ fn the_files_are_good_before_they_are_spoiled() {
     let head = head.unwrap();
     assert_eq!((head.num_queries(), head.head_dim(), head.value_dim()), (L, D_H, 5));
     assert_eq!((head.mask(), head.softmax()), (Mask::Causal, SoftmaxKind::Standard));
-    assert!((head.hidden().unwrap().scaling - 1.5).abs() < 1e-15 && (head.beta() - 0.5).abs() < 1e-15);
+    assert!(
+        (head.hidden().unwrap().scaling - 1.5).abs() < 1e-15 && (head.beta() - 0.5).abs() < 1e-15
+    );
     exact::dense::gradients(&head, Request::Adapters).unwrap();
     let (_, head) = read(&HeadFile::projected().bytes());
     let head = head.unwrap();
@@ -249,7 +266,8 @@ fn missing_tensors() {
     for name in ["Q", "K", "V"] {
         assert_missing(HeadFile::projected().without(name), name, "come together", "G");
     }
-    let cross = HeadFile::valid().without("X").set("XQ", matrix(7, D_IN)).set("XK", matrix(L, D_IN));
+    let cross =
+        HeadFile::valid().without("X").set("XQ", matrix(7, D_IN)).set("XK", matrix(L, D_IN));
     assert_missing(cross, "XV", "XQ, XK and XV come together", "XK");
     let empty = HeadFile { tensors: BTreeMap::new(), metadata: BTreeMap::new() };
     assert_missing(empty, "X", "needed", "no tensor");
@@ -276,17 +294,27 @@ fn wrong_shapes() {
     assert_refused(projected().set("G", matrix(L, 5)), "tensor G", "(7, 5)", "(9, 5)");
     let causal = projected().meta("causal", "true");
     assert_refused(causal, "causal", "as many keys as queries", "7 queries, 9 keys");
-    let cross = valid().without("X").set("XQ", matrix(L, D_IN)).set("XK", matrix(L, D_IN)).set("XV", matrix(8, D_IN));
+    let cross = valid()
+        .without("X")
+        .set("XQ", matrix(L, D_IN))
+        .set("XK", matrix(L, D_IN))
+        .set("XV", matrix(8, D_IN));
     assert_refused(cross, "tensor XV", "(9, 6)", "(8, 6)");
 }
 
 #[test]
 fn ranks_out_of_range() {
     let valid = HeadFile::valid;
-    let zero = valid().set("AQ", matrix(0, D_H)).set("BQ", matrix(D_IN, 0)).without("AV").without("BV");
+    let zero =
+        valid().set("AQ", matrix(0, D_H)).set("BQ", matrix(D_IN, 0)).without("AV").without("BV");
     assert_refused(zero, "tensor AQ", "rank r of at least 1", "r = 0");
     // Above d_h = 4, the smaller side of W_Q.
-    let above = valid().set("AQ", matrix(5, D_H)).set("BQ", matrix(D_IN, 5)).without("AV").without("BV").without("r");
+    let above = valid()
+        .set("AQ", matrix(5, D_H))
+        .set("BQ", matrix(D_IN, 5))
+        .without("AV")
+        .without("BV")
+        .without("r");
     assert_refused(above, "AQ, BQ", "between 1 and 4, the smaller side of WQ", "5");
     assert_refused(valid().meta("r", "3"), "metadata r", "2, the rows of", "3");
 }
@@ -309,9 +337,19 @@ fn entries_that_are_not_finite() {
             &format!("{found} [4, 0]"),
         );
         for name in ["WQ", "AQ", "BV"] {
-            assert_refused(HeadFile::valid().entry(name, 3, value), &format!("tensor {name}"), "finite", &found);
+            assert_refused(
+                HeadFile::valid().entry(name, 3, value),
+                &format!("tensor {name}"),
+                "finite",
+                &found,
+            );
         }
-        assert_refused(HeadFile::projected().entry("K", 0, value), "tensor K", "finite", &format!("{found} [0, 0]"));
+        assert_refused(
+            HeadFile::projected().entry("K", 0, value),
+            "tensor K",
+            "finite",
+            &format!("{found} [0, 0]"),
+        );
     }
     // A double beyond the range of f32 is an infinity there.
     let folder = tempfile::tempdir().unwrap();
@@ -324,9 +362,16 @@ fn entries_that_are_not_finite() {
 
 #[test]
 fn unsupported_types() {
-    for (dtype, size) in
-        [("U8", 1), ("I8", 1), ("BOOL", 1), ("I16", 2), ("U16", 2), ("U32", 4), ("U64", 8), ("F8_E4M3", 1)]
-    {
+    for (dtype, size) in [
+        ("U8", 1),
+        ("I8", 1),
+        ("BOOL", 1),
+        ("I16", 2),
+        ("U16", 2),
+        ("U32", 4),
+        ("U64", 8),
+        ("F8_E4M3", 1),
+    ] {
         let tensor = Tensor { dtype, shape: vec![L, D_IN], data: vec![0; L * D_IN * size] };
         let (field, expected, found) = refused(&HeadFile::valid().set("X", tensor));
         assert_eq!((field.as_str(), found.as_str()), ("tensor X", dtype));
@@ -352,7 +397,13 @@ fn metadata_that_is_missing_or_wrong() {
     assert_refused(valid().meta("causal", "maybe"), "metadata causal", "True or False", "maybe");
     assert_refused(valid().meta("softmax_one", "2"), "metadata softmax_one", "True or False", "2");
     // Without adapters, alpha means nothing and is not asked for.
-    let plain = valid().without("AQ").without("BQ").without("AV").without("BV").without("alpha").without("r");
+    let plain = valid()
+        .without("AQ")
+        .without("BQ")
+        .without("AV")
+        .without("BV")
+        .without("alpha")
+        .without("r");
     assert!(read(&plain.bytes()).1.is_ok());
 }
 
@@ -383,7 +434,8 @@ fn tensors_that_contradict_each_other() {
     assert_refused(beside, "tensors", "either Q, K, V or inputs", "X beside");
     let twice = HeadFile::valid().set("XQ", matrix(L, D_IN));
     assert_refused(twice, "tensors", "either X or XQ, XK, XV", "XQ beside X");
-    let cross = HeadFile::valid().without("X").set("XQ", matrix(0, D_IN)).set("XK", matrix(L, D_IN));
+    let cross =
+        HeadFile::valid().without("X").set("XQ", matrix(0, D_IN)).set("XK", matrix(L, D_IN));
     let cross = cross.set("XV", matrix(L, D_IN)).set("Y", matrix(0, 5)).meta("causal", "false");
     assert_refused(cross, "rows of XQ", "at least 1", "0");
     let unused = HeadFile::projected().set("AQ", matrix(R, D_H)).set("BQ", matrix(D_IN, R));
@@ -452,7 +504,9 @@ fn survives(path: &Path, bytes: &[u8]) -> std::result::Result<(), TestCaseError>
             exact::dense::gradients(&head, Request::All).unwrap();
             exact::streaming::gradients(&head, Request::All).unwrap();
         }
-        Err(error) => prop_assert!(error.to_string().contains(&path.display().to_string()), "{error}"),
+        Err(error) => {
+            prop_assert!(error.to_string().contains(&path.display().to_string()), "{error}")
+        }
     }
     let largest = LARGEST.get();
     prop_assert!(largest < ALLOWED, "a single allocation of {} bytes", largest);

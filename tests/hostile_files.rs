@@ -1,7 +1,9 @@
-//! Hostile files: every reader, given mutated valid files and random bytes, returns a value or a typed error. It
-//! never panics, and its peak of allocated bytes stays below `FACTOR` times the bytes of the file plus a constant.
+//! Hostile files: every reader, given mutated valid files and random bytes, returns a value or a
+//! typed error. It never panics, and its peak of allocated bytes stays below `FACTOR` times the
+//! bytes of the file plus a constant.
 //!
-//! `PROPTEST_CASES=20000 cargo test --test hostile_files` is the long run (the default is 256 files per reader).
+//! `PROPTEST_CASES=20000 cargo test --test hostile_files` is the long run (the default is 256 files
+//! per reader).
 
 mod common;
 
@@ -28,10 +30,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Allocated bytes per byte of the file under test. A JSON value of two characters (`0,`) becomes a 32-byte
-/// `Value`, in a vector that may have doubled and still hold its old half.
+/// Allocated bytes per byte of the file under test. A JSON value of two characters (`0,`) becomes a
+/// 32-byte `Value`, in a vector that may have doubled and still hold its old half.
 const FACTOR: usize = 64;
-/// Allocated bytes whatever the file: messages, parsers' tables, the small models that adapters go onto.
+/// Allocated bytes whatever the file: messages, parsers' tables, the small models that adapters go
+/// onto.
 const CONSTANT: usize = 1 << 20;
 
 /// One test at a time: what one prepares would be counted in another's measurement.
@@ -50,7 +53,8 @@ enum Mutation {
     Truncate(prop::sample::Index),
     /// Replace the n-th number of the text part by another token.
     Number(prop::sample::Index, usize),
-    /// Replace the n-th value of the JSON text by another, remove it, or put a copy of another in its place.
+    /// Replace the n-th value of the JSON text by another, remove it, or put a copy of another in
+    /// its place.
     Value(prop::sample::Index, prop::sample::Index),
     /// Insert text.
     Insert(prop::sample::Index, usize),
@@ -83,7 +87,8 @@ const TOKENS: [&str; 18] = [
     "16777216",
 ];
 
-const SNIPPETS: [&str; 8] = ["\u{0}", "{", "]", "\"", ",", "é", "__metadata__", "\n[train]\nsteps = 1e99\n"];
+const SNIPPETS: [&str; 8] =
+    ["\u{0}", "{", "]", "\"", ",", "é", "__metadata__", "\n[train]\nsteps = 1e99\n"];
 
 fn mutation() -> impl Strategy<Value = Mutation> {
     let at = any::<prop::sample::Index>;
@@ -139,12 +144,14 @@ fn paths(value: &Value, here: String, all: &mut Vec<String>) {
     all.push(here);
 }
 
-/// What a value may become: other types, sizes that overflow, names of formats, patterns that go back on themselves.
+/// What a value may become: other types, sizes that overflow, names of formats, patterns that go
+/// back on themselves.
 fn nasty_values() -> Vec<Value> {
     let numbers = [0i64, -1, 1, 3, 99_999_999, 1 << 31, 1 << 53, i64::MAX].map(Value::from);
     let floats = [0.5, -0.0, 1e18, 1e308, 1e-320].map(Value::from);
     let texts =
-        ["", "x", "0", "F16", "I64", "BF16", "U8", "(", "(a+)+$", "(.*)*.*x", "../..", "\u{0}"].map(Value::from);
+        ["", "x", "0", "F16", "I64", "BF16", "U8", "(", "(a+)+$", "(.*)*.*x", "../..", "\u{0}"]
+            .map(Value::from);
     let mut all: Vec<Value> = numbers.into_iter().chain(floats).chain(texts).collect();
     all.extend([
         json!(u64::MAX),
@@ -156,7 +163,12 @@ fn nasty_values() -> Vec<Value> {
         json!([1, 2]),
         json!(vec![0; 300]),
     ]);
-    all.extend([json!({"a": 1}), json!("a".repeat(10_000)), json!([1u64 << 32, 1u64 << 32]), json!([u64::MAX])]);
+    all.extend([
+        json!({"a": 1}),
+        json!("a".repeat(10_000)),
+        json!([1u64 << 32, 1u64 << 32]),
+        json!([u64::MAX]),
+    ]);
     all
 }
 
@@ -233,7 +245,8 @@ fn mutate(mut bytes: Vec<u8>, mutations: &[Mutation]) -> Vec<u8> {
     bytes
 }
 
-/// Runs a reader on mutations of a valid file and on random bytes; returns how many files it accepted.
+/// Runs a reader on mutations of a valid file and on random bytes; returns how many files it
+/// accepted.
 fn attack(name: &str, valid: &[u8], read: impl FnMut(&[u8]) -> peft_limits::Result<()>) -> usize {
     attack_beside(name, valid, CONSTANT, read)
 }
@@ -245,7 +258,8 @@ fn attack_beside(
     constant: usize,
     mut read: impl FnMut(&[u8]) -> peft_limits::Result<()>,
 ) -> usize {
-    // A library's panic that a reader turns into an error is no failure; resolving a backtrace would be measured.
+    // A library's panic that a reader turns into an error is no failure; resolving a backtrace
+    // would be measured.
     std::panic::set_hook(Box::new(|info| eprintln!("{info}")));
     read(valid).unwrap_or_else(|e| panic!("{name}: the valid file is refused: {e}"));
     let mut measured = |bytes: &[u8]| {
@@ -254,7 +268,11 @@ fn attack_beside(
         let outcome = read(bytes);
         let peak = ALLOCATOR.peak_usage().saturating_sub(before);
         let limit = FACTOR * bytes.len() + constant;
-        assert!(peak <= limit, "{name}: {peak} bytes allocated for a file of {} (limit {limit})", bytes.len());
+        assert!(
+            peak <= limit,
+            "{name}: {peak} bytes allocated for a file of {} (limit {limit})",
+            bytes.len()
+        );
         if let Err(error) = &outcome {
             assert!(!error.to_string().is_empty());
         }
@@ -328,12 +346,14 @@ fn configurations() {
         config.parameters();
         Ok(())
     });
-    let valid = "seed = 1\n[model]\npreset = \"nano\"\n[method]\nname = \"full\"\n[optimizer]\nlr = 1e-3\n[schedule]\nwarmup = 50\n\
-                 [train]\nsteps = 100\nbatch = 4\nlength = 64\ntarget_loss = 0.5\n[[data]]\ntask = \"lists\"\nweight = 2.0\n\
-                 length = 5\n[[data]]\ntask = \"arithmetic\"\ndigits = 3\n";
-    attack("train TOML", valid.as_bytes(), |bytes| TrainConfig::from_toml("c.toml", &text(bytes)).map(drop));
-    let line =
-        r#"{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], "id": 17}"#;
+    let valid = "seed = 1\n[model]\npreset = \"nano\"\n[method]\nname = \"full\"\n[optimizer]\nlr \
+                 = 1e-3\n[schedule]\nwarmup = 50\n[train]\nsteps = 100\nbatch = 4\nlength = \
+                 64\ntarget_loss = 0.5\n[[data]]\ntask = \"lists\"\nweight = 2.0\nlength = \
+                 5\n[[data]]\ntask = \"arithmetic\"\ndigits = 3\n";
+    attack("train TOML", valid.as_bytes(), |bytes| {
+        TrainConfig::from_toml("c.toml", &text(bytes)).map(drop)
+    });
+    let line = r#"{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], "id": 17}"#;
     attack("jsonl line", line.as_bytes(), |bytes| {
         let wrong = |b: peft_limits::train::tasks::jsonl::BadLine| {
             peft_limits::Error::format("x", b.field, b.expected, b.found)
@@ -343,7 +363,12 @@ fn configurations() {
 }
 
 /// A reader of a folder, attacked through one of its files.
-fn attack_file(name: &str, folder: &Path, file: &str, mut read: impl FnMut(&Path) -> peft_limits::Result<()>) {
+fn attack_file(
+    name: &str,
+    folder: &Path,
+    file: &str,
+    mut read: impl FnMut(&Path) -> peft_limits::Result<()>,
+) {
     let path = folder.join(file);
     let valid = std::fs::read(&path).unwrap();
     // A pattern of modules takes some 400 bytes a character, up to a limit of its own.
@@ -366,10 +391,14 @@ fn checkpoint_folders() {
     attack_file("model.safetensors", root, "model.safetensors", read);
     std::fs::rename(root.join("model.safetensors"), root.join("a.safetensors")).unwrap();
     let file = TensorFile::open(root.join("a.safetensors")).unwrap();
-    let map: serde_json::Map<_, _> = file.names().map(|n| (n.to_string(), "a.safetensors".into())).collect();
+    let map: serde_json::Map<_, _> =
+        file.names().map(|n| (n.to_string(), "a.safetensors".into())).collect();
     let index = "model.safetensors.index.json";
-    std::fs::write(root.join(index), serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string())
-        .unwrap();
+    std::fs::write(
+        root.join(index),
+        serde_json::json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string(),
+    )
+    .unwrap();
     attack_file("safetensors index", root, index, read);
     for name in ["qlora-bf16", "int8-f32"] {
         for file in ["config.json", "model.safetensors"] {
@@ -384,7 +413,9 @@ fn checkpoint_folders() {
 fn adapter_folders() {
     let _alone = alone();
     let base = model::<f32>(3);
-    for (name, mut adapted) in every_method::<f32>().into_iter().filter(|(n, _)| ["dora", "paca", "s2ft"].contains(n)) {
+    for (name, mut adapted) in
+        every_method::<f32>().into_iter().filter(|(n, _)| ["dora", "paca", "s2ft"].contains(n))
+    {
         leave_the_start(&mut adapted);
         let folder = tempfile::tempdir().unwrap();
         adapted.write_adapter(folder.path()).unwrap();
@@ -457,7 +488,8 @@ fn training_checkpoints() {
     Model::<f32>::random(sizes, &mut rng(1)).unwrap().write(&base).unwrap();
     for method in [MethodName::Lora, MethodName::Paca] {
         let text = format!(
-            "[model]\npath = {:?}\n[method]\nname = {:?}\nrank = 2\n[train]\nsteps = 9\nbatch = 1\n[[data]]\ntask = \"lists\"\n",
+            "[model]\npath = {:?}\n[method]\nname = {:?}\nrank = 2\n[train]\nsteps = 9\nbatch = \
+             1\n[[data]]\ntask = \"lists\"\n",
             base.display().to_string(),
             method.name()
         );
@@ -484,9 +516,12 @@ fn recorded_steps() {
         let dump = family_dump(&source, false, false).unwrap();
         let root = dump.path();
         let manifest = std::fs::read_to_string(root.join("manifest.json")).unwrap();
-        for part in
-            ["config.json", "model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
-        {
+        for part in [
+            "config.json",
+            "model.safetensors",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+        ] {
             let copy = root.join("model").join(part);
             std::fs::create_dir_all(copy.parent().unwrap()).unwrap();
             std::fs::copy(source.join(part), copy).unwrap();
@@ -494,9 +529,9 @@ fn recorded_steps() {
         let mut manifest: Value = serde_json::from_str(&manifest).unwrap();
         manifest["model"] = json!("model");
         manifest["adapter"] = json!("model/adapter");
-        manifest["optimizer"] =
-            json!({"kind": "adamw", "steps_before": 1, "groups": [{"lr": 1e-3, "betas": [0.9, 0.999]}]});
-        manifest["loss"] = json!({"reduction": "mean", "micro_batch_rows": [], "scale": 1.0, "divisor": null});
+        manifest["optimizer"] = json!({"kind": "adamw", "steps_before": 1, "groups": [{"lr": 1e-3, "betas": [0.9, 0.999]}]});
+        manifest["loss"] =
+            json!({"reduction": "mean", "micro_batch_rows": [], "scale": 1.0, "divisor": null});
         std::fs::write(root.join("manifest.json"), manifest.to_string()).unwrap();
         let files = [
             "manifest.json",
@@ -513,7 +548,8 @@ fn recorded_steps() {
                 std::fs::write(&path, bytes).unwrap();
                 let (paths, manifest) = DumpPaths::of_folder(root)?;
                 plan(&paths, Some(&manifest), 1 << 30)?;
-                let case = Case::read("mutated", &paths, Some(&manifest), &PlainSettings::default())?;
+                let case =
+                    Case::read("mutated", &paths, Some(&manifest), &PlainSettings::default())?;
                 case.run(&Variant::default()).map(drop)
             });
             std::fs::write(&path, valid).unwrap();
@@ -531,9 +567,12 @@ fn tables_of_experiments() {
     let mut manifest = Manifest::start("bounds", "quick");
     manifest.config = json!({"seed": 0, "points": [{"tokens": 64, "c": 0.1}]});
     manifest.write(folder.path()).unwrap();
-    let table = "tokens,c,features,error\n64,0.1,\"taylor:degree=4,check=off\",1e-3\n128,0.2,nystrom,NaN\n";
+    let table =
+        "tokens,c,features,error\n64,0.1,\"taylor:degree=4,check=off\",1e-3\n128,0.2,nystrom,NaN\n";
     std::fs::write(folder.path().join("table.csv"), table).unwrap();
-    attack_file("manifest of an experiment", folder.path(), "manifest.json", |folder| Manifest::read(folder).map(drop));
+    attack_file("manifest of an experiment", folder.path(), "manifest.json", |folder| {
+        Manifest::read(folder).map(drop)
+    });
     attack_file("table of an experiment", folder.path(), "table.csv", |folder| {
         let table = Table::read_csv(&folder.join("table.csv"))?;
         table.to_text(5);

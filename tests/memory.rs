@@ -30,12 +30,16 @@ fn config() -> ModelConfig {
     }
 }
 
-/// Largest peak of four settled steps over what was live before the model, and the ledger of the next.
+/// Largest peak of four settled steps over what was live before the model, and the ledger of the
+/// next.
 fn measured(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -> (usize, Memory) {
     let before = COUNTED.current_usage();
-    let mut model: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
+    let mut model: Model<f32> =
+        Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
     method.apply(&mut model, None, 1).unwrap();
-    let ids = ndarray::Array2::from_shape_fn((shape.batch, shape.length), |(b, t)| ((b * 31 + t * 7) % 256) as u32);
+    let ids = ndarray::Array2::from_shape_fn((shape.batch, shape.length), |(b, t)| {
+        ((b * 31 + t * 7) % 256) as u32
+    });
     let labels = ids.mapv(i64::from);
     let batch = Batch::new(ids, labels).unwrap();
     let extra = batch.input_ids.len() * 4 + batch.labels.len() * 8;
@@ -64,8 +68,10 @@ fn measured(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -> (
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn the_prediction_is_within_one_percent_for_every_method() {
-    // Both pools live to the end: what the threads of a dropped one free later would be missed in a count.
-    let pools = [1, 2].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    // Both pools live to the end: what the threads of a dropped one free later would be missed in a
+    // count.
+    let pools =
+        [1, 2].map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
     pools.iter().for_each(|pool| pool.install(every_method));
     pools[1].install(every_family);
 
@@ -85,13 +91,15 @@ fn every_method() {
     let mut failures = Vec::new();
     for name in MethodName::ALL {
         for checkpointing in [false, true] {
-            let method = MethodParams { each_layer: name == MethodName::S2ft, ..MethodParams::named(name) };
+            let method =
+                MethodParams { each_layer: name == MethodName::S2ft, ..MethodParams::named(name) };
             let shape = StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing };
             let (got, ledger) = measured(&config(), &method, &shape);
             let memory = predict(&config(), &method, &shape).unwrap();
             let gap = memory.total() as f64 / got as f64 - 1.0;
             println!(
-                "{:<8} checkpointing {checkpointing:<5}: predicted {:>10}, counted {got:>10}, {:+.2}%  ({} w {} a {} g {} o {} act {} ws)",
+                "{:<8} checkpointing {checkpointing:<5}: predicted {:>10}, counted {got:>10}, \
+                 {:+.2}%  ({} w {} a {} g {} o {} act {} ws)",
                 name.name(),
                 memory.total(),
                 100.0 * gap,
@@ -113,9 +121,13 @@ fn every_method() {
             );
             assert_eq!(memory.trained, ledger.trained);
             assert_eq!(memory.activation_bytes(), ledger.activation_bytes(), "{}", name.name());
-            // Elsewhere than on x86-64 each thread's packed blocks, (64 + inner) x width, come and go with a product.
-            let packed =
-                if cfg!(target_arch = "x86_64") { 0 } else { rayon::current_num_threads() * 4 * 128 * (64 + 344) };
+            // Elsewhere than on x86-64 each thread's packed blocks, (64 + inner) x width, come and
+            // go with a product.
+            let packed = if cfg!(target_arch = "x86_64") {
+                0
+            } else {
+                rayon::current_num_threads() * 4 * 128 * (64 + 344)
+            };
             let within = |total: usize| {
                 let gap = total as f64 - got as f64;
                 gap > -0.01 * got as f64 - packed as f64 && gap < 0.01 * got as f64
@@ -131,8 +143,10 @@ fn every_method() {
 /// The sizes of [`config`] in another family.
 fn family(model_type: &str, more: &str) -> ModelConfig {
     let text = format!(
-        "{{\"model_type\": \"{model_type}\", \"vocab_size\": 259, \"hidden_size\": 128, \"intermediate_size\": 344,
-        \"num_hidden_layers\": 4, \"num_attention_heads\": 8, \"num_key_value_heads\": 4, \"head_dim\": 16{more}}}"
+        "{{\"model_type\": \"{model_type}\", \"vocab_size\": 259, \"hidden_size\": \
+         128, \"intermediate_size\": 344,
+        \"num_hidden_layers\": 4, \"num_attention_heads\": 8, \"num_key_value_heads\": \
+        4, \"head_dim\": 16{more}}}"
     );
     ModelConfig::from_json(std::path::Path::new(model_type), &text).unwrap()
 }
@@ -154,23 +168,36 @@ fn every_family() {
         family("opt", ", \"ffn_dim\": 344"),
         family("gpt2", ", \"n_embd\": 128, \"n_head\": 4, \"n_layer\": 3"),
         family("mixtral", ", \"num_local_experts\": 4"),
-        family("qwen3_moe", ", \"num_experts\": 4, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 96"),
+        family(
+            "qwen3_moe",
+            ", \"num_experts\": 4, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 96",
+        ),
         family("gpt_oss", ", \"num_local_experts\": 4, \"num_experts_per_tok\": 2"),
     ];
     let mut failures = Vec::new();
     for config in families {
         for name in [MethodName::Full, MethodName::Lora] {
             let method = MethodParams::named(name);
-            let shape = StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing: false };
+            let shape =
+                StepShape { batch: 6, length: 256, bytes: 4, state: 2, checkpointing: false };
             let (got, ledger) = measured(&config, &method, &shape);
             let memory = predict(&config, &method, &shape).unwrap();
             let what = (config.options.family, name.name());
             println!("{what:?}: predicted {}, counted {got}", memory.total());
-            assert_eq!((memory.weights, memory.adapters), (ledger.weights, ledger.adapters), "{what:?}");
-            assert_eq!((memory.gradients, memory.trained), (ledger.gradients, ledger.trained), "{what:?}");
+            assert_eq!(
+                (memory.weights, memory.adapters),
+                (ledger.weights, ledger.adapters),
+                "{what:?}"
+            );
+            assert_eq!(
+                (memory.gradients, memory.trained),
+                (ledger.gradients, ledger.trained),
+                "{what:?}"
+            );
             assert_eq!(memory.activations, ledger.activations, "{what:?}");
             let gap = memory.total() as f64 / got as f64 - 1.0;
-            // A batch does not send every expert the same number of rows, which the prediction takes for granted.
+            // A batch does not send every expert the same number of rows, which the prediction
+            // takes for granted.
             let allowed = if config.options.experts.is_some() { 0.04 } else { 0.01 };
             if gap.abs() >= allowed {
                 failures.push((what, gap));
@@ -180,7 +207,8 @@ fn every_family() {
     assert!(failures.is_empty(), "{failures:?}");
 }
 
-/// Starts the thread pool and multiplies on each thread by either kernel: its memory and the matrix libraries' are not a step's.
+/// Starts the thread pool and multiplies on each thread by either kernel: its memory and the matrix
+/// libraries' are not a step's.
 fn rayon_warm() {
     rayon::broadcast(|_| {
         let a = ndarray::Array2::<f32>::ones((512, 512));
@@ -191,8 +219,8 @@ fn rayon_warm() {
     });
 }
 
-/// What autograd keeps in PyTorch, counted by hooks (`python/count_saved_tensors.py`), against the prediction: equal to the byte in
-/// each part of each row.
+/// What autograd keeps in PyTorch, counted by hooks (`python/count_saved_tensors.py`), against the
+/// prediction: equal to the byte in each part of each row.
 #[test]
 fn saved_tensors_of_pytorch_are_predicted() {
     let text = include_str!("data/memory/saved_tensors.csv");
@@ -203,8 +231,11 @@ fn saved_tensors_of_pytorch_are_predicted() {
         let values: Vec<&str> = line.split(',').collect();
         let get = |name: &str| values[names.iter().position(|n| *n == name).unwrap()];
         let number = |name: &str| get(name).parse::<usize>().unwrap();
-        let sizes =
-            if get("size") == "large" { [32000, 4096, 11008, 2, 32, 32, 128] } else { [97, 64, 96, 3, 4, 2, 16] };
+        let sizes = if get("size") == "large" {
+            [32000, 4096, 11008, 2, 32, 32, 128]
+        } else {
+            [97, 64, 96, 3, 4, 2, 16]
+        };
         let keys = [
             "vocab_size",
             "hidden_size",
@@ -217,7 +248,9 @@ fn saved_tensors_of_pytorch_are_predicted() {
         let mut json: serde_json::Map<String, serde_json::Value> =
             keys.into_iter().zip(sizes).map(|(key, size)| (key.to_string(), size.into())).collect();
         json.insert("model_type".into(), get("family").into());
-        let config = ModelConfig::from_json(Path::new("row"), &serde_json::Value::Object(json).to_string()).unwrap();
+        let config =
+            ModelConfig::from_json(Path::new("row"), &serde_json::Value::Object(json).to_string())
+                .unwrap();
         let method = match get("method") {
             "full" => MethodName::Full,
             "lora" => MethodName::Lora,

@@ -57,18 +57,26 @@ class Head:
             (self.x @ w + self.scaling * (self.x @ b) @ a)[None, None]
             for w, a, b in zip(self.weights, self.a, self.b)
         )
-        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1 / self.width)[0, 0]
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1 / self.width)[
+            0, 0
+        ]
         loss = 0.5 * (output - self.y).square().sum()
         return torch.autograd.grad(loss, self.a + self.b)
 
     @torch.no_grad()
     def explicit(self):
         """The same gradients from the formulas, with L x L matrices."""
-        q, k, v = (self.x @ (w + self.scaling * b @ a) for w, a, b in zip(self.weights, self.a, self.b))
+        q, k, v = (
+            self.x @ (w + self.scaling * b @ a) for w, a, b in zip(self.weights, self.a, self.b)
+        )
         p = torch.softmax(q @ k.T / self.width, 1)
         g = p @ v - self.y
         ds = p * (g @ v.T - (g * (p @ v)).sum(1, keepdim=True))
-        d = [self.x.T @ (ds @ k) / self.width, self.x.T @ (ds.T @ q) / self.width, self.x.T @ (p.T @ g)]
+        d = [
+            self.x.T @ (ds @ k) / self.width,
+            self.x.T @ (ds.T @ q) / self.width,
+            self.x.T @ (p.T @ g),
+        ]
         da = [self.scaling * b.T @ dw for b, dw in zip(self.b, d)]
         db = [self.scaling * dw @ a.T for a, dw in zip(self.a, d)]
         return da + db
@@ -85,7 +93,9 @@ def rust_lines(threads):
     root = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
     command = ["cargo", "bench", "--bench", "attention", "--", "streaming"]
     env = dict(os.environ, RAYON_NUM_THREADS=str(threads))
-    text = subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    text = subprocess.run(
+        command, cwd=root, env=env, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     pattern = (
         r"streaming f32 L=\s*(\d+) d=\s*(\d+) r=\s*(\d+) Adapters:\s*([\d.]+) ms \[([\d.]+), ([\d.]+)\]"
         r".*?ratio ([\d.]+)\s+GEMM ([\d.]+) GFLOP/s"
@@ -98,9 +108,13 @@ def rust_lines(threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--with-rust", action="store_true", help="run `cargo bench --bench attention` too")
+    parser.add_argument(
+        "--with-rust", action="store_true", help="run `cargo bench --bench attention` too"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -23,8 +23,22 @@ import torch
 from torch_attention import Head, quartiles
 
 # L, d, r, repeats
-CASES = [(1024, 64, 4, 15), (4096, 64, 4, 15), (16384, 64, 4, 5), (65536, 64, 4, 3), (65536, 8, 4, 3)]
-COLUMNS = ["tokens", "head_dim", "rank", "method", "time (s)", "first quartile (s)", "third quartile (s)"]
+CASES = [
+    (1024, 64, 4, 15),
+    (4096, 64, 4, 15),
+    (16384, 64, 4, 5),
+    (65536, 64, 4, 3),
+    (65536, 8, 4, 3),
+]
+COLUMNS = [
+    "tokens",
+    "head_dim",
+    "rank",
+    "method",
+    "time (s)",
+    "first quartile (s)",
+    "third quartile (s)",
+]
 COLUMNS += ["gradient error", "device", "torch"]
 
 
@@ -37,7 +51,11 @@ def write_head(head, path):
         tensors |= {f"W{letter}": w, f"A{letter}": a, f"B{letter}": b}
     rank = head.a[0].shape[0]
     metadata = {"beta": repr(1 / head.width), "alpha": repr(head.scaling * rank), "r": str(rank)}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        path,
+        metadata=metadata,
+    )
 
 
 def rust_times(binary, device, specs, head):
@@ -47,8 +65,16 @@ def rust_times(binary, device, specs, head):
         write_head(head, path)
         features = [part for spec in specs for part in ("--features", spec)]
         command = [binary, "probe", path, "--device", device, "--json", *features]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    rows = [(f"streaming on {found['device']}", found["streaming"]["seconds"], found["streaming"]["gradient_error"])]
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
+    rows = [
+        (
+            f"streaming on {found['device']}",
+            found["streaming"]["seconds"],
+            found["streaming"]["gradient_error"],
+        )
+    ]
     for method in found["methods"]:
         if "error" in method:
             print(f"  {method['features']}: {method['error']}")
@@ -58,13 +84,21 @@ def rust_times(binary, device, specs, head):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", help="PyTorch's device: cuda, mps or cpu")
-    parser.add_argument("--with-rust", metavar="BINARY", help="peft-limits, built with --features cuda")
+    parser.add_argument(
+        "--with-rust", metavar="BINARY", help="peft-limits, built with --features cuda"
+    )
     parser.add_argument("--rust-device", help="what `peft-limits devices` calls the same device")
-    parser.add_argument("--features", action="append", metavar="SPEC", help="may be given several times")
+    parser.add_argument(
+        "--features", action="append", metavar="SPEC", help="may be given several times"
+    )
     parser.add_argument("--longest", type=int, default=65536, help="leave out longer sequences")
-    parser.add_argument("--rust-longest", type=int, default=16384, help="longest head given to --with-rust")
+    parser.add_argument(
+        "--rust-longest", type=int, default=16384, help="longest head given to --with-rust"
+    )
     parser.add_argument("--csv", help="append rows to this file as they are measured")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -73,7 +107,9 @@ def main():
     torch.set_default_device(args.device)
     rust_device = args.rust_device or ("cuda" if args.device.startswith("cuda") else "gpu")
     specs = args.features or ["taylor:degree=1", "taylor:degree=2,center=both"]
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(args.device.split(":")[0], lambda: None)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+        args.device.split(":")[0], lambda: None
+    )
 
     head = Head(257, 24, 5)
     for got, want in zip(head.gradients(), head.explicit()):
@@ -98,12 +134,18 @@ def main():
 
         low, middle, high = quartiles(repeats, work)
         print(f"L={tokens:6} d={width:3} r={rank}")
-        print(f"  torch SDPA + autograd: {1e3 * middle:.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]", flush=True)
+        print(
+            f"  torch SDPA + autograd: {1e3 * middle:.2f} ms [{1e3 * low:.2f}, {1e3 * high:.2f}]",
+            flush=True,
+        )
         rows = [("torch SDPA + autograd", middle, low, high, "")]
         if args.with_rust and tokens <= args.rust_longest:
             for label, seconds, error in rust_times(args.with_rust, rust_device, specs, head):
                 ratio = middle / seconds
-                print(f"  {label}: {1e3 * seconds:.2f} ms, torch / ours {ratio:.2f}, gradient error {error:.1e}", flush=True)
+                print(
+                    f"  {label}: {1e3 * seconds:.2f} ms, torch / ours {ratio:.2f}, gradient error {error:.1e}",
+                    flush=True,
+                )
                 rows.append((label, seconds, "", "", error))
         if out:
             out.writerows([tokens, width, rank, *row, name, torch.__version__] for row in rows)

@@ -85,7 +85,9 @@ def build(sizes, method):
         return base
     if not peft:
         return with_plain_lora(base)
-    spec = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, use_dora=method == "dora")
+    spec = peft.LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, use_dora=method == "dora"
+    )
     return peft.get_peft_model(base, spec)
 
 
@@ -137,7 +139,9 @@ def measure(size, device, repeats, products, table):
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
     sizes = dict(zip(FIELDS, SIZES[size]))
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, sizes["vocab"], (sizes["batch"], sizes["length"]), generator=generator).to(device)
+    ids = torch.randint(
+        0, sizes["vocab"], (sizes["batch"], sizes["length"]), generator=generator
+    ).to(device)
     contenders = {method: Contender(device, sizes, method) for method in METHODS}
     for repeat in range(WARM_UP + repeats):
         for method, contender in contenders.items():
@@ -149,17 +153,36 @@ def measure(size, device, repeats, products, table):
         low, middle, high = statistics.quantiles(c.seconds, n=4, method="inclusive")
         trained = sum(p.numel() for p in c.trained)
         memory = [f"{c.between / MIB:.1f}", f"{c.peak / MIB:.1f}"] if c.between else ["", ""]
-        made = "torch" if method == "full" else f"peft {peft.__version__}" if peft else "plain LoRA of this script"
+        made = (
+            "torch"
+            if method == "full"
+            else f"peft {peft.__version__}"
+            if peft
+            else "plain LoRA of this script"
+        )
         rate = sizes["batch"] * sizes["length"] / middle
         times = [f"{1e3 * t:.3f}" for t in (middle, low, high)]
-        row = [size, sizes["batch"], sizes["length"], method, products, made, trained, *times, f"{rate:.0f}", *memory]
+        row = [
+            size,
+            sizes["batch"],
+            sizes["length"],
+            method,
+            products,
+            made,
+            trained,
+            *times,
+            f"{rate:.0f}",
+            *memory,
+        ]
         table(row + [name, torch.__version__])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", default="25m,125m,1.1b", help=f"of {', '.join(SIZES)}; several with commas")
+    parser.add_argument(
+        "--size", default="25m,125m,1.1b", help=f"of {', '.join(SIZES)}; several with commas"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--csv", help="append rows to this file as they are measured")
     args = parser.parse_args()
@@ -186,7 +209,9 @@ def main():
 
     failed = False
     card = args.device.startswith("cuda")
-    for size, products in [(s, p) for s in args.size.split(",") for p in (["f32", "tf32"] if card else ["f32"])]:
+    for size, products in [
+        (s, p) for s in args.size.split(",") for p in (["f32", "tf32"] if card else ["f32"])
+    ]:
         try:
             measure(size, torch.device(args.device), args.repeats, products, table)
         except torch.OutOfMemoryError as error:

@@ -31,7 +31,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM_UP = 2
 PAUSE = 0.05  # seconds
-SIZES = {"batch": 8, "length": 256, "width": 256, "heads": 8, "inner": 688, "layers": 6, "vocab": 256, "rank": 8}
+SIZES = {
+    "batch": 8,
+    "length": 256,
+    "width": 256,
+    "heads": 8,
+    "inner": 688,
+    "layers": 6,
+    "vocab": 256,
+    "rank": 8,
+}
 
 
 def model(args, method):
@@ -52,7 +61,9 @@ def model(args, method):
     base = LlamaForCausalLM(config).float()
     if method == "full":
         return base
-    spec = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, use_dora=method == "dora")
+    spec = LoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, use_dora=method == "dora"
+    )
     return get_peft_model(base, spec)
 
 
@@ -76,7 +87,9 @@ class Contender:
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         loss = self.step(ids)
         if not abs(loss - math.log(vocabulary)) < 0.5:
-            sys.exit(f"the loss of an untrained model is {loss}, expected about {math.log(vocabulary):.3f}")
+            sys.exit(
+                f"the loss of an untrained model is {loss}, expected about {math.log(vocabulary):.3f}"
+            )
         changed = False
         for name, p in self.model.named_parameters():
             same = torch.equal(p, before[name])
@@ -92,7 +105,17 @@ class RustBench:
 
     def __init__(self, args, methods):
         flags = [part for name in SIZES for part in (f"--{name}", str(getattr(args, name)))]
-        command = ["cargo", "bench", "--bench", "train_step", "--", *flags, "--only", ",".join(methods), "--on-request"]
+        command = [
+            "cargo",
+            "bench",
+            "--bench",
+            "train_step",
+            "--",
+            *flags,
+            "--only",
+            ",".join(methods),
+            "--on-request",
+        ]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
 
@@ -107,7 +130,10 @@ class RustBench:
     def trained(self):
         """Trained numbers by method, from the table at the end."""
         table, _ = self.process.communicate()
-        return {name: int(count) for name, count in re.findall(r"^\| ([a-z0-9]+) \| (\d+) \|", table, re.M)}
+        return {
+            name: int(count)
+            for name, count in re.findall(r"^\| ([a-z0-9]+) \| (\d+) \|", table, re.M)
+        }
 
 
 def spread(values):
@@ -117,7 +143,9 @@ def spread(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch and of the Rust bench; 0: all")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of PyTorch and of the Rust bench; 0: all"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each method")
     parser.add_argument("--with-rust", action="store_true", help="take turns with the Rust bench")
     for name, default in SIZES.items():
@@ -128,7 +156,9 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
         os.environ["RAYON_NUM_THREADS"] = str(args.threads)
-    ids = torch.randint(0, args.vocab, (args.batch, args.length), generator=torch.Generator().manual_seed(7))
+    ids = torch.randint(
+        0, args.vocab, (args.batch, args.length), generator=torch.Generator().manual_seed(7)
+    )
 
     methods = ["full", "lora", "dora"]
     contenders = {method: Contender(args, method) for method in methods}
@@ -153,8 +183,12 @@ def main():
     trained = rust.trained() if rust else {}
 
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
-    print(f"torch {torch.__version__}, f32, {torch.get_num_threads()} threads; {sizes}; {args.repeats} repeats")
-    print("| method | trainable | PyTorch ms (median) | quartiles | ms / LoRA | peft-limits ms | quartiles | PyTorch / peft-limits |")
+    print(
+        f"torch {torch.__version__}, f32, {torch.get_num_threads()} threads; {sizes}; {args.repeats} repeats"
+    )
+    print(
+        "| method | trainable | PyTorch ms (median) | quartiles | ms / LoRA | peft-limits ms | quartiles | PyTorch / peft-limits |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     lora = spread(contenders["lora"].seconds)[1]
     for method, contender in contenders.items():
@@ -165,10 +199,14 @@ def main():
             if trained.get(method) != count:
                 sys.exit(f"{method}: {count} trained numbers here, {trained.get(method)} there")
             first, second, third = spread(there[method])
-            ratio = spread([here / theirs for here, theirs in zip(contender.seconds, there[method])])
+            ratio = spread(
+                [here / theirs for here, theirs in zip(contender.seconds, there[method])]
+            )
             ours = f"{1e3 * second:.1f} | {1e3 * first:.1f} to {1e3 * third:.1f} "
             ours += f"| {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})"
-        print(f"| {method} | {count} | {1e3 * middle:.1f} | {1e3 * low:.1f} to {1e3 * high:.1f} | {middle / lora:.3f} | {ours} |")
+        print(
+            f"| {method} | {count} | {1e3 * middle:.1f} | {1e3 * low:.1f} to {1e3 * high:.1f} | {middle / lora:.3f} | {ours} |"
+        )
 
 
 if __name__ == "__main__":

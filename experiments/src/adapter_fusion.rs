@@ -1,19 +1,22 @@
-//! Claim (\[S2FT\], its table of fused adapters): two tasks' adapters added to one another lose less where they are slices on
-//! different channels (-2.6 and -4.3 points) than where they are low-rank (-3.3, -5.6), and more where the slices overlap
-//! (-4.6, -7.4).
+//! Claim (\[S2FT\], its table of fused adapters): two tasks' adapters added to one another lose
+//! less where they are slices on different channels (-2.6 and -4.3 points) than where they are
+//! low-rank (-3.3, -5.6), and more where the slices overlap (-4.6, -7.4).
 //!
-//! Measured: three pretrained models of ours (`harness::study`) learn two tasks that pretraining lacks, sorting lists and
-//! associative recall, as separate adapters of down: LoRA of rank 8, S2FT with as many numbers on the same 30 of 176
-//! channels, and on 30 others. Every adapter is trained to the same training loss, at the rate that reaches it in the
-//! fewest steps on the *other* bases. The two are then added, or averaged. Intervals are over bases.
+//! Measured: three pretrained models of ours (`harness::study`) learn two tasks that pretraining
+//! lacks, sorting lists and associative recall, as separate adapters of down: LoRA of rank 8, S2FT
+//! with as many numbers on the same 30 of 176 channels, and on 30 others. Every adapter is trained
+//! to the same training loss, at the rate that reaches it in the fewest steps on the *other* bases.
+//! The two are then added, or averaged. Intervals are over bases.
 //!
-//! Refuted if slices on different channels lost separably more than LoRA, or overlapping ones separably less than those
-//! on different channels.
+//! Refuted if slices on different channels lost separably more than LoRA, or overlapping ones
+//! separably less than those on different channels.
 //!
-//! `cargo run --release --bin adapter_fusion [-- --profile full]`; half a minute after pretraining; in full about 5 minutes
-//! on one core.
+//! `cargo run --release --bin adapter_fusion [-- --profile full]`; half a minute after pretraining;
+//! in full about 5 minutes on one core.
 
-use crate::harness::over_bases::{at_best_rate, difference, interval, not_bracketed, over_bases, word};
+use crate::harness::over_bases::{
+    at_best_rate, difference, interval, not_bracketed, over_bases, word,
+};
 use crate::harness::study::{Study, on_own_threads};
 use crate::harness::{Experiment, Point, Profile, interrupted};
 use peft_limits::adapters::lora::LoraSpec;
@@ -21,7 +24,9 @@ use peft_limits::adapters::selection::{ColumnRule, Order, Score};
 use peft_limits::cost::Cost;
 use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::update::ModelUpdate;
-use peft_limits::model::{AdapterPlan, Calibration, MethodSpec, Model, Projection, ProjectionStatistics, StepOptions};
+use peft_limits::model::{
+    AdapterPlan, Calibration, MethodSpec, Model, Projection, ProjectionStatistics, StepOptions,
+};
 use peft_limits::report::{Axis, BarChart, BarSeries, Figure, NamedFigure, Row, Table};
 use peft_limits::streams::generator;
 use peft_limits::train::data::Encoder;
@@ -38,9 +43,13 @@ use std::collections::BTreeMap;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "adapter_fusion",
     title: "Two adapters in one: slices apart, slices that overlap, LoRA",
-    claim: "Fused slices on different channels lose less than fused LoRA adapters, overlapping slices more (S2FT).",
-    refuted_by: "slices on different channels losing separably more than LoRA, or overlapping ones less than those apart",
-    doubt: "Two artificial tasks that adapters of down learn in part; their prompts differ from the first letter on, and adapters of tasks that look alike may disturb each other more.",
+    claim: "Fused slices on different channels lose less than fused LoRA adapters, overlapping \
+            slices more (S2FT).",
+    refuted_by: "slices on different channels losing separably more than LoRA, or overlapping ones \
+                 less than those apart",
+    doubt: "Two artificial tasks that adapters of down learn in part; their prompts differ from \
+            the first letter on, and adapters of tasks that look alike may disturb each other \
+            more.",
     grid,
     measure,
     parallel: true,
@@ -56,11 +65,13 @@ pub(crate) const APART: &str = "s2ft, different channels";
 pub(crate) const SAME: &str = "s2ft, the same channels";
 pub(crate) const LORA: &str = "lora";
 /// Methods with the paper's losses of points when fused, commonsense and arithmetic.
-const METHODS: [(&str, [f64; 2]); 3] = [(APART, [-2.6, -4.3]), (SAME, [-4.6, -7.4]), (LORA, [-3.3, -5.6])];
+const METHODS: [(&str, [f64; 2]); 3] =
+    [(APART, [-2.6, -4.3]), (SAME, [-4.6, -7.4]), (LORA, [-3.3, -5.6])];
 /// LoRA's rank on down and the channels with as many numbers: 8 (64 + 176) = 30 x 64.
 const RANK: usize = 8;
 const CHANNELS: usize = 30;
-/// Mean training loss of the last [`WINDOW`] steps at which an adapter is done, by task, nats: what every method reaches.
+/// Mean training loss of the last [`WINDOW`] steps at which an adapter is done, by task, nats: what
+/// every method reaches.
 const TASKS: [(&str, f64); 2] = [("sort", 0.8), ("recall", 1.65)];
 const WINDOW: usize = 10;
 const BATCH: usize = 24;
@@ -73,7 +84,8 @@ fn rates(method: &str) -> [f64; 3] {
 }
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
-    let study = profile.pick(Study { steps: 200, ..Study::quick() }, Study { steps: 300, ..Study::full() });
+    let study =
+        profile.pick(Study { steps: 200, ..Study::quick() }, Study { steps: 300, ..Study::full() });
     let mut points = Vec::new();
     for seed in seed..seed + profile.pick(SEEDS, BASES) {
         for (method, _) in METHODS {
@@ -89,7 +101,10 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 
 fn task(index: usize) -> Part {
     let task = match index {
-        0 => TaskParams::Lists(lists::ListsParams { length: 6, operations: vec![lists::Operation::Sort] }),
+        0 => TaskParams::Lists(lists::ListsParams {
+            length: 6,
+            operations: vec![lists::Operation::Sort],
+        }),
         _ => TaskParams::Recall(recall::RecallParams { pairs: 3 }),
     };
     Part { weight: 1.0, task }
@@ -100,16 +115,22 @@ fn adapted(base: &Model<f32>, channels: Option<&[Vec<usize>]>, seed: u64) -> Res
     let mut model = base.clone();
     let mut rng = generator(seed, "init/adapter", 0);
     let Some(channels) = channels else {
-        let spec = MethodSpec::Lora(LoraSpec { rank: RANK, alpha: 2.0 * RANK as f64, rank_stabilized: false });
+        let spec = MethodSpec::Lora(LoraSpec {
+            rank: RANK,
+            alpha: 2.0 * RANK as f64,
+            rank_stabilized: false,
+        });
         model.attach(&AdapterPlan::everywhere(&[Projection::Down], spec), &mut rng)?;
         return Ok(model);
     };
     let width = base.config.intermediate_size;
-    // A selection takes the largest scores: one for the channels that are given, zero for the others.
+    // A selection takes the largest scores: one for the channels that are given, zero for the
+    // others.
     let layers = channels.iter().map(|given| {
         let mut input = vec![0.0; width];
         given.iter().for_each(|&channel| input[channel] = 1.0);
-        let scores = ProjectionStatistics { input, gradient_rows: vec![], gradient_columns: vec![] };
+        let scores =
+            ProjectionStatistics { input, gradient_rows: vec![], gradient_columns: vec![] };
         BTreeMap::from([(Projection::Down, scores)])
     });
     let mut spec = S2ftSpec {
@@ -136,7 +157,8 @@ fn drawn_channels(base: &Model<f32>, seed: u64) -> [Vec<Vec<usize>>; 2] {
     parts
 }
 
-/// Trains until the loss is down to `target` or the steps are used up; the adapter and the steps taken.
+/// Trains until the loss is down to `target` or the steps are used up; the adapter and the steps
+/// taken.
 fn trained(
     mut model: Model<f32>,
     part: &Part,
@@ -161,7 +183,11 @@ fn trained(
         }
         let batch = encoder.draw(&data, seed, Split::Train, step * BATCH as u64, BATCH, None)?;
         gradients.fill_zero();
-        losses.push(model.loss_and_gradients(&batch, &StepOptions::default(), &mut gradients, &mut cost)?.loss);
+        losses.push(
+            model
+                .loss_and_gradients(&batch, &StepOptions::default(), &mut gradients, &mut cost)?
+                .loss,
+        );
         let scale = clip_factor(gradients.norm(), 1.0);
         let warm = ((step + 1) as f64 / 10.0).min(1.0);
         update_model(&mut optimizer, &mut model, &gradients, lr * warm, scale, |_| ())?;
@@ -201,8 +227,15 @@ fn fuse(base: &Model<f32>, study: &Study, method: &str, seed: u64, lr: f64) -> R
     let mut rows = Vec::new();
     for (i, (name, target)) in TASKS.into_iter().enumerate() {
         let opened = task(i).task.open()?;
-        let scores =
-            evaluate_mixed(base, &[a, b, &sum, &mean], &encoder, opened.as_ref(), (0, Split::Test), study.rows, 64)?;
+        let scores = evaluate_mixed(
+            base,
+            &[a, b, &sum, &mean],
+            &encoder,
+            opened.as_ref(),
+            (0, Split::Test),
+            study.rows,
+            64,
+        )?;
         let (plain, own, (_, steps, loss)) = (scores[0], scores[1 + i], &adapters[i]);
         for ((how, _), fused) in FUSED.into_iter().zip(&scores[3..]) {
             rows.push(
@@ -244,7 +277,13 @@ fn mean(table: &Table, method: &str, how: &str, column: &str) -> Result<(f64, f6
 }
 
 /// Difference of two methods in points changed, mean of both tasks.
-pub(crate) fn compared(table: &Table, a: &str, b: &str, how: &str, column: &str) -> Result<(f64, f64, f64)> {
+pub(crate) fn compared(
+    table: &Table,
+    a: &str,
+    b: &str,
+    how: &str,
+    column: &str,
+) -> Result<(f64, f64, f64)> {
     Ok(interval(&difference(&runs(table, a, how)?, &runs(table, b, how)?, column)?, 0.95))
 }
 
@@ -253,7 +292,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let mut panels = Vec::new();
     let mut series = Vec::new();
     for (how, _) in FUSED {
-        let values = METHODS.iter().map(|(m, _)| mean(table, m, how, LOST)).collect::<Result<Vec<_>>>()?;
+        let values =
+            METHODS.iter().map(|(m, _)| mean(table, m, how, LOST)).collect::<Result<Vec<_>>>()?;
         series.push(BarSeries::new(format!("fused by {how}"), values));
     }
     for (i, paper) in ["paper, commonsense", "paper, arithmetic"].into_iter().enumerate() {
@@ -275,7 +315,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         ("fused by sum", "loss, fused (nats)", "sum"),
         ("fused by mean", "loss, fused (nats)", "mean"),
     ] {
-        let values = METHODS.iter().map(|(m, _)| mean(table, m, how, column)).collect::<Result<Vec<_>>>()?;
+        let values =
+            METHODS.iter().map(|(m, _)| mean(table, m, how, column)).collect::<Result<Vec<_>>>()?;
         series.push(BarSeries::new(name, values));
     }
     panels.push(BarChart {
@@ -286,8 +327,9 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         series,
         ..BarChart::default()
     });
-    let caption = "Adapters of down with 1,920 numbers a layer, each trained to the same training loss at its fastest rate, chosen on other bases. \
-                   Means over both tasks and over bases, with 95% intervals. The paper's values are on its own tasks.";
+    let caption = "Adapters of down with 1,920 numbers a layer, each trained to the same training \
+                   loss at its fastest rate, chosen on other bases. Means over both tasks and over \
+                   bases, with 95% intervals. The paper's values are on its own tasks.";
     let mut figure = Figure::new("Two tasks' adapters in one", panels).caption(caption);
     figure.panel_size = (640.0, 400.0);
     figure.share_y = false;
@@ -302,7 +344,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             let (lost, added) = (mean(table, method, how, LOST)?, mean(table, method, how, ADDED)?);
             let own = mean(table, method, how, "tokens right, own adapter")?.0;
             parts.push(format!(
-                "{method} {:+.1} ({:+.1} to {:+.1}) of {:.1}, loss {:+.2} nats (paper {:+.1} and {:+.1})",
+                "{method} {:+.1} ({:+.1} to {:+.1}) of {:.1}, loss {:+.2} nats (paper {:+.1} and \
+                 {:+.1})",
                 lost.0,
                 lost.1,
                 lost.2,
@@ -315,7 +358,13 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         lines.push(format!("Points changed by fusing, {how}: {}.", parts.join("; ")));
         for (a, b) in [(APART, LORA), (SAME, LORA), (APART, SAME)] {
             let d = compared(table, a, b, how, LOST)?;
-            lines.push(format!("{how}: {a} - {b} {:+.1} points ({:+.1} to {:+.1}): {}.", d.0, d.1, d.2, word(d)));
+            lines.push(format!(
+                "{how}: {a} - {b} {:+.1} points ({:+.1} to {:+.1}): {}.",
+                d.0,
+                d.1,
+                d.2,
+                word(d)
+            ));
         }
     }
     let mut parts = Vec::new();
@@ -340,10 +389,17 @@ fn findings(table: &Table) -> Result<Vec<String>> {
 
 fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let overlap = |method: &str, wanted: f64| -> Result<bool> {
-        Ok(table.filter_eq("method", method).floats("overlap")?.iter().all(|x| (x - wanted).abs() < 1e-9))
+        Ok(table
+            .filter_eq("method", method)
+            .floats("overlap")?
+            .iter()
+            .all(|x| (x - wanted).abs() < 1e-9))
     };
     Ok(vec![
-        ("channels are the same, or different, as the method says".into(), overlap(APART, 0.0)? && overlap(SAME, 1.0)?),
+        (
+            "channels are the same, or different, as the method says".into(),
+            overlap(APART, 0.0)? && overlap(SAME, 1.0)?,
+        ),
         ("every method trains as many numbers".into(), table.distinct("numbers")?.len() == 1),
     ])
 }
@@ -359,19 +415,17 @@ mod tests {
         let mut table = Table::default();
         for (method, _) in METHODS {
             for row in fuse(&base, &study, method, 0, 1e-2).unwrap() {
-                let mut whole = Row::new().with("method", method).with("base", "ours 0").with("lr", 1e-2);
+                let mut whole =
+                    Row::new().with("method", method).with("base", "ours 0").with("lr", 1e-2);
                 row.cells().iter().for_each(|(name, cell)| whole.set(name.clone(), cell.clone()));
                 table.push(&whole);
             }
         }
         assert!(checks(&table).unwrap().iter().all(|c| c.1), "{:?}", checks(&table).unwrap());
         let [first, next] = drawn_channels(&base, 0);
-        assert!(
-            first
-                .iter()
-                .zip(&next)
-                .all(|(a, b)| a.len() == CHANNELS && b.len() == CHANNELS && a.iter().all(|c| !b.contains(c)))
-        );
+        assert!(first.iter().zip(&next).all(|(a, b)| a.len() == CHANNELS
+            && b.len() == CHANNELS
+            && a.iter().all(|c| !b.contains(c))));
     }
 
     #[test]
@@ -386,7 +440,9 @@ mod tests {
                             .with("method", method)
                             .with("fused by", how);
                         table.push(
-                            &row.with("lr", 1e-2).with("steps taken", 9u64).with(LOST, lost + 0.1 * f64::from(base)),
+                            &row.with("lr", 1e-2)
+                                .with("steps taken", 9u64)
+                                .with(LOST, lost + 0.1 * f64::from(base)),
                         );
                     }
                 }

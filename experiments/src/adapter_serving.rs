@@ -1,15 +1,17 @@
-//! Claim (\[S2FT\]: updates decouple into adapters for fast switch and parallel serving): slice adapters of as many numbers as a
-//! LoRA adapter switch faster, touch less memory, and are served side by side at no higher cost. Fusing them is
-//! `adapter_fusion`.
+//! Claim (\[S2FT\]: updates decouple into adapters for fast switch and parallel serving): slice
+//! adapters of as many numbers as a LoRA adapter switch faster, touch less memory, and are served
+//! side by side at no higher cost. Fusing them is `adapter_fusion`.
 //!
-//! Measured: (switch) seconds, bytes overwritten and kept, and the weights' drift after many switches, over the model's
-//! width; (mixed) time and multiply-adds of one batch whose sequences use n different adapters, over n, against switching
-//! and running them one by one. S2FT against LoRA of the same size.
+//! Measured: (switch) seconds, bytes overwritten and kept, and the weights' drift after many
+//! switches, over the model's width; (mixed) time and multiply-adds of one batch whose sequences
+//! use n different adapters, over n, against switching and running them one by one. S2FT against
+//! LoRA of the same size.
 //!
-//! Refuted if LoRA switches as fast, or if a batch of S2FT adapters takes separably longer than one of LoRA's.
+//! Refuted if LoRA switches as fast, or if a batch of S2FT adapters takes separably longer than one
+//! of LoRA's.
 //!
-//! `cargo run --release --bin adapter_serving [-- --profile full]`; about half a minute, some 3 minutes in full. Timed: run it
-//! alone.
+//! `cargo run --release --bin adapter_serving [-- --profile full]`; about half a minute, some 3
+//! minutes in full. Timed: run it alone.
 
 mod results;
 mod serving;
@@ -25,9 +27,12 @@ use results::{checks, findings, plot};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "adapter_serving",
     title: "Adapters after training: switching, serving together",
-    claim: "S2FT: its updates decouple into adapters that switch faster than LoRA's and serve in one batch as cheaply.",
-    refuted_by: "LoRA switching as fast at equal size, or a batch of S2FT adapters taking longer than one of LoRA's",
-    doubt: "Models of a few million parameters on a processor: what a switch or a batch costs on a GPU depends on its memory and its kernels.",
+    claim: "S2FT: its updates decouple into adapters that switch faster than LoRA's and serve in \
+            one batch as cheaply.",
+    refuted_by: "LoRA switching as fast at equal size, or a batch of S2FT adapters taking longer \
+                 than one of LoRA's",
+    doubt: "Models of a few million parameters on a processor: what a switch or a batch costs on a \
+            GPU depends on its memory and its kernels.",
     grid,
     measure,
     parallel: false,
@@ -46,7 +51,9 @@ const BATCH: (usize, usize) = (32, 8);
 /// Switches after which the drift is measured.
 const DRIFT_SWITCHES: usize = 50;
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
-    let point = |part: &str, s: u64, label: String| Point::new(label).with("part", part).with("seed", seed + s);
+    let point = |part: &str, s: u64, label: String| {
+        Point::new(label).with("part", part).with("seed", seed + s)
+    };
     let mut points = Vec::new();
     for s in 0..SEEDS {
         for width in profile.pick(vec![256u64, 512, 1024], vec![256, 512, 1024, 2048]) {

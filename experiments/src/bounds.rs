@@ -1,12 +1,17 @@
-//! Claim (\[CL-LoRA\], section 4): the error of the chained gradient is controlled term by term, from the uniform error of exp to the adapters.
+//! Claim (\[CL-LoRA\], section 4): the error of the chained gradient is controlled term by term,
+//! from the uniform error of exp to the adapters.
 //!
-//! Measured: the certified bound of every link (paper-notes/factorizations-and-bounds.md, section 3) against the error of that link, for
-//! several factorizations and norms; and how much each link loses when it is given the true error of the link before. Beside the
-//! gradient's Frobenius error the parts that the theorems treat apart: p1 = P o (G V^T) and p2 = diag(delta) P, whose difference is dS;
-//! adapters on Q and V alone (their special case) against Q, K and V; and the largest entry's error, in which they are stated.
+//! Measured: the certified bound of every link (paper-notes/factorizations-and-bounds.md, section
+//! 3) against the error of that link, for several factorizations and norms; and how much each link
+//! loses when it is given the true error of the link before. Beside the gradient's Frobenius error
+//! the parts that the theorems treat apart: p1 = P o (G V^T) and p2 = diag(delta) P, whose
+//! difference is dS; adapters on Q and V alone (their special case) against Q, K and V; and the
+//! largest entry's error, in which they are stated.
 //!
-//! Refuted if an error exceeded its bound, or no certificate promised 10% at the smallest norm, where a bound that is never broken would
-//! say nothing, or if p1, p2, an entry or the special case missed 10% where a certificate promises 10% of the gradient. How loose the bound is decides whether it can guard a training step.
+//! Refuted if an error exceeded its bound, or no certificate promised 10% at the smallest norm,
+//! where a bound that is never broken would say nothing, or if p1, p2, an entry or the special case
+//! missed 10% where a certificate promises 10% of the gradient. How loose the bound is decides
+//! whether it can guard a training step.
 //!
 //! `cargo run --release --bin bounds [-- --profile full]`; about 10 seconds, a minute in full.
 
@@ -31,10 +36,13 @@ use rand::Rng;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "bounds",
     title: "Certified gradient error, link by link",
-    claim: "The error of a chained LoRA gradient is controlled term by term (CL-LoRA, section 4): from the uniform error of exp to P, O, dS and the adapters.",
-    refuted_by: "an error above its bound, or polynomials whose certificates promise nothing even at the smallest norm; p1, p2, \
-                 an entry of the gradient or the adapters of Q and V alone above 10% where the gradient is certified to 10%",
-    doubt: "Uniform synthetic heads only, and a bound that holds there by a factor of hundreds says little about how tight a better proof could be.",
+    claim: "The error of a chained LoRA gradient is controlled term by term (CL-LoRA, section 4): \
+            from the uniform error of exp to P, O, dS and the adapters.",
+    refuted_by: "an error above its bound, or polynomials whose certificates promise nothing even \
+                 at the smallest norm; p1, p2, an entry of the gradient or the adapters of Q and V \
+                 alone above 10% where the gradient is certified to 10%",
+    doubt: "Uniform synthetic heads only, and a bound that holds there by a factor of hundreds \
+            says little about how tight a better proof could be.",
     grid,
     measure,
     parallel: true,
@@ -82,7 +90,11 @@ fn root_mean_square(x: &[f64]) -> f64 {
 
 /// 1-norms (or 2-norms) of the rows of a difference.
 fn rows(a: &Array2<f64>, b: &Array2<f64>, one: bool) -> Vec<f64> {
-    (a - b).rows().into_iter().map(|r| if one { r.iter().map(|x| x.abs()).sum() } else { frobenius(&r) }).collect()
+    (a - b)
+        .rows()
+        .into_iter()
+        .map(|r| if one { r.iter().map(|x| x.abs()).sum() } else { frobenius(&r) })
+        .collect()
 }
 
 /// Largest error of an entry over the largest entry, all adapters together.
@@ -102,10 +114,20 @@ fn special_case(problem: &AttentionProblem<f64>) -> Result<AttentionProblem<f64>
     };
     let mut hidden = hidden.clone();
     if let Some(adapter) = hidden.projections.key.adapter.take() {
-        hidden.projections.key.weight.scaled_add(hidden.scaling, &adapter.lora_b.dot(&adapter.lora_a));
+        hidden
+            .projections
+            .key
+            .weight
+            .scaled_add(hidden.scaling, &adapter.lora_b.dot(&adapter.lora_a));
     }
     let source = Source::Hidden(hidden);
-    AttentionProblem::new(source, problem.objective().clone(), problem.mask(), problem.softmax(), problem.beta())
+    AttentionProblem::new(
+        source,
+        problem.objective().clone(),
+        problem.mask(),
+        problem.softmax(),
+        problem.beta(),
+    )
 }
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
@@ -124,7 +146,13 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let mut found = Vec::new();
     for spec in SPECS {
         let map = build::<f64>(spec)?.prepare(&scores, &mut Cost::default())?;
-        let ours = match chained::with_map(&problem, &projected, map.as_ref(), Request::Adapters, Cost::default()) {
+        let ours = match chained::with_map(
+            &problem,
+            &projected,
+            map.as_ref(),
+            Request::Adapters,
+            Cost::default(),
+        ) {
             Ok(ours) => ours,
             Err(Error::NonPositiveDenominator { .. }) => continue,
             Err(error) => return Err(error),
@@ -146,13 +174,20 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
         let ds = &first - &second;
         let exact_first = &exact.P * &exact.G.dot(&projected.qkv.value.t());
         let exact_second = &exact_first - &exact.dS;
-        let special = chained::with_map(&special, &projected, map.as_ref(), Request::Adapters, Cost::default())?;
+        let special = chained::with_map(
+            &special,
+            &projected,
+            map.as_ref(),
+            Request::Adapters,
+            Cost::default(),
+        )?;
         let probability_errors = rows(&p, &exact.P, true);
         let output_errors = rows(&ours.gradients.output, &exact.O, false);
         let score_errors = rows(&ds, &exact.dS, true);
         let upstream_errors = rows(&upstream, &exact.G, false);
         let relative = ours.gradients.relative_gap(&gradients);
-        let norm: f64 = gradients.named().iter().map(|(_, a)| frobenius(&a.view()).powi(2)).sum::<f64>().sqrt();
+        let norm: f64 =
+            gradients.named().iter().map(|(_, a)| frobenius(&a.view()).powi(2)).sum::<f64>().sqrt();
         let gradient_error = relative * norm;
         // Each link given the true error of the one before.
         let given_exp = inputs.probability_errors(exp_error, &ours.inverse_denominators);
@@ -164,8 +199,12 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
             ours.gradients.output.view(),
             upstream.view(),
         );
-        let given_scores =
-            inputs.gradient_errors(&score_errors, &probability_errors, &upstream_errors, upstream.view());
+        let given_scores = inputs.gradient_errors(
+            &score_errors,
+            &probability_errors,
+            &upstream_errors,
+            upstream.view(),
+        );
         let total = given_scores.iter().map(|(_, e)| e * e).sum::<f64>().sqrt();
         let links = [
             eta / exp_error,
@@ -219,7 +258,14 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             Ok(of
                 .summarise(&["c"], column)?
                 .into_iter()
-                .map(|(key, s)| (key[0].as_f64().unwrap_or(f64::NAN), s.median, s.lower_quartile, s.upper_quartile))
+                .map(|(key, s)| {
+                    (
+                        key[0].as_f64().unwrap_or(f64::NAN),
+                        s.median,
+                        s.lower_quartile,
+                        s.upper_quartile,
+                    )
+                })
                 .collect())
         };
         panels.push(LineChart {
@@ -233,9 +279,11 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         });
     }
-    let mut first = Figure::new("Certified and achieved error of the gradient", panels)
-        .columns(3)
-        .caption("Medians and quartiles over five heads; certified bound over the exact gradient's norm. Below 1e-13 rounding, which the bound leaves out, is all there is.");
+    let mut first =
+        Figure::new("Certified and achieved error of the gradient", panels).columns(3).caption(
+            "Medians and quartiles over five heads; certified bound over the exact gradient's \
+                  norm. Below 1e-13 rounding, which the bound leaves out, is all there is.",
+        );
     first.share_y = true;
     let series = SPECS
         .iter()
@@ -257,7 +305,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         ..Default::default()
     };
     let mut second = Figure::new("Where the certificate is loose", [chart]).caption(
-        "Medians and quartiles over norms and heads whose gradient error is above 1e-11; rows in root mean square.",
+        "Medians and quartiles over norms and heads whose gradient error is above 1e-11; rows in \
+         root mean square.",
     );
     second.panel_size = (760.0, 360.0);
     let parts = SPECS.iter().filter(|s| !s.ends_with("degree=8")).map(|&spec| {
@@ -275,11 +324,19 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         })
     });
-    let mut third = Figure::new("The parts of a gradient", parts.collect::<Result<Vec<_>>>()?).columns(2).caption(
-        "Medians over five heads. p1 = P o (G V^T), p2 = diag(delta) P, dS = p1 - p2; the gradient's largest error of an entry over its largest entry; the rest in the Frobenius norm.",
-    );
+    let mut third = Figure::new("The parts of a gradient", parts.collect::<Result<Vec<_>>>()?)
+        .columns(2)
+        .caption(
+            "Medians over five heads. p1 = P o (G V^T), p2 = diag(delta) P, dS = p1 - p2; the \
+         gradient's largest error of an entry over its largest entry; the rest in the Frobenius \
+         norm.",
+        );
     third.share_y = true;
-    Ok(vec![NamedFigure::new("bounds", first), NamedFigure::new("links", second), NamedFigure::new("parts", third)])
+    Ok(vec![
+        NamedFigure::new("bounds", first),
+        NamedFigure::new("links", second),
+        NamedFigure::new("parts", third),
+    ])
 }
 
 fn findings(table: &Table) -> Result<Vec<String>> {
@@ -294,7 +351,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             .iter()
             .map(|link| Ok(format!("{link} {:.1}x", median(&format!("looseness {link}"))?)))
             .collect::<Result<_>>()?;
-        let ratio: Vec<f64> = of.rows().map(|r| r.f64("certified error / norm") / r.f64("gradient error")).collect();
+        let ratio: Vec<f64> =
+            of.rows().map(|r| r.f64("certified error / norm") / r.f64("gradient error")).collect();
         let useful = of.filter(|r| r.f64("certified relative error") < 0.1);
         let largest = useful.floats("c")?.into_iter().reduce(f64::max);
         let promise = match largest {
@@ -302,19 +360,27 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             None => "It promises less than 10% at no c.".into(),
         };
         lines.push(format!(
-            "{spec}: the certificate is {:.0} times the error (median). Link by link: {}. {promise}",
+            "{spec}: the certificate is {:.0} times the error (median). Link by link: {}. \
+             {promise}",
             Summary::of(&ratio).median,
             links.join(", ")
         ));
     }
     for spec in SPECS {
         let of = table.filter_eq("features", spec).filter(|r| r.f64("gradient error") > 1e-11);
-        let ratio = |a: &str, b: &str| Summary::of(&of.rows().map(|r| r.f64(a) / r.f64(b)).collect::<Vec<_>>());
-        let (entry, special) =
-            (ratio(PARTS[5].0, "gradient error"), ratio("gradient error, Q and V", "gradient error"));
-        let (first, second) = (ratio("error of p1", "gradient error"), ratio("error of p2", "gradient error"));
+        let ratio = |a: &str, b: &str| {
+            Summary::of(&of.rows().map(|r| r.f64(a) / r.f64(b)).collect::<Vec<_>>())
+        };
+        let (entry, special) = (
+            ratio(PARTS[5].0, "gradient error"),
+            ratio("gradient error, Q and V", "gradient error"),
+        );
+        let (first, second) =
+            (ratio("error of p1", "gradient error"), ratio("error of p2", "gradient error"));
         lines.push(format!(
-            "{spec}, over the gradient's Frobenius error (medians): the largest entry's error {:.2} (at most {:.2}), p1 {:.2}, p2 {:.2}, adapters of Q and V alone {:.2} at {:.2} of the operations.",
+            "{spec}, over the gradient's Frobenius error (medians): the largest entry's error \
+             {:.2} (at most {:.2}), p1 {:.2}, p2 {:.2}, adapters of Q and V alone {:.2} at {:.2} \
+             of the operations.",
             entry.median,
             entry.max,
             first.median,
@@ -324,7 +390,10 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         ));
     }
     lines.push(
-        "The largest losses are cancellation that a worst case cannot see: errors of single pairs have both signs, so rows of P and sums over tokens err far less than the sum of magnitudes.".into(),
+        "The largest losses are cancellation that a worst case cannot see: errors of single pairs \
+         have both signs, so rows of P and sums over tokens err far less than the sum of \
+         magnitudes."
+            .into(),
     );
     Ok(lines)
 }
@@ -334,18 +403,30 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         r.f64("achieved eta") <= r.f64("certified eta") * (1.0 + 1e-9) + 1e-12
             && r.f64("gradient error") <= r.f64("certified error / norm") * (1.0 + 1e-9) + 1e-11
     });
-    let smallest = table.filter(|r| r.text("features").starts_with("chebyshev") && r.f64("c") <= RATIOS[0]);
+    let smallest =
+        table.filter(|r| r.text("features").starts_with("chebyshev") && r.f64("c") <= RATIOS[0]);
     let promises = smallest.rows().all(|r| r.f64("certified relative error") < 0.1);
     let certified = table.filter(|r| r.f64("certified relative error") < 0.1);
     let parts = certified.rows().all(|r| PARTS.iter().all(|(column, _)| r.f64(column) < 0.1));
     Ok(vec![
-        ("no error exceeds its bound (rounding of 1e-11 allowed)".into(), holds && !table.is_empty()),
         (
-            format!("at c = {} the certificate of every polynomial promises less than 10%", RATIOS[0]),
+            "no error exceeds its bound (rounding of 1e-11 \
+          allowed)"
+                .into(),
+            holds && !table.is_empty(),
+        ),
+        (
+            format!(
+                "at c = {} the certificate of every polynomial promises less than \
+                     10%",
+                RATIOS[0]
+            ),
             promises && !smallest.is_empty(),
         ),
         (
-            "where a certificate promises 10%, so do p1, p2, dS, every entry, and the adapters of Q and V alone".into(),
+            "where a certificate promises 10%, so do p1, p2, dS, every entry, and the adapters of \
+             Q and V alone"
+                .into(),
             parts && !certified.is_empty(),
         ),
     ])
@@ -355,17 +436,22 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    /// Errors of exp and of the gradient against bounds of 1e-3 and 1e-2, what the certificate promises, and the error of a part.
+    /// Errors of exp and of the gradient against bounds of 1e-3 and 1e-2, what the certificate
+    /// promises, and the error of a part.
     fn made_up(exp: f64, gradient: f64, promise: f64, part: (&str, f64)) -> Vec<bool> {
         let mut table = Table::default();
         for c in RATIOS {
             for spec in SPECS {
-                let row = Row::new().with("c", c).with("features", spec).with("certified eta", 1e-3);
+                let row =
+                    Row::new().with("c", c).with("features", spec).with("certified eta", 1e-3);
                 let mut row = row.with("achieved eta", exp).with("certified error / norm", 1e-2);
                 PARTS.iter().for_each(|(column, _)| row.set(*column, gradient));
                 row.set(part.0, part.1);
                 // A certificate may promise nothing at large norms.
-                table.push(&row.with("certified relative error", if c > 0.5 { f64::INFINITY } else { promise }));
+                table.push(&row.with(
+                    "certified relative error",
+                    if c > 0.5 { f64::INFINITY } else { promise },
+                ));
             }
         }
         checks(&table).unwrap().into_iter().map(|c| c.1).collect()

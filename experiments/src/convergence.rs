@@ -1,18 +1,23 @@
-//! Claim (\[PaCA\], convergence theorem): with a Lipschitz gradient and a step eta <= 1 / L, gradient descent on the selected
-//! connections satisfies mean over t < T of ||g_t||^2 <= 2 (loss_0 - loss_T) / (eta T), g being their gradient: the loss
-//! falls at the order of full fine-tuning, 1 / T in the mean squared gradient.
+//! Claim (\[PaCA\], convergence theorem): with a Lipschitz gradient and a step eta <= 1 / L,
+//! gradient descent on the selected connections satisfies mean over t < T of ||g_t||^2 <= 2
+//! (loss_0 - loss_T) / (eta T), g being their gradient: the loss falls at the order of full
+//! fine-tuning, 1 / T in the mean squared gradient.
 //!
-//! Measured, 1: plain gradient descent on one fixed batch of the new task of `harness::study`, in f64, for every method;
-//! eta is the largest power of two (at most 1/2) with which the descent inequality
-//! loss_{t+1} <= loss_t - eta / 2 ||g_t||^2, all that the proof uses, holds at every step. Mean squared gradient against T,
-//! the slope of its logarithms with an interval over five runs (in full each on a pretrained model of its own), and the theorem's bound.
-//! Measured, 2: training loss of AdamW on fresh rows against the step, with the slope of logarithms over the second half.
+//! Measured, 1: plain gradient descent on one fixed batch of the new task of `harness::study`, in
+//! f64, for every method; eta is the largest power of two (at most 1/2) with which the descent
+//! inequality loss_{t+1} <= loss_t - eta / 2 ||g_t||^2, all that the proof uses, holds at every
+//! step. Mean squared gradient against T, the slope of its logarithms with an interval over five
+//! runs (in full each on a pretrained model of its own), and the theorem's bound. Measured, 2:
+//! training loss of AdamW on fresh rows against the step, with the slope of logarithms over the
+//! second half.
 //!
-//! The theorem's bound holds for every such eta (sum the inequality), so that it is below the theorem's bound is no finding.
+//! The theorem's bound holds for every such eta (sum the inequality), so that it is below the
+//! theorem's bound is no finding.
 //!
 //! Refuted if PaCA's slope in 1 were separated above full fine-tuning's by more than 0.25.
 //!
-//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third pretrains; in full about 15 minutes on one core.
+//! `cargo run --release --bin convergence [-- --profile full]`; about a minute, of which a third
+//! pretrains; in full about 15 minutes on one core.
 
 use crate::harness::study::{Study, on_own_threads, train};
 use crate::harness::{Experiment, Point, Profile, interrupted};
@@ -29,9 +34,12 @@ use peft_limits::{Error, Result};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "convergence",
     title: "Order at which the loss falls, by method",
-    claim: "Gradient descent on a subset of connections converges at the order of full fine-tuning, 1 / T in the mean squared gradient (PaCA).",
-    refuted_by: "a slope of PaCA's mean squared gradient separated above full fine-tuning's by more than 0.25",
-    doubt: "Full-batch descent in double precision for a few hundred steps: the slope of a finite run is not the order of the limit.",
+    claim: "Gradient descent on a subset of connections converges at the order of full \
+            fine-tuning, 1 / T in the mean squared gradient (PaCA).",
+    refuted_by: "a slope of PaCA's mean squared gradient separated above full fine-tuning's by \
+                 more than 0.25",
+    doubt: "Full-batch descent in double precision for a few hundred steps: the slope of a finite \
+            run is not the order of the limit.",
     grid,
     measure,
     parallel: true,
@@ -74,7 +82,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let name: MethodName = point.text("method")?.parse()?;
     let (seed, kind) = (point.u64("seed")?, point.text("kind")?);
     on_own_threads(1, || {
-        let mut trainer = study.trainer(&base, study.method(name)?, study.learning_rate(name), seed)?;
+        let mut trainer =
+            study.trainer(&base, study.method(name)?, study.learning_rate(name), seed)?;
         if kind == ADAMW {
             let mut losses = Vec::new();
             train(&mut trainer, |(_, loss)| {
@@ -89,21 +98,30 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     })
 }
 
-/// The pretrained model in f64 with its method: the descent inequality needs losses without rounding.
+/// The pretrained model in f64 with its method: the descent inequality needs losses without
+/// rounding.
 fn widened(base: &Model<f32>, study: &Study, name: MethodName, seed: u64) -> Result<Model<f64>> {
-    let folder = tempfile::tempdir().map_err(|e| Error::Io { path: std::env::temp_dir(), source: e })?;
+    let folder =
+        tempfile::tempdir().map_err(|e| Error::Io { path: std::env::temp_dir(), source: e })?;
     base.write(folder.path())?;
     let mut model = Model::<f64>::read(folder.path())?;
     study.method(name)?.apply(&mut model, None, seed)?;
     Ok(model)
 }
 
-/// Losses before each step and after the last, and squared gradient norms, of gradient descent; `None` if a step breaks
-/// the descent inequality (or overflows).
-fn run(model: &Model<f64>, batch: &Batch, eta: f64, steps: usize) -> Result<Option<(Vec<f64>, Vec<f64>)>> {
+/// Losses before each step and after the last, and squared gradient norms, of gradient descent;
+/// `None` if a step breaks the descent inequality (or overflows).
+fn run(
+    model: &Model<f64>,
+    batch: &Batch,
+    eta: f64,
+    steps: usize,
+) -> Result<Option<(Vec<f64>, Vec<f64>)>> {
     let mut model = model.clone();
     let mut gradients = model.zero_gradients();
-    let mut optimizer = OptimizerParams { kind: OptimizerKind::Sgd, lr: eta, ..OptimizerParams::default() }.check()?;
+    let mut optimizer =
+        OptimizerParams { kind: OptimizerKind::Sgd, lr: eta, ..OptimizerParams::default() }
+            .check()?;
     let (mut losses, mut squares) = (Vec::with_capacity(steps + 1), Vec::with_capacity(steps + 1));
     for t in 0..=steps {
         if interrupted() {
@@ -116,7 +134,9 @@ fn run(model: &Model<f64>, batch: &Batch, eta: f64, steps: usize) -> Result<Opti
             Err(Error::NonFinite { .. }) => return Ok(None),
             Err(error) => return Err(error),
         }
-        if t > 0 && losses[t] > losses[t - 1] - eta / 2.0 * squares[t - 1] + ROUNDING * losses[t - 1] {
+        if t > 0
+            && losses[t] > losses[t - 1] - eta / 2.0 * squares[t - 1] + ROUNDING * losses[t - 1]
+        {
             return Ok(None);
         }
         squares.push(gradients.norm().powi(2));
@@ -166,7 +186,11 @@ fn windows(losses: &[f64]) -> Vec<Row> {
         let next = (first * std::f64::consts::SQRT_2).max(first + 1.0);
         let range = first as usize - 1..(next as usize - 1).min(losses.len());
         let mean = losses[range.clone()].iter().sum::<f64>() / range.len() as f64;
-        rows.push(Row::new().with("step", (range.start + 1 + range.end) as f64 / 2.0).with("loss (nats)", mean));
+        rows.push(
+            Row::new()
+                .with("step", (range.start + 1 + range.end) as f64 / 2.0)
+                .with("loss (nats)", mean),
+        );
         first = next;
     }
     rows
@@ -174,17 +198,19 @@ fn windows(losses: &[f64]) -> Vec<Row> {
 
 /// Each seed's slope of log `column` against log step, over steps from `from` on.
 fn slopes(table: &Table, kind: &str, method: &str, column: &str, from: f64) -> Result<Vec<f64>> {
-    let rows = table.filter_eq("kind", kind).filter_eq("method", method).filter(|r| r.f64("step") >= from);
+    let rows =
+        table.filter_eq("kind", kind).filter_eq("method", method).filter(|r| r.f64("step") >= from);
     let mut all = Vec::new();
     for (_, run) in rows.sorted_by("seed")?.group_by(&["seed"])? {
-        let points: Vec<(f64, f64)> = run.floats("step")?.into_iter().zip(run.floats(column)?).collect();
+        let points: Vec<(f64, f64)> =
+            run.floats("step")?.into_iter().zip(run.floats(column)?).collect();
         all.push(fit_exponent(&points, 0.95)?.slope);
     }
     Ok(all)
 }
 
-/// Step from which slopes are fitted: the last three doublings of gradient descent, the second half of AdamW's
-/// logarithmic axis.
+/// Step from which slopes are fitted: the last three doublings of gradient descent, the second half
+/// of AdamW's logarithmic axis.
 fn fitted_from(table: &Table, kind: &str) -> Result<f64> {
     let last = Summary::of(&table.filter_eq("kind", kind).floats("step")?).max;
     Ok(if kind == DESCENT { last / 8.0 } else { last.sqrt() })
@@ -200,7 +226,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     for (kind, column, label) in PANELS {
         let mut series = Vec::new();
         for method in METHODS.map(MethodName::name) {
-            let rows = table.filter_eq("kind", kind).filter_eq("method", method).sorted_by("step")?;
+            let rows =
+                table.filter_eq("kind", kind).filter_eq("method", method).sorted_by("step")?;
             let mut points = Vec::new();
             for (step, s) in rows.summarise(&["step"], column)? {
                 points.push((step[0].as_f64().unwrap_or(f64::NAN), s.mean, s.min, s.max));
@@ -222,10 +249,14 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         });
     }
     let caption = format!(
-        "Left: plain gradient descent on one batch of {ROWS} rows, f64. Right: AdamW on fresh rows, means over windows of equal ratio. Means over \
-         {SEEDS} seeds, shaded from smallest to largest; budget of LoRA rank 4 (full: everything)."
+        "Left: plain gradient descent on one batch of {ROWS} rows, f64. Right: AdamW on fresh \
+         rows, means over windows of equal ratio. Means over {SEEDS} seeds, shaded from smallest \
+         to largest; budget of LoRA rank 4 (full: everything)."
     );
-    Ok(vec![NamedFigure::new("convergence", Figure::new("How fast the loss falls", panels).caption(caption))])
+    Ok(vec![NamedFigure::new(
+        "convergence",
+        Figure::new("How fast the loss falls", panels).caption(caption),
+    )])
 }
 
 fn findings(table: &Table) -> Result<Vec<String>> {
@@ -238,10 +269,15 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             let (low, high) = s.t_interval(0.95).unwrap_or((f64::NAN, f64::NAN));
             fits.push(format!("{method} {:.2} ({low:.2} to {high:.2})", s.mean));
         }
-        lines.push(format!("{kind}, slope of {label} from step {from:.0} on (95% over seeds): {}.", fits.join(", ")));
+        lines.push(format!(
+            "{kind}, slope of {label} from step {from:.0} on (95% over seeds): {}.",
+            fits.join(", ")
+        ));
     }
     let (mean, low, high) = gap(table)?;
-    lines.push(format!("{DESCENT}: slope of paca - slope of full {mean:+.2}, 95% interval {low:+.2} to {high:+.2}."));
+    lines.push(format!(
+        "{DESCENT}: slope of paca - slope of full {mean:+.2}, 95% interval {low:+.2} to {high:+.2}."
+    ));
     let descent = table.filter_eq("kind", DESCENT);
     let last = Summary::of(&descent.floats("step")?).max;
     for method in METHODS.map(MethodName::name) {
@@ -268,7 +304,10 @@ pub(crate) fn gap(table: &Table) -> Result<(f64, f64, f64)> {
 
 fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let (_, low, _) = gap(table)?;
-    Ok(vec![("PaCA's slope is not separated above full fine-tuning's by more than 0.25".into(), low <= 0.25)])
+    Ok(vec![(
+        "PaCA's slope is not separated above full fine-tuning's by more than 0.25".into(),
+        low <= 0.25,
+    )])
 }
 
 #[cfg(test)]
@@ -282,8 +321,10 @@ mod tests {
             for seed in 0..SEEDS {
                 for step in [1u64, 2, 4, 8, 16, 32, 64] {
                     let square = (step as f64).powf(power + 0.01 * seed as f64);
-                    let row = Row::new().with("kind", DESCENT).with("method", method).with("seed", seed);
-                    table.push(&row.with("step", step as f64).with("mean squared gradient", square));
+                    let row =
+                        Row::new().with("kind", DESCENT).with("method", method).with("seed", seed);
+                    table
+                        .push(&row.with("step", step as f64).with("mean squared gradient", square));
                 }
             }
         }

@@ -1,17 +1,22 @@
-//! Claim under test: which practical factorization of exp(S) gives an accurate LoRA *gradient* from few columns depends on the norms.
-//! Polynomials need degrees that grow with the logits (\[AS23\], \[CL-LoRA\]); positive random features (\[Performer\]) pay exp of the norms
-//! in variance; a coreset of keys (\[WildCat\]) and exact large logits (\[SupportBasis\]) adapt to the head. No method can be below the
-//! truncated SVD by much.
+//! Claim under test: which practical factorization of exp(S) gives an accurate LoRA *gradient* from
+//! few columns depends on the norms. Polynomials need degrees that grow with the logits (\[AS23\],
+//! \[CL-LoRA\]); positive random features (\[Performer\]) pay exp of the norms in variance; a
+//! coreset of keys (\[WildCat\]) and exact large logits (\[SupportBasis\]) adapt to the head. No
+//! method can be below the truncated SVD by much.
 //!
-//! Measured: gradient error (f64, against dense), columns k and seconds of every method over rising parameters, on synthetic heads
-//! below, near and above the threshold and on every head file of `--heads DIR`; at least five seeds for whatever is random.
+//! Measured: gradient error (f64, against dense), columns k and seconds of every method over rising
+//! parameters, on synthetic heads below, near and above the threshold and on every head file of
+//! `--heads DIR`; at least five seeds for whatever is random.
 //!
-//! Refuted if random features beat the adaptive methods at large norms, or a fixed set of columns were as good at every norm.
+//! Refuted if random features beat the adaptive methods at large norms, or a fixed set of columns
+//! were as good at every norm.
 //!
-//! `cargo run --release --bin factorizations [-- --profile full]`; about 30 seconds, 10 minutes in full. Timed: run it alone.
+//! `cargo run --release --bin factorizations [-- --profile full]`; about 30 seconds, 10 minutes in
+//! full. Timed: run it alone.
 
 use crate::harness::{
-    Experiment, Point, Profile, head_files, heads_folder, interrupted, repeated_seconds, seed_stream,
+    Experiment, Point, Profile, head_files, heads_folder, interrupted, repeated_seconds,
+    seed_stream,
 };
 use peft_limits::attention::exact::streaming;
 use peft_limits::attention::factorization::build;
@@ -23,7 +28,8 @@ use peft_limits::limits::oracle::OracleTrials;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::{natural_request, reference, trial};
 use peft_limits::report::{
-    Axis, Cell, Figure, LineChart, LineStyle, NamedFigure, PlotPoint, Reference, Row, Series, Summary, Table,
+    Axis, Cell, Figure, LineChart, LineStyle, NamedFigure, PlotPoint, Reference, Row, Series,
+    Summary, Table,
 };
 use peft_limits::{Error, Result};
 use rand::Rng;
@@ -32,10 +38,14 @@ use rand::Rng;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "factorizations",
     title: "Every practical factorization, judged on gradients",
-    claim: "The columns that a LoRA gradient needs grow with the norms for every factorization. Polynomials pay in degree (AS23, CL-LoRA), positive \
-            random features in variance (Performer), while a coreset of keys (WildCat) and exact large logits (SupportBasis) adapt; the truncated SVD is the floor.",
-    refuted_by: "random features ahead of the coreset at large norms, or a method whose error does not grow with the norms",
-    doubt: "At these lengths the exact gradient takes milliseconds, so that constants of the implementation decide more races than the order of growth.",
+    claim: "The columns that a LoRA gradient needs grow with the norms for every factorization. \
+            Polynomials pay in degree (AS23, CL-LoRA), positive random features in variance \
+            (Performer), while a coreset of keys (WildCat) and exact large logits (SupportBasis) \
+            adapt; the truncated SVD is the floor.",
+    refuted_by: "random features ahead of the coreset at large norms, or a method whose error does \
+                 not grow with the norms",
+    doubt: "At these lengths the exact gradient takes milliseconds, so that constants of the \
+            implementation decide more races than the order of growth.",
     grid,
     measure,
     parallel: false,
@@ -72,7 +82,11 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
         for c in RATIOS {
             let label = format!("c = {c}, seed {s}");
             points.push(
-                Point::new(label).with("head", format!("c = {c}")).with("c", c).with("tokens", tokens).with("seed", s),
+                Point::new(label)
+                    .with("head", format!("c = {c}"))
+                    .with("c", c)
+                    .with("tokens", tokens)
+                    .with("seed", s),
             );
         }
         for (name, _) in head_files() {
@@ -85,7 +99,8 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 /// Specs of a family by rising cost; `random` ones take the seed.
 fn ladder(family: &str, head_dim: usize, keys: usize, seed: u64) -> Vec<String> {
     let most = MOST_PER_TOKEN * keys;
-    let ranks = |start: usize, most: usize| (0..).map(move |i| start << i).take_while(move |&k| k <= most);
+    let ranks =
+        |start: usize, most: usize| (0..).map(move |i| start << i).take_while(move |&k| k <= most);
     let degrees = || (1..).take_while(|&g| count(head_dim, g) <= most as u128);
     match family {
         "taylor" | "chebyshev" => {
@@ -93,25 +108,38 @@ fn ladder(family: &str, head_dim: usize, keys: usize, seed: u64) -> Vec<String> 
             degrees().map(|g| format!("{family}:degree={g},center=both{check}")).collect()
         }
         "fitted" => degrees().map(|g| format!("fitted:degree={g},seed={seed}")).collect(),
-        "positive-features" => ranks(16, most).map(|k| format!("{family}:rank={k},seed={seed}")).collect(),
-        "positive-features (iid)" => {
-            ranks(16, most).map(|k| format!("positive-features:rank={k},seed={seed},directions=iid")).collect()
+        "positive-features" => {
+            ranks(16, most).map(|k| format!("{family}:rank={k},seed={seed}")).collect()
         }
-        // The degree rises with the columns: more of them would otherwise only sharpen a biased polynomial.
+        "positive-features (iid)" => ranks(16, most)
+            .map(|k| format!("positive-features:rank={k},seed={seed},directions=iid"))
+            .collect(),
+        // The degree rises with the columns: more of them would otherwise only sharpen a biased
+        // polynomial.
         "tensor-sketch" => ranks(64, most)
             .map(|k| {
-                format!("{family}:degree={},rank={k},seed={seed}", (k.ilog2() as usize).saturating_sub(3).clamp(2, 8))
+                format!(
+                    "{family}:degree={},rank={k},seed={seed}",
+                    (k.ilog2() as usize).saturating_sub(3).clamp(2, 8)
+                )
             })
             .collect(),
         "tensor-sketch (nonnegative)" => ranks((head_dim + 2) * (head_dim + 3), most)
             .enumerate()
             .map(|(i, k)| {
-                format!("tensor-sketch:degree={},rank={k},seed={seed},nonnegative=true", (4 + i / 2 * 2).min(8))
+                format!(
+                    "tensor-sketch:degree={},rank={k},seed={seed},nonnegative=true",
+                    (4 + i / 2 * 2).min(8)
+                )
             })
             .collect(),
         "nystrom" => ranks(8, keys).map(|k| format!("{family}:rank={k},seed={seed}")).collect(),
-        "support-basis" => [2.0, 1.0, 0.5, 0.25, 0.1].map(|t| format!("{family}:degree=1,threshold={t}")).to_vec(),
-        "sparse" => [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003].map(|e| format!("{family}:threshold={e}")).to_vec(),
+        "support-basis" => {
+            [2.0, 1.0, 0.5, 0.25, 0.1].map(|t| format!("{family}:degree=1,threshold={t}")).to_vec()
+        }
+        "sparse" => [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]
+            .map(|e| format!("{family}:threshold={e}"))
+            .to_vec(),
         _ => Vec::new(),
     }
 }
@@ -119,18 +147,28 @@ fn ladder(family: &str, head_dim: usize, keys: usize, seed: u64) -> Vec<String> 
 fn read(point: &Point) -> Result<AttentionProblem<f64>> {
     if let Ok(c) = point.f64("c") {
         let seed = seed_stream(point.u64("seed")?, "head").next_u64();
-        return SyntheticHead { seed, ..SyntheticHead::new(point.usize("tokens")?, HEAD_DIM).at_threshold_ratio(c) }
-            .draw();
+        return SyntheticHead {
+            seed,
+            ..SyntheticHead::new(point.usize("tokens")?, HEAD_DIM).at_threshold_ratio(c)
+        }
+        .draw();
     }
     let name = point.text("head")?;
     match head_files().into_iter().find(|(n, _)| n == name) {
         Some((_, path)) => file::read_problem(&path),
-        None => Err(Error::invalid("head", name, format!("no such file in {}", heads_folder().display()))),
+        None => Err(Error::invalid(
+            "head",
+            name,
+            format!("no such file in {}", heads_folder().display()),
+        )),
     }
 }
 
 /// The SVD oracle over rising ranks; its decomposition is part of the time.
-fn oracle(problem: &AttentionProblem<f64>, exact: &Gradients<f64>) -> Result<Vec<(String, usize, f64, f64)>> {
+fn oracle(
+    problem: &AttentionProblem<f64>,
+    exact: &Gradients<f64>,
+) -> Result<Vec<(String, usize, f64, f64)>> {
     let oracle = OracleTrials::new(problem, natural_request(problem))?;
     (0..)
         .map(|i| 4usize << i)
@@ -148,7 +186,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let exact = reference(&problem, request)?;
     let projected = problem.project(&mut Cost::default());
     let threshold = Threshold::measure(&problem, &projected, &mut Cost::default());
-    let exact_seconds = repeated_seconds(5, || streaming::gradients(&problem, request).map(drop))?.median;
+    let exact_seconds =
+        repeated_seconds(5, || streaming::gradients(&problem, request).map(drop))?.median;
     let first_seed = point.u64("seed")? == 0;
     let mut rows = Vec::new();
     let mut push = |family: &str, spec: String, k: usize, pairs: u64, error: f64, seconds: f64| {
@@ -161,13 +200,17 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
                 .with("columns k", k)
                 .with("corrected pairs", pairs as f64)
                 .with("gradient error", error)
-                .with("time (s)", if seconds.is_finite() { Cell::Float(seconds) } else { Cell::Missing })
+                .with(
+                    "time (s)",
+                    if seconds.is_finite() { Cell::Float(seconds) } else { Cell::Missing },
+                )
                 .with("exact time (s)", exact_seconds),
         );
     };
     for family in FAMILIES {
         // On a given head these are the same for every seed.
-        let fixed = ["taylor", "chebyshev", "support-basis", "sparse", "truncated-svd"].contains(&family);
+        let fixed =
+            ["taylor", "chebyshev", "support-basis", "sparse", "truncated-svd"].contains(&family);
         if fixed && !first_seed && point.f64("c").is_err() {
             continue;
         }
@@ -180,18 +223,30 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
             if interrupted() {
                 return Err(Error::Interrupted);
             }
-            let k = spec.split([':', ',']).find_map(|p| p.strip_prefix("rank=")?.parse().ok()).unwrap_or(0);
+            let k = spec
+                .split([':', ','])
+                .find_map(|p| p.strip_prefix("rank=")?.parse().ok())
+                .unwrap_or(0);
             match trial(&problem, &exact, build(&spec)?.as_ref(), request) {
                 Ok(t) => {
                     let done = t.gradient_error <= TARGETS[2];
-                    push(family, spec, t.certificate.rank, t.certificate.corrected_pairs, t.gradient_error, t.seconds);
+                    push(
+                        family,
+                        spec,
+                        t.certificate.rank,
+                        t.certificate.corrected_pairs,
+                        t.gradient_error,
+                        t.seconds,
+                    );
                     if done {
                         break;
                     }
                 }
                 Err(Error::NonPositiveDenominator { .. }) => {
-                    let degree =
-                        spec.split([':', ',']).find_map(|p| p.strip_prefix("degree=")?.parse().ok()).unwrap_or(1);
+                    let degree = spec
+                        .split([':', ','])
+                        .find_map(|p| p.strip_prefix("degree=")?.parse().ok())
+                        .unwrap_or(1);
                     let k = if k > 0 { k } else { count(threshold.head_dim, degree) as usize };
                     push(family, spec, k, 0, f64::INFINITY, f64::NAN);
                 }
@@ -209,8 +264,8 @@ fn setting(spec: &str) -> String {
     spec.split(',').filter(|p| !p.starts_with("seed=")).collect::<Vec<_>>().join(",")
 }
 
-/// (columns, median error, quartiles, median seconds) of every setting of a family on one head, by columns. Where at least half
-/// of the seeds had no gradient the median is infinite.
+/// (columns, median error, quartiles, median seconds) of every setting of a family on one head, by
+/// columns. Where at least half of the seeds had no gradient the median is infinite.
 fn curve(head: &Table, family: &str) -> Vec<(f64, f64, (f64, f64), f64)> {
     let rows = head.filter_eq("family", family);
     let mut settings: Vec<(String, Vec<[f64; 3]>)> = Vec::new();
@@ -243,14 +298,20 @@ fn panels(table: &Table, synthetic: bool, against_time: bool) -> Result<Vec<Line
         if name.starts_with("c = ") != synthetic {
             continue;
         }
-        let value = |column: &str| head.floats(column).ok().and_then(|v| v.first().copied()).unwrap_or(f64::NAN);
+        let value = |column: &str| {
+            head.floats(column).ok().and_then(|v| v.first().copied()).unwrap_or(f64::NAN)
+        };
         // Independent directions lie on orthogonal ones; the findings give the ratio.
         let series = FAMILIES.iter().filter(|f| !f.ends_with("(iid)")).map(|&family| {
-            let points = curve(&head, family).into_iter().map(|(k, error, (low, high), seconds)| PlotPoint {
-                x: if against_time { seconds } else { k },
-                y: error,
-                interval: (low.is_finite() && high.is_finite() && error.is_finite()).then_some((low, high)),
-            });
+            let points =
+                curve(&head, family).into_iter().map(|(k, error, (low, high), seconds)| {
+                    PlotPoint {
+                        x: if against_time { seconds } else { k },
+                        y: error,
+                        interval: (low.is_finite() && high.is_finite() && error.is_finite())
+                            .then_some((low, high)),
+                    }
+                });
             // Seven colours for nine methods: the line tells those of one colour apart.
             let line = match family {
                 "truncated-svd" => LineStyle::Dashed,
@@ -286,8 +347,10 @@ fn panels(table: &Table, synthetic: bool, against_time: bool) -> Result<Vec<Line
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
-    let note = "Median and quartiles over five seeds; f64 against dense; arrows at the border: beyond the axis, or at least half of the seeds have a denominator that is not \
-                positive. support-basis has degree 1: its points differ in the threshold, so in pairs corrected one by one.";
+    let note = "Median and quartiles over five seeds; f64 against dense; arrows at the border: \
+                beyond the axis, or at least half of the seeds have a denominator that is not \
+                positive. support-basis has degree 1: its points differ in the threshold, so in \
+                pairs corrected one by one.";
     let mut figures = Vec::new();
     for (name, title, synthetic, against_time) in [
         ("factorizations", "Gradient error against columns, synthetic heads", true, false),
@@ -315,11 +378,15 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     for (key, head) in table.group_by(&["head"])? {
         let exact = Summary::of(&head.floats("exact time (s)")?).median;
         for target in TARGETS {
-            let mut reached: Vec<(&str, f64, f64)> =
-                FAMILIES.iter().filter_map(|&f| needed(&head, f, target).map(|(k, s)| (f, k, s))).collect();
+            let mut reached: Vec<(&str, f64, f64)> = FAMILIES
+                .iter()
+                .filter_map(|&f| needed(&head, f, target).map(|(k, s)| (f, k, s)))
+                .collect();
             reached.sort_by(|a, b| a.2.total_cmp(&b.2));
-            let words: Vec<String> =
-                reached.iter().map(|(f, k, s)| format!("{f} k = {k} in {:.1} ms", 1e3 * s)).collect();
+            let words: Vec<String> = reached
+                .iter()
+                .map(|(f, k, s)| format!("{f} k = {k} in {:.1} ms", 1e3 * s))
+                .collect();
             let winner = match reached.iter().find(|r| r.0 != "truncated-svd") {
                 Some((f, _, s)) if *s < exact => format!("{f} wins"),
                 Some((f, ..)) => format!("exact wins ({:.1} ms), then {f}", 1e3 * exact),
@@ -335,10 +402,12 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     }
     for c in RATIOS {
         let head = table.filter_eq("head", format!("c = {c}"));
-        let (orthogonal, iid) = (curve(&head, "positive-features"), curve(&head, "positive-features (iid)"));
+        let (orthogonal, iid) =
+            (curve(&head, "positive-features"), curve(&head, "positive-features (iid)"));
         let ratios: Vec<f64> = iid.iter().zip(&orthogonal).map(|(a, b)| a.1 / b.1).collect();
         lines.push(format!(
-            "c = {c}: independent directions of positive features have {:.2} times the error of orthogonal ones (median over k).",
+            "c = {c}: independent directions of positive features have {:.2} times the error of \
+             orthogonal ones (median over k).",
             Summary::of(&ratios).median
         ));
     }
@@ -348,13 +417,18 @@ fn findings(table: &Table) -> Result<Vec<String>> {
 fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let least = |c: f64, family: &str, most: f64| {
         let head = table.filter_eq("head", format!("c = {c}"));
-        curve(&head, family).into_iter().filter(|p| p.0 <= most).map(|p| p.1).fold(f64::INFINITY, f64::min)
+        curve(&head, family)
+            .into_iter()
+            .filter(|p| p.0 <= most)
+            .map(|p| p.1)
+            .fold(f64::INFINITY, f64::min)
     };
     let grows = ["fitted", "positive-features", "tensor-sketch", "nystrom"]
         .iter()
         .all(|f| least(RATIOS[2], f, 256.0) > least(RATIOS[0], f, 256.0));
     Ok(vec![
-        ("with 256 columns the error of fitted, random, sketched and coreset features is larger at c = 1.6 than at c = 0.3".into(), grows),
+        ("with 256 columns the error of fitted, random, sketched and coreset features is larger at \
+          c = 1.6 than at c = 0.3".into(), grows),
         (
             "at c = 1.6 and 256 columns the coreset beats random features".into(),
             least(RATIOS[2], "nystrom", 256.0) < least(RATIOS[2], "positive-features", 256.0),
@@ -366,7 +440,8 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    /// Errors of every family at the smallest and the largest c; of random features at the largest apart.
+    /// Errors of every family at the smallest and the largest c; of random features at the largest
+    /// apart.
     fn made_up(low: f64, high: f64, random: f64) -> Vec<bool> {
         let mut table = Table::default();
         for (c, error) in [(RATIOS[0], low), (RATIOS[2], high)] {
@@ -375,7 +450,8 @@ mod tests {
                 // More columns than are judged prove nothing.
                 for (k, error) in [(128u64, error), (4096, 1e-9)] {
                     let row = Row::new().with("head", format!("c = {c}")).with("family", family);
-                    let row = row.with("features", format!("{family}:rank={k}")).with("columns k", k);
+                    let row =
+                        row.with("features", format!("{family}:rank={k}")).with("columns k", k);
                     table.push(&row.with("gradient error", error).with("time (s)", 1.0));
                 }
             }

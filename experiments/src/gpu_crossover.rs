@@ -1,16 +1,19 @@
-//! Claim (\[CL-LoRA\]): below the norm threshold the chained gradient is almost linear in L, so from some L on it beats
-//! the exact one; here on a GPU, whose hardware suits the quadratic gradient.
+//! Claim (\[CL-LoRA\]): below the norm threshold the chained gradient is almost linear in L, so
+//! from some L on it beats the exact one; here on a GPU, whose hardware suits the quadratic
+//! gradient.
 //!
-//! Measured on the best device that this build finds (CUDA's first, else wgpu's), f32, c = 0.4: seconds and counted
-//! operations of the exact streaming gradient and of the chained `taylor` ones against L, for narrow and wide heads; the
-//! gradient error, at the smallest L against the processor's f64 streaming, at the others against the device's streaming;
-//! and the same of the exact gradient with operands rounded to every other precision that the device multiplies in.
+//! Measured on the best device that this build finds (CUDA's first, else wgpu's), f32, c = 0.4:
+//! seconds and counted operations of the exact streaming gradient and of the chained `taylor` ones
+//! against L, for narrow and wide heads; the gradient error, at the smallest L against the
+//! processor's f64 streaming, at the others against the device's streaming; and the same of the
+//! exact gradient with operands rounded to every other precision that the device multiplies in.
 //!
-//! Refuted if the chained operations have another slope than 1, or no chained gradient overtakes the exact one at any
-//! length that both reach.
+//! Refuted if the chained operations have another slope than 1, or no chained gradient overtakes
+//! the exact one at any length that both reach.
 //!
-//! `cargo run --release --features cuda --bin gpu_crossover [-- --profile full]`. A software device is accepted only with
-//! an --out folder outside `figures/`, since its times say nothing about GPUs.
+//! `cargo run --release --features cuda --bin gpu_crossover [-- --profile full]`. A software device
+//! is accepted only with an --out folder outside `figures/`, since its times say nothing about
+//! GPUs.
 
 use crate::harness::{Experiment, Point, Profile, best_device, repeated_seconds, seed_stream};
 use peft_limits::attention::exact::streaming as processor;
@@ -28,11 +31,13 @@ use rand::Rng;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "gpu_crossover",
     title: "Where the chained gradient overtakes the exact one on a GPU",
-    claim: "CL-LoRA: below the threshold a chained gradient costs almost linear time, so from some L on it beats the exact \
-            gradient, also on a device that is good at the exact one.",
-    refuted_by: "a slope of the chained operations that is not 1, or no length at which a chained gradient is faster",
-    doubt: "Not measured on a real card yet; the exact gradient is built from many small kernels where a fused one would be \
-            faster, so the crossing found here is a lower bound of that against a fused kernel.",
+    claim: "CL-LoRA: below the threshold a chained gradient costs almost linear time, so from some \
+            L on it beats the exact gradient, also on a device that is good at the exact one.",
+    refuted_by: "a slope of the chained operations that is not 1, or no length at which a chained \
+                 gradient is faster",
+    doubt: "Not measured on a real card yet; the exact gradient is built from many small kernels \
+            where a fused one would be faster, so the crossing found here is a lower bound of that \
+            against a fused kernel.",
     grid,
     measure,
     parallel: false,
@@ -66,7 +71,10 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
             };
             let repeats = profile.pick(3u64, if tokens > 1 << 15 { 3 } else { 10 });
             let point = Point::new(format!("d = {width}, L = {tokens}")).with("head_dim", width);
-            let point = point.with("tokens", tokens).with("c", RATIO).with("exact", tokens <= longest_exact);
+            let point = point
+                .with("tokens", tokens)
+                .with("c", RATIO)
+                .with("exact", tokens <= longest_exact);
             let point = point.with("reference", reference).with("repeats", repeats);
             points.push(point.with("seed", seed).with("device", device.clone()));
         }
@@ -74,8 +82,8 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     points
 }
 
-/// Seconds of one method and its last gradient; no gradient where the device refuses or fails, or a denominator is not
-/// positive, with the reason in the row.
+/// Seconds of one method and its last gradient; no gradient where the device refuses or fails, or a
+/// denominator is not positive, with the reason in the row.
 fn timed(
     method: &str,
     repeats: usize,
@@ -89,20 +97,28 @@ fn timed(
     });
     let seconds = match outcome {
         Ok(seconds) => seconds,
-        Err(error @ (Error::Device { .. } | Error::TooLarge { .. } | Error::NonPositiveDenominator { .. })) => {
+        Err(
+            error @ (Error::Device { .. }
+            | Error::TooLarge { .. }
+            | Error::NonPositiveDenominator { .. }),
+        ) => {
             return Ok((row.with("runs", false).with("reason", error.to_string()), None));
         }
         Err(error) => return Err(error),
     };
     let flops = last.as_ref().map_or(f64::NAN, |g| g.cost.flops() as f64);
-    let row = row.with("runs", true).with("operations (flops)", flops).with("time (s)", seconds.median);
-    let row = row.with("time, first quartile (s)", seconds.low).with("time, third quartile (s)", seconds.high);
+    let row =
+        row.with("runs", true).with("operations (flops)", flops).with("time (s)", seconds.median);
+    let row = row
+        .with("time, first quartile (s)", seconds.low)
+        .with("time, third quartile (s)", seconds.high);
     Ok((row, last))
 }
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let device = best_device()?;
-    let (tokens, width, repeats) = (point.usize("tokens")?, point.usize("head_dim")?, point.usize("repeats")?);
+    let (tokens, width, repeats) =
+        (point.usize("tokens")?, point.usize("head_dim")?, point.usize("repeats")?);
     let seed = seed_stream(point.u64("seed")?, &format!("head {tokens} {width}")).next_u64();
     let head = SyntheticHead { rank: RANK, seed, ..SyntheticHead::new(tokens, width) };
     let head = head.at_threshold_ratio(point.f64("c")?);
@@ -132,7 +148,13 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     for spec in CHAINED {
         let factorization = build::<f32>(spec)?;
         let compute = || {
-            let result = chained::gradients(&device, &problem, factorization.as_ref(), Request::Adapters, &options)?;
+            let result = chained::gradients(
+                &device,
+                &problem,
+                factorization.as_ref(),
+                Request::Adapters,
+                &options,
+            )?;
             Ok(result.gradients)
         };
         rounded.push(timed(spec, repeats, compute)?);
@@ -166,10 +188,16 @@ fn methods(table: &Table) -> Result<Vec<String>> {
 }
 
 fn widths(table: &Table) -> Result<Vec<i128>> {
-    Ok(table.distinct("head_dim")?.iter().filter_map(|cell| cell.as_f64()).map(|w| w as i128).collect())
+    Ok(table
+        .distinct("head_dim")?
+        .iter()
+        .filter_map(|cell| cell.as_f64())
+        .map(|w| w as i128)
+        .collect())
 }
 
-/// First length from which `method` is faster than the exact gradient at every longer one that the latter reaches.
+/// First length from which `method` is faster than the exact gradient at every longer one that the
+/// latter reaches.
 fn wins_from(table: &Table, width: i128, method: &str) -> Option<f64> {
     let chained = ran(table, width, method);
     let mut first = None;
@@ -198,7 +226,9 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
                 let points = rows.rows().filter(|r| r.f64(column).is_finite()).map(|r| {
                     let y = r.f64(column);
                     let (low, high) = match column {
-                        "time (s)" => (r.f64("time, first quartile (s)"), r.f64("time, third quartile (s)")),
+                        "time (s)" => {
+                            (r.f64("time, first quartile (s)"), r.f64("time, third quartile (s)"))
+                        }
                         _ => (y, y),
                     };
                     (r.f64("tokens"), y, low, high)
@@ -214,10 +244,15 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             });
         }
     }
-    let mut figure = Figure::new("One LoRA gradient on a GPU: exact against chained", panels).caption(format!(
-        "{}, f32, r = {RANK}, c = {RATIO}, uniform entries, adapters of Q, K and V. Medians with quartiles, the head sent and \
-         the gradients fetched each time. Errors: at the smallest L against the processor's f64, then against the device's \
-         streaming.",
+    let mut figure = Figure::new(
+        "One LoRA gradient on a GPU: exact against \
+                                  chained",
+        panels,
+    )
+    .caption(format!(
+        "{}, f32, r = {RANK}, c = {RATIO}, uniform entries, adapters of Q, K and V. Medians with \
+         quartiles, the head sent and the gradients fetched each time. Errors: at the smallest L \
+         against the processor's f64, then against the device's streaming.",
         device_name(table)?
     ));
     figure.share_y = false;
@@ -233,19 +268,28 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     for width in widths(table)? {
         let exact = slope(law(table, width, EXACT, "time (s)"));
         let rows = ran(table, width, EXACT);
-        let rounding = rows.rows().map(|r| r.f64("gradient error")).find(|e| e.is_finite()).unwrap_or(f64::NAN);
+        let rounding = rows
+            .rows()
+            .map(|r| r.f64("gradient error"))
+            .find(|e| e.is_finite())
+            .unwrap_or(f64::NAN);
         all.push(format!(
-            "d = {width}, {EXACT}: slope of time {exact}; error against the processor's f64 {rounding:.1e}."
+            "d = {width}, {EXACT}: slope of time {exact}; error against the processor's f64 \
+             {rounding:.1e}."
         ));
         for method in methods(table)?.iter().filter(|m| m.starts_with(EXACT) && *m != EXACT) {
             let rows = ran(table, width, method);
-            let error = rows.rows().map(|r| r.f64("gradient error")).find(|e| e.is_finite()).unwrap_or(f64::NAN);
+            let error = rows
+                .rows()
+                .map(|r| r.f64("gradient error"))
+                .find(|e| e.is_finite())
+                .unwrap_or(f64::NAN);
             let f32_rows = ran(table, width, EXACT);
             let last = |t: &Table| t.rows().last().map_or(f64::NAN, |r| r.f64("time (s)"));
             let ratio = last(&f32_rows) / last(&rows);
             all.push(format!(
-                "d = {width}, {method} operands: {ratio:.2} times the speed of f32 at the longest length; error against the \
-                 processor's f64 {error:.1e}."
+                "d = {width}, {method} operands: {ratio:.2} times the speed of f32 at the longest \
+                 length; error against the processor's f64 {error:.1e}."
             ));
         }
         for method in CHAINED {
@@ -256,15 +300,20 @@ fn findings(table: &Table) -> Result<Vec<String>> {
                 None => "not faster at the longest length of the exact one".into(),
             };
             all.push(format!(
-                "d = {width}, {method}: {wins}; slope of time {}, of operations {}; largest gradient error {worst:.1e}.",
+                "d = {width}, {method}: {wins}; slope of time {}, of operations {}; largest \
+                 gradient error {worst:.1e}.",
                 slope(law(table, width, method, "time (s)")),
                 slope(law(table, width, method, "operations (flops)")),
             ));
         }
     }
     for row in table.filter_eq("runs", false).rows() {
-        let (method, tokens, width) = (row.text("method"), row.text("tokens"), row.text("head_dim"));
-        all.push(format!("d = {width}, {method} does not run at L = {tokens}: {}.", row.text("reason")));
+        let (method, tokens, width) =
+            (row.text("method"), row.text("tokens"), row.text("head_dim"));
+        all.push(format!(
+            "d = {width}, {method} does not run at L = {tokens}: {}.",
+            row.text("reason")
+        ));
     }
     Ok(all)
 }
@@ -285,9 +334,20 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     }
     Ok(vec![
         ("chained operations have slope 1 within 0.05".into(), linear),
-        (format!("the device's exact gradient misses the processor's f64 by less than {ROUNDING:e}"), exact),
+        (
+            format!(
+                "the device's exact gradient misses the processor's f64 by less than \
+                  {ROUNDING:e}"
+            ),
+            exact,
+        ),
         ("at the smallest L degree 2 is nearer to the exact gradient than degree 1".into(), better),
-        ("a chained gradient is faster than the exact one at the longest length of the exact one".into(), wins),
+        (
+            "a chained gradient is faster than the exact one at the longest length of the exact \
+          one"
+            .into(),
+            wins,
+        ),
     ])
 }
 
@@ -295,16 +355,21 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    /// The exact gradient takes L^2; chained ones `start` L^power, with errors of the exact one and of both degrees.
+    /// The exact gradient takes L^2; chained ones `start` L^power, with errors of the exact one and
+    /// of both degrees.
     fn made_up(power: f64, start: f64, errors: [f64; 3]) -> Vec<bool> {
         let mut table = Table::default();
         for tokens in [256.0f64, 512.0, 1024.0, 2048.0] {
             let chained = start * tokens.powf(power);
             for ((method, cost), error) in
-                [(EXACT, tokens.powi(2)), (CHAINED[0], chained), (CHAINED[1], chained)].into_iter().zip(errors)
+                [(EXACT, tokens.powi(2)), (CHAINED[0], chained), (CHAINED[1], chained)]
+                    .into_iter()
+                    .zip(errors)
             {
-                let row = Row::new().with("head_dim", 8i64).with("tokens", tokens).with("method", method);
-                let row = row.with("runs", true).with("time (s)", cost).with("operations (flops)", cost);
+                let row =
+                    Row::new().with("head_dim", 8i64).with("tokens", tokens).with("method", method);
+                let row =
+                    row.with("runs", true).with("time (s)", cost).with("operations (flops)", cost);
                 table.push(&row.with("gradient error", error));
             }
         }

@@ -1,15 +1,19 @@
-//! Claims (\[PaCA\]: 22% less time, 16% less memory, 23% longer sequences and 16% more throughput than LoRA on a GPU;
-//! \[S2FT\]: about 10% better than LoRA on both): the training step of every method on a GPU.
+//! Claims (\[PaCA\]: 22% less time, 16% less memory, 23% longer sequences and 16% more throughput
+//! than LoRA on a GPU; \[S2FT\]: about 10% better than LoRA on both): the training step of every
+//! method on a GPU.
 //!
-//! Measured on the best device that this build finds (CUDA's first, else wgpu's): seconds of whole steps (methods
-//! interleaved point by point; medians) of models of 25 M, 125 M and 1.1 B parameters, what the device's allocator holds
-//! between forward and backward beside what is predicted, tokens a second against batch and length, and the largest
-//! batch that still runs. Points stand in the order of their cost, so that a run that is cut short has the cheap ones.
+//! Measured on the best device that this build finds (CUDA's first, else wgpu's): seconds of whole
+//! steps (methods interleaved point by point; medians) of models of 25 M, 125 M and 1.1 B
+//! parameters, what the device's allocator holds between forward and backward beside what is
+//! predicted, tokens a second against batch and length, and the largest batch that still runs.
+//! Points stand in the order of their cost, so that a run that is cut short has the cheap ones.
 //!
-//! Refuted if PaCA at LoRA's rank held more between forward and backward than LoRA; times are reported.
+//! Refuted if PaCA at LoRA's rank held more between forward and backward than LoRA; times are
+//! reported.
 //!
-//! `cargo run --release --features cuda --bin gpu_peft_cost [-- --profile full]`. A software device is accepted only
-//! with an --out folder outside `figures/`, since its times say nothing about GPUs.
+//! `cargo run --release --features cuda --bin gpu_peft_cost [-- --profile full]`. A software device
+//! is accepted only with an --out folder outside `figures/`, since its times say nothing about
+//! GPUs.
 
 use crate::harness::{Experiment, Point, Profile, best_device};
 use ndarray::Array2;
@@ -18,7 +22,9 @@ use peft_limits::gpu::train::memory::resident_bytes;
 use peft_limits::gpu::train::{DeviceModel, DeviceOptimizer};
 use peft_limits::gpu::{Device, Engine, Opened, Precision, Work};
 use peft_limits::model::{Batch, Model, ModelConfig, StepOptions};
-use peft_limits::report::{Axis, Cell, Figure, LineChart, NamedFigure, Row, Series, Summary, Table};
+use peft_limits::report::{
+    Axis, Cell, Figure, LineChart, NamedFigure, Row, Series, Summary, Table,
+};
 use peft_limits::streams::generator;
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::optimizer::OptimizerParams;
@@ -30,10 +36,11 @@ use std::time::Instant;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "gpu_peft_cost",
     title: "Training steps on a GPU by method",
-    claim: "PaCA needs less time and memory than LoRA of the same rank, so that it trains longer sequences and more tokens a \
-            second (PaCA); S2FT likewise (S2FT).",
+    claim: "PaCA needs less time and memory than LoRA of the same rank, so that it trains longer \
+            sequences and more tokens a second (PaCA); S2FT likewise (S2FT).",
     refuted_by: "PaCA holding more than LoRA between forward and backward",
-    doubt: "Not measured on a real card yet; the steps are built from many small kernels, so their times are an upper bound of what a fused trainer takes.",
+    doubt: "Not measured on a real card yet; the steps are built from many small kernels, so their \
+            times are an upper bound of what a fused trainer takes.",
     grid,
     measure,
     parallel: false,
@@ -44,20 +51,27 @@ pub const EXPERIMENT: Experiment = Experiment {
 
 const RANK: usize = 8;
 const WARM_UP: usize = 2;
-const METHODS: [MethodName; 6] =
-    [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Moslora, MethodName::Paca, MethodName::S2ft];
+const METHODS: [MethodName; 6] = [
+    MethodName::Full,
+    MethodName::Lora,
+    MethodName::Dora,
+    MethodName::Moslora,
+    MethodName::Paca,
+    MethodName::S2ft,
+];
 
 /// Methods of the series that goes to the largest batch: one that does not run says all.
 const LIMIT_METHODS: [MethodName; 3] = [MethodName::Lora, MethodName::Paca, MethodName::S2ft];
 
-/// Methods whose steps are also timed with products on tensor cores, operands rounded to TF32 and bf16 where the device has
-/// them.
+/// Methods whose steps are also timed with products on tensor cores, operands rounded to TF32 and
+/// bf16 where the device has them.
 const ROUNDED: [MethodName; 2] = [MethodName::Full, MethodName::Lora];
 
-/// A preset, or one of the larger sizes with the vocabulary of LLaMA: 125 M (heads as GPT-2's smallest) and 1.1 B (widths
-/// as TinyLlama's).
+/// A preset, or one of the larger sizes with the vocabulary of LLaMA: 125 M (heads as GPT-2's
+/// smallest) and 1.1 B (widths as TinyLlama's).
 fn sizes(name: &str) -> Result<ModelConfig> {
-    let (hidden_size, num_hidden_layers, intermediate_size, heads, num_key_value_heads) = match name {
+    let (hidden_size, num_hidden_layers, intermediate_size, heads, num_key_value_heads) = match name
+    {
         "125m" => (768, 12, 2048, 12, 4),
         "1.1b" => (2048, 22, 5632, 32, 4),
         _ => return preset(name),
@@ -89,11 +103,14 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
         }
         Profile::Full => {
             let sizes = [("mini", 8, 10), ("125m", 8, 10), ("1.1b", 4, 5)];
-            let sizes = sizes.map(|(model, batch, repeats)| point(model, "size", batch, 512, repeats));
+            let sizes =
+                sizes.map(|(model, batch, repeats)| point(model, "size", batch, 512, repeats));
             let batches = [1, 4, 16, 64].map(|batch| point("mini", "batch", batch, 512, 5));
             // A step's attention is quadratic: each doubling costs four times as much.
-            let lengths = [1024, 2048, 4096, 8192].map(|length| point("mini", "length", 1, length, 3));
-            let limits = [64, 96, 128, 160, 192, 224, 256, 320, 384].map(|batch| point("125m", "limit", batch, 512, 1));
+            let lengths =
+                [1024, 2048, 4096, 8192].map(|length| point("mini", "length", 1, length, 3));
+            let limits = [64, 96, 128, 160, 192, 224, 256, 320, 384]
+                .map(|batch| point("125m", "limit", batch, 512, 1));
             sizes.into_iter().chain(batches).chain(lengths).chain(limits).collect()
         }
     }
@@ -157,7 +174,9 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let repeats = point.usize("repeats")?;
     let mut rng = generator(seed, "gpu_peft_cost", 0);
     let base: Model<f32> = Model::random(config.clone(), &mut rng)?;
-    let ids = Array2::from_shape_simple_fn((rows, length), || rng.random_range(0..config.vocab_size as u32));
+    let ids = Array2::from_shape_simple_fn((rows, length), || {
+        rng.random_range(0..config.vocab_size as u32)
+    });
     let batch = Batch::new(ids.clone(), ids.mapv(i64::from))?;
     let mut all = Vec::new();
     let kind = point.text("kind")?;
@@ -187,7 +206,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
                 row.set("reserved so far (MiB)", reserved as f64 / 1_048_576.0);
                 row.set("runs", true);
             }
-            // Out of memory, or a buffer beyond the device's limit, is what the series of lengths looks for.
+            // Out of memory, or a buffer beyond the device's limit, is what the series of lengths
+            // looks for.
             Err(Error::Device { reason, .. }) => {
                 row.set("runs", false);
                 row.set("reason", reason);
@@ -220,13 +240,23 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         }
         for y in ["tokens per second", "held after forward (MiB)"] {
             let series = lines(table, kind, x, y);
-            let title = if kind == "limit" { "to the largest batch".into() } else { format!("by {x}") };
-            panels.push(LineChart { title, x: Axis::log2(x), y: Axis::log10(y), series, ..LineChart::default() });
+            let title =
+                if kind == "limit" { "to the largest batch".into() } else { format!("by {x}") };
+            panels.push(LineChart {
+                title,
+                x: Axis::log2(x),
+                y: Axis::log10(y),
+                series,
+                ..LineChart::default()
+            });
         }
     }
     let device = table.texts("device")?.first().cloned().unwrap_or_default();
     let caption = format!("{device}, f32, rank {RANK}, AdamW; medians.");
-    Ok(vec![NamedFigure::new("gpu_peft_cost", Figure::new("Training steps on a GPU", panels).caption(caption))])
+    Ok(vec![NamedFigure::new(
+        "gpu_peft_cost",
+        Figure::new("Training steps on a GPU", panels).caption(caption),
+    )])
 }
 
 fn findings(table: &Table) -> Result<Vec<String>> {
@@ -236,30 +266,47 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     for model in table.filter_eq("kind", "size").distinct("model")?.iter().map(Cell::to_field) {
         let of_model = runs.filter_eq("kind", "size").filter_eq("model", model.as_str());
         let rows = of_model.filter_eq("products", "f32");
-        let of =
-            |name: MethodName, column: &str| rows.filter_eq("method", name.name()).rows().map(|r| r.f64(column)).next();
-        let against = |name: MethodName, column: &str| Some(of(name, column)? / of(MethodName::Lora, column)?);
+        let of = |name: MethodName, column: &str| {
+            rows.filter_eq("method", name.name()).rows().map(|r| r.f64(column)).next()
+        };
+        let against = |name: MethodName, column: &str| {
+            Some(of(name, column)? / of(MethodName::Lora, column)?)
+        };
         for name in METHODS {
-            let (time, memory) = (against(name, "step (ms)"), against(name, "held after forward (MiB)"));
+            let (time, memory) =
+                (against(name, "step (ms)"), against(name, "held after forward (MiB)"));
             if let (Some(time), Some(memory), Some(ms)) = (time, memory, of(name, "step (ms)")) {
                 let name = name.name();
                 all.push(format!(
-                    "{model}, {name}: {ms:.1} ms a step; {time:.2} of LoRA's time, {memory:.2} of its memory."
+                    "{model}, {name}: {ms:.1} ms a step; {time:.2} of LoRA's time, {memory:.2} of \
+                     its memory."
                 ));
             }
         }
         for row in of_model.rows().filter(|row| row.text("products") != "f32") {
-            let (name, products, ms) = (row.text("method"), row.text("products"), row.f64("step (ms)"));
+            let (name, products, ms) =
+                (row.text("method"), row.text("products"), row.f64("step (ms)"));
             all.push(format!("{model}, {name}, {products} products: {ms:.1} ms a step."));
         }
     }
     for name in METHODS {
         let rows = runs.filter_eq("method", name.name());
-        let largest = rows.filter_eq("kind", "limit").rows().map(|r| r.f64("batch")).fold(0.0, f64::max);
-        let fastest = rows.filter_eq("kind", "batch").rows().map(|r| r.f64("tokens per second")).fold(0.0, f64::max);
         let largest =
-            if largest > 0.0 { format!(", largest batch of the 125m series {largest}") } else { String::new() };
-        all.push(format!("{}: at most {fastest:.0} tokens a second in the series of batches{largest}.", name.name()));
+            rows.filter_eq("kind", "limit").rows().map(|r| r.f64("batch")).fold(0.0, f64::max);
+        let fastest = rows
+            .filter_eq("kind", "batch")
+            .rows()
+            .map(|r| r.f64("tokens per second"))
+            .fold(0.0, f64::max);
+        let largest = if largest > 0.0 {
+            format!(", largest batch of the 125m series {largest}")
+        } else {
+            String::new()
+        };
+        all.push(format!(
+            "{}: at most {fastest:.0} tokens a second in the series of batches{largest}.",
+            name.name()
+        ));
     }
     Ok(all)
 }
@@ -270,11 +317,13 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         rows.rows().map(|r| r.f64("held after forward (MiB)")).collect()
     };
     let (paca, lora) = (held("paca"), held("lora"));
-    let less = !paca.is_empty() && paca.len() == lora.len() && paca.iter().zip(lora).all(|(paca, lora)| *paca < lora);
+    let less = !paca.is_empty()
+        && paca.len() == lora.len()
+        && paca.iter().zip(lora).all(|(paca, lora)| *paca < lora);
     let ran = table.filter_eq("runs", true);
     let near = |ratio: f64| (0.95..1.05).contains(&ratio);
-    let predicted =
-        !ran.is_empty() && ran.rows().all(|r| near(r.f64("held after forward (MiB)") / r.f64("predicted (MiB)")));
+    let predicted = !ran.is_empty()
+        && ran.rows().all(|r| near(r.f64("held after forward (MiB)") / r.f64("predicted (MiB)")));
     Ok(vec![
         ("PaCA holds less than LoRA at the same rank between forward and backward".into(), less),
         ("the allocator holds what was predicted to 5%".into(), predicted),
@@ -290,7 +339,10 @@ mod tests {
         let mut table = Table::new(&["kind", "runs", "method"]);
         for &(method, held) in methods {
             let row = Row::new().with("kind", "batch").with("runs", true).with("method", method);
-            table.push(&row.with("held after forward (MiB)", held).with("predicted (MiB)", held * predicted));
+            table.push(
+                &row.with("held after forward (MiB)", held)
+                    .with("predicted (MiB)", held * predicted),
+            );
         }
         checks(&table).unwrap().into_iter().map(|c| c.1).collect()
     }

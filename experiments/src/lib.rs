@@ -1,7 +1,7 @@
 //! The experiments of `peft-limits`: one module per claim, each with one binary that runs it alone.
 //!
-//! [`ALL`] is what `reproduce` runs. [`harness`] is what the binaries share, [`two_layer`] the closed form behind
-//! `generalization`.
+//! [`ALL`] is what `reproduce` runs. [`harness`] is what the binaries share, [`two_layer`] the
+//! closed form behind `generalization`.
 
 pub mod harness;
 pub mod random_head;

@@ -1,16 +1,20 @@
-//! Claim (\[CL-LoRA\], experiments): outlier-free attention (softmax with 1 added to the denominator) keeps norms low during LoRA training,
-//! so the gradient stays cheap to approximate.
+//! Claim (\[CL-LoRA\], experiments): outlier-free attention (softmax with 1 added to the
+//! denominator) keeps norms low during LoRA training, so the gradient stays cheap to approximate.
 //!
-//! Measured: the adapters of one head trained by AdamW on exact gradients with the standard softmax and with `One`, from the same
-//! start (B = 0), on a synthetic head whose target asks half of the tokens for nothing and on the first 256 tokens of every head file of
-//! `--heads DIR`. At five moments: Gamma over the threshold, largest logit, the rank of P to 1%, and the least time of a ladder of
-//! factorizations to a 1% gradient error.
+//! Measured: the adapters of one head trained by AdamW on exact gradients with the standard softmax
+//! and with `One`, from the same start (B = 0), on a synthetic head whose target asks half of the
+//! tokens for nothing and on the first 256 tokens of every head file of `--heads DIR`. At five
+//! moments: Gamma over the threshold, largest logit, the rank of P to 1%, and the least time of a
+//! ladder of factorizations to a 1% gradient error.
 //!
 //! Refuted if `One` does not end with smaller norms than `Standard`.
 //!
-//! `cargo run --release --bin norm_control [-- --profile full]`; about 30 seconds, 5 minutes in full. Timed: run it alone.
+//! `cargo run --release --bin norm_control [-- --profile full]`; about 30 seconds, 5 minutes in
+//! full. Timed: run it alone.
 
-use crate::harness::{Experiment, Point, Profile, head_files, heads_folder, interrupted, seed_stream};
+use crate::harness::{
+    Experiment, Point, Profile, head_files, heads_folder, interrupted, seed_stream,
+};
 use ndarray::{Array2, s};
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::factorization::build;
@@ -23,7 +27,8 @@ use peft_limits::limits::rank::frobenius_ranks;
 use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::trial;
 use peft_limits::report::{
-    Axis, Cell, Figure, LineChart, LineStyle, NamedFigure, Reference, Row, Series, Summary, Table, short_float,
+    Axis, Cell, Figure, LineChart, LineStyle, NamedFigure, Reference, Row, Series, Summary, Table,
+    short_float,
 };
 use peft_limits::train::optimizer::OptimizerParams;
 use peft_limits::{Error, Result};
@@ -34,9 +39,11 @@ use rand_distr::{Distribution, StandardNormal};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "norm_control",
     title: "Norms during training: softmax One against Standard",
-    claim: "Adding 1 to the softmax denominator keeps the norms of a head low during LoRA training (CL-LoRA's experiments), so that its gradient stays cheap to approximate.",
+    claim: "Adding 1 to the softmax denominator keeps the norms of a head low during LoRA training \
+            (CL-LoRA's experiments), so that its gradient stays cheap to approximate.",
     refuted_by: "softmax One ending with norms as large as Standard",
-    doubt: "One head trained for some hundred steps is far from pretraining, where the outliers that the claim is about arise.",
+    doubt: "One head trained for some hundred steps is far from pretraining, where the outliers \
+            that the claim is about arise.",
     grid,
     measure,
     parallel: false,
@@ -48,7 +55,8 @@ pub const EXPERIMENT: Experiment = Experiment {
 const TOKENS: usize = 256;
 const RANK: usize = 4;
 const SYNTHETIC: &str = "synthetic";
-const KINDS: [(&str, SoftmaxKind); 2] = [("standard", SoftmaxKind::Standard), ("one", SoftmaxKind::One)];
+const KINDS: [(&str, SoftmaxKind); 2] =
+    [("standard", SoftmaxKind::Standard), ("one", SoftmaxKind::One)];
 /// Tried in this order of rising columns for the time to 1%.
 const LADDER: [&str; 10] = [
     "nystrom:rank=16",
@@ -64,7 +72,9 @@ const LADDER: [&str; 10] = [
 ];
 
 fn names() -> Vec<String> {
-    std::iter::once(SYNTHETIC.into()).chain(head_files().into_iter().map(|(name, _)| name)).collect()
+    std::iter::once(SYNTHETIC.into())
+        .chain(head_files().into_iter().map(|(name, _)| name))
+        .collect()
 }
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
@@ -103,7 +113,11 @@ fn start(point: &Point) -> Result<AttentionProblem<f64>> {
         file::read_problem(&heads_folder().join(format!("{name}.safetensors")))?
     };
     let Some(hidden) = drawn.hidden() else {
-        return Err(Error::invalid("head", name, "must hold hidden states and weights, not Q, K, V"));
+        return Err(Error::invalid(
+            "head",
+            name,
+            "must hold hidden states and weights, not Q, K, V",
+        ));
     };
     let tokens = TOKENS.min(drawn.num_queries());
     let mut hidden: Hidden<f64> = hidden.clone();
@@ -120,9 +134,19 @@ fn start(point: &Point) -> Result<AttentionProblem<f64>> {
         });
         projection.adapter = Some(Adapter { lora_a, lora_b: Array2::zeros((d_in, RANK)) });
     }
-    let target = if name == SYNTHETIC { retrieve_or_nothing(&drawn) } else { drawn.objective().tensor().clone() };
+    let target = if name == SYNTHETIC {
+        retrieve_or_nothing(&drawn)
+    } else {
+        drawn.objective().tensor().clone()
+    };
     let target = Objective::Target(target.slice(s![..tokens, ..]).to_owned());
-    AttentionProblem::new(Source::Hidden(Box::new(hidden)), target, Mask::Full, softmax, drawn.beta())
+    AttentionProblem::new(
+        Source::Hidden(Box::new(hidden)),
+        target,
+        Mask::Full,
+        softmax,
+        drawn.beta(),
+    )
 }
 
 /// Half of the tokens want the value of their best key, sharply; the other half want nothing.
@@ -131,7 +155,8 @@ fn retrieve_or_nothing(problem: &AttentionProblem<f64>) -> Array2<f64> {
     let scores = qkv.query.dot(&qkv.key.t());
     let mut target = Array2::zeros((problem.num_queries(), problem.value_dim()));
     for i in (0..problem.num_queries()).step_by(2) {
-        let best = (0..scores.ncols()).fold(0, |b, j| if scores[[i, j]] > scores[[i, b]] { j } else { b });
+        let best =
+            (0..scores.ncols()).fold(0, |b, j| if scores[[i, j]] > scores[[i, b]] { j } else { b });
         target.row_mut(i).assign(&qkv.value.row(best));
     }
     target
@@ -146,7 +171,9 @@ fn look(problem: &AttentionProblem<f64>, step: u64) -> Result<Row> {
     let mut best: Option<(f64, String, usize)> = None;
     for spec in LADDER {
         // No gradient, or too few tokens: this one does not reach it.
-        let Ok(t) = trial(problem, &exact, build(spec)?.as_ref(), Request::Adapters) else { continue };
+        let Ok(t) = trial(problem, &exact, build(spec)?.as_ref(), Request::Adapters) else {
+            continue;
+        };
         if t.gradient_error <= 0.01 && best.as_ref().is_none_or(|(s, ..)| t.seconds < *s) {
             best = Some((t.seconds, spec.to_string(), t.certificate.rank));
         }
@@ -167,7 +194,10 @@ fn look(problem: &AttentionProblem<f64>, step: u64) -> Result<Row> {
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let steps = point.u64("steps")?;
-    let mut trainer = HeadTrainer::new(start(point)?, OptimizerParams { lr: 0.002, ..Default::default() }.check()?);
+    let mut trainer = HeadTrainer::new(
+        start(point)?,
+        OptimizerParams { lr: 0.002, ..Default::default() }.check()?,
+    );
     let looks = [0, steps / 8, steps / 4, steps / 2, steps];
     let mut rows = Vec::new();
     for step in 0..=steps {
@@ -206,10 +236,13 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         .map(|(i, (key, _))| (f64::from(i), key[0].to_field().trim_start_matches("minilm_").into()))
         .collect();
     let mut series = Vec::new();
-    for (j, (column, label)) in
-        [("c", "norms: c"), ("largest logit", "largest logit"), ("rank of P to 1%", "rank of P to 1%")]
-            .into_iter()
-            .enumerate()
+    for (j, (column, label)) in [
+        ("c", "norms: c"),
+        ("largest logit", "largest logit"),
+        ("rank of P to 1%", "rank of P to 1%"),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let mut points = Vec::new();
         for ((at, _), (_, head)) in names.iter().zip(&groups) {
@@ -226,7 +259,9 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         references: vec![Reference::Horizontal(1.0, "no difference".into())],
     };
     let mut figure = Figure::new("Does the added 1 keep norms low?", [chart]).caption(
-        "Paired: both kinds trained from the same start. Medians, with the range over five starts; below 1 One ends lower, as the claim says. AdamW at 0.002 on exact gradients, B = 0 at the start.",
+        "Paired: both kinds trained from the same start. Medians, with the range over five starts; \
+         below 1 One ends lower, as the claim says. AdamW at 0.002 on exact gradients, B = 0 at \
+         the start.",
     );
     figure.panel_size = (900.0, 460.0);
     Ok(vec![NamedFigure::new("norm_control", figure)])
@@ -236,7 +271,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
 fn at(table: &Table, head: &str, softmax: &str, column: &str, last: bool) -> Result<f64> {
     let of = table.filter_eq("head", head).filter_eq("softmax", softmax);
     let steps = of.summarise(&["step"], column)?;
-    let mut ends: Vec<(f64, f64)> = steps.iter().map(|(k, s)| (k[0].as_f64().unwrap_or(f64::NAN), s.median)).collect();
+    let mut ends: Vec<(f64, f64)> =
+        steps.iter().map(|(k, s)| (k[0].as_f64().unwrap_or(f64::NAN), s.median)).collect();
     ends.sort_by(|a, b| a.0.total_cmp(&b.0));
     Ok(if last { ends.last() } else { ends.first() }.map_or(f64::NAN, |e| e.1))
 }
@@ -258,8 +294,12 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let mut words = Vec::new();
         for (softmax, _) in KINDS {
             let span = |column: &str| -> Result<String> {
-                let (from, to) = (at(table, &head, softmax, column, false)?, at(table, &head, softmax, column, true)?);
-                let show = |x: f64| if x.is_finite() { short_float(x) } else { "not reached".into() };
+                let (from, to) = (
+                    at(table, &head, softmax, column, false)?,
+                    at(table, &head, softmax, column, true)?,
+                );
+                let show =
+                    |x: f64| if x.is_finite() { short_float(x) } else { "not reached".into() };
                 Ok(format!("{column} {} to {}", show(from), show(to)))
             };
             let columns: Vec<String> = COLUMNS.iter().map(|c| span(c)).collect::<Result<_>>()?;
@@ -274,7 +314,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let smaller = one.iter().zip(&standard).filter(|(o, s)| o < s).count();
         let ratio = Summary::of(&one.iter().zip(&standard).map(|(o, s)| o / s).collect::<Vec<_>>());
         lines.push(format!(
-            "{head}: from the same start One ends with a smaller c than Standard in {smaller} of {} starts; c of One over that of Standard is {:.4} (median): {}.",
+            "{head}: from the same start One ends with a smaller c than Standard in {smaller} of \
+             {} starts; c of One over that of Standard is {:.4} (median): {}.",
             one.len(),
             ratio.median,
             verdict(ratio.median)
@@ -282,7 +323,11 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         lines.push(format!("{head}, medians: {}.", words.join("; ")));
     }
     lines.push(
-        "The claim of the paper is about pretraining-scale outliers; here one head is trained for some hundred steps, so what is tested is whether the objective itself drives the norms apart. With logits near 0 the added 1 is one part in L of the denominator: One is Standard until rows have logits near -ln L.".into(),
+        "The claim of the paper is about pretraining-scale outliers; here one head is trained for \
+         some hundred steps, so what is tested is whether the objective itself drives the norms \
+         apart. With logits near 0 the added 1 is one part in L of the denominator: One is \
+         Standard until rows have logits near -ln L."
+            .into(),
     );
     Ok(lines)
 }
@@ -292,7 +337,8 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     for (key, _) in table.group_by(&["head"])? {
         let head = key[0].to_field();
         for (softmax, _) in KINDS {
-            falls &= at(table, &head, softmax, "loss", true)? < at(table, &head, softmax, "loss", false)?;
+            falls &= at(table, &head, softmax, "loss", true)?
+                < at(table, &head, softmax, "loss", false)?;
         }
     }
     Ok(vec![("training lowers the loss of every head with either softmax".into(), falls)])
@@ -308,8 +354,15 @@ mod tests {
         for seed in 0..5u64 {
             for (softmax, end) in [("standard", 2.0), ("one", one)] {
                 for (step, c, loss) in [(0u64, 1.0, 2.0), (80, end + 0.001 * seed as f64, loss)] {
-                    let row = Row::new().with("head", SYNTHETIC).with("softmax", softmax).with("seed", seed);
-                    let row = row.with("step", step).with("c", c).with("loss", loss).with("largest logit", c * c);
+                    let row = Row::new()
+                        .with("head", SYNTHETIC)
+                        .with("softmax", softmax)
+                        .with("seed", seed);
+                    let row = row
+                        .with("step", step)
+                        .with("c", c)
+                        .with("loss", loss)
+                        .with("largest logit", c * c);
                     table.push(&row.with("rank of P to 1%", 20u64).with("time to 1% (s)", 0.001));
                 }
             }
@@ -328,6 +381,8 @@ mod tests {
         says(2.5, "against the claim");
         assert_eq!(verdict(f64::NAN), "nothing to compare");
         // Heads that were not trained show nothing about training.
-        assert!(checks(&made_up(1.5, 1.0)).unwrap()[0].1 && !checks(&made_up(1.5, 2.0)).unwrap()[0].1);
+        assert!(
+            checks(&made_up(1.5, 1.0)).unwrap()[0].1 && !checks(&made_up(1.5, 2.0)).unwrap()[0].1
+        );
     }
 }

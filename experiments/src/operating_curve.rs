@@ -1,17 +1,23 @@
-//! Claim under test: in half formats a matched filter over all numbers of a training step finds faults that every single
-//! tensor hides below rounding. How small a fault `peft-limits validate` finds, by the trainer's number format.
+//! Claim under test: in half formats a matched filter over all numbers of a training step finds
+//! faults that every single tensor hides below rounding. How small a fault `peft-limits validate`
+//! finds, by the trainer's number format.
 //!
-//! Measured on right steps of PyTorch in six methods (`--dumps DIR` for your own; those of the project's tests otherwise): for every
-//! known fault of the step, which part of it makes a tensor leave its tolerance, and which part is six deviations of the
-//! matched filter over all numbers. The part times what the whole fault changes is the smallest change of the gradients that
-//! is found. What the filter sees in the right step is chance: its amplitudes in deviations should be a normal distribution's.
+//! Measured on right steps of PyTorch in six methods (`--dumps DIR` for your own; those of the
+//! project's tests otherwise): for every known fault of the step, which part of it makes a tensor
+//! leave its tolerance, and which part is six deviations of the matched filter over all numbers.
+//! The part times what the whole fault changes is the smallest change of the gradients that is
+//! found. What the filter sees in the right step is chance: its amplitudes in deviations should be
+//! a normal distribution's.
 //!
-//! Refuted if the filter found no smaller faults than the tolerances do in a half format, or if a right step came near a name.
+//! Refuted if the filter found no smaller faults than the tolerances do in a half format, or if a
+//! right step came near a name.
 //!
 //! `cargo run --release --bin operating_curve [-- --dumps DIR] [-- --profile full]`; a few seconds.
 
 use crate::harness::{Experiment, Point, Profile, dump_folders, dumps_folder};
-use peft_limits::report::{Axis, Figure, LineChart, LineStyle, NamedFigure, Reference, Row, Series, Summary, Table};
+use peft_limits::report::{
+    Axis, Figure, LineChart, LineStyle, NamedFigure, Reference, Row, Series, Summary, Table,
+};
 use peft_limits::streams::sha256_hex;
 use peft_limits::validate::dump::{Case, DumpPaths, PlainSettings};
 use peft_limits::validate::faint::{DEVIATIONS, MENTIONED, strengths};
@@ -23,12 +29,14 @@ use statrs::distribution::{ContinuousCDF, Normal};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "operating_curve",
     title: "How small a fault is found, by number format",
-    claim: "In half formats a matched filter over all numbers of a step finds faults that every single tensor hides below rounding, \
-            and chance alone does not move it.",
-    refuted_by: "a half format in which the filter's median limit is above that of the tolerances, or amplitudes of right steps in half formats that spread over \
-                 more than 1.3 deviations",
-    doubt: "Steps of tiny models with random weights: with more numbers the filter finds less, rounding of trained weights is larger. Faults are \
-            shrunk by a factor; a fault that exists whole or not at all has its own size, not this limit.",
+    claim: "In half formats a matched filter over all numbers of a step finds faults that every \
+            single tensor hides below rounding, and chance alone does not move it.",
+    refuted_by: "a half format in which the filter's median limit is above that of the tolerances, \
+                 or amplitudes of right steps in half formats that spread over more than 1.3 \
+                 deviations",
+    doubt: "Steps of tiny models with random weights: with more numbers the filter finds less, \
+            rounding of trained weights is larger. Faults are shrunk by a factor; a fault that \
+            exists whole or not at all has its own size, not this limit.",
     grid,
     measure,
     parallel: true,
@@ -49,7 +57,11 @@ fn grid(_: Profile, _: u64) -> Vec<Point> {
         .into_iter()
         .filter_map(|(name, path)| {
             let step = std::fs::read(path.join("step.safetensors")).ok()?;
-            Some(Point::new(name.clone()).with("dump", name).with("sha256", &sha256_hex(&step)[..16]))
+            Some(
+                Point::new(name.clone())
+                    .with("dump", name)
+                    .with("sha256", &sha256_hex(&step)[..16]),
+            )
         })
         .collect();
     if points.is_empty() {
@@ -73,10 +85,16 @@ fn format_of(case: &Case) -> Option<String> {
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("dump")?;
-    let (_, folder) = dump_folders().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
-        let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no dump folder here; pass --dumps DIR");
-        Error::io(dumps_folder(), missing)
-    })?;
+    let (_, folder) = dump_folders()
+        .into_iter()
+        .find(|(n, _)| n == name && !name.is_empty())
+        .ok_or_else(|| {
+            let missing = std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                "no dump folder here; pass --dumps DIR",
+            );
+            Error::io(dumps_folder(), missing)
+        })?;
     let (paths, manifest) = DumpPaths::of_folder(&folder)?;
     let case = Case::read(name, &paths, Some(&manifest), &PlainSettings::default())?;
     let Some(format) = format_of(&case) else { return Ok(Vec::new()) };
@@ -100,7 +118,12 @@ fn formats(table: &Table) -> Vec<&'static str> {
 fn steps(mut values: Vec<f64>) -> Vec<(f64, f64)> {
     values.sort_by(f64::total_cmp);
     let count = values.len() as f64;
-    values.into_iter().enumerate().map(|(i, v)| (v, (i + 1) as f64 / count)).filter(|p| p.0.is_finite()).collect()
+    values
+        .into_iter()
+        .enumerate()
+        .map(|(i, v)| (v, (i + 1) as f64 / count))
+        .filter(|p| p.0.is_finite())
+        .collect()
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
@@ -111,7 +134,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             if format == SINGLE && column == FILTER {
                 continue;
             }
-            let name = if column == TOLERANCE { format.to_string() } else { format!("{format}, filter") };
+            let name =
+                if column == TOLERANCE { format.to_string() } else { format!("{format}, filter") };
             let series = Series::new(name, steps(rows.floats(column)?)).like(format);
             curves.push(Series { line, markers: false, ..series });
         }
@@ -143,9 +167,10 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             ],
         },
     ];
-    let caption = "Left: for each known fault of each right step, the smallest change of the gradients that is found: solid where a tensor \
-                   leaves its tolerance, dashed by the matched filter at six deviations (half formats only). Right: the filter's amplitudes where there is no \
-                   fault.";
+    let caption = "Left: for each known fault of each right step, the smallest change of the \
+                   gradients that is found: solid where a tensor leaves its tolerance, dashed by \
+                   the matched filter at six deviations (half formats only). Right: the filter's \
+                   amplitudes where there is no fault.";
     let title = "How small a fault is found";
     Ok(vec![NamedFigure::new("operating_curve", Figure::new(title, panels).caption(caption))])
 }
@@ -171,11 +196,13 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let rows = table.filter_eq("format", format);
         let by_tolerance = median(table, format, TOLERANCE)?;
         let found = format!(
-            "{format}: half of the faults are found by a tensor's tolerance from {by_tolerance:.1e} of the gradients on"
+            "{format}: half of the faults are found by a tensor's tolerance from \
+             {by_tolerance:.1e} of the gradients on"
         );
         if format == SINGLE {
             lines.push(format!(
-                "{found}; the filter is not used there (its amplitudes spread over {:.2} deviations).",
+                "{found}; the filter is not used there (its amplitudes spread over {:.2} \
+                 deviations).",
                 spread(&rows)?.0
             ));
             continue;
@@ -191,8 +218,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     let half = in_half_formats(table);
     let (spread, largest) = spread(&half)?;
     lines.push(format!(
-        "Right steps in half formats: {} amplitudes with a root mean square of {spread:.2} deviations, the largest {largest:.1} (named from \
-         {DEVIATIONS} on).",
+        "Right steps in half formats: {} amplitudes with a root mean square of {spread:.2} \
+         deviations, the largest {largest:.1} (named from {DEVIATIONS} on).",
         half.len()
     ));
     Ok(lines)
@@ -202,10 +229,16 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let mut checks = Vec::new();
     for format in formats(table).into_iter().filter(|f| *f != SINGLE) {
         let finer = median(table, format, FILTER)? < median(table, format, TOLERANCE)?;
-        checks.push((format!("{format}: the filter's median limit is below that of the tolerances"), finer));
+        checks.push((
+            format!("{format}: the filter's median limit is below that of the tolerances"),
+            finer,
+        ));
     }
     let (spread, _) = spread(&in_half_formats(table))?;
-    checks.push(("amplitudes of right steps in half formats spread over at most 1.3 deviations".into(), spread <= 1.3));
+    checks.push((
+        "amplitudes of right steps in half formats spread over at most 1.3 deviations".into(),
+        spread <= 1.3,
+    ));
     Ok(checks)
 }
 
@@ -234,6 +267,9 @@ mod tests {
 
     #[test]
     fn shares_count_what_is_never_found() {
-        assert_eq!(steps(vec![f64::INFINITY, 2.0, 1.0, 3.0]), vec![(1.0, 0.25), (2.0, 0.5), (3.0, 0.75)]);
+        assert_eq!(
+            steps(vec![f64::INFINITY, 2.0, 1.0, 3.0]),
+            vec![(1.0, 0.25), (2.0, 0.5), (3.0, 0.75)]
+        );
     }
 }

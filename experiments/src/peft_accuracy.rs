@@ -1,25 +1,30 @@
-//! Claim (\[PaCA\], tables of accuracy; \[S2FT\], table of commonsense and arithmetic): at an equal number of trained
-//! numbers PaCA and S2FT reach LoRA's accuracy or better.
+//! Claim (\[PaCA\], tables of accuracy; \[S2FT\], table of commonsense and arithmetic): at an equal
+//! number of trained numbers PaCA and S2FT reach LoRA's accuracy or better.
 //!
-//! Measured: small pretrained models learn one new task (`harness::study`) by every method at the budget of LoRA with
-//! rank 4 (full fine-tuning trains everything), with five seeds; accuracy in-domain, on longer lists, and on what it knew
-//! before. Methods are compared by paired differences over bases (five pretrained models in full, three in quick); a pair
-//! counts as separated if its interval excludes zero at 95% after Bonferroni's correction over all pairs of methods.
-//! In full, each method's learning rate is the best by the in-domain loss on a base and seeds that are not reported, of
-//! rates a factor of two apart; the sweep goes on until a smaller and a larger rate are both worse.
+//! Measured: small pretrained models learn one new task (`harness::study`) by every method at the
+//! budget of LoRA with rank 4 (full fine-tuning trains everything), with five seeds; accuracy
+//! in-domain, on longer lists, and on what it knew before. Methods are compared by paired
+//! differences over bases (five pretrained models in full, three in quick); a pair counts as
+//! separated if its interval excludes zero at 95% after Bonferroni's correction over all pairs of
+//! methods. In full, each method's learning rate is the best by the in-domain loss on a base and
+//! seeds that are not reported, of rates a factor of two apart; the sweep goes on until a smaller
+//! and a larger rate are both worse.
 //!
 //! Refuted if PaCA or S2FT were separated below LoRA in-domain.
 //!
-//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third pretrains; in full about 12 minutes on
-//! one core.
+//! `cargo run --release --bin peft_accuracy [-- --profile full]`; about a minute, of which a third
+//! pretrains; in full about 12 minutes on one core.
 
 use crate::harness::over_bases::{difference as paired, drawn, interval, over_bases};
 use crate::harness::rates::{RateSweep, sweep_rates};
-use crate::harness::study::{BUDGET_RANK, PAPERS, Study, TUNING_BASE, accuracies, on_own_threads, train};
+use crate::harness::study::{
+    BUDGET_RANK, PAPERS, Study, TUNING_BASE, accuracies, on_own_threads, train,
+};
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::model::Model;
 use peft_limits::report::{
-    Axis, BarChart, BarSeries, Cell, Figure, NamedFigure, Row, ScatterChart, ScatterGroup, Summary, Table,
+    Axis, BarChart, BarSeries, Cell, Figure, NamedFigure, Row, ScatterChart, ScatterGroup, Summary,
+    Table,
 };
 use peft_limits::train::method::MethodName;
 use peft_limits::{Error, Result};
@@ -29,9 +34,11 @@ use std::sync::{Mutex, PoisonError};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "peft_accuracy",
     title: "Accuracy of the methods at equal trainable budget",
-    claim: "At an equal number of trained numbers PaCA and S2FT are as accurate as LoRA or better (PaCA, S2FT).",
+    claim: "At an equal number of trained numbers PaCA and S2FT are as accurate as LoRA or better \
+            (PaCA, S2FT).",
     refuted_by: "PaCA or S2FT separated below LoRA in-domain",
-    doubt: "One artificial task and models of 0.2 million parameters: the papers' comparisons are on models ten thousand times larger.",
+    doubt: "One artificial task and models of 0.2 million parameters: the papers' comparisons are \
+            on models ten thousand times larger.",
     grid,
     measure,
     parallel: true,
@@ -44,19 +51,24 @@ const SEEDS: u64 = 5;
 const TUNING_SEEDS: u64 = 1;
 /// Start of the columns with the losses of the sweep; a factor follows.
 const TUNING: &str = "tuning loss at ";
-const METRICS: [(&str, &str); 3] =
-    [("in-domain", "in-domain tokens"), ("shifted", "shifted tokens"), ("retained", "retained tokens")];
+const METRICS: [(&str, &str); 3] = [
+    ("in-domain", "in-domain tokens"),
+    ("shifted", "shifted tokens"),
+    ("retained", "retained tokens"),
+];
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let study = profile.pick(Study::quick(), Study::full());
     let mut points = Vec::new();
-    // Seeds outside: points measured side by side then tune different methods and do not wait for one another.
+    // Seeds outside: points measured side by side then tune different methods and do not wait for
+    // one another.
     for seed in seed..seed + SEEDS {
         let point = study.seeded(format!("before fine-tuning, seed {seed}"), profile, seed);
         points.push(point.with("method", "none").with("tuned", false));
         for name in PAPERS {
-            let point =
-                study.seeded(format!("{}, seed {seed}", name.name()), profile, seed).with("method", name.name());
+            let point = study
+                .seeded(format!("{}, seed {seed}", name.name()), profile, seed)
+                .with("method", name.name());
             points.push(point.with("tuned", profile.pick(false, true)));
         }
     }
@@ -76,14 +88,23 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let mut row = fine_tuned(&study, &base, name, lr, point.u64("seed")?)?.with("lr", lr);
     if let Some(tuned) = tuned {
         for (lr, loss) in tuned.tried {
-            row.set(format!("{TUNING}{} of the study's lr (nats)", lr / study.learning_rate(name)), loss);
+            row.set(
+                format!("{TUNING}{} of the study's lr (nats)", lr / study.learning_rate(name)),
+                loss,
+            );
         }
     }
     Ok(vec![row])
 }
 
 /// Accuracies of one run, and its trained numbers.
-fn fine_tuned(study: &Study, base: &Model<f32>, name: MethodName, lr: f64, seed: u64) -> Result<Row> {
+fn fine_tuned(
+    study: &Study,
+    base: &Model<f32>,
+    name: MethodName,
+    lr: f64,
+    seed: u64,
+) -> Result<Row> {
     on_own_threads(1, || {
         let mut trainer = study.trainer(base, study.method(name)?, lr, seed)?;
         train(&mut trainer, |_| Ok(()))?;
@@ -92,9 +113,11 @@ fn fine_tuned(study: &Study, base: &Model<f32>, name: MethodName, lr: f64, seed:
     })
 }
 
-/// The sweep of a method by mean in-domain loss over the tuning seeds, on a base of its own, made once in a process.
+/// The sweep of a method by mean in-domain loss over the tuning seeds, on a base of its own, made
+/// once in a process.
 fn tuning(study: &Study, name: MethodName) -> Result<RateSweep> {
-    static DONE: [Mutex<Option<RateSweep>>; PAPERS.len()] = [const { Mutex::new(None) }; PAPERS.len()];
+    static DONE: [Mutex<Option<RateSweep>>; PAPERS.len()] =
+        [const { Mutex::new(None) }; PAPERS.len()];
     let at = PAPERS.iter().position(|&n| n == name).unwrap_or(0);
     // Held meanwhile: another point of the same method waits for the result.
     let mut done = DONE[at].lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,7 +129,9 @@ fn tuning(study: &Study, name: MethodName) -> Result<RateSweep> {
         let mut mean = 0.0;
         for seed in 500..500 + TUNING_SEEDS {
             let loss = match fine_tuned(study, &base, name, lr, seed) {
-                Ok(row) => row.get("in-domain loss (nats)").and_then(Cell::as_f64).unwrap_or(f64::NAN),
+                Ok(row) => {
+                    row.get("in-domain loss (nats)").and_then(Cell::as_f64).unwrap_or(f64::NAN)
+                }
                 // A rate at which training breaks down is a bad rate.
                 Err(Error::NonFinite { .. }) => f64::INFINITY,
                 Err(error) => return Err(error),
@@ -151,8 +176,9 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         ..BarChart::default()
     };
     let caption = format!(
-        "Sorting lists learned at the budget of LoRA rank {BUDGET_RANK} (full: everything). In-domain: up to 6 digits; shifted: 7 to 9; retained: \
-         the pretraining tasks. Bars: means over pretrained models with 95% intervals."
+        "Sorting lists learned at the budget of LoRA rank {BUDGET_RANK} (full: everything). \
+         In-domain: up to 6 digits; shifted: 7 to 9; retained: the pretraining tasks. Bars: means \
+         over pretrained models with 95% intervals."
     );
     let mut scatter = Vec::new();
     for (name, column) in &METRICS[1..] {
@@ -169,9 +195,13 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         });
     }
-    let trade = Figure::new("What is learned against what is kept", scatter).caption("One point per seed.");
+    let trade =
+        Figure::new("What is learned against what is kept", scatter).caption("One point per seed.");
     Ok(vec![
-        NamedFigure::new("peft_accuracy", Figure::new("Accuracy at equal trainable budget", [bars]).caption(caption)),
+        NamedFigure::new(
+            "peft_accuracy",
+            Figure::new("Accuracy at equal trainable budget", [bars]).caption(caption),
+        ),
         NamedFigure::new("peft_accuracy_tradeoff", trade),
     ])
 }
@@ -190,7 +220,9 @@ fn not_bracketed(table: &Table) -> Result<Vec<&'static str>> {
         let of = table.filter_eq("method", method);
         let mut tried = Vec::new();
         for column in of.columns() {
-            let factor = column.strip_prefix(TUNING).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+            let factor = column
+                .strip_prefix(TUNING)
+                .and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
             let loss = of.column(column)?.first().and_then(|cell| cell.as_f64());
             tried.extend(factor.zip(loss));
         }
@@ -214,8 +246,9 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     for (metric, column) in METRICS {
         let before = mean(table, "none", column)?.0;
-        let means =
-            methods().map(|m| Ok(format!("{m} {:.3}", mean(table, m, column)?.0))).collect::<Result<Vec<_>>>()?;
+        let means = methods()
+            .map(|m| Ok(format!("{m} {:.3}", mean(table, m, column)?.0)))
+            .collect::<Result<Vec<_>>>()?;
         let mut separated = Vec::new();
         for (i, a) in methods().enumerate() {
             for b in methods().skip(i + 1) {
@@ -238,12 +271,15 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let (mean, low, high) = difference(table, method, "lora", METRICS[0].1)?;
         let verdict = verdict(high < 0.0, not_bracketed(table)?.contains(&method));
         lines.push(format!(
-            "{method} - lora in-domain: {mean:+.3}, corrected interval {low:+.3} to {high:+.3}: the claim for {method} is {verdict}."
+            "{method} - lora in-domain: {mean:+.3}, corrected interval {low:+.3} to {high:+.3}: \
+             the claim for {method} is {verdict}."
         ));
     }
-    let trained = methods().map(|m| Ok(format!("{m} {:.0}", Summary::of(&values(table, m, "trained")?).mean)));
+    let trained = methods()
+        .map(|m| Ok(format!("{m} {:.0}", Summary::of(&values(table, m, "trained")?).mean)));
     if table.column("tuned")?.iter().any(|cell| cell.to_field() == "true") {
-        let rates = methods().map(|m| Ok(format!("{m} {}", table.filter_eq("method", m).texts("lr")?[0])));
+        let rates =
+            methods().map(|m| Ok(format!("{m} {}", table.filter_eq("method", m).texts("lr")?[0])));
         let rates = rates.collect::<Result<Vec<_>>>()?.join(", ");
         let open = not_bracketed(table)?;
         let bracket = if open.is_empty() {
@@ -252,7 +288,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             format!("not bracketed for {}: another rate may be better still", open.join(", "))
         };
         lines.push(format!(
-            "Learning rates, the best on {TUNING_SEEDS} seeds that are not reported: {rates}; {bracket}."
+            "Learning rates, the best on {TUNING_SEEDS} seeds that are not reported: {rates}; \
+             {bracket}."
         ));
     }
     lines.push(format!("Trained numbers: {}.", trained.collect::<Result<Vec<_>>>()?.join(", ")));
@@ -265,7 +302,10 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     for method in methods() {
         learned &= values(table, method, METRICS[0].1)?.iter().all(|&x| x > before);
     }
-    Ok(vec![("every method is better in-domain after fine-tuning than before, with every seed".into(), learned)])
+    Ok(vec![(
+        "every method is better in-domain after fine-tuning than before, with every seed".into(),
+        learned,
+    )])
 }
 
 #[cfg(test)]
@@ -282,9 +322,15 @@ mod tests {
                     "paca" => paca + spread * (seed as f64 - 1.5),
                     _ => others + 0.001 * seed as f64,
                 };
-                let mut row = Row::new().with("method", method).with("base", format!("ours {seed}"));
+                let mut row =
+                    Row::new().with("method", method).with("base", format!("ours {seed}"));
                 METRICS.iter().for_each(|(_, column)| row.set(*column, right));
-                table.push(&row.with("seed", seed).with("tuned", false).with("lr", 0.01).with("trained", 100u64));
+                table.push(
+                    &row.with("seed", seed)
+                        .with("tuned", false)
+                        .with("lr", 0.01)
+                        .with("trained", 100u64),
+                );
             }
         }
         table

@@ -1,21 +1,26 @@
-//! Claim (\[PaCA\], tables of time and memory per method): against LoRA, PaCA trains in less time (22% there) and less
-//! memory (16% there), because the forward pass is the frozen one and only selected inputs are kept.
+//! Claim (\[PaCA\], tables of time and memory per method): against LoRA, PaCA trains in less time
+//! (22% there) and less memory (16% there), because the forward pass is the frozen one and only
+//! selected inputs are kept.
 //!
-//! Measured: seconds of forward, backward and update (medians, methods interleaved so that a change of the machine's
-//! speed meets all of them), operations, and bytes by category read off the live objects, beside the bytes predicted
-//! from sizes alone. The same prediction for LLaMA-2-7B in half precision shows the paper's own case.
+//! Measured: seconds of forward, backward and update (medians, methods interleaved so that a change
+//! of the machine's speed meets all of them), operations, and bytes by category read off the live
+//! objects, beside the bytes predicted from sizes alone. The same prediction for LLaMA-2-7B in half
+//! precision shows the paper's own case.
 //!
-//! Refuted if PaCA at LoRA's rank kept more, or needed more operations; its time is reported, not judged, since a CPU has
-//! no kernel launches to save.
+//! Refuted if PaCA at LoRA's rank kept more, or needed more operations; its time is reported, not
+//! judged, since a CPU has no kernel launches to save.
 //!
-//! `cargo run --release --bin peft_cost [-- --profile full]`; about 15 seconds, in full an estimated 5 minutes. Timed: run it alone.
+//! `cargo run --release --bin peft_cost [-- --profile full]`; about 15 seconds, in full an
+//! estimated 5 minutes. Timed: run it alone.
 
 use crate::harness::study::PAPERS;
 use crate::harness::timed_step::{StepSeconds, TimedStep};
 use crate::harness::{Experiment, Point, Profile};
 use peft_limits::Result;
 use peft_limits::model::ModelConfig;
-use peft_limits::report::{Axis, BarChart, BarSeries, Cell, Figure, NamedFigure, Row, Summary, Table};
+use peft_limits::report::{
+    Axis, BarChart, BarSeries, Cell, Figure, NamedFigure, Row, Summary, Table,
+};
 use peft_limits::train::budget::with_budget;
 use peft_limits::train::memory::{Memory, StepShape, predict, trained_numbers};
 use peft_limits::train::method::{MethodName, MethodParams};
@@ -25,10 +30,12 @@ use peft_limits::train::preset::{llama_2_7b, preset};
 pub const EXPERIMENT: Experiment = Experiment {
     name: "peft_cost",
     title: "Time and memory of a training step by method",
-    claim: "Against LoRA of the same rank PaCA needs less time and less memory, since no adapter layer runs and only the selected inputs \
-            are kept (PaCA); S2FT likewise against full fine-tuning and LoRA (S2FT).",
+    claim: "Against LoRA of the same rank PaCA needs less time and less memory, since no adapter \
+            layer runs and only the selected inputs are kept (PaCA); S2FT likewise against full \
+            fine-tuning and LoRA (S2FT).",
     refuted_by: "PaCA keeping more bytes or doing more operations than LoRA at the same rank",
-    doubt: "Seconds are of a CPU with two cores and depend on how LoRA's narrow products are written; only the bytes and operations carry over to a GPU.",
+    doubt: "Seconds are of a CPU with two cores and depend on how LoRA's narrow products are \
+            written; only the bytes and operations carry over to a GPU.",
     grid,
     measure,
     parallel: false,
@@ -39,13 +46,16 @@ pub const EXPERIMENT: Experiment = Experiment {
 
 const RANK: usize = 8;
 const WARM_UP: usize = 2;
-const CATEGORIES: [&str; 6] = ["weights", "adapters", "gradients", "optimizer", "activations", "workspace"];
+const CATEGORIES: [&str; 6] =
+    ["weights", "adapters", "gradients", "optimizer", "activations", "workspace"];
 const PHASES: [&str; 3] = ["forward (ms)", "backward (ms)", "update (ms)"];
 const LLAMA: &str = "llama-2-7b";
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
     let point = |model: &str, batch: u64, length: u64, repeats: u64| {
-        let point = Point::new(format!("{model}, {batch} x {length}")).with("model", model).with("batch", batch);
+        let point = Point::new(format!("{model}, {batch} x {length}"))
+            .with("model", model)
+            .with("batch", batch);
         point.with("length", length).with("repeats", repeats).with("seed", seed)
     };
     let mut points = profile.pick(
@@ -60,7 +70,8 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 fn methods(config: &ModelConfig) -> Result<Vec<(&'static str, MethodParams)>> {
     let of = |name| MethodParams { rank: RANK, ..MethodParams::named(name) };
     let mut all: Vec<(&str, MethodParams)> = PAPERS.map(|name| (name.name(), of(name))).into();
-    let s2ft = with_budget(MethodName::S2ft, config, trained_numbers(config, &of(MethodName::Lora))?)?;
+    let s2ft =
+        with_budget(MethodName::S2ft, config, trained_numbers(config, &of(MethodName::Lora))?)?;
     for (name, method) in &mut all {
         if *name == "s2ft" {
             // The same number in every layer, so that the prediction is exact.
@@ -74,7 +85,8 @@ fn methods(config: &ModelConfig) -> Result<Vec<(&'static str, MethodParams)>> {
 }
 
 fn memory_cells(row: &mut Row, kind: &str, m: &Memory) {
-    let bytes = [m.weights, m.adapters, m.gradients, m.optimizer, m.activation_bytes(), m.workspace];
+    let bytes =
+        [m.weights, m.adapters, m.gradients, m.optimizer, m.activation_bytes(), m.workspace];
     for (category, bytes) in CATEGORIES.iter().zip(bytes) {
         row.set(format!("{category} {kind} (MiB)"), mebibytes(bytes));
     }
@@ -89,16 +101,20 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("model")?;
     let (batch, length) = (point.usize("batch")?, point.usize("length")?);
     let mut shape = StepShape { batch, length, bytes: 4, state: 2, checkpointing: false };
-    let predicted_row = |label: &str, config: &ModelConfig, method: &MethodParams, shape: &StepShape| {
-        let memory = predict(config, method, shape)?;
-        let mut row = Row::new().with("method", label).with("trained", memory.trained);
-        memory_cells(&mut row, "predicted", &memory);
-        Ok::<_, peft_limits::Error>(row)
-    };
+    let predicted_row =
+        |label: &str, config: &ModelConfig, method: &MethodParams, shape: &StepShape| {
+            let memory = predict(config, method, shape)?;
+            let mut row = Row::new().with("method", label).with("trained", memory.trained);
+            memory_cells(&mut row, "predicted", &memory);
+            Ok::<_, peft_limits::Error>(row)
+        };
     if name == LLAMA {
         let config = llama_2_7b();
         shape.bytes = 2;
-        return methods(&config)?.iter().map(|(label, method)| predicted_row(label, &config, method, &shape)).collect();
+        return methods(&config)?
+            .iter()
+            .map(|(label, method)| predicted_row(label, &config, method, &shape))
+            .collect();
     }
     let config = preset(name)?;
     let repeats = point.usize("repeats")?;
@@ -119,7 +135,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     for (name, method, mut step, seconds) in contenders {
         let mut row = predicted_row(name, &config, &method, &shape)?;
         memory_cells(&mut row, "measured", &step.memory()?);
-        let parts: [fn(&StepSeconds) -> f64; 3] = [|s| 1e3 * s.forward, |s| 1e3 * s.backward, |s| 1e3 * s.update];
+        let parts: [fn(&StepSeconds) -> f64; 3] =
+            [|s| 1e3 * s.forward, |s| 1e3 * s.backward, |s| 1e3 * s.update];
         for (phase, part) in PHASES.iter().zip(parts) {
             row.set(*phase, Summary::of(&seconds.iter().map(part).collect::<Vec<_>>()).median);
         }
@@ -135,8 +152,11 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
 
 /// The models of a table with their rows, largest measured model first, the predicted one last.
 fn models(table: &Table) -> Result<Vec<(String, Table)>> {
-    let mut all: Vec<(String, Table)> =
-        table.group_by(&["model", "batch", "length"])?.into_iter().map(|(key, t)| (title(&key), t)).collect();
+    let mut all: Vec<(String, Table)> = table
+        .group_by(&["model", "batch", "length"])?
+        .into_iter()
+        .map(|(key, t)| (title(&key), t))
+        .collect();
     all.sort_by_key(|(name, _)| name.starts_with(LLAMA));
     Ok(all)
 }
@@ -145,13 +165,30 @@ fn title(key: &[Cell]) -> String {
     format!("{}, {} x {} tokens", key[0].to_field(), key[1].to_field(), key[2].to_field())
 }
 
-fn stacked(title: String, y: &str, rows: &Table, columns: &[(String, String)], factor: f64) -> Result<BarChart> {
+fn stacked(
+    title: String,
+    y: &str,
+    rows: &Table,
+    columns: &[(String, String)],
+    factor: f64,
+) -> Result<BarChart> {
     let mut series = Vec::new();
     for (name, column) in columns {
-        series.push(BarSeries::new(name.clone(), rows.floats(column)?.into_iter().map(|x| x * factor)));
+        series.push(BarSeries::new(
+            name.clone(),
+            rows.floats(column)?.into_iter().map(|x| x * factor),
+        ));
     }
     let groups = rows.texts("method")?;
-    Ok(BarChart { title, groups, y: Axis::linear(y), series, stacked: true, values: true, ..BarChart::default() })
+    Ok(BarChart {
+        title,
+        groups,
+        y: Axis::linear(y),
+        series,
+        stacked: true,
+        values: true,
+        ..BarChart::default()
+    })
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
@@ -161,15 +198,31 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         if !name.starts_with(LLAMA) {
             let phases = PHASES.map(|p| (p.trim_end_matches(" (ms)").to_string(), p.to_string()));
             time.push(stacked(name.clone(), "median time of a step (ms)", &rows, &phases, 1.0)?);
-            memory.push(stacked(format!("{name}: measured"), "memory (MiB)", &rows, &columns("measured"), 1.0)?);
+            memory.push(stacked(
+                format!("{name}: measured"),
+                "memory (MiB)",
+                &rows,
+                &columns("measured"),
+                1.0,
+            )?);
         }
-        let (unit, factor) =
-            if name.starts_with(LLAMA) { ("memory (GiB)", 1.0 / 1024.0) } else { ("memory (MiB)", 1.0) };
-        memory.push(stacked(format!("{name}: predicted"), unit, &rows, &columns("predicted"), factor)?);
+        let (unit, factor) = if name.starts_with(LLAMA) {
+            ("memory (GiB)", 1.0 / 1024.0)
+        } else {
+            ("memory (MiB)", 1.0)
+        };
+        memory.push(stacked(
+            format!("{name}: predicted"),
+            unit,
+            &rows,
+            &columns("predicted"),
+            factor,
+        )?);
     }
     let caption = format!(
-        "LoRA family and PaCA at rank {RANK} (paca 2r: {}), S2FT at LoRA's number of trained numbers, AdamW. Measured: read off the live \
-         objects; predicted: from sizes alone ({LLAMA} in half precision throughout).",
+        "LoRA family and PaCA at rank {RANK} (paca 2r: {}), S2FT at LoRA's number of trained \
+         numbers, AdamW. Measured: read off the live objects; predicted: from sizes alone ({LLAMA} \
+         in half precision throughout).",
         2 * RANK
     );
     let mut memory = Figure::new("Memory of a training step", memory).caption(caption).columns(1);
@@ -190,12 +243,21 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let kind = if name.starts_with(LLAMA) { "predicted" } else { "measured" };
         let against = |column: &str| {
             let lora = value(&rows, "lora", column);
-            let of = |m: &str| format!("{m} {:+.1}%", 100.0 * (value(&rows, m, column) / lora - 1.0));
-            ["paca", "paca 2r", "s2ft", "dora", "moslora", "full", "qlora", "qpaca"].map(of).join(", ")
+            let of =
+                |m: &str| format!("{m} {:+.1}%", 100.0 * (value(&rows, m, column) / lora - 1.0));
+            ["paca", "paca 2r", "s2ft", "dora", "moslora", "full", "qlora", "qpaca"]
+                .map(of)
+                .join(", ")
         };
-        lines.push(format!("{name}, {kind} memory against LoRA: {}.", against(&format!("total {kind} (MiB)"))));
+        lines.push(format!(
+            "{name}, {kind} memory against LoRA: {}.",
+            against(&format!("total {kind} (MiB)"))
+        ));
         if kind == "measured" {
-            lines.push(format!("{name}, operations against LoRA: {}.", against("operations (flops)")));
+            lines.push(format!(
+                "{name}, operations against LoRA: {}.",
+                against("operations (flops)")
+            ));
             let spread = (value(&rows, "lora", "step upper quartile (ms)")
                 - value(&rows, "lora", "step lower quartile (ms)"))
                 / value(&rows, "lora", "step (ms)");
@@ -207,7 +269,9 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         }
     }
     lines.push(
-        "The paper's numbers on a GPU are -22% time and -16% memory; there a launch per adapter layer costs time that a CPU does not pay.".into(),
+        "The paper's numbers on a GPU are -22% time and -16% memory; there a launch per adapter \
+         layer costs time that a CPU does not pay."
+            .into(),
     );
     Ok(lines)
 }
@@ -220,7 +284,10 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
             memory &= less("total predicted (MiB)");
             continue;
         }
-        let totals = rows.floats("total measured (MiB)")?.into_iter().zip(rows.floats("total predicted (MiB)")?);
+        let totals = rows
+            .floats("total measured (MiB)")?
+            .into_iter()
+            .zip(rows.floats("total predicted (MiB)")?);
         near &= totals.into_iter().all(|(m, p)| (p / m - 1.0).abs() < 0.02);
         memory &= less("total measured (MiB)") && less("activations measured (MiB)");
         operations &= less("operations (flops)");
@@ -236,16 +303,22 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
 mod tests {
     use super::*;
 
-    /// One measured model and the predicted one: PaCA's share of LoRA's memory and operations, prediction over measurement.
+    /// One measured model and the predicted one: PaCA's share of LoRA's memory and operations,
+    /// prediction over measurement.
     fn made_up(memory: f64, operations: f64, predicted: f64) -> Vec<bool> {
         let mut table = Table::default();
         for model in ["nano", LLAMA] {
             for (method, memory, operations) in [("lora", 1.0, 1.0), ("paca", memory, operations)] {
-                let mut row = Row::new().with("model", model).with("batch", 4u64).with("length", 128u64);
-                row = row.with("method", method).with("total predicted (MiB)", 100.0 * memory * predicted);
+                let mut row =
+                    Row::new().with("model", model).with("batch", 4u64).with("length", 128u64);
+                row = row
+                    .with("method", method)
+                    .with("total predicted (MiB)", 100.0 * memory * predicted);
                 if model != LLAMA {
                     row = row.with("total measured (MiB)", 100.0 * memory);
-                    row = row.with("activations measured (MiB)", 50.0 * memory).with("operations (flops)", operations);
+                    row = row
+                        .with("activations measured (MiB)", 50.0 * memory)
+                        .with("operations (flops)", operations);
                 }
                 table.push(&row);
             }

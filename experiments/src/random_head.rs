@@ -1,4 +1,5 @@
-//! Heads of the solvable model (paper-notes/phase-diagram.md), drawn and measured: what `phase_diagram` and `solvable_model` share.
+//! Heads of the solvable model (paper-notes/phase-diagram.md), drawn and measured: what
+//! `phase_diagram` and `solvable_model` share.
 
 use ndarray::{Array2, Axis, parallel::prelude::*};
 use peft_limits::cost::Cost;
@@ -100,8 +101,11 @@ impl RandomHead {
 
 /// dS = P o (G V^T - delta) with normal G and V of `value_dim` columns.
 pub fn score_gradient(p: &Array2<f32>, value_dim: usize, rng: &mut impl Rng) -> Array2<f32> {
-    let mut normal =
-        || Array2::<f32>::from_shape_simple_fn((p.nrows(), value_dim), || StandardNormal.sample(&mut *rng));
+    let mut normal = || {
+        Array2::<f32>::from_shape_simple_fn((p.nrows(), value_dim), || {
+            StandardNormal.sample(&mut *rng)
+        })
+    };
     let (upstream, value) = (normal(), normal());
     let mut ds = parallel_product(upstream.view(), value.t(), &mut Cost::default());
     ds.axis_iter_mut(Axis(0)).into_par_iter().zip(p.axis_iter(Axis(0))).for_each(|(mut row, p)| {
@@ -118,19 +122,25 @@ pub struct Leading {
 }
 
 impl Leading {
-    /// At least `count` of them, by subspace iteration from a seeded start where that is cheaper than all.
+    /// At least `count` of them, by subspace iteration from a seeded start where that is cheaper
+    /// than all.
     ///
     /// # Errors
     /// Those of the decompositions.
     pub fn of(a: &Array2<f32>, count: usize, rng: &mut impl Rng) -> Result<Self> {
         const ITERATIONS: usize = 2;
-        let total_energy = a.axis_iter(Axis(0)).map(|row| row.iter().map(|x| f64::from(x * x)).sum::<f64>()).sum();
+        let total_energy =
+            a.axis_iter(Axis(0)).map(|row| row.iter().map(|x| f64::from(x * x)).sum::<f64>()).sum();
         let width = count + count / 4 + 8;
         if width * 6 > a.nrows() {
-            return Ok(Self { values: singular_values(a.mapv(f64::from).view())?.to_vec(), total_energy });
+            return Ok(Self {
+                values: singular_values(a.mapv(f64::from).view())?.to_vec(),
+                total_energy,
+            });
         }
         let cost = &mut Cost::default();
-        let mut basis = Array2::<f32>::from_shape_simple_fn((a.ncols(), width), || StandardNormal.sample(rng));
+        let mut basis =
+            Array2::<f32>::from_shape_simple_fn((a.ncols(), width), || StandardNormal.sample(rng));
         for _ in 0..ITERATIONS {
             let left = orthonormal(&parallel_product(a.view(), basis.view(), cost))?;
             basis = orthonormal(&parallel_transposed_product(a.view(), left.view(), cost))?;

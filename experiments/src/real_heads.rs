@@ -1,14 +1,15 @@
-//! Claim under test: trained heads live on some side of the norm threshold of \[CL-LoRA\], and that decides whether a chained
-//! gradient can serve them.
+//! Claim under test: trained heads live on some side of the norm threshold of \[CL-LoRA\], and that
+//! decides whether a chained gradient can serve them.
 //!
-//! Measured on each head file of a folder (`--heads DIR`, made by python/dump_heads.py; two heads come with the project):
-//! Gamma / sqrt(ln L), the largest logit, effective keys, and for each factorization the fewest columns k and the time that
-//! reach 10%, 1% and 0.1% gradient error (f64, against dense). What the largest entries alone reach is in `sparse_heads`.
+//! Measured on each head file of a folder (`--heads DIR`, made by python/dump_heads.py; two heads
+//! come with the project): Gamma / sqrt(ln L), the largest logit, effective keys, and for each
+//! factorization the fewest columns k and the time that reach 10%, 1% and 0.1% gradient error (f64,
+//! against dense). What the largest entries alone reach is in `sparse_heads`.
 //!
 //! Refuted if heads with c well above 1 had accurate gradients from few columns.
 //!
-//! `cargo run --release --bin real_heads [-- --heads DIR] [-- --profile full]`; about 15 seconds for two heads, 10 minutes for
-//! forty of 512 tokens. Timed: run it alone.
+//! `cargo run --release --bin real_heads [-- --heads DIR] [-- --profile full]`; about 15 seconds
+//! for two heads, 10 minutes for forty of 512 tokens. Timed: run it alone.
 
 use crate::harness::{Experiment, Point, Profile, head_files, heads_folder};
 use peft_limits::attention::contraction::upstream_gradient;
@@ -23,8 +24,8 @@ use peft_limits::limits::threshold::Threshold;
 use peft_limits::limits::trial::{natural_request, reference, trial};
 use peft_limits::linalg::norms;
 use peft_limits::report::{
-    Axis, Cell, Figure, LineChart, NamedFigure, PlotPoint, Reference, Row, ScatterChart, ScatterGroup, Series, Summary,
-    Table,
+    Axis, Cell, Figure, LineChart, NamedFigure, PlotPoint, Reference, Row, ScatterChart,
+    ScatterGroup, Series, Summary, Table,
 };
 use peft_limits::streams::sha256_hex;
 use peft_limits::{Error, Result};
@@ -34,11 +35,13 @@ use std::time::Instant;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "real_heads",
     title: "Trained heads against the threshold, and what 1% gradient error costs on them",
-    claim: "The threshold of CL-LoRA separates heads whose LoRA gradient has a cheap chained approximation from those that need the exact one. \
-            Trained heads are expected above it in Gamma, far less so in their logits.",
+    claim: "The threshold of CL-LoRA separates heads whose LoRA gradient has a cheap chained \
+            approximation from those that need the exact one. Trained heads are expected above it \
+            in Gamma, far less so in their logits.",
     refuted_by: "heads with c well above 1 whose gradient a low-degree factorization reaches to 1%",
-    doubt: "Heads of two small models on one text each: six of an encoder, with random adapters and a target near the output, and forty of a decoder. Another model, \
-            task or length may lie elsewhere.",
+    doubt: "Heads of two small models on one text each: six of an encoder, with random adapters \
+            and a target near the output, and forty of a decoder. Another model, task or length \
+            may lie elsewhere.",
     grid,
     measure,
     parallel: false,
@@ -55,7 +58,9 @@ fn grid(_: Profile, _: u64) -> Vec<Point> {
         .into_iter()
         .map(|(name, path)| {
             // The content is part of what affects the result.
-            let sum = std::fs::read(path).map(|bytes| sha256_hex(&bytes)[..16].to_string()).unwrap_or_default();
+            let sum = std::fs::read(path)
+                .map(|bytes| sha256_hex(&bytes)[..16].to_string())
+                .unwrap_or_default();
             Point::new(name.clone()).with("head", name).with("sha256", sum)
         })
         .collect();
@@ -66,9 +71,13 @@ fn grid(_: Profile, _: u64) -> Vec<Point> {
     points
 }
 
-/// (k, gradient error, seconds) of one family by rising k; stops once the smallest target is reached. The error is
-/// infinite where an approximate denominator is not positive.
-fn sweep(family: &str, problem: &AttentionProblem<f64>, exact: &Gradients<f64>) -> Result<Vec<(usize, f64, f64)>> {
+/// (k, gradient error, seconds) of one family by rising k; stops once the smallest target is
+/// reached. The error is infinite where an approximate denominator is not positive.
+fn sweep(
+    family: &str,
+    problem: &AttentionProblem<f64>,
+    exact: &Gradients<f64>,
+) -> Result<Vec<(usize, f64, f64)>> {
     let request = natural_request(problem);
     let mut found = Vec::new();
     if family == "truncated-svd" {
@@ -121,13 +130,17 @@ fn sweep(family: &str, problem: &AttentionProblem<f64>, exact: &Gradients<f64>) 
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("head")?;
-    let (_, path) = head_files().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
-        let folder = heads_folder();
-        Error::io(
-            &folder,
-            std::io::Error::new(std::io::ErrorKind::NotFound, "no *.safetensors head file here; pass --heads DIR"),
-        )
-    })?;
+    let (_, path) =
+        head_files().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
+            let folder = heads_folder();
+            Error::io(
+                &folder,
+                std::io::Error::new(
+                    std::io::ErrorKind::NotFound,
+                    "no *.safetensors head file here; pass --heads DIR",
+                ),
+            )
+        })?;
     let problem: AttentionProblem<f64> = file::read_problem(&path)?;
     let projected = problem.project(&mut Cost::default());
     let threshold = Threshold::measure(&problem, &projected, &mut Cost::default());
@@ -135,9 +148,11 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let start = Instant::now();
     let streamed = streaming::gradients(&problem, natural_request(&problem))?;
     let exact_seconds = start.elapsed().as_secs_f64();
-    // Where the target is close to the output, G = O - Y is small and an error of O is a larger one of G.
+    // Where the target is close to the output, G = O - Y is small and an error of O is a larger one
+    // of G.
     let upstream = upstream_gradient(&problem, &streamed.output);
-    let amplification = norms::frobenius(&upstream.view()) / norms::frobenius(&streamed.output.view());
+    let amplification =
+        norms::frobenius(&upstream.view()) / norms::frobenius(&streamed.output.view());
     let keys = effective_keys(&problem, &projected);
     let mut rows = Vec::new();
     for family in FAMILIES {
@@ -159,7 +174,10 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
                     .with("family", family)
                     .with("columns k", k)
                     .with("gradient error", error)
-                    .with("time (s)", if seconds.is_finite() { Cell::Float(seconds) } else { Cell::Missing })
+                    .with(
+                        "time (s)",
+                        if seconds.is_finite() { Cell::Float(seconds) } else { Cell::Missing },
+                    )
                     .with("exact time (s)", exact_seconds),
             );
         }
@@ -170,7 +188,9 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
 /// Fewest columns of a family that reach a target on one head, with seconds.
 fn needed(head: &Table, family: &str, target: f64) -> Option<(f64, f64)> {
     let rows = head.filter_eq("family", family);
-    rows.rows().find(|r| r.f64("gradient error") <= target).map(|r| (r.f64("columns k"), r.f64("time (s)")))
+    rows.rows()
+        .find(|r| r.f64("gradient error") <= target)
+        .map(|r| (r.f64("columns k"), r.f64("time (s)")))
 }
 
 /// Name of the model in a head's name: all before the layer.
@@ -195,23 +215,30 @@ fn by_model(table: &Table) -> Result<Vec<(String, Vec<Table>)>> {
         .collect()
 }
 
-/// Error of a family with at most `k` columns on one head; infinite where it has no gradient, NaN where it has no such member.
+/// Error of a family with at most `k` columns on one head; infinite where it has no gradient, NaN
+/// where it has no such member.
 fn error_within(head: &Table, family: &str, k: f64) -> f64 {
     let rows = head.filter_eq("family", family);
-    rows.rows().filter(|r| r.f64("columns k") <= k).last().map_or(f64::NAN, |r| r.f64("gradient error"))
+    rows.rows()
+        .filter(|r| r.f64("columns k") <= k)
+        .last()
+        .map_or(f64::NAN, |r| r.f64("gradient error"))
 }
 
-/// Median and quartiles over heads of the error of a family, by columns. Above the middle, no gradient is infinite.
+/// Median and quartiles over heads of the error of a family, by columns. Above the middle, no
+/// gradient is infinite.
 fn curve(heads: &[Table], family: &str) -> Vec<PlotPoint> {
-    let all =
-        heads.iter().flat_map(|h| h.filter_eq("family", family).rows().map(|r| r.f64("columns k")).collect::<Vec<_>>());
+    let all = heads.iter().flat_map(|h| {
+        h.filter_eq("family", family).rows().map(|r| r.f64("columns k")).collect::<Vec<_>>()
+    });
     let mut columns: Vec<f64> = all.collect();
     columns.sort_by(f64::total_cmp);
     columns.dedup();
     // The oracle's bisections lie anywhere: powers of two are enough for a curve.
     columns.retain(|k| family != "truncated-svd" || (*k as u64).is_power_of_two());
     let point = |x: f64| {
-        let mut errors: Vec<f64> = heads.iter().map(|h| error_within(h, family, x)).filter(|e| !e.is_nan()).collect();
+        let mut errors: Vec<f64> =
+            heads.iter().map(|h| error_within(h, family, x)).filter(|e| !e.is_nan()).collect();
         errors.sort_by(f64::total_cmp);
         let at = |q: f64| errors[((errors.len() - 1) as f64 * q).round() as usize];
         let (low, y, high) = (at(0.25), at(0.5), at(0.75));
@@ -236,13 +263,17 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         front: None,
         references: vec![Reference::Vertical(1.0, "c = 1".into())],
     };
-    let logits = scatter("largest logit, share of its bound", Axis::log10("largest |logit| / Γ²"), &|h| {
-        of_head(h, "largest logit") / of_head(h, "Gamma").powi(2)
+    let logits =
+        scatter("largest logit, share of its bound", Axis::log10("largest |logit| / Γ²"), &|h| {
+            of_head(h, "largest logit") / of_head(h, "Gamma").powi(2)
+        });
+    let keys = scatter("keys that hold a query's weight", Axis::log10("effective keys"), &|h| {
+        of_head(h, "effective keys")
     });
-    let keys =
-        scatter("keys that hold a query's weight", Axis::log10("effective keys"), &|h| of_head(h, "effective keys"));
-    let first = Figure::new("Trained heads against the norm threshold", [logits, keys])
-        .caption("Γ = √(β d_h max|Q| max|K|). Each point is a head: all lie above the threshold's scale, with logits far below the bound Γ².");
+    let first = Figure::new("Trained heads against the norm threshold", [logits, keys]).caption(
+        "Γ = √(β d_h max|Q| max|K|). Each point is a head: all lie above the threshold's \
+                  scale, with logits far below the bound Γ².",
+    );
     let mut panels = Vec::new();
     for (model, heads) in &models {
         let series = FAMILIES.iter().map(|&family| Series::new(family, curve(heads, family)));
@@ -256,7 +287,11 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         });
     }
     let mut second = Figure::new("Gradient error against columns on trained heads", panels)
-        .caption("Median and quartiles over heads; f64 against dense. Arrows at the border: at least half of the heads have no gradient, a softmax denominator not being positive. The truncated SVD is the oracle, not a fast method.");
+        .caption(
+            "Median and quartiles over heads; f64 against dense. Arrows at the border: at \
+                  least half of the heads have no gradient, a softmax denominator not being \
+                  positive. The truncated SVD is the oracle, not a fast method.",
+        );
     second.share_x = true;
     Ok(vec![NamedFigure::new("threshold", first), NamedFigure::new("columns", second)])
 }
@@ -267,7 +302,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     let mut all = 0;
     let mut served = 0;
     for (model, heads) in by_model(table)? {
-        let summary = |of: &dyn Fn(&Table) -> f64| Summary::of(&heads.iter().map(of).collect::<Vec<_>>());
+        let summary =
+            |of: &dyn Fn(&Table) -> f64| Summary::of(&heads.iter().map(of).collect::<Vec<_>>());
         let (c, keys) = (summary(&|h| of_head(h, "c")), summary(&|h| of_head(h, "effective keys")));
         let logit = summary(&|h| of_head(h, "largest logit"));
         let share = summary(&|h| 100.0 * of_head(h, "largest logit") / of_head(h, "Gamma").powi(2));
@@ -275,21 +311,29 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let mut reached = Vec::new();
         for target in TARGETS {
             let words = FAMILIES.iter().map(|&family| {
-                let hits: Vec<(f64, f64)> = heads.iter().filter_map(|h| needed(h, family, target)).collect();
+                let hits: Vec<(f64, f64)> =
+                    heads.iter().filter_map(|h| needed(h, family, target)).collect();
                 let columns = Summary::of(&hits.iter().map(|h| h.0).collect::<Vec<_>>());
                 let time = Summary::of(&hits.iter().map(|h| h.1).collect::<Vec<_>>());
                 match hits.len() {
                     0 => format!("{family} on none"),
-                    n => format!("{family} on {n} (median k = {}, {:.3} s)", columns.median, time.median),
+                    n => format!(
+                        "{family} on {n} (median k = {}, {:.3} s)",
+                        columns.median, time.median
+                    ),
                 }
             });
             reached.push(format!("{}%: {}", target * 100.0, words.collect::<Vec<_>>().join(", ")));
         }
         all += heads.len();
-        served += heads.iter().filter(|h| polynomials.iter().any(|f| needed(h, f, TARGETS[0]).is_some())).count();
+        served += heads
+            .iter()
+            .filter(|h| polynomials.iter().any(|f| needed(h, f, TARGETS[0]).is_some()))
+            .count();
         lines.push(format!(
-            "{model}, {} heads of {} tokens: c from {:.2} to {:.2}, largest logit from {:.2} to {:.2} ({:.0}% to {:.0}% of Gamma^2), {:.1} effective keys (median), \
-             ||G|| = {:.2} ||O|| (median). Gradient error of {}. Exact streaming takes {:.4} s (median).",
+            "{model}, {} heads of {} tokens: c from {:.2} to {:.2}, largest logit from {:.2} to \
+             {:.2} ({:.0}% to {:.0}% of Gamma^2), {:.1} effective keys (median), ||G|| = {:.2} \
+             ||O|| (median). Gradient error of {}. Exact streaming takes {:.4} s (median).",
             heads.len(),
             summary(&|h| of_head(h, "tokens")).median,
             c.min,
@@ -305,8 +349,10 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         ));
     }
     let summary = format!(
-        "{served} of {all} heads have a polynomial with at most 32 columns a token that reaches 10%. At head width d, degree g costs C(d + g, g) columns, and where the \
-         target is near the output (||G|| small against ||O||) an error of O weighs ||O|| / ||G|| times as much in G."
+        "{served} of {all} heads have a polynomial with at most 32 columns a token that reaches \
+         10%. At head width d, degree g costs C(d + g, g) columns, and where the target is near \
+         the output (||G|| small against ||O||) an error of O weighs ||O|| / ||G|| times as much \
+         in G."
     );
     lines.insert(0, summary);
     Ok(lines)
@@ -322,7 +368,9 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     let above = |head: &&Table| of_head(head, "c") > 2.0;
     let all = heads.iter().filter(above).count();
     let refuting = heads.iter().filter(above).filter(|h| cheap(h)).count();
-    let statement = format!("of {all} heads with c above 2 none has a polynomial of at most L / 10 columns at 1%");
+    let statement = format!(
+        "of {all} heads with c above 2 none has a polynomial of at most L / 10 columns at 1%"
+    );
     Ok(vec![(statement, refuting == 0)])
 }
 
@@ -332,7 +380,11 @@ mod tests {
 
     fn made_up(c: f64, k: u64, error: f64) -> bool {
         let mut table = Table::default();
-        let row = Row::new().with("head", "m_l0_h0").with("model", "m").with("tokens", 512u64).with("Gamma", 5.0);
+        let row = Row::new()
+            .with("head", "m_l0_h0")
+            .with("model", "m")
+            .with("tokens", 512u64)
+            .with("Gamma", 5.0);
         let row = row.with("c", c).with("largest logit", 20.0).with("family", "fitted");
         table.push(&row.with("columns k", k).with("gradient error", error));
         checks(&table).unwrap()[0].1

@@ -1,9 +1,9 @@
-//! What of the papers reproduces: the table of `paper-notes/what-reproduces.md`, each word and number computed from a
-//! committed table of `figures`.
+//! What of the papers reproduces: the table of `paper-notes/what-reproduces.md`, each word and
+//! number computed from a committed table of `figures`.
 //!
-//! After a new run of a figure `BLESS=1 cargo test -p peft-limits-experiments reproduced` writes the table again; without
-//! it the test fails where the page and the tables differ. A reason that no longer fits its word is for the reader of
-//! the difference to see.
+//! After a new run of a figure `BLESS=1 cargo test -p peft-limits-experiments reproduced` writes
+//! the table again; without it the test fails where the page and the tables differ. A reason that
+//! no longer fits its word is for the reader of the difference to see.
 
 use crate::harness::over_bases::{difference, interval};
 use crate::{adapter_fusion, generalization, s2ft_selection};
@@ -138,7 +138,8 @@ fn selected(table: &Table, rule: &str, paper: f64) -> Outcome {
 }
 
 fn fused(table: &Table, a: &str, paper: f64) -> Outcome {
-    let (mean, low, high) = adapter_fusion::compared(table, a, adapter_fusion::LORA, "sum", adapter_fusion::LOST)?;
+    let (mean, low, high) =
+        adapter_fusion::compared(table, a, adapter_fusion::LORA, "sum", adapter_fusion::LOST)?;
     Ok((effect((mean, low, high), paper), format!("{mean:+.1} points ({low:+.1} to {high:+.1})")))
 }
 
@@ -154,7 +155,8 @@ fn slice_bound(table: &Table, method: &str) -> Result<Summary> {
     let rows = table.filter_eq("kind", "linear").filter_eq("method", method);
     let mut shares = Vec::new();
     for (_, rows) in rows.group_by(&["world", "t"])? {
-        let of = |column: &str| Ok::<_, peft_limits::Error>(Summary::of(&rows.floats(column)?).mean);
+        let of =
+            |column: &str| Ok::<_, peft_limits::Error>(Summary::of(&rows.floats(column)?).mean);
         shares.push(of("risk on the other task")? / of("bound")?);
     }
     Ok(Summary::of(&shares))
@@ -170,12 +172,18 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "gradients in almost linear time for norms o(√log L), error 1/poly(L)",
                 figure: "theorem_limits",
                 outcome: |table| {
-                    let rows = table.filter(|r| r.text("kind") == "trajectory" && (r.f64("s") - 0.35).abs() < 1e-9);
+                    let rows = table.filter(|r| {
+                        r.text("kind") == "trajectory" && (r.f64("s") - 0.35).abs() < 1e-9
+                    });
                     let e = rows.sorted_by("log2 L")?.floats("certified")?;
                     let (first, last) = (e[0], e[e.len() - 1]);
-                    Ok((holds(last < first && last < 1.5), format!("exponent {first:.2} to {last:.2}")))
+                    Ok((
+                        holds(last < first && last < 1.5),
+                        format!("exponent {first:.2} to {last:.2}"),
+                    ))
                 },
-                reason: "norms 0.4 (ln L)^0.35 from L = 2^9 to 2^255; at lengths that run the exponent is still near 2",
+                reason: "norms 0.4 (ln L)^0.35 from L = 2^9 to 2^255; at lengths that run the \
+                         exponent is still near 2",
             },
             Claim {
                 place: "lemmas 3.1 to 3.7",
@@ -183,11 +191,15 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 figure: "bounds",
                 outcome: |table| {
                     let held = table.rows().filter(|r| {
-                        let (certified, error) = (r.f64("certified error / norm"), r.f64("gradient error"));
+                        let (certified, error) =
+                            (r.f64("certified error / norm"), r.f64("gradient error"));
                         certified.is_nan() || error.is_nan() || error <= certified + 1e-11
                     });
                     let held = held.count();
-                    Ok((holds(held == table.len()), format!("{held} of {} errors in their bounds", table.len())))
+                    Ok((
+                        holds(held == table.len()),
+                        format!("{held} of {} errors in their bounds", table.len()),
+                    ))
                 },
                 reason: "the certificates are hundreds of times too large",
             },
@@ -196,9 +208,13 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "the exact gradient takes quadratic time",
                 figure: "crossover",
                 outcome: |table| {
-                    let rows = table.filter_eq("method", "streaming f32").filter(|r| r.f64("c") < 1.0);
-                    let points: Vec<(f64, f64)> =
-                        rows.floats("tokens")?.into_iter().zip(rows.floats("operations (flops)")?).collect();
+                    let rows =
+                        table.filter_eq("method", "streaming f32").filter(|r| r.f64("c") < 1.0);
+                    let points: Vec<(f64, f64)> = rows
+                        .floats("tokens")?
+                        .into_iter()
+                        .zip(rows.floats("operations (flops)")?)
+                        .collect();
                     let slope = fit_exponent(&points, 0.95)?.slope;
                     Ok((holds((slope - 2.0).abs() < 0.05), format!("slope {slope:.2}")))
                 },
@@ -221,10 +237,15 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                         }
                         Ok(all)
                     };
-                    let (right, all) = (sum(["planted right", "null right"])?, sum(["planted", "null"])?);
-                    Ok((holds(right >= all && all > 0.0), format!("{right} of {all} instances right")))
+                    let (right, all) =
+                        (sum(["planted right", "null right"])?, sum(["planted", "null"])?);
+                    Ok((
+                        holds(right >= all && all > 0.0),
+                        format!("{right} of {all} instances right"),
+                    ))
                 },
-                reason: "squared loss, Y = 0, to L = 2^15, where the promise decides; a lower bound itself cannot be run",
+                reason: "squared loss, Y = 0, to L = 2^15, where the promise decides; a lower \
+                         bound itself cannot be run",
             },
         ],
     ),
@@ -266,14 +287,16 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "23% longer than LoRA's",
                 figure: "sequence_limit",
                 outcome: |table| longest(table, "lora", 0.23),
-                reason: "our step keeps no attention matrix and no logits, so what PaCA saves is a larger share",
+                reason: "our step keeps no attention matrix and no logits, so what PaCA saves is a \
+                         larger share",
             },
             Claim {
                 place: "longest sequence, DoRA",
                 says: "108% longer than DoRA's",
                 figure: "sequence_limit",
                 outcome: |table| longest(table, "dora", 1.08),
-                reason: "our DoRA keeps no more than LoRA; theirs keeps the merged weight's intermediate results",
+                reason: "our DoRA keeps no more than LoRA; theirs keeps the merged weight's \
+                         intermediate results",
             },
             Claim {
                 place: "longest sequence, MosLoRA",
@@ -287,7 +310,8 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "16% more than LoRA's",
                 figure: "sequence_limit",
                 outcome: |table| {
-                    let rows = table.filter(|r| r.text("kind") == "throughput" && r.text("batch") == "16");
+                    let rows =
+                        table.filter(|r| r.text("kind") == "throughput" && r.text("batch") == "16");
                     let gain = against(&rows, "paca", "lora", "tokens per second")?;
                     Ok((size(gain, 0.16), percent(gain)))
                 },
@@ -312,7 +336,8 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                     let word = if d.1 > 0.0 { Word::Opposite } else { Word::Same };
                     Ok((word, format!("slope {:+.2} ({:+.2} to {:+.2})", d.0, d.1, d.2)))
                 },
-                reason: "difference from full's slope, not separated; the bound itself holds for any subset of numbers",
+                reason: "difference from full's slope, not separated; the bound itself holds for \
+                         any subset of numbers",
             },
         ],
     ),
@@ -324,7 +349,13 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "full fine-tuning has the lowest training loss",
                 figure: "generalization",
                 outcome: |table| {
-                    let d = generalization::compared(table, ("full", "s2ft"), "10%", "training loss (nats)", 0.95)?;
+                    let d = generalization::compared(
+                        table,
+                        ("full", "s2ft"),
+                        "10%",
+                        "training loss (nats)",
+                        0.95,
+                    )?;
                     Ok((effect(d, -0.01), format!("{:+.3} nats ({:+.3} to {:+.3})", d.0, d.1, d.2)))
                 },
                 reason: "against S2FT at 10%, each at its best rate",
@@ -355,7 +386,13 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "+11.5% over full fine-tuning",
                 figure: "generalization",
                 outcome: |table| {
-                    let d = generalization::compared(table, ("s2ft", "full"), "1%", "lists tokens", 0.95)?;
+                    let d = generalization::compared(
+                        table,
+                        ("s2ft", "full"),
+                        "1%",
+                        "lists tokens",
+                        0.95,
+                    )?;
                     Ok((effect(d, 0.115), points(d)))
                 },
                 reason: "far, S2FT at 1%",
@@ -376,11 +413,15 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 figure: "s2ft_selection",
                 outcome: |table| {
                     let [low, middle, high] = s2ft_selection::PAPERS_ORDER;
-                    let gap = |a, b| s2ft_selection::groups_apart(table, (a, b), "in-domain tokens", 0.95);
-                    let (first, second, ends) = (gap(middle, low)?, gap(high, middle)?, gap(high, low)?);
+                    let gap = |a, b| {
+                        s2ft_selection::groups_apart(table, (a, b), "in-domain tokens", 0.95)
+                    };
+                    let (first, second, ends) =
+                        (gap(middle, low)?, gap(high, middle)?, gap(high, low)?);
                     Ok((order(first, second, ends), format!("last less first {}", points(ends))))
                 },
-                reason: "in-domain, 2% of the model each; whether the means alone stand in that order is not asked",
+                reason: "in-domain, 2% of the model each; whether the means alone stand in that \
+                         order is not asked",
             },
             Claim {
                 place: "table 4: small activations",
@@ -394,7 +435,8 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "-1.9 and -2.5 points",
                 figure: "s2ft_selection",
                 outcome: |table| selected(table, "activation", -1.9),
-                reason: "channels of down: where the input is large, a weight moves the output most",
+                reason: "channels of down: where the input is large, a weight moves the output \
+                         most",
             },
             Claim {
                 place: "table 4: large gradients",
@@ -419,8 +461,12 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 figure: "peft_cost",
                 outcome: |table| {
                     let rows = llama(table);
-                    let times = median(&rows, "full", PREDICTED)? / median(&rows, "s2ft", PREDICTED)?;
-                    Ok((if times >= 1.4 { Word::Same } else { Word::Weaker }, format!("{times:.1} times")))
+                    let times =
+                        median(&rows, "full", PREDICTED)? / median(&rows, "s2ft", PREDICTED)?;
+                    Ok((
+                        if times >= 1.4 { Word::Same } else { Word::Weaker },
+                        format!("{times:.1} times"),
+                    ))
                 },
                 reason: "as above",
             },
@@ -471,18 +517,21 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 says: "switching LoRA grows quadratically with the width, S2FT's does not",
                 figure: "adapter_serving",
                 outcome: |table| {
-                    let (slice, lora) = (switch_slope(table, "S2FT")?, switch_slope(table, "LoRA")?);
+                    let (slice, lora) =
+                        (switch_slope(table, "S2FT")?, switch_slope(table, "LoRA")?);
                     let word = if slice < lora - 0.5 { Word::Same } else { Word::Weaker };
                     Ok((word, format!("exponents {slice:.1} and {lora:.1}")))
                 },
-                reason: "widths 256 to 2048; our slices are a sixteenth of the channels, so they grow with the width too",
+                reason: "widths 256 to 2048; our slices are a sixteenth of the channels, so they \
+                         grow with the width too",
             },
             Claim {
                 place: "figure 6: serving",
                 says: "22% faster than LoRA",
                 figure: "adapter_serving",
                 outcome: |table| {
-                    let rows = table.filter(|r| r.text("part") == "mixed" && r.text("adapters") == "32");
+                    let rows =
+                        table.filter(|r| r.text("part") == "mixed" && r.text("adapters") == "32");
                     let gain = against(&rows, "S2FT", "LoRA", "time (ms)")?;
                     Ok((size(gain, -0.22), percent(gain)))
                 },
@@ -504,7 +553,10 @@ const PAPERS: [(&str, &[Claim]); 3] = [
                 figure: "generalization",
                 outcome: |table| {
                     let s = slice_bound(table, "lora")?;
-                    Ok((holds(s.min >= 1.0), format!("{:.2} to {:.2} times the distance", s.min, s.max)))
+                    Ok((
+                        holds(s.min >= 1.0),
+                        format!("{:.2} to {:.2} times the distance", s.min, s.max),
+                    ))
                 },
                 reason: "its rank reaches that of the shift",
             },
@@ -518,15 +570,46 @@ const NOT_TRIED: [(&str, &str, &str, &str); 8] = [
         "[CL-LoRA]",
         "appendix G",
         "outlier-free models (softmax-one) fine-tune faster",
-        "needs models pretrained with softmax-one; one head fine-tuned with it is [norm_control](../figures/norm_control/findings.md)",
+        "needs models pretrained with softmax-one; one head fine-tuned with it is \
+         [norm_control](../figures/norm_control/findings.md)",
     ),
-    ("[CL-LoRA]", "theorem 4.1", "no sub-quadratic algorithm above the threshold", "a statement about all algorithms"),
-    ("[PaCA]", "MMLU, MT-Bench, images", "accuracy on LLaMA, ViT, EfficientNet", "models and data of that size"),
-    ("[PaCA]", "selection rules", "random, weight norm, gradient norm are alike", "the code has them; no figure yet"),
+    (
+        "[CL-LoRA]",
+        "theorem 4.1",
+        "no sub-quadratic algorithm above the threshold",
+        "a statement about all algorithms",
+    ),
+    (
+        "[PaCA]",
+        "MMLU, MT-Bench, images",
+        "accuracy on LLaMA, ViT, EfficientNet",
+        "models and data of that size",
+    ),
+    (
+        "[PaCA]",
+        "selection rules",
+        "random, weight norm, gradient norm are alike",
+        "the code has them; no figure yet",
+    ),
     ("[PaCA]", "A100, Gaudi2", "time from kernel launches", "no accelerator in these figures"),
-    ("[S2FT]", "tables 1 to 3", "commonsense, arithmetic, instruction tuning", "models and data of that size"),
-    ("[S2FT]", "figure 5: LISA, LoReFT, GaLore", "time and memory beside S2FT's", "not implemented"),
-    ("[S2FT]", "figure 6", "base width 32,768; 100,000 adapters", "memory; measured to width 2,048 and 32 adapters"),
+    (
+        "[S2FT]",
+        "tables 1 to 3",
+        "commonsense, arithmetic, instruction tuning",
+        "models and data of that size",
+    ),
+    (
+        "[S2FT]",
+        "figure 5: LISA, LoReFT, GaLore",
+        "time and memory beside S2FT's",
+        "not implemented",
+    ),
+    (
+        "[S2FT]",
+        "figure 6",
+        "base width 32,768; 100,000 adapters",
+        "memory; measured to width 2,048 and 32 adapters",
+    ),
 ];
 
 fn root() -> PathBuf {
@@ -540,10 +623,12 @@ fn rendered() -> Result<String> {
     ];
     for (paper, claims) in PAPERS {
         for claim in claims {
-            let table = Table::read_csv(&root().join("figures").join(claim.figure).join("table.csv"))?;
+            let table =
+                Table::read_csv(&root().join("figures").join(claim.figure).join("table.csv"))?;
             let (word, number) = (claim.outcome)(&table)?;
             lines.push(format!(
-                "| {paper} | {} | {} | **{}** | {number} | {} | [{f}](../figures/{f}/findings.md) |",
+                "| {paper} | {} | {} | **{}** | {number} | {} | [{f}](../figures/{f}/findings.md) \
+                 |",
                 claim.place,
                 claim.says,
                 word.text(),
@@ -590,5 +675,8 @@ fn words_follow_from_signs_sizes_and_intervals() {
     let (up, down, open) = ((0.1, 0.05, 0.2), (-0.1, -0.2, -0.05), (0.1, -0.1, 0.3));
     assert_eq!((order(up, up, up), order(open, up, up)), (Word::Same, Word::Weaker));
     assert_eq!((order(open, open, open), order(down, down, down)), (Word::NotSeen, Word::Opposite));
-    assert_eq!((size(0.4, 0.23), size(0.4, 1.08), size(-0.1, 0.2)), (Word::Same, Word::Weaker, Word::Opposite));
+    assert_eq!(
+        (size(0.4, 0.23), size(0.4, 1.08), size(-0.1, 0.2)),
+        (Word::Same, Word::Weaker, Word::Opposite)
+    );
 }

@@ -1,20 +1,23 @@
-//! Claim (\[S2FT\], its figure of components and its table of selections): at a fixed budget Query, Key << Value, Up, Gate <
-//! Output, Down; and of the channels and heads those with the smallest activations are better than random ones (+0.7 on
-//! commonsense, +0.4 on arithmetic), those with the largest gradients worse (-1.2, -1.8), because what is large holds what was
-//! known.
+//! Claim (\[S2FT\], its figure of components and its table of selections): at a fixed budget Query,
+//! Key << Value, Up, Gate < Output, Down; and of the channels and heads those with the smallest
+//! activations are better than random ones (+0.7 on commonsense, +0.4 on arithmetic), those with
+//! the largest gradients worse (-1.2, -1.8), because what is large holds what was known.
 //!
-//! Measured: three pretrained models of ours (`harness::study`: 704 channels, 32 heads) learn one new task by training 2% of
-//! the model in one projection, (1) down with each of nine selections, o with three of them, (2) each of seven projections
-//! with a random one; at learning rates a factor of four apart. In-domain and retained accuracy; scores of activations and gradients
-//! come from rows of the new task. With `--base` and `--text` the selections of down also on a trained decoder (`harness::decoder`).
-//! Each is taken at the rate that the *other* bases find best by in-domain loss. A selection is compared with random by
-//! paired differences over bases; the paper's two signs at 95%, all eight selections after Bonferroni's correction.
+//! Measured: three pretrained models of ours (`harness::study`: 704 channels, 32 heads) learn one
+//! new task by training 2% of the model in one projection, (1) down with each of nine selections, o
+//! with three of them, (2) each of seven projections with a random one; at learning rates a factor
+//! of four apart. In-domain and retained accuracy; scores of activations and gradients come from
+//! rows of the new task. With `--base` and `--text` the selections of down also on a trained
+//! decoder (`harness::decoder`). Each is taken at the rate that the *other* bases find best by
+//! in-domain loss. A selection is compared with random by paired differences over bases; the
+//! paper's two signs at 95%, all eight selections after Bonferroni's correction.
 //!
-//! Refuted if the smallest activations were separated below random in-domain, or the largest gradients above; or if the
-//! best of q and k were above the worse of o and down.
+//! Refuted if the smallest activations were separated below random in-domain, or the largest
+//! gradients above; or if the best of q and k were above the worse of o and down.
 //!
-//! `cargo run --release --bin s2ft_selection [-- --profile full --base DIR --text FILE]`; about a minute, of which a third
-//! pretrains; in full about 25 minutes on one core, the decoder's part included.
+//! `cargo run --release --bin s2ft_selection [-- --profile full --base DIR --text FILE]`; about a
+//! minute, of which a third pretrains; in full about 25 minutes on one core, the decoder's part
+//! included.
 
 use crate::harness::decoder::{decoder, decoder_name};
 use crate::harness::over_bases::{
@@ -33,9 +36,12 @@ use std::collections::BTreeMap;
 pub const EXPERIMENT: Experiment = Experiment {
     name: "s2ft_selection",
     title: "S2FT: which component, which selection",
-    claim: "Training down and o serves best; smallest activations are a better selection than random, largest gradients a worse one (S2FT).",
-    refuted_by: "smallest activations separated below random in-domain, or largest gradients above; the best of q, k above the worse of o, down",
-    doubt: "Models of 0.2 million parameters that learn one task: what their largest activations hold is little compared with a large model's knowledge.",
+    claim: "Training down and o serves best; smallest activations are a better selection than \
+            random, largest gradients a worse one (S2FT).",
+    refuted_by: "smallest activations separated below random in-domain, or largest gradients \
+                 above; the best of q, k above the worse of o, down",
+    doubt: "Models of 0.2 million parameters that learn one task: what their largest activations \
+            hold is little compared with a large model's knowledge.",
     grid,
     measure,
     parallel: true,
@@ -48,7 +54,8 @@ const SEEDS: u64 = 5;
 /// Bases of the full profile.
 const BASES: u64 = 3;
 const RANDOM: &str = "random";
-/// Selections with the paper's differences from random, commonsense and arithmetic (percentage points).
+/// Selections with the paper's differences from random, commonsense and arithmetic (percentage
+/// points).
 const RULES: [(&str, [f64; 2]); 9] = [
     (RANDOM, [0.0, 0.0]),
     ("weight", [-0.7, -1.2]),
@@ -62,10 +69,12 @@ const RULES: [(&str, [f64; 2]); 9] = [
 ];
 /// The two that the paper's argument rests on.
 const SIGNS: [&str; 2] = ["activation, smallest", "gradient"];
-const COMPONENTS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"];
+const COMPONENTS: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"];
 const SELECTED: [&str; 2] = ["down_proj", "o_proj"];
 const IN_DOMAIN: &str = "in-domain loss (nats)";
-const METRICS: [(&str, &str); 2] = [("in-domain", "in-domain tokens"), ("retained", "retained tokens")];
+const METRICS: [(&str, &str); 2] =
+    [("in-domain", "in-domain tokens"), ("retained", "retained tokens")];
 /// On the decoder less is better: losses.
 const DECODER_METRICS: [(&str, &str); 2] =
     [("in-domain loss", IN_DOMAIN), ("KL from the base", "forgotten, KL (nats)")];
@@ -76,31 +85,45 @@ const DECODER: (u64, u64, f64) = (3, 80, 1e-2);
 const SHARE: f64 = 0.02;
 
 fn grid(profile: Profile, seed: u64) -> Vec<Point> {
-    let study = profile.pick(Study { steps: 80, ..Study::quick() }, Study { steps: 100, ..Study::full() });
+    let study =
+        profile.pick(Study { steps: 80, ..Study::quick() }, Study { steps: 100, ..Study::full() });
     let mut points = Vec::new();
     for seed in seed..seed + profile.pick(SEEDS, BASES) {
         let mut add = |component: &str, rule: &str, rates: &[f64]| {
             for lr in rates {
-                let point = study.seeded(format!("{component}, {rule} at {lr}, seed {seed}"), profile, seed);
-                points.push(point.with("component", component).with("selection", rule).with("lr", *lr));
+                let point = study.seeded(
+                    format!("{component}, {rule} at {lr}, seed {seed}"),
+                    profile,
+                    seed,
+                );
+                points.push(
+                    point.with("component", component).with("selection", rule).with("lr", *lr),
+                );
             }
         };
         if profile == Profile::Quick {
-            [RANDOM, SIGNS[0], SIGNS[1]].iter().for_each(|rule| add("down_proj", rule, &RATES[1..2]));
+            [RANDOM, SIGNS[0], SIGNS[1]]
+                .iter()
+                .for_each(|rule| add("down_proj", rule, &RATES[1..2]));
             ["q_proj", "o_proj"].iter().for_each(|component| add(component, RANDOM, &RATES[1..2]));
             continue;
         }
         RULES.iter().for_each(|(rule, _)| add("down_proj", rule, &RATES));
         add("o_proj", RANDOM, &RATES);
-        // Heads are best at the second rate whatever the selection; channels of small activations want more.
+        // Heads are best at the second rate whatever the selection; channels of small activations
+        // want more.
         SIGNS.iter().for_each(|rule| add("o_proj", rule, &RATES[..2]));
         COMPONENTS[..5].iter().for_each(|component| add(component, RANDOM, &RATES[1..]));
     }
     if let (Profile::Full, Some(name)) = (profile, decoder_name()) {
         for seed in seed..seed + DECODER.0 {
             for (rule, _) in RULES {
-                let point = Point::new(format!("decoder, {rule}, seed {seed}")).with("base", name.as_str());
-                let point = point.with("component", SELECTED[0]).with("selection", rule).with("lr", DECODER.2);
+                let point =
+                    Point::new(format!("decoder, {rule}, seed {seed}")).with("base", name.as_str());
+                let point = point
+                    .with("component", SELECTED[0])
+                    .with("selection", rule)
+                    .with("lr", DECODER.2);
                 points.push(point.with("steps", DECODER.1).with("seed", seed));
             }
         }
@@ -109,7 +132,8 @@ fn grid(profile: Profile, seed: u64) -> Vec<Point> {
 }
 
 fn method(config: &ModelConfig, component: &str, rule: &str) -> Result<MethodParams> {
-    let (share, _) = s2ft_share(config, component.parse()?, (SHARE * config.parameters() as f64) as usize);
+    let (share, _) =
+        s2ft_share(config, component.parse()?, (SHARE * config.parameters() as f64) as usize);
     Ok(MethodParams {
         ratios: Some(BTreeMap::from([(component.to_string(), share)])),
         selection: rule.trim_end_matches(", smallest").into(),
@@ -125,14 +149,22 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let base = if ours { Some(Study::of(point)?.base_of(point)?) } else { None };
     on_own_threads(1, || {
         let mut trainer = match &base {
-            Some(base) => Study::of(point)?.trainer(base, method(&base.config, component, rule)?, lr, seed)?,
+            Some(base) => {
+                Study::of(point)?.trainer(base, method(&base.config, component, rule)?, lr, seed)?
+            }
             None => {
                 let decoder = decoder()?;
-                decoder.trainer(method(&decoder.model.config, component, rule)?, lr, seed, point.u64("steps")?)?
+                decoder.trainer(
+                    method(&decoder.model.config, component, rule)?,
+                    lr,
+                    seed,
+                    point.u64("steps")?,
+                )?
             }
         };
         train(&mut trainer, |_| Ok(()))?;
-        let mut row = if ours { accuracies(&trainer)?.row() } else { decoder()?.measure(&trainer.model)? };
+        let mut row =
+            if ours { accuracies(&trainer)?.row() } else { decoder()?.measure(&trainer.model)? };
         if !ours {
             let loss = trainer.evaluate()?.first().map_or(f64::NAN, |r| r.scores.loss);
             row.set(IN_DOMAIN, loss);
@@ -163,7 +195,8 @@ fn rules(table: &Table) -> Result<Vec<&'static str>> {
     present(table, "selection", &RULES.map(|r| r.0))
 }
 
-/// Difference from random selection over our bases, each at its best rate of those that both were run at.
+/// Difference from random selection over our bases, each at its best rate of those that both were
+/// run at.
 pub(crate) fn from_random(
     table: &Table,
     component: &str,
@@ -175,27 +208,41 @@ pub(crate) fn from_random(
     let (chosen, random) = (runs(&ours, component, rule), runs(&ours, component, RANDOM));
     let rates = if chosen.is_empty() { Vec::new() } else { chosen.floats("lr")? };
     let random = random.filter(|r| rates.iter().any(|&lr| is_rate(lr, r.f64("lr"))));
-    let gap = difference(&at_best_rate(&chosen, IN_DOMAIN)?, &at_best_rate(&random, IN_DOMAIN)?, column)?;
+    let gap =
+        difference(&at_best_rate(&chosen, IN_DOMAIN)?, &at_best_rate(&random, IN_DOMAIN)?, column)?;
     Ok(interval(&gap, level))
 }
 
 /// The same on the decoder, paired by seed: one base.
-fn from_random_on_decoder(table: &Table, component: &str, rule: &str, column: &str) -> Result<Summary> {
+fn from_random_on_decoder(
+    table: &Table,
+    component: &str,
+    rule: &str,
+    column: &str,
+) -> Result<Summary> {
     let rows = decoder_rows(table);
     let of = |rule: &str| runs(&rows, component, rule).sorted_by("seed")?.floats(column);
     Ok(Summary::of(&of(rule)?.iter().zip(of(RANDOM)?).map(|(a, b)| a - b).collect::<Vec<_>>()))
 }
 
 /// Mean of a component under random selection, with its interval over our bases.
-pub(crate) fn of_component(table: &Table, component: &str, column: &str) -> Result<(f64, f64, f64)> {
-    Ok(interval(&over_bases(&at_best_rate(&runs(&our_rows(table), component, RANDOM), IN_DOMAIN)?, column)?, 0.95))
+pub(crate) fn of_component(
+    table: &Table,
+    component: &str,
+    column: &str,
+) -> Result<(f64, f64, f64)> {
+    Ok(interval(
+        &over_bases(&at_best_rate(&runs(&our_rows(table), component, RANDOM), IN_DOMAIN)?, column)?,
+        0.95,
+    ))
 }
 
 /// Groups of components from worst to best in the paper's Figure 4.
 pub(crate) const PAPERS_ORDER: [&[&str]; 3] =
     [&["q_proj", "k_proj"], &["v_proj", "up_proj", "gate_proj"], &["o_proj", "down_proj"]];
 
-/// Mean of some components less that of others under random selection, with its interval over our bases.
+/// Mean of some components less that of others under random selection, with its interval over our
+/// bases.
 pub(crate) fn groups_apart(
     table: &Table,
     (above, below): (&[&str], &[&str]),
@@ -206,18 +253,27 @@ pub(crate) fn groups_apart(
     let of = |names: &[&str]| -> Result<BTreeMap<String, f64>> {
         let mut means = BTreeMap::new();
         for name in names {
-            for (base, mean) in by_base(&at_best_rate(&runs(&ours, name, RANDOM), IN_DOMAIN)?, column)? {
+            for (base, mean) in
+                by_base(&at_best_rate(&runs(&ours, name, RANDOM), IN_DOMAIN)?, column)?
+            {
                 *means.entry(base).or_default() += mean / names.len() as f64;
             }
         }
         Ok(means)
     };
     let (above, below) = (of(above)?, of(below)?);
-    let gaps: Vec<f64> = above.iter().filter_map(|(base, mean)| Some(mean - below.get(base)?)).collect();
+    let gaps: Vec<f64> =
+        above.iter().filter_map(|(base, mean)| Some(mean - below.get(base)?)).collect();
     Ok(interval(&Summary::of(&gaps), level))
 }
 
-fn bars(title: &str, label: &str, group: &str, groups: Vec<String>, series: Vec<BarSeries>) -> BarChart {
+fn bars(
+    title: &str,
+    label: &str,
+    group: &str,
+    groups: Vec<String>,
+    series: Vec<BarSeries>,
+) -> BarChart {
     BarChart {
         title: title.into(),
         group_label: group.into(),
@@ -230,7 +286,8 @@ fn bars(title: &str, label: &str, group: &str, groups: Vec<String>, series: Vec<
 
 /// `W large` for the largest weights, and so on.
 fn short(rule: &str) -> String {
-    let (score, end) = rule.strip_suffix(", smallest").map_or((rule, "large"), |score| (score, "small"));
+    let (score, end) =
+        rule.strip_suffix(", smallest").map_or((rule, "large"), |score| (score, "small"));
     let score = match score {
         "weight" => "W",
         "activation" => "A",
@@ -255,42 +312,85 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             }
             series.push(BarSeries::new(component, values));
         }
-        panels.push(bars(&format!("{name}: against random selection"), "points", "selection", names(), series));
+        panels.push(bars(
+            &format!("{name}: against random selection"),
+            "points",
+            "selection",
+            names(),
+            series,
+        ));
     }
     let mut series = Vec::new();
     for (i, paper) in ["paper, commonsense", "paper, arithmetic"].into_iter().enumerate() {
         let of = |rule: &&str| RULES.iter().find(|r| r.0 == *rule).map_or(f64::NAN, |r| r.1[i]);
         series.push(BarSeries::new(paper, others.iter().map(of).collect::<Vec<_>>()));
     }
-    panels.push(bars("the paper's table 4, on its own tasks", "points", "selection", names(), series));
-    let caption = "Channels (heads) by weight W, activation A, their product or gradient G. 2% of the model trained in one projection, each at its \
-                   best rate (a factor of four apart), means over our bases with 95% intervals.";
-    let mut selection = Figure::new("S2FT: selections against random", panels).caption(caption).columns(1);
+    panels.push(bars(
+        "the paper's table 4, on its own tasks",
+        "points",
+        "selection",
+        names(),
+        series,
+    ));
+    let caption = "Channels (heads) by weight W, activation A, their product or gradient G. 2% of \
+                   the model trained in one projection, each at its best rate (a factor of four \
+                   apart), means over our bases with 95% intervals.";
+    let mut selection =
+        Figure::new("S2FT: selections against random", panels).caption(caption).columns(1);
     selection.panel_size = (900.0, 330.0);
     selection.share_y = false;
     let mut figures = vec![NamedFigure::new("s2ft_selection", selection)];
     let mut panels = Vec::new();
     for (name, column) in METRICS {
-        let values = components.iter().map(|c| of_component(table, c, column)).collect::<Result<Vec<_>>>()?;
+        let values = components
+            .iter()
+            .map(|c| of_component(table, c, column))
+            .collect::<Result<Vec<_>>>()?;
         let groups = components.iter().map(ToString::to_string).collect();
-        panels.push(bars(name, "answer tokens right", "component", groups, vec![BarSeries::new(RANDOM, values)]));
+        panels.push(bars(
+            name,
+            "answer tokens right",
+            "component",
+            groups,
+            vec![BarSeries::new(RANDOM, values)],
+        ));
     }
-    let figure = Figure::new("S2FT: components at one budget, random selection", panels)
-        .caption("Each at its best rate, means over our bases with 95% intervals; the paper's order is left to right: q, k, then v, gate, up, then o, down.");
+    let figure = Figure::new("S2FT: components at one budget, random selection", panels).caption(
+        "Each at its best rate, means over our bases with 95% intervals; the paper's \
+                  order is left to right: q, k, then v, gate, up, then o, down.",
+    );
     figures.push(NamedFigure::new("s2ft_selection_components", figure));
     if !decoder_rows(table).is_empty() {
         let mut panels = Vec::new();
         for (name, column) in DECODER_METRICS {
             let mut series = Vec::new();
             for component in &SELECTED[..1] {
-                let of = |rule: &&str| Ok(interval(&from_random_on_decoder(table, component, rule, column)?, 0.95));
-                series.push(BarSeries::new(*component, others.iter().map(of).collect::<Result<Vec<_>>>()?));
+                let of = |rule: &&str| {
+                    Ok(interval(&from_random_on_decoder(table, component, rule, column)?, 0.95))
+                };
+                series.push(BarSeries::new(
+                    *component,
+                    others.iter().map(of).collect::<Result<Vec<_>>>()?,
+                ));
             }
-            panels.push(bars(&format!("{name}, against random selection"), "nats", "selection", names(), series));
+            panels.push(bars(
+                &format!("{name}, against random selection"),
+                "nats",
+                "selection",
+                names(),
+                series,
+            ));
         }
-        let mut figure = Figure::new("The same on a trained decoder (stories260K on Shakespeare)", panels)
-            .caption("Below zero: less loss, less forgotten than under random selection. One base; 95% intervals over seeds, paired.")
-            .columns(1);
+        let mut figure = Figure::new(
+            "The same on a trained decoder (stories260K on \
+                                      Shakespeare)",
+            panels,
+        )
+        .caption(
+            "Below zero: less loss, less forgotten than under random selection. One base; \
+                      95% intervals over seeds, paired.",
+        )
+        .columns(1);
         figure.panel_size = (900.0, 330.0);
         figure.share_y = false;
         figures.push(NamedFigure::new("s2ft_selection_decoder", figure));
@@ -308,7 +408,13 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             for (name, column) in METRICS {
                 let d = from_random(table, component, rule, column, 0.95)?;
                 if d.0.is_finite() {
-                    parts.push(format!("{component} {name} {:+.3} ({:+.3} to {:+.3}): {}", d.0, d.1, d.2, word(d)));
+                    parts.push(format!(
+                        "{component} {name} {:+.3} ({:+.3} to {:+.3}): {}",
+                        d.0,
+                        d.1,
+                        d.2,
+                        word(d)
+                    ));
                 }
             }
         }
@@ -325,23 +431,35 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         for component in present(table, "component", &SELECTED)? {
             let mut separated = Vec::new();
             for rule in &others {
-                let d = from_random(table, component, rule, column, 1.0 - 0.05 / others.len() as f64)?;
+                let d =
+                    from_random(table, component, rule, column, 1.0 - 0.05 / others.len() as f64)?;
                 if word(d) != "not separated" {
                     separated.push(format!("{rule} {:+.3} ({:+.3} to {:+.3})", d.0, d.1, d.2));
                 }
             }
             let what = if separated.is_empty() { "none".into() } else { separated.join("; ") };
             lines.push(format!(
-                "{name}, {component}: separated from random after correction for {} selections: {what}.",
+                "{name}, {component}: separated from random after correction for {} selections: \
+                 {what}.",
                 others.len()
             ));
         }
-        let mut means =
-            components.iter().map(|c| Ok((of_component(table, c, column)?, *c))).collect::<Result<Vec<_>>>()?;
+        let mut means = components
+            .iter()
+            .map(|c| Ok((of_component(table, c, column)?, *c)))
+            .collect::<Result<Vec<_>>>()?;
         means.sort_by(|a, b| b.0.0.total_cmp(&a.0.0));
-        let text: Vec<String> = means.iter().map(|((m, l, h), c)| format!("{c} {m:.3} ({l:.3} to {h:.3})")).collect();
-        lines.push(format!("{name}, components under random selection, best first: {}.", text.join(", ")));
-        if PAPERS_ORDER.iter().flat_map(|group| group.iter()).all(|c| components.iter().any(|there| there == c)) {
+        let text: Vec<String> =
+            means.iter().map(|((m, l, h), c)| format!("{c} {m:.3} ({l:.3} to {h:.3})")).collect();
+        lines.push(format!(
+            "{name}, components under random selection, best first: {}.",
+            text.join(", ")
+        ));
+        if PAPERS_ORDER
+            .iter()
+            .flat_map(|group| group.iter())
+            .all(|c| components.iter().any(|there| there == c))
+        {
             let [low, _, high] = PAPERS_ORDER;
             let (m, l, h) = groups_apart(table, (high, low), column, 0.95)?;
             lines.push(format!("{name}, o and down less q and k: {m:+.3} ({l:+.3} to {h:+.3})."));
@@ -357,27 +475,37 @@ fn findings(table: &Table) -> Result<Vec<String>> {
     }
     if !open.is_empty() {
         lines.push(format!(
-            "The best rate is the smallest or the largest tried, so that another may be better, for {}.",
+            "The best rate is the smallest or the largest tried, so that another may be better, \
+             for {}.",
             open.join(", ")
         ));
     }
-    // What is learned and what is kept together: at one rate a selection that learns less keeps more.
+    // What is learned and what is kept together: at one rate a selection that learns less keeps
+    // more.
     for lr in RATES {
         let mut parts = Vec::new();
         for rule in &all {
-            let rows = runs(&our_rows(table), SELECTED[0], rule).filter(|r| is_rate(lr, r.f64("lr")));
+            let rows =
+                runs(&our_rows(table), SELECTED[0], rule).filter(|r| is_rate(lr, r.f64("lr")));
             if !rows.is_empty() {
-                let of = |column: &str| Ok::<_, peft_limits::Error>(over_bases(&rows, column)?.mean);
+                let of =
+                    |column: &str| Ok::<_, peft_limits::Error>(over_bases(&rows, column)?.mean);
                 parts.push(format!("{rule} {:.3} and {:.3}", of(METRICS[0].1)?, of(METRICS[1].1)?));
             }
         }
         if !parts.is_empty() {
-            lines.push(format!("down_proj at the rate {lr}, in-domain and retained: {}.", parts.join(", ")));
+            lines.push(format!(
+                "down_proj at the rate {lr}, in-domain and retained: {}.",
+                parts.join(", ")
+            ));
         }
     }
     let rows = decoder_rows(table);
     if rows.is_empty() {
-        lines.push("Left out: the trained decoder; give --base DIR and --text FILE in the full profile.".into());
+        lines.push(
+            "Left out: the trained decoder; give --base DIR and --text FILE in the full profile."
+                .into(),
+        );
         return Ok(lines);
     }
     let name = rows.texts("base")?.remove(0);
@@ -389,7 +517,8 @@ fn findings(table: &Table) -> Result<Vec<String>> {
                 parts.push(format!("{rule} {:+.3} ({:+.3} to {:+.3})", d.0, d.1, d.2));
             }
             lines.push(format!(
-                "{name}, {component}, {metric} against random (less is better; over seeds, one base): {}.",
+                "{name}, {component}, {metric} against random (less is better; over seeds, one \
+                 base): {}.",
                 parts.join(", ")
             ));
         }
@@ -431,18 +560,31 @@ mod tests {
 
     #[test]
     fn made_up_data_turn_the_findings() {
-        let (agrees, refutes) = (findings(&made_up(0.1, 0.3)).unwrap(), findings(&made_up(-0.1, 0.7)).unwrap());
-        assert!(agrees[0].contains("down_proj in-domain +0.1") && agrees[0].contains(": more;"), "{}", agrees[0]);
+        let (agrees, refutes) =
+            (findings(&made_up(0.1, 0.3)).unwrap(), findings(&made_up(-0.1, 0.7)).unwrap());
+        assert!(
+            agrees[0].contains("down_proj in-domain +0.1") && agrees[0].contains(": more;"),
+            "{}",
+            agrees[0]
+        );
         assert!(refutes[0].contains(": less;"), "{}", refutes[0]);
-        let order = |lines: &[String]| lines.iter().find(|l| l.contains("best first")).unwrap().clone();
-        assert!(order(&agrees).contains("best first: down_proj") && order(&refutes).contains("best first: q_proj"));
+        let order =
+            |lines: &[String]| lines.iter().find(|l| l.contains("best first")).unwrap().clone();
+        assert!(
+            order(&agrees).contains("best first: down_proj")
+                && order(&refutes).contains("best first: q_proj")
+        );
         assert!(agrees.last().unwrap().starts_with("Left out"));
     }
 
     #[test]
     fn selections_differ_in_what_they_choose() {
         let config = Study::sizes().unwrap();
-        let (share, _) = s2ft_share(&config, "o_proj".parse().unwrap(), (SHARE * config.parameters() as f64) as usize);
+        let (share, _) = s2ft_share(
+            &config,
+            "o_proj".parse().unwrap(),
+            (SHARE * config.parameters() as f64) as usize,
+        );
         let heads = share * (config.num_key_value_heads * config.num_hidden_layers) as f64;
         assert!((4.0..16.0).contains(&heads), "{heads} of 32 heads");
     }

@@ -1,18 +1,21 @@
-//! Claim: the heads of a trained decoder lie far above the threshold of \[CL-LoRA\] (c = 5 to 21) and are sparse, so that a
-//! gradient from the largest probabilities alone beats the exact streaming one at 1% gradient error, in counted operations and
-//! in time, with the search for those entries paid for. Encoder heads (c = 3 to 6) are measured beside them. How much of an
-//! oracle's gain a search leaves is the question that the lower bound (\[AS23\], \[CL-LoRA\] section 5) poses.
+//! Claim: the heads of a trained decoder lie far above the threshold of \[CL-LoRA\] (c = 5 to 21)
+//! and are sparse, so that a gradient from the largest probabilities alone beats the exact
+//! streaming one at 1% gradient error, in counted operations and in time, with the search for those
+//! entries paid for. Encoder heads (c = 3 to 6) are measured beside them. How much of an oracle's
+//! gain a search leaves is the question that the lower bound (\[AS23\], \[CL-LoRA\] section 5)
+//! poses.
 //!
-//! Measured on the first L/8, L/4, L/2 and L tokens of each head file of a folder (`--heads DIR`, made by
-//! python/dump_heads.py): the threshold of `sparse` that reaches 10% and 1% gradient error (f64 against dense), the entries
-//! it keeps, the fewest that an oracle needs for the error of dS, effective keys, and operations and seconds of three
-//! searches relative to streaming. Times are f32 by turns: one run of each way after the other, medians of the ratios.
+//! Measured on the first L/8, L/4, L/2 and L tokens of each head file of a folder (`--heads DIR`,
+//! made by python/dump_heads.py): the threshold of `sparse` that reaches 10% and 1% gradient error
+//! (f64 against dense), the entries it keeps, the fewest that an oracle needs for the error of dS,
+//! effective keys, and operations and seconds of three searches relative to streaming. Times are
+//! f32 by turns: one run of each way after the other, medians of the ratios.
 //!
-//! Refuted if the median causal head's sparse gradient with a search that is paid for does not cost less than the exact one, counted
-//! or timed, at the longest L.
+//! Refuted if the median causal head's sparse gradient with a search that is paid for does not cost
+//! less than the exact one, counted or timed, at the longest L.
 //!
-//! `cargo run --release --bin sparse_heads [-- --heads DIR] [-- --profile full]`; about 10 seconds for two heads, 10 minutes for forty
-//! of 2,048 tokens. Timed: run it alone.
+//! `cargo run --release --bin sparse_heads [-- --heads DIR] [-- --profile full]`; about 10 seconds
+//! for two heads, 10 minutes for forty of 2,048 tokens. Timed: run it alone.
 
 use crate::harness::{Experiment, Point, Profile, head_files, heads_folder, interrupted};
 use crate::real_heads::model_of;
@@ -35,12 +38,16 @@ use std::time::Instant;
 /// The experiment.
 pub const EXPERIMENT: Experiment = Experiment {
     name: "sparse_heads",
-    title: "Trained heads on the sparse side: what the largest entries cost, and what finding them costs",
-    claim: "On the heads of a trained decoder a gradient from the largest probabilities alone beats the exact streaming gradient at 1% error, counted and timed, \
-            with the search for them paid for.",
-    refuted_by: "a median decoder head whose sparse gradient with its search costs at least as much as the exact one at the longest length",
-    doubt: "One small decoder on one text (positions beyond the 512 that it was trained with), or two heads of one encoder; the threshold that meets the error is \
-            given, as a degree is elsewhere.",
+    title: "Trained heads on the sparse side: what the largest entries cost, and what finding them \
+            costs",
+    claim: "On the heads of a trained decoder a gradient from the largest probabilities alone \
+            beats the exact streaming gradient at 1% error, counted and timed, with the search for \
+            them paid for.",
+    refuted_by: "a median decoder head whose sparse gradient with its search costs at least as \
+                 much as the exact one at the longest length",
+    doubt: "One small decoder on one text (positions beyond the 512 that it was trained with), or \
+            two heads of one encoder; the threshold that meets the error is given, as a degree is \
+            elsewhere.",
     grid,
     measure,
     parallel: false,
@@ -63,11 +70,15 @@ fn grid(profile: Profile, _: u64) -> Vec<Point> {
     let mut points = Vec::new();
     for (name, path) in head_files() {
         // The content is part of what affects the result.
-        let sum = std::fs::read(path).map(|bytes| sha256_hex(&bytes)[..16].to_string()).unwrap_or_default();
+        let sum = std::fs::read(path)
+            .map(|bytes| sha256_hex(&bytes)[..16].to_string())
+            .unwrap_or_default();
         for &halvings in halvings {
             let label = format!("{name}, L / {}", 1 << halvings);
             let point = Point::new(label).with("head", name.as_str()).with("sha256", sum.as_str());
-            points.push(point.with("halvings", u64::from(halvings)).with("turns", profile.pick(5u64, 15)));
+            points.push(
+                point.with("halvings", u64::from(halvings)).with("turns", profile.pick(5u64, 15)),
+            );
         }
     }
     if points.is_empty() {
@@ -83,10 +94,15 @@ fn spec(step: i32, search: &str) -> String {
 }
 
 /// The largest threshold that reaches a gradient error, as its step.
-fn smallest_step(problem: &AttentionProblem<f64>, exact: &Gradients<f64>, target: f64) -> Result<Option<i32>> {
+fn smallest_step(
+    problem: &AttentionProblem<f64>,
+    exact: &Gradients<f64>,
+    target: f64,
+) -> Result<Option<i32>> {
     let reaches = |step: i32| -> Result<bool> {
         let method = build::<f64>(&spec(step, "oracle"))?;
-        Ok(trial(problem, exact, method.as_ref(), natural_request(problem))?.gradient_error <= target)
+        Ok(trial(problem, exact, method.as_ref(), natural_request(problem))?.gradient_error
+            <= target)
     };
     let (mut low, mut high) = (*STEPS.start(), *STEPS.end());
     if !reaches(high)? {
@@ -155,11 +171,12 @@ fn by_turns(
 
 fn measure(point: &Point) -> Result<Vec<Row>> {
     let name = point.text("head")?;
-    let (_, path) = head_files().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
-        let folder = heads_folder();
-        let why = "no *.safetensors head file here; pass --heads DIR";
-        Error::io(&folder, std::io::Error::new(std::io::ErrorKind::NotFound, why))
-    })?;
+    let (_, path) =
+        head_files().into_iter().find(|(n, _)| n == name && !name.is_empty()).ok_or_else(|| {
+            let folder = heads_folder();
+            let why = "no *.safetensors head file here; pass --heads DIR";
+            Error::io(&folder, std::io::Error::new(std::io::ErrorKind::NotFound, why))
+        })?;
     let whole: AttentionProblem<f64> = file::read_problem(&path)?;
     let problem = prefix(&whole, 0.5f64.powi(point.u64("halvings")? as i32))?;
     if problem.num_queries() < SHORTEST {
@@ -174,7 +191,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
     let keys = effective_keys(&problem, &projected);
     let matrices = dense::matrices(&problem, &projected.qkv);
     let upstream_values = matrices.G.dot(&projected.qkv.value.t());
-    let oracle = oracle_entries(matrices.P.view(), matrices.dS.view(), upstream_values.view(), &TARGETS)?;
+    let oracle =
+        oracle_entries(matrices.P.view(), matrices.dS.view(), upstream_values.view(), &TARGETS)?;
     drop((matrices, upstream_values));
     let single: AttentionProblem<f32> = problem.cast();
     let mut rows = Vec::new();
@@ -184,7 +202,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
         let (exact_seconds, ratios) = by_turns(&single, &specs, request, point.u64("turns")?)?;
         for ((search, spec), time) in SEARCHES.iter().zip(&specs).zip(ratios) {
             let done = trial(&problem, &exact, build::<f64>(spec)?.as_ref(), request)?;
-            let rounded = chained::gradients(&single, build::<f32>(spec)?.as_ref(), request)?.gradients;
+            let rounded =
+                chained::gradients(&single, build::<f32>(spec)?.as_ref(), request)?.gradients;
             let found = done.certificate.search.unwrap_or_default();
             rows.push(
                 Row::new()
@@ -199,9 +218,18 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
                     .with("features", spec.as_str())
                     .with("gradient error", done.gradient_error)
                     .with("gradient error, f32", rounded.relative_gap(&exact))
-                    .with("entries a query", done.certificate.corrected_pairs as f64 / problem.num_queries() as f64)
-                    .with("share of entries", done.certificate.corrected_pairs as f64 / pairs as f64)
-                    .with("oracle entries a query, dS", oracle as f64 / problem.num_queries() as f64)
+                    .with(
+                        "entries a query",
+                        done.certificate.corrected_pairs as f64 / problem.num_queries() as f64,
+                    )
+                    .with(
+                        "share of entries",
+                        done.certificate.corrected_pairs as f64 / pairs as f64,
+                    )
+                    .with(
+                        "oracle entries a query, dS",
+                        oracle as f64 / problem.num_queries() as f64,
+                    )
                     .with("search operations", found.flops() as f64)
                     .with(COUNTED, done.cost.flops() as f64 / streamed.flops() as f64)
                     .with(TIMED, time)
@@ -220,12 +248,18 @@ fn way(table: &Table, model: &str, target: f64, search: &str) -> Table {
 /// Median and quartiles of a column over heads, by length.
 fn over_heads(rows: &Table, column: &str) -> Result<Vec<(f64, Summary)>> {
     let by_length = rows.summarise(&["tokens"], column)?;
-    Ok(by_length.into_iter().map(|(key, summary)| (key[0].to_field().parse().unwrap_or(f64::NAN), summary)).collect())
+    Ok(by_length
+        .into_iter()
+        .map(|(key, summary)| (key[0].to_field().parse().unwrap_or(f64::NAN), summary))
+        .collect())
 }
 
 fn series(name: &str, rows: &Table, column: &str) -> Result<Series> {
-    let points =
-        over_heads(rows, column)?.into_iter().map(|(x, s)| PlotPoint { x, y: s.median, interval: s.quartiles() });
+    let points = over_heads(rows, column)?.into_iter().map(|(x, s)| PlotPoint {
+        x,
+        y: s.median,
+        interval: s.quartiles(),
+    });
     Ok(Series::new(name, points.collect::<Vec<_>>()))
 }
 
@@ -234,18 +268,27 @@ fn models(table: &Table) -> Result<Vec<String>> {
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
-    let names =
-        [("oracle", "oracle (search not counted)"), ("exact", "every pair looked at"), ("tree", "tree of boxes")];
+    let names = [
+        ("oracle", "oracle (search not counted)"),
+        ("exact", "every pair looked at"),
+        ("tree", "tree of boxes"),
+    ];
     let mut figures = Vec::new();
     for (name, column, title, axis) in [
-        ("counted", COUNTED, "Operations of a sparse gradient, relative to the exact one", "operations / exact"),
+        (
+            "counted",
+            COUNTED,
+            "Operations of a sparse gradient, relative to the exact one",
+            "operations / exact",
+        ),
         ("timed", TIMED, "Time of a sparse gradient, relative to the exact one", "time / exact"),
     ] {
         let mut panels = Vec::new();
         for model in models(table)? {
             for target in TARGETS {
-                let lines =
-                    names.iter().map(|(search, name)| series(name, &way(table, &model, target, search), column));
+                let lines = names.iter().map(|(search, name)| {
+                    series(name, &way(table, &model, target, search), column)
+                });
                 panels.push(LineChart {
                     title: format!("{model}, {}% gradient error", 100.0 * target),
                     x: Axis::log2("tokens L"),
@@ -256,14 +299,16 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             }
         }
         let mut figure = Figure::new(title, panels).columns(2).caption(
-            "Median and quartiles over heads. Below 1 the approximate gradient wins; the oracle is told which entries are large.",
+            "Median and quartiles over heads. Below 1 the approximate gradient wins; the oracle is \
+             told which entries are large.",
         );
         figure.share_y = true;
         figures.push(NamedFigure::new(name, figure));
     }
     let mut panels = Vec::new();
     for model in models(table)? {
-        let one = |target, name: &str, column| series(name, &way(table, &model, target, "exact"), column);
+        let one =
+            |target, name: &str, column| series(name, &way(table, &model, target, "exact"), column);
         panels.push(LineChart {
             title: model.clone(),
             x: Axis::log2("tokens L"),
@@ -277,8 +322,10 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
             references: Vec::new(),
         });
     }
-    let figure = Figure::new("Entries that a trained head needs", panels)
-        .caption("Median and quartiles over heads. A need that grows more slowly than L is what sparsity can use.");
+    let figure = Figure::new("Entries that a trained head needs", panels).caption(
+        "Median and quartiles over heads. A need that grows more slowly than L is what \
+                  sparsity can use.",
+    );
     figures.push(NamedFigure::new("entries", figure));
     Ok(figures)
 }
@@ -287,7 +334,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
 fn exponent(rows: &Table, column: &str) -> Result<Summary> {
     let mut slopes = Vec::new();
     for (_, head) in rows.group_by(&["head"])? {
-        let points: Vec<(f64, f64)> = head.rows().map(|r| (r.f64("tokens"), r.f64(column))).collect();
+        let points: Vec<(f64, f64)> =
+            head.rows().map(|r| (r.f64("tokens"), r.f64(column))).collect();
         if let Ok(fit) = fit_exponent(&points, 0.95) {
             slopes.push(fit.slope);
         }
@@ -301,16 +349,20 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         let rows = table.filter_eq("model", model.as_str());
         let longest = rows.floats("tokens")?.into_iter().fold(0.0, f64::max);
         for target in TARGETS {
-            let at_longest = |search: &str| way(table, &model, target, search).filter(|r| r.f64("tokens") >= longest);
+            let at_longest = |search: &str| {
+                way(table, &model, target, search).filter(|r| r.f64("tokens") >= longest)
+            };
             let heads = at_longest("exact").len();
             let ways: Vec<String> = SEARCHES
                 .iter()
                 .map(|&search| {
                     let all = at_longest(search);
-                    let (counted, timed) = (Summary::of(&all.floats(COUNTED)?), Summary::of(&all.floats(TIMED)?));
+                    let (counted, timed) =
+                        (Summary::of(&all.floats(COUNTED)?), Summary::of(&all.floats(TIMED)?));
                     let wins = |column: &str| all.rows().filter(|r| r.f64(column) < 1.0).count();
                     Ok(format!(
-                        "{search} {:.3} of the operations and {:.3} of the time (wins on {} and {} heads)",
+                        "{search} {:.3} of the operations and {:.3} of the time (wins on {} and {} \
+                         heads)",
                         counted.median,
                         timed.median,
                         wins(COUNTED),
@@ -319,24 +371,31 @@ fn findings(table: &Table) -> Result<Vec<String>> {
                 })
                 .collect::<Result<_>>()?;
             lines.push(format!(
-                "{model}, L = {longest}, {heads} heads, {}% gradient error, medians relative to exact streaming: {}.",
+                "{model}, L = {longest}, {heads} heads, {}% gradient error, medians relative to \
+                 exact streaming: {}.",
                 100.0 * target,
                 ways.join("; ")
             ));
         }
         let exact = way(table, &model, 0.01, "exact");
         let by_length = |column: &str| -> Result<String> {
-            let medians: Vec<String> =
-                over_heads(&exact, column)?.iter().map(|(l, s)| format!("{:.1} at {l:.0}", s.median)).collect();
+            let medians: Vec<String> = over_heads(&exact, column)?
+                .iter()
+                .map(|(l, s)| format!("{:.1} at {l:.0}", s.median))
+                .collect();
             Ok(medians.join(", "))
         };
         let slope = |rows: &Table, column: &str| -> Result<String> {
             let s = exponent(rows, column)?;
-            Ok(format!("{:.2} ({:.2} to {:.2}, n = {})", s.median, s.lower_quartile, s.upper_quartile, s.n))
+            Ok(format!(
+                "{:.2} ({:.2} to {:.2}, n = {})",
+                s.median, s.lower_quartile, s.upper_quartile, s.n
+            ))
         };
         lines.push(format!(
-            "{model}: for 1% of the gradient the median head keeps {} entries a query; the fewest for 1% of dS are {}; effective keys {}. \
-             Exponent of entries a query in L: {} (median and quartiles of the heads' own slopes).",
+            "{model}: for 1% of the gradient the median head keeps {} entries a query; the fewest \
+             for 1% of dS are {}; effective keys {}. Exponent of entries a query in L: {} (median \
+             and quartiles of the heads' own slopes).",
             by_length("entries a query")?,
             by_length("oracle entries a query, dS")?,
             by_length("effective keys")?,
@@ -344,16 +403,22 @@ fn findings(table: &Table) -> Result<Vec<String>> {
         ));
         let tree = way(table, &model, 0.01, "tree");
         let ratio = |l: f64| -> Result<f64> {
-            let of =
-                |rows: &Table| rows.filter(|r| r.f64("tokens").to_bits() == l.to_bits()).floats("search operations");
+            let of = |rows: &Table| {
+                rows.filter(|r| r.f64("tokens").to_bits() == l.to_bits())
+                    .floats("search operations")
+            };
             let ratios: Vec<f64> = of(&tree)?.iter().zip(of(&exact)?).map(|(t, e)| t / e).collect();
             Ok(Summary::of(&ratios).median)
         };
-        let lengths: Vec<f64> = over_heads(&exact, "entries a query")?.iter().map(|x| x.0).collect();
-        let ratios: Vec<String> =
-            lengths.iter().map(|&l| Ok(format!("{:.2} at {l:.0}", ratio(l)?))).collect::<Result<_>>()?;
+        let lengths: Vec<f64> =
+            over_heads(&exact, "entries a query")?.iter().map(|x| x.0).collect();
+        let ratios: Vec<String> = lengths
+            .iter()
+            .map(|&l| Ok(format!("{:.2} at {l:.0}", ratio(l)?)))
+            .collect::<Result<_>>()?;
         lines.push(format!(
-            "{model}: the tree's search takes {} of the operations of looking at every pair (1%, medians). Exponents in L: tree {}, every pair {}.",
+            "{model}: the tree's search takes {} of the operations of looking at every pair (1%, \
+             medians). Exponents in L: tree {}, every pair {}.",
             ratios.join(", "),
             slope(&tree, "search operations")?,
             slope(&exact, "search operations")?
@@ -371,11 +436,14 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
     };
     let mut checks = Vec::new();
     // Without a decoder's head there is nothing to refute.
-    for (column, how) in [(COUNTED, "counted"), (TIMED, "timed")].into_iter().filter(|_| !decoder.is_empty()) {
+    for (column, how) in
+        [(COUNTED, "counted"), (TIMED, "timed")].into_iter().filter(|_| !decoder.is_empty())
+    {
         let best = at("exact", column)?.min(at("tree", column)?);
         checks.push((
             format!(
-                "at the longest L the median decoder head's sparse gradient at 1% with a paid search beats the exact one, {how}"
+                "at the longest L the median decoder head's sparse gradient at 1% with a paid \
+                 search beats the exact one, {how}"
             ),
             best < 1.0,
         ));
@@ -409,8 +477,14 @@ mod tests {
                                 .with("search", search)
                                 .with("gradient error, f32", rounded * target)
                                 // An oracle, or a short head, that wins proves nothing.
-                                .with(COUNTED, if search == "oracle" || tokens == 512 { 0.1 } else { counted })
-                                .with(TIMED, if search == "oracle" || tokens == 512 { 0.1 } else { timed }),
+                                .with(
+                                    COUNTED,
+                                    if search == "oracle" || tokens == 512 { 0.1 } else { counted },
+                                )
+                                .with(
+                                    TIMED,
+                                    if search == "oracle" || tokens == 512 { 0.1 } else { timed },
+                                ),
                         );
                     }
                 }
@@ -422,7 +496,11 @@ mod tests {
     #[test]
     fn a_search_that_eats_the_gain_refutes_the_claim() {
         let passed = |causal, counted, timed| -> Vec<bool> {
-            checks(&made_up(causal, counted, timed, 0.9)).unwrap().into_iter().map(|c| c.1).collect()
+            checks(&made_up(causal, counted, timed, 0.9))
+                .unwrap()
+                .into_iter()
+                .map(|c| c.1)
+                .collect()
         };
         assert_eq!(passed(true, 0.4, 0.6), [true, true, true]);
         assert_eq!(passed(true, 1.02, 0.6), [false, true, true]);

@@ -1,11 +1,13 @@
-//! Claim (\[AS23\], \[AS24\], \[CL-LoRA\]): with Gamma = o(sqrt(log L)) a LoRA gradient takes L^(1 + o(1)) time, with Gamma large against
-//! sqrt(log L) no truly sub-quadratic time. The one error for which both are stated is (log L)^-4 times a constant.
+//! Claim (\[AS23\], \[AS24\], \[CL-LoRA\]): with Gamma = o(sqrt(log L)) a LoRA gradient takes
+//! L^(1 + o(1)) time, with Gamma large against sqrt(log L) no truly sub-quadratic time. The one
+//! error for which both are stated is (log L)^-4 times a constant.
 //!
-//! Computed, not measured: closed forms on random heads (paper-notes/phase-diagram.md) along Gamma = g (ln L)^s from L = 2^8 to
-//! 2^256 with error (ln L)^-4, and the map of (c, q) for errors L^-q. So o and omega become curves.
+//! Computed, not measured: closed forms on random heads (paper-notes/phase-diagram.md) along
+//! Gamma = g (ln L)^s from L = 2^8 to 2^256 with error (ln L)^-4, and the map of (c, q) for errors
+//! L^-q. So o and omega become curves.
 //!
-//! Refuted if for s < 1/2 a local exponent of certified polynomials or of the best rank did not fall towards 1, or for s > 1/2
-//! that of certified polynomials did not pass 2.
+//! Refuted if for s < 1/2 a local exponent of certified polynomials or of the best rank did not
+//! fall towards 1, or for s > 1/2 that of certified polynomials did not pass 2.
 //!
 //! `cargo run --release --bin theorem_limits [-- --profile full]`; seconds, a minute in full.
 
@@ -21,9 +23,14 @@ use peft_limits::report::{
 pub const EXPERIMENT: Experiment = Experiment {
     name: "theorem_limits",
     title: "What o(√log L) and larger norms come to, up to L = 2^256",
-    claim: "CL-LoRA, AS23, AS24: Gamma = o(sqrt(log L)) gives L^(1 + o(1)); Gamma large against sqrt(log L) gives no truly sub-quadratic time. On random heads, with the error (ln L)^-4, both are curves.",
-    refuted_by: "for s < 1/2 a local exponent of certified polynomials or of the best rank that does not fall towards 1 as L grows; for s > 1/2 one of certified polynomials that never passes 2",
-    doubt: "Closed forms of random heads, nothing measured: the theorems speak of the worst head, and a rank that is high here is no proof of hardness.",
+    claim: "CL-LoRA, AS23, AS24: Gamma = o(sqrt(log L)) gives L^(1 + o(1)); Gamma large against \
+            sqrt(log L) gives no truly sub-quadratic time. On random heads, with the error (ln \
+            L)^-4, both are curves.",
+    refuted_by: "for s < 1/2 a local exponent of certified polynomials or of the best rank that \
+                 does not fall towards 1 as L grows; for s > 1/2 one of certified polynomials that \
+                 never passes 2",
+    doubt: "Closed forms of random heads, nothing measured: the theorems speak of the worst head, \
+            and a rank that is high here is no proof of hardness.",
     grid,
     measure,
     parallel: true,
@@ -41,10 +48,16 @@ const HARD_FROM: f64 = 2.309_401_076_758_503;
 fn grid(profile: Profile, _seed: u64) -> Vec<Point> {
     let mut points = Vec::new();
     // d = ln L, whole: 6 is 2^8.7, 177 is 2^255.4.
-    let widths: Vec<u64> = profile.pick(vec![6, 20, 60, 177], vec![6, 8, 11, 15, 20, 28, 38, 52, 71, 97, 131, 177]);
+    let widths: Vec<u64> =
+        profile.pick(vec![6, 20, 60, 177], vec![6, 8, 11, 15, 20, 28, 38, 52, 71, 97, 131, 177]);
     for s in POWERS {
         for &d in &widths {
-            points.push(Point::new(format!("s = {s}, L = e^{d}")).with("kind", "trajectory").with("s", s).with("d", d));
+            points.push(
+                Point::new(format!("s = {s}, L = e^{d}"))
+                    .with("kind", "trajectory")
+                    .with("s", s)
+                    .with("d", d),
+            );
         }
     }
     let steps = profile.pick(24u32, 60);
@@ -100,7 +113,8 @@ const CURVES: [(&str, &str); 3] = [
 ];
 
 fn trajectory(table: &Table, s: f64, column: &str) -> Vec<(f64, f64)> {
-    let rows = table.rows().filter(|r| r.text("kind") == "trajectory" && (r.f64("s") - s).abs() < 1e-9);
+    let rows =
+        table.rows().filter(|r| r.text("kind") == "trajectory" && (r.f64("s") - s).abs() < 1e-9);
     let mut points: Vec<(f64, f64)> = rows.map(|r| (r.f64("log2 L"), r.f64(column))).collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     points
@@ -118,7 +132,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         });
         LineChart {
             title: title.into(),
-            x: Axis::log2("L").ticks([8.0, 16.0, 32.0, 64.0, 128.0, 256.0].map(|x| (x, format!("2^{x}")))),
+            x: Axis::log2("L")
+                .ticks([8.0, 16.0, 32.0, 64.0, 128.0, 256.0].map(|x| (x, format!("2^{x}")))),
             y: Axis::linear("local cost exponent").range(0.95, 3.5),
             series: series.into(),
             references: vec![
@@ -128,7 +143,8 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         }
     });
     let mut figure = Figure::new("Below, at and above √ln L, to L = 2^256", panels).caption(format!(
-        "Γ = {PREFACTOR} (ln L)^s, d = ln L, uniform entries, closed forms. Below s = ½ exponents fall to 1, as the theorem says, above they rise; how slowly is what o(·) does not say."
+        "Γ = {PREFACTOR} (ln L)^s, d = ln L, uniform entries, closed forms. Below s = ½ exponents \
+         fall to 1, as the theorem says, above they rise; how slowly is what o(·) does not say."
     ));
     figure.palette = peft_limits::report::theme::Palette::Ordered;
     figure.share_y = true;
@@ -136,31 +152,52 @@ fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
 
     let map = table.filter(|r| r.text("kind") == "map").sorted_by("c")?;
     let most = 2.0;
-    let column = |name: &str| -> Vec<(f64, f64)> { map.rows().map(|r| (r.f64("c"), r.f64(name).min(most))).collect() };
-    let (polynomial, best) = (column("q of certified polynomials"), column("q of the best rank"));
-    let band = |name: &str, low: &dyn Fn(usize) -> f64, high: &dyn Fn(usize) -> f64, range: (f64, f64)| {
-        let points = polynomial.iter().enumerate().map(|(i, &(c, _))| {
-            let inside = c >= range.0 - 1e-9 && c <= range.1 + 1e-9 && high(i) > low(i);
-            let low = if inside { low(i) } else { f64::NAN };
-            (c, low, low, high(i))
-        });
-        Series { line: LineStyle::Solid, markers: false, ..Series::new(name, points) }
+    let column = |name: &str| -> Vec<(f64, f64)> {
+        map.rows().map(|r| (r.f64("c"), r.f64(name).min(most))).collect()
     };
+    let (polynomial, best) = (column("q of certified polynomials"), column("q of the best rank"));
+    let band =
+        |name: &str, low: &dyn Fn(usize) -> f64, high: &dyn Fn(usize) -> f64, range: (f64, f64)| {
+            let points = polynomial.iter().enumerate().map(|(i, &(c, _))| {
+                let inside = c >= range.0 - 1e-9 && c <= range.1 + 1e-9 && high(i) > low(i);
+                let low = if inside { low(i) } else { f64::NAN };
+                (c, low, low, high(i))
+            });
+            Series { line: LineStyle::Solid, markers: false, ..Series::new(name, points) }
+        };
     let series = vec![
-        band("polynomials: proved sub-quadratic, worst case", &|_| 0.0, &|i| polynomial[i].1, (0.0, 9.0)),
-        band("best rank sub-quadratic on random heads", &|i| polynomial[i].1, &|i| best[i].1, (0.0, 9.0)),
+        band(
+            "polynomials: proved sub-quadratic, worst case",
+            &|_| 0.0,
+            &|i| polynomial[i].1,
+            (0.0, 9.0),
+        ),
+        band(
+            "best rank sub-quadratic on random heads",
+            &|i| polynomial[i].1,
+            &|i| best[i].1,
+            (0.0, 9.0),
+        ),
         band("open", &|i| best[i].1, &|_| most, (0.0, HARD_FROM)),
         band("worst case hard (SETH)", &|_| 0.0, &|_| most, (HARD_FROM, 9.0)),
     ];
     let chart = LineChart {
         title: String::new(),
-        x: Axis::log10("c = Γ / √(ln L)").ticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0].map(|x| (x, format!("{x}")))),
+        x: Axis::log10("c = Γ / √(ln L)")
+            .ticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0].map(|x| (x, format!("{x}")))),
         y: Axis::linear("q: the error is L^-q").range(0.0, most),
         series,
         references: vec![Reference::Vertical(HARD_FROM, "2.31".into())],
     };
-    let mut second = Figure::new("Which norms and errors are easy, open, hard (d = ln L)", [chart]).caption(
-        "Polynomials by their certified degree; the best rank of a random head with uniform entries by its closed form. The reduction is for a constant error; nothing is known to be hard to its left.",
+    let mut second = Figure::new(
+        "Which norms and errors are easy, open, hard (d = ln \
+                                  L)",
+        [chart],
+    )
+    .caption(
+        "Polynomials by their certified degree; the best rank of a random head with uniform \
+         entries by its closed form. The reduction is for a constant error; nothing is known to be \
+         hard to its left.",
     );
     second.legend = LegendPlace::Shared;
     Ok(vec![NamedFigure::new("trajectories", figure), NamedFigure::new("map", second)])
@@ -175,16 +212,22 @@ fn findings(table: &Table) -> Result<Vec<String>> {
             format!("{column} {:.2} to {:.2}", value(points.first()), value(points.last()))
         });
         let lengths = trajectory(table, s, "c");
-        let (first, last) = (lengths.first().map_or(f64::NAN, |p| p.0), lengths.last().map_or(f64::NAN, |p| p.0));
-        lines.push(format!("s = {s}: local exponents from L = 2^{first:.0} to 2^{last:.0}: {}.", ends.join(", ")));
+        let (first, last) =
+            (lengths.first().map_or(f64::NAN, |p| p.0), lengths.last().map_or(f64::NAN, |p| p.0));
+        lines.push(format!(
+            "s = {s}: local exponents from L = 2^{first:.0} to 2^{last:.0}: {}.",
+            ends.join(", ")
+        ));
     }
     let model = Model::new(Law::Uniform, 1.0)?;
     for c in [0.1, 0.25, 0.45, 1.0] {
         let power = polynomials::largest_power(c, 1.0);
-        let certified = if power > 0.0 { format!("down to L^-{power:.2}") } else { "at no fixed error".into() };
+        let certified =
+            if power > 0.0 { format!("down to L^-{power:.2}") } else { "at no fixed error".into() };
         let best = rank::largest_power(&energies(model.law(), model.theta(c)?)?, 1.0);
         lines.push(format!(
-            "c = {c}: certified polynomials are sub-quadratic {certified}, the best rank down to L^-{best:.2}."
+            "c = {c}: certified polynomials are sub-quadratic {certified}, the best rank down to \
+             L^-{best:.2}."
         ));
     }
     Ok(lines)
@@ -197,8 +240,12 @@ fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
             let points = trajectory(table, s, column);
             let (Some(first), Some(last)) = (points.first(), points.last()) else { continue };
             if s < 0.45 {
-                // Less than half of the excess is left at the longest. A rank that tends to 1 may fall with L on its way.
-                checks.push((format!("s = {s}, {column}: falls towards 1"), last.1 - 1.0 < 0.5 * (first.1 - 1.0)));
+                // Less than half of the excess is left at the longest. A rank that tends to 1 may
+                // fall with L on its way.
+                checks.push((
+                    format!("s = {s}, {column}: falls towards 1"),
+                    last.1 - 1.0 < 0.5 * (first.1 - 1.0),
+                ));
             } else if s > 0.55 && *column == "certified" {
                 checks.push((format!("s = {s}, {column}: passes 2"), last.1 > 2.0));
             }
@@ -217,7 +264,12 @@ mod tests {
             for (i, log2) in [8.0, 256.0].into_iter().enumerate() {
                 let value = if s < 0.5 { below[i] } else { above };
                 let row = Row::new().with("kind", "trajectory").with("s", s).with("log2 L", log2);
-                table.push(&row.with("certified", value).with("best rank", value).with("sparsity", 2.0).with("c", 1.0));
+                table.push(
+                    &row.with("certified", value)
+                        .with("best rank", value)
+                        .with("sparsity", 2.0)
+                        .with("c", 1.0),
+                );
             }
         }
         table
@@ -225,7 +277,8 @@ mod tests {
 
     #[test]
     fn made_up_data_refute_what_they_should() {
-        let all = |table: Table| checks(&table).unwrap().into_iter().map(|c| c.1).collect::<Vec<_>>();
+        let all =
+            |table: Table| checks(&table).unwrap().into_iter().map(|c| c.1).collect::<Vec<_>>();
         assert_eq!(all(made_up([2.0, 1.2], 2.5)), [true; 6]);
         assert_eq!(all(made_up([2.0, 1.8], 2.5)), [false, false, false, false, true, true]);
         assert_eq!(all(made_up([2.0, 1.2], 1.9)), [true, true, true, true, false, false]);

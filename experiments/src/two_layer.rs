@@ -1,6 +1,8 @@
-//! Fine-tuning of a two-layer linear model in closed form: what each method reaches, and what it forgets.
+//! Fine-tuning of a two-layer linear model in closed form: what each method reaches, and what it
+//! forgets.
 //!
-//! The model of \[S2FT\]'s theory (its section on generalization), derived in `paper-notes/fine-tuning.md`:
+//! The model of \[S2FT\]'s theory (its section on generalization), derived in
+//! `paper-notes/fine-tuning.md`:
 //!
 //! ```text
 //! f(x) = W2 W1 x                      W1: h x d,  W2: p x h
@@ -16,9 +18,9 @@
 //! | LoRA on W1, on W2 | W2; 1 | 1; W1 | r |
 //! | full W1, full W2 | W2; 1 | 1; W1 | free |
 //!
-//! With thin bases Q_L of the columns of L and Q_R of the rows of R S_i^(1/2), and E = (B_i - W2 W1) S_i^(1/2), the
-//! risk is ||E - Q_L K Q_R^T||^2 for a free K, so K is the best approximation of rank r of Q_L^T E Q_R
-//! (Eckart-Young), and D follows from D S_i^(1/2) = Q_L K Q_R^T.
+//! With thin bases Q_L of the columns of L and Q_R of the rows of R S_i^(1/2), and E = (B_i - W2
+//! W1) S_i^(1/2), the risk is ||E - Q_L K Q_R^T||^2 for a free K, so K is the best approximation of
+//! rank r of Q_L^T E Q_R (Eckart-Young), and D follows from D S_i^(1/2) = Q_L K Q_R^T.
 //!
 //! ```
 //! use ndarray::array;
@@ -52,7 +54,8 @@ pub struct TwoLayer {
     pub second: Array2<f64>,
 }
 
-/// A regression (noise of y adds a constant to every risk, and error to what is fitted to a sample).
+/// A regression (noise of y adds a constant to every risk, and error to what is fitted to a
+/// sample).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
     /// B, p x d: y = B x.
@@ -105,10 +108,11 @@ impl Task {
         Ok((&gap.dot(&self.second_moment) * &gap).sum())
     }
 
-    /// The task that n samples with Gaussian inputs and noise of deviation sigma stand for: fitting it is fitting them.
+    /// The task that n samples with Gaussian inputs and noise of deviation sigma stand for: fitting
+    /// it is fitting them.
     ///
-    /// With X (d x n) and Y = B X + sigma Z, ||Y - C X||^2 / n is the risk of C on the least-squares map Y X^T (X X^T)^-1
-    /// under X X^T / n, plus what no C changes.
+    /// With X (d x n) and Y = B X + sigma Z, ||Y - C X||^2 / n is the risk of C on the
+    /// least-squares map Y X^T (X X^T)^-1 under X X^T / n, plus what no C changes.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for n <= d + 1 or a negative sigma; as [`svd`].
@@ -140,13 +144,14 @@ impl TwoLayer {
         self.second.dot(&self.first)
     }
 
-    /// W2 W1 after fine-tuning to the optimum on `task` (the solution of least norm where there are many).
+    /// W2 W1 after fine-tuning to the optimum on `task` (the solution of least norm where there are
+    /// many).
     ///
     /// Cost: three SVDs of the model's sizes.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] for hidden units out of range or repeated, none, or rank 0;
-    /// [`Error::NonFinite`].
+    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] for hidden units out of range or repeated,
+    /// none, or rank 0; [`Error::NonFinite`].
     pub fn fine_tune(&self, task: &Task, update: &Update) -> Result<Array2<f64>> {
         let ((h, d), (p, inner)) = (self.first.dim(), self.second.dim());
         expect("second", (p, inner), (p, h))?;
@@ -158,12 +163,18 @@ impl TwoLayer {
                 return Err(Error::invalid("units", "none", "must name at least one hidden unit"));
             }
         }
-        for (name, matrix) in [("first", &self.first), ("second", &self.second), ("target", &task.target)] {
+        for (name, matrix) in
+            [("first", &self.first), ("second", &self.second), ("target", &task.target)]
+        {
             require_finite("two_layer", name, &matrix.view())?;
         }
         let (left, right, rank) = match update {
-            Update::FirstRows(units) => (Some(self.second.select(Axis(1), units)), None, usize::MAX),
-            Update::SecondColumns(units) => (None, Some(self.first.select(Axis(0), units)), usize::MAX),
+            Update::FirstRows(units) => {
+                (Some(self.second.select(Axis(1), units)), None, usize::MAX)
+            }
+            Update::SecondColumns(units) => {
+                (None, Some(self.first.select(Axis(0), units)), usize::MAX)
+            }
             Update::FirstLowRank(r) => (Some(self.second.clone()), None, *r),
             Update::SecondLowRank(r) => (None, Some(self.first.clone()), *r),
             Update::FirstFull => (Some(self.second.clone()), None, usize::MAX),
@@ -220,17 +231,26 @@ fn best_of_rank(a: &Array2<f64>, rank: usize) -> Result<Array2<f64>> {
     Ok(left.dot(&vt.slice(s![..rank, ..])))
 }
 
-/// The symmetric square root of a positive semidefinite matrix, whose SVD is its spectral decomposition.
+/// The symmetric square root of a positive semidefinite matrix, whose SVD is its spectral
+/// decomposition.
 fn square_root(a: &Array2<f64>) -> Result<Array2<f64>> {
     let scale = a.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     if a.iter().zip(a.t()).any(|(x, y)| !((x - y).abs() <= 1e-9 * scale)) {
-        return Err(Error::invalid("second_moment", "not symmetric", "must be symmetric and finite"));
+        return Err(Error::invalid(
+            "second_moment",
+            "not symmetric",
+            "must be symmetric and finite",
+        ));
     }
     let Svd { u, s, vt } = svd(a.view())?;
     // A negative eigenvalue has left and right singular vectors of opposite signs.
     let negative = (0..s.len()).any(|i| s[i] > 1e-9 * scale && u.column(i).dot(&vt.row(i)) < 0.0);
     if negative {
-        return Err(Error::invalid("second_moment", "has a negative eigenvalue", "must be positive semidefinite"));
+        return Err(Error::invalid(
+            "second_moment",
+            "has a negative eigenvalue",
+            "must be positive semidefinite",
+        ));
     }
     Ok((&u * &s.mapv(f64::sqrt).insert_axis(Axis(0))).dot(&u.t()))
 }
@@ -263,7 +283,8 @@ mod tests {
         (model, Task { target, second_moment: x.dot(&x.t()) / 9.0 })
     }
 
-    /// The layers themselves after gradient descent on what is trained, with a step found by halving.
+    /// The layers themselves after gradient descent on what is trained, with a step found by
+    /// halving.
     fn descend(model: &TwoLayer, task: &Task, update: &Update, seed: u64) -> f64 {
         let mut rng = generator(seed, "two_layer/init", 0);
         let (h, d) = model.first.dim();
@@ -271,13 +292,19 @@ mod tests {
         let low_rank = |r: usize, shape: (usize, usize), rng: &mut _| {
             (normal((shape.0, r), rng) * 0.3, normal((r, shape.1), rng) * 0.3)
         };
-        let mask = |units: &[usize]| Array1::from_iter((0..h).map(|i| f64::from(u8::from(units.contains(&i)))));
+        let mask = |units: &[usize]| {
+            Array1::from_iter((0..h).map(|i| f64::from(u8::from(units.contains(&i)))))
+        };
         // Two factors a, b and the layer they make; the second factor is unused without a low rank.
         let (mut a, mut b) = match update {
             Update::FirstLowRank(r) => low_rank(*r, (h, d), &mut rng),
             Update::SecondLowRank(r) => low_rank(*r, (p, h), &mut rng),
-            Update::FirstRows(_) | Update::FirstFull => (Array2::zeros((h, d)), Array2::zeros((0, 0))),
-            Update::SecondColumns(_) | Update::SecondFull => (Array2::zeros((p, h)), Array2::zeros((0, 0))),
+            Update::FirstRows(_) | Update::FirstFull => {
+                (Array2::zeros((h, d)), Array2::zeros((0, 0)))
+            }
+            Update::SecondColumns(_) | Update::SecondFull => {
+                (Array2::zeros((p, h)), Array2::zeros((0, 0)))
+            }
         };
         let product = |a: &Array2<f64>, b: &Array2<f64>| match update {
             Update::FirstLowRank(_) => model.second.dot(&(&model.first + &a.dot(b))),
@@ -304,7 +331,8 @@ mod tests {
                 break;
             }
             loop {
-                let (na, nb) = (&a - &(&da * step), if b.is_empty() { b.clone() } else { &b - &(&db * step) });
+                let (na, nb) =
+                    (&a - &(&da * step), if b.is_empty() { b.clone() } else { &b - &(&db * step) });
                 let next = task.risk(&product(&na, &nb)).unwrap();
                 if next <= risk || step < 1e-12 {
                     (a, b, risk) = (na, nb, next);
@@ -334,16 +362,24 @@ mod tests {
             let scale = task.risk(&model.product()).unwrap();
             for update in &updates {
                 let closed = task.risk(&model.fine_tune(&task, update).unwrap()).unwrap();
-                let found = (0..2).map(|s| descend(&model, &task, update, s)).fold(f64::INFINITY, f64::min);
+                let found =
+                    (0..2).map(|s| descend(&model, &task, update, s)).fold(f64::INFINITY, f64::min);
                 // No start may get below; descent stops a little above.
-                assert!(found >= closed - 1e-12 * scale, "{update:?}: {found} found below {closed}");
-                assert!(found - closed < 1e-6 * scale, "{update:?}: {found} found, {closed} in closed form");
+                assert!(
+                    found >= closed - 1e-12 * scale,
+                    "{update:?}: {found} found below {closed}"
+                );
+                assert!(
+                    found - closed < 1e-6 * scale,
+                    "{update:?}: {found} found, {closed} in closed form"
+                );
             }
         }
     }
 
-    /// If the shift has rank at most r, LoRA fits the task exactly and its risk elsewhere is the distance of the
-    /// tasks; rows I of W1 move the model by the projection of the shift on the columns I of W2, whatever S_i.
+    /// If the shift has rank at most r, LoRA fits the task exactly and its risk elsewhere is the
+    /// distance of the tasks; rows I of W1 move the model by the projection of the shift on the
+    /// columns I of W2, whatever S_i.
     #[test]
     fn the_two_statements_of_the_theory() {
         let (model, mut task) = case(7);
@@ -368,8 +404,13 @@ mod tests {
         let risk = |u: Update| task.risk(&model.fine_tune(&task, &u).unwrap()).unwrap();
         for n in 1..6 {
             let units = |n: usize| (0..n).collect::<Vec<_>>();
-            assert!(risk(Update::FirstRows(units(n + 1))) <= risk(Update::FirstRows(units(n))) + 1e-12);
-            assert!(risk(Update::SecondColumns(units(n + 1))) <= risk(Update::SecondColumns(units(n))) + 1e-12);
+            assert!(
+                risk(Update::FirstRows(units(n + 1))) <= risk(Update::FirstRows(units(n))) + 1e-12
+            );
+            assert!(
+                risk(Update::SecondColumns(units(n + 1)))
+                    <= risk(Update::SecondColumns(units(n))) + 1e-12
+            );
             assert!(risk(Update::FirstLowRank(n + 1)) <= risk(Update::FirstLowRank(n)) + 1e-12);
         }
         let full = risk(Update::SecondFull);
@@ -379,7 +420,8 @@ mod tests {
         assert_eq!(Update::FirstRows(vec![1, 2]).trained(&model), 8);
     }
 
-    /// Mean over samples of a slice's risk elsewhere, against the closed form of `generalization::linear`.
+    /// Mean over samples of a slice's risk elsewhere, against the closed form of
+    /// `generalization::linear`.
     #[test]
     fn noise_costs_a_slice_its_degrees_of_freedom() {
         let (model, task) = case(5);
@@ -396,12 +438,22 @@ mod tests {
         let mut risks = Vec::new();
         for _ in 0..4000 {
             let sampled = task.sampled(n, sigma, &mut rng).unwrap();
-            risks.push(other.risk(&model.fine_tune(&sampled, &Update::FirstRows(units.clone())).unwrap()).unwrap());
+            risks.push(
+                other
+                    .risk(&model.fine_tune(&sampled, &Update::FirstRows(units.clone())).unwrap())
+                    .unwrap(),
+            );
         }
         let mean = risks.iter().sum::<f64>() / 4000.0;
-        let deviation = (risks.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / 4000.0 / 4000.0).sqrt();
-        assert!((mean - want).abs() < 5.0 * deviation, "{mean} against {want}, deviation {deviation}");
-        assert!(task.sampled(5, 0.1, &mut rng).is_err() && task.sampled(9, -1.0, &mut rng).is_err());
+        let deviation =
+            (risks.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / 4000.0 / 4000.0).sqrt();
+        assert!(
+            (mean - want).abs() < 5.0 * deviation,
+            "{mean} against {want}, deviation {deviation}"
+        );
+        assert!(
+            task.sampled(5, 0.1, &mut rng).is_err() && task.sampled(9, -1.0, &mut rng).is_err()
+        );
         // Without noise the sample has the task's map.
         let clean = task.sampled(9, 0.0, &mut rng).unwrap();
         assert!((&clean.target - &task.target).iter().all(|x| x.abs() < 1e-12));
@@ -411,12 +463,16 @@ mod tests {
     fn bad_input_is_refused() {
         let (model, task) = case(2);
         let refused = |task: &Task, update: Update| model.fine_tune(task, &update).unwrap_err();
-        assert!(matches!(refused(&task, Update::FirstLowRank(0)), Error::InvalidParam { name, .. } if name == "rank"));
+        assert!(
+            matches!(refused(&task, Update::FirstLowRank(0)), Error::InvalidParam { name, .. } if name == "rank")
+        );
         for units in [vec![], vec![6], vec![1, 1]] {
             assert!(matches!(refused(&task, Update::FirstRows(units)), Error::InvalidParam { .. }));
         }
         let wide = Task { target: Array2::zeros((5, 3)), ..task.clone() };
-        assert!(matches!(refused(&wide, Update::FirstFull), Error::ShapeMismatch { arg, .. } if arg == "target"));
+        assert!(
+            matches!(refused(&wide, Update::FirstFull), Error::ShapeMismatch { arg, .. } if arg == "target")
+        );
         let mut skew = task.clone();
         skew.second_moment[[0, 1]] += 1.0;
         assert!(refused(&skew, Update::FirstFull).to_string().contains("symmetric"));

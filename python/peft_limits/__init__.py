@@ -12,7 +12,16 @@ Nothing is imported before it is used: `validate` needs no torch, and only the c
 
 import importlib
 
-__all__ = ["CheckResult", "NotJudged", "Report", "ValidateCallback", "check_step", "dump_step", "trainable_snapshot", "validate"]
+__all__ = [
+    "CheckResult",
+    "NotJudged",
+    "Report",
+    "ValidateCallback",
+    "check_step",
+    "dump_step",
+    "trainable_snapshot",
+    "validate",
+]
 
 PLACES = {
     "callback": ("ValidateCallback",),

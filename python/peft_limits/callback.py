@@ -1,7 +1,7 @@
 """A callback of Transformers' Trainer and what derives from it (TRL, Axolotl): records steps and prints their verdicts.
 
-    from peft_limits import ValidateCallback
-    trainer = Trainer(..., callbacks=[ValidateCallback()])
+from peft_limits import ValidateCallback
+trainer = Trainer(..., callbacks=[ValidateCallback()])
 """
 
 import os
@@ -17,6 +17,7 @@ from .report import NotJudged, validate
 def smoothed(step, factor):
     """Lets the recorder see the labels that Trainer keeps from the model when it smooths them; returns what undoes it."""
     from transformers.trainer_pt_utils import LabelSmoother
+
     original = LabelSmoother.__call__
 
     def call(self, model_output, labels, *args, **kwargs):
@@ -65,7 +66,9 @@ class ValidateCallback(TrainerCallback):
         folder = self.folder or os.path.join(args.output_dir, "peft-limits")
         try:
             os.makedirs(folder, exist_ok=True)
-            step = dump_step(model, os.path.join(folder, f"step-{number}"), check=self.check, **self.options)
+            step = dump_step(
+                model, os.path.join(folder, f"step-{number}"), check=self.check, **self.options
+            )
             self.step = step.__enter__()
             if args.label_smoothing_factor > 0 and "label_smoothing" not in self.options:
                 self.smoothing = smoothed(step, args.label_smoothing_factor)
@@ -84,8 +87,10 @@ class ValidateCallback(TrainerCallback):
             if rank > 0:
                 return
             if size > 1 and not finished(step.root, size, self.patience):
-                raise NotJudged(f"not every rank had recorded its part within {self.patience} s; judge it later: "
-                                f"peft-limits validate {step.root}")
+                raise NotJudged(
+                    f"not every rank had recorded its part within {self.patience} s; judge it later: "
+                    f"peft-limits validate {step.root}"
+                )
             report = validate(step.root)
             self.reports.append(report)
             self.say(report)

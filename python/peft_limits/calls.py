@@ -13,7 +13,7 @@ def plain(name):
     """A parameter's name without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         while name.startswith(wrapper):
-            name = name[len(wrapper):]
+            name = name[len(wrapper) :]
         name = name.replace("." + wrapper, ".")
     return name
 
@@ -78,10 +78,16 @@ class RandomState:
 
     def __init__(self):
         self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        self.cuda = (
+            torch.cuda.get_rng_state_all()
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else None
+        )
         self.python = random.getstate()
         numpy = sys.modules.get("numpy")
-        self.numpy = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+        self.numpy = (
+            numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+        )
 
     def restore(self):
         torch.set_rng_state(self.torch)
@@ -97,14 +103,18 @@ class Autocast:
 
     def __init__(self):
         devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-        self.states = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
+        self.states = [
+            (d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices
+        ]
 
     @contextlib.contextmanager
     def again(self):
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in self.states:
                 # Weights change between passes: their casts must not be kept.
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                )
             yield
 
 
@@ -121,7 +131,9 @@ class Call:
     def returned(self, output):
         """The output as the caller gets it. A tensor that another output follows from (logits beside their loss) gets
         gradients from inside the model too: twins tell what comes from outside."""
-        wanted = [(p, t) for p, t in tensors_of(output) if t.requires_grad and t.is_floating_point()]
+        wanted = [
+            (p, t) for p, t in tensors_of(output) if t.requires_grad and t.is_floating_point()
+        ]
         for path, tensor in wanted:
             if len(wanted) > 1:
                 # A trainer may scale its loss in place, which a view's hook does not survive.
@@ -139,6 +151,7 @@ class Call:
                 gradient = gradient + self.gradients[path]
             self.gradients[path] = gradient
             self.value += product(gradient, output)
+
         return hook
 
     def again(self, model):
@@ -164,8 +177,10 @@ class Calls:
 
     def __init__(self, model):
         self.model, self.all, self.open = model, [], []
-        self.handles = [model.register_forward_pre_hook(self.called, with_kwargs=True),
-                        model.register_forward_hook(self.returned)]
+        self.handles = [
+            model.register_forward_pre_hook(self.called, with_kwargs=True),
+            model.register_forward_hook(self.returned),
+        ]
 
     def called(self, module, args, kwargs):
         self.open.clear()  # a pass that raised

@@ -40,7 +40,12 @@ SIGMAS = 6.0  # deviations of rounding that count as an error
 # Errors below these are not told from rounding and truncation that the measurements miss.
 FLOORS = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 BLIND = 0.5  # a tensor whose error could not be seen below this was not checked
-EPS = {torch.float64: 2.0**-40, torch.float32: 2.0**-14, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
+EPS = {
+    torch.float64: 2.0**-40,
+    torch.float32: 2.0**-14,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-9,
+}
 
 
 class CheckResult(dict):
@@ -59,23 +64,35 @@ class CheckResult(dict):
 
 
 def not_checked(why):
-    return CheckResult(status="not_checked", why=why, tensors=[], forwards=0, seconds=0.0, noise=0.0)
+    return CheckResult(
+        status="not_checked", why=why, tensors=[], forwards=0, seconds=0.0, noise=0.0
+    )
 
 
 class check_step:
     """See the module's text."""
 
     def __init__(self, model, *, loss=None, directions=3, seconds=120.0, seed=0):
-        self.model, self.loss, self.directions, self.seconds, self.seed = model, loss, directions, seconds, seed
+        self.model, self.loss, self.directions, self.seconds, self.seed = (
+            model,
+            loss,
+            directions,
+            seconds,
+            seed,
+        )
         self.result = not_checked("the block has not ended")
 
     def __enter__(self):
-        self.parameters = {plain(n): p for n, p in self.model.named_parameters() if p.requires_grad and p.is_leaf}
+        self.parameters = {
+            plain(n): p for n, p in self.model.named_parameters() if p.requires_grad and p.is_leaf
+        }
         self.refusal, self.gradients, self.handles = self.refused(), {}, []
         self.calls = Calls(self.model)
         if self.refusal is None:
             self.before = {n: p.detach().clone() for n, p in self.parameters.items()}
-            self.grads = {n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None}
+            self.grads = {
+                n: p.grad.detach().clone() for n, p in self.parameters.items() if p.grad is not None
+            }
             # What backward sends, whatever lay in .grad before or is zeroed, clipped and reduced afterwards.
             self.handles = [p.register_hook(self.arrived(n)) for n, p in self.parameters.items()]
         return self
@@ -84,7 +101,11 @@ class check_step:
         if not self.parameters:
             return "no parameter is trainable"
         for name, p in self.parameters.items():
-            if type(p) is not torch.nn.Parameter and hasattr(p, "full_tensor") or not p.is_floating_point():
+            if (
+                type(p) is not torch.nn.Parameter
+                and hasattr(p, "full_tensor")
+                or not p.is_floating_point()
+            ):
                 return f"{name} is sharded or no floating-point tensor"
         if any(type(m).__name__ == "FullyShardedDataParallel" for m in self.model.modules()):
             return "the parameters are sharded"
@@ -94,7 +115,10 @@ class check_step:
         def hook(gradient):
             gradient = gradient.detach()
             wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-            self.gradients[name] = wide if name not in self.gradients else wide.add_(self.gradients[name])
+            self.gradients[name] = (
+                wide if name not in self.gradients else wide.add_(self.gradients[name])
+            )
+
         return hook
 
     def __exit__(self, kind, error, trace):
@@ -147,7 +171,9 @@ class check_step:
 
     def callee(self):
         model = self.model
-        return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+        return (
+            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+        )
 
     def phi(self):
         """The step's outputs against their gradients, at the parameters as they are."""
@@ -172,11 +198,19 @@ class check_step:
             with torch.enable_grad():
                 outputs = call.again(self.callee())
                 paths = [p for p in call.gradients if outputs[p].requires_grad]
-                found = torch.autograd.grad([outputs[p] for p in paths], [self.parameters[n] for n in names],
-                                            [call.gradients[p] for p in paths], allow_unused=True)
+                found = torch.autograd.grad(
+                    [outputs[p] for p in paths],
+                    [self.parameters[n] for n in names],
+                    [call.gradients[p] for p in paths],
+                    allow_unused=True,
+                )
             for name, gradient in zip(names, found):
                 if gradient is not None:
-                    sums[name] = gradient.detach().double() if sums[name] is None else sums[name] + gradient.double()
+                    sums[name] = (
+                        gradient.detach().double()
+                        if sums[name] is None
+                        else sums[name] + gradient.double()
+                    )
         return sums
 
     # The verdict.
@@ -186,7 +220,9 @@ class check_step:
         if not self.calls.all:
             return not_checked("the model returned nothing in the block that backward went through")
         if not self.gradients and all(p.grad is None for p in self.parameters.values()):
-            return not_checked("no gradient reached any parameter: backward was not called in the block")
+            return not_checked(
+                "no gradient reached any parameter: backward was not called in the block"
+            )
         self.generator = torch.Generator().manual_seed(self.seed)
         self.format = self.coarsest()
         recorded = sum(c.value for c in self.calls.all)
@@ -197,8 +233,10 @@ class check_step:
         scale = max(abs(base), 1e-30)
         allowed = 20 * self.noise + 1e-5 * scale
         if abs(base - again) > allowed or (self.loss is None and abs(base - recorded) > allowed):
-            return not_checked(f"the forward does not repeat: {recorded:.6g} in the step, {base:.6g} and {again:.6g} afterwards "
-                               "(random numbers that are not torch's, a cache, or state that a pass changes)")
+            return not_checked(
+                f"the forward does not repeat: {recorded:.6g} in the step, {base:.6g} and {again:.6g} afterwards "
+                "(random numbers that are not torch's, a cache, or state that a pass changes)"
+            )
         blur, tensors = self.backward_noise(), []
         order = torch.randperm(len(self.parameters), generator=self.generator).tolist()
         names = list(self.parameters)
@@ -213,7 +251,9 @@ class check_step:
         formats = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         for call in self.calls.all:
             devices = {p.device.type for p in self.parameters.values()}
-            formats |= {dtype for device, dtype, on in call.autocast.states if on and device in devices}
+            formats |= {
+                dtype for device, dtype, on in call.autocast.states if on and device in devices
+            }
             formats |= {g.dtype for g in call.gradients.values()}
         return max(formats & set(EPS), key=EPS.get, default=torch.float32)
 
@@ -231,12 +271,16 @@ class check_step:
         """Deviation of phi from a smooth function: fourth differences of points a few roundings apart."""
         fourth = []
         for _ in range(lines):
-            steps = {n: self.random_like(v) * (self.size(v) * EPS[self.format] / math.sqrt(v.numel()))
-                     for n, v in self.before.items()}
+            steps = {
+                n: self.random_like(v) * (self.size(v) * EPS[self.format] / math.sqrt(v.numel()))
+                for n, v in self.before.items()
+            }
             values = []
             for k in range(points):
                 for name, value in self.before.items():
-                    self.set(name, (value.double() + (k - points / 2) * steps[name]).to(value.dtype))
+                    self.set(
+                        name, (value.double() + (k - points / 2) * steps[name]).to(value.dtype)
+                    )
                 values.append(self.phi())
             for _ in range(4):
                 values = [b - a for a, b in zip(values, values[1:])]
@@ -274,7 +318,11 @@ class check_step:
         for name in self.parameters:
             g = self.gradient(name)
             norm = 0.0 if g is None else float(torch.linalg.vector_norm(g))
-            gaps = [r[name].to(g.device) - g for r in all_gradients if r[name] is not None] if norm > 0 else []
+            gaps = (
+                [r[name].to(g.device) - g for r in all_gradients if r[name] is not None]
+                if norm > 0
+                else []
+            )
             if gaps:
                 along = max(abs(float((d * g).sum())) / norm**2 for d in gaps)
                 out[name] = (along, max(float(torch.linalg.vector_norm(d)) / norm for d in gaps))
@@ -284,7 +332,7 @@ class check_step:
         """(error of the derivative along a direction as long as a whole step, its deviation): Richardson at the best step."""
         errors, kept, best = [], [], (math.nan, math.inf)
         for level in range(LEVELS):
-            r = 0.5**(level + 1)
+            r = 0.5 ** (level + 1)
             plus, minus = ((value.double() + s * direction).to(value.dtype) for s in (r, -r))
             self.set(name, plus)
             high = self.phi()
@@ -301,7 +349,7 @@ class check_step:
             # A step is good only if the smaller ones agree with it, as far as rounding lets them.
             totals = []
             for i, (e, own) in enumerate(kept[1:], 1):
-                later = [abs(e - x) - 2 * n for x, n in kept[i + 1:]]
+                later = [abs(e - x) - 2 * n for x, n in kept[i + 1 :]]
                 totals.append((math.hypot(own, max(abs(e - kept[i - 1][0]), *later, 0.0)), e))
             deviation, e = min(t for t in totals if math.isfinite(t[0]))
             best = (e, deviation)
@@ -335,7 +383,10 @@ class check_step:
         root = math.sqrt(n / max(self.directions, 1)) / size
         absolute, absolute_noise = root * math.sqrt(squares), root * math.sqrt(deviations)
         if norm > 0:
-            random_error, random_seen = absolute / norm, (SIGMAS * absolute_noise / norm + 4 * blur[1] + floor)
+            random_error, random_seen = (
+                absolute / norm,
+                (SIGMAS * absolute_noise / norm + 4 * blur[1] + floor),
+            )
             if random_error > random_seen and kind is None:
                 kind, error = "another direction than backward says", random_error
             seen = min(seen, random_seen)
@@ -346,7 +397,11 @@ class check_step:
         return None, 0.0, 0.0
 
     def typical(self):
-        norms = [float(torch.linalg.vector_norm(g)) for g in map(self.gradient, self.parameters) if g is not None]
+        norms = [
+            float(torch.linalg.vector_norm(g))
+            for g in map(self.gradient, self.parameters)
+            if g is not None
+        ]
         return max(norms, default=0.0)
 
     def tensor(self, name, blur):
@@ -354,27 +409,50 @@ class check_step:
         if kind is not None and math.isfinite(error):
             # Once more along other directions: chance does not repeat.
             again, error_again, _ = self.look(name, blur)
-            kind, error = (kind, min(error, error_again)) if again is not None else (None, error_again)
+            kind, error = (
+                (kind, min(error, error_again)) if again is not None else (None, error_again)
+            )
         status = "wrong" if kind is not None else "blind" if seen > BLIND else "right"
         finite = lambda x: round(x, 9) if math.isfinite(x) else None  # noqa: E731
-        return {"name": name, "status": status, "error": finite(error), "resolution": finite(seen), "what": kind or ""}
+        return {
+            "name": name,
+            "status": status,
+            "error": finite(error),
+            "resolution": finite(seen),
+            "what": kind or "",
+        }
 
     def summary(self, tensors, count):
         wrong = [t for t in tensors if t["status"] == "wrong"]
         seen = [t for t in tensors if t["status"] == "right"]
         blind = [t for t in tensors if t["status"] == "blind"]
         resolution = sorted(t["resolution"] for t in seen)
-        part = "" if len(tensors) == count else f" ({count - len(tensors)} more were not looked at in {self.seconds:g} s)"
+        part = (
+            ""
+            if len(tensors) == count
+            else f" ({count - len(tensors)} more were not looked at in {self.seconds:g} s)"
+        )
         if wrong:
             status = "failed"
             why = f"{len(wrong)} of {len(tensors)} gradients are not the derivative of the step's own forward{part}; {wrong[0]['name']}: {wrong[0]['what']}"
         elif not seen:
-            status, why = "not_checked", f"rounding of {str(self.format).removeprefix('torch.')} hides every gradient{part}"
+            status, why = (
+                "not_checked",
+                f"rounding of {str(self.format).removeprefix('torch.')} hides every gradient{part}",
+            )
         else:
             status = "passed"
-            why = (f"{len(seen)} of {len(tensors)} gradients are the derivative of the step's own forward, "
-                   f"to {resolution[len(resolution) // 2]:.1e} of their norm{part}")
+            why = (
+                f"{len(seen)} of {len(tensors)} gradients are the derivative of the step's own forward, "
+                f"to {resolution[len(resolution) // 2]:.1e} of their norm{part}"
+            )
             if blind:
                 why += f"; {len(blind)} are hidden by rounding"
-        return CheckResult(status=status, why=why + ". A wrong forward is not seen this way", tensors=tensors,
-                           forwards=self.forwards, seconds=0.0, noise=self.noise)
+        return CheckResult(
+            status=status,
+            why=why + ". A wrong forward is not seen this way",
+            tensors=tensors,
+            forwards=self.forwards,
+            seconds=0.0,
+            noise=self.noise,
+        )

@@ -12,17 +12,27 @@ WORDS = "dump_step: the 4-D attention mask "
 def allowed(mask, rows, length):
     """(B, T, T), true where a query sees a key, of a mask (1 or B, heads, T, T): booleans, or numbers that are added to the scores."""
     mask = mask.detach().to("cpu")
-    if mask.dim() != 4 or mask.shape[0] not in (1, rows) or tuple(mask.shape[2:]) != (length, length):
-        raise ValueError(f"{WORDS}is {tuple(mask.shape)}: {(rows, 1, length, length)} expected (no cache)")
+    if (
+        mask.dim() != 4
+        or mask.shape[0] not in (1, rows)
+        or tuple(mask.shape[2:]) != (length, length)
+    ):
+        raise ValueError(
+            f"{WORDS}is {tuple(mask.shape)}: {(rows, 1, length, length)} expected (no cache)"
+        )
     if mask.dtype == torch.bool:
         seen = mask
     elif mask.is_floating_point():
         seen = mask == 0
         # Transformers fills with the smallest number of the format, others with -inf or -1e4.
         if not bool((seen | (mask <= -1e4)).all()):
-            raise ValueError(f"{WORDS}adds other numbers than 0 and -inf to the scores: biases are not known")
+            raise ValueError(
+                f"{WORDS}adds other numbers than 0 and -inf to the scores: biases are not known"
+            )
     else:
-        raise ValueError(f"{WORDS}holds {mask.dtype}: booleans, or numbers that are added to the scores, expected")
+        raise ValueError(
+            f"{WORDS}holds {mask.dtype}: booleans, or numbers that are added to the scores, expected"
+        )
     if not bool((seen == seen[:, :1]).all()):
         raise ValueError(f"{WORDS}differs between heads")
     return seen[:, 0].expand(rows, length, length)
@@ -51,8 +61,10 @@ def documents_of(seen):
                 if int(seen[b, :, t].sum()) <= 1:
                     keys[t] = False
                     continue
-                raise ValueError(f"{WORDS}is not causal inside documents (token {t} of row {b}): prefixes that see what comes later, "
-                                 "windows and gaps are not known")
+                raise ValueError(
+                    f"{WORDS}is not causal inside documents (token {t} of row {b}): prefixes that see what comes later, "
+                    "windows and gaps are not known"
+                )
             documents[b, t] = document
         real[b] = keys
         # Padding belongs to the document before it.
@@ -76,8 +88,15 @@ def windowed(seen, window):
 
 def of_batch(mask, rows, length, config):
     """What the mask that a model is called with says: `attention_mask`, `documents`."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else ["full_attention"]))
+    window = (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )
+    kinds = set(
+        getattr(config, "layer_types", None)
+        or (["sliding_attention"] if window else ["full_attention"])
+    )
     binds = window is not None and window < length and "sliding_attention" in kinds
     if isinstance(mask, dict):
         given = {kind: mask[kind] for kind in kinds if mask.get(kind) is not None}
@@ -86,8 +105,12 @@ def of_batch(mask, rows, length, config):
         seen = {kind: allowed(m, rows, length) for kind, m in given.items()}
         whole = seen.get("full_attention", next(iter(seen.values())))
         if "sliding_attention" in seen and binds:
-            if "full_attention" not in seen or not torch.equal(seen["sliding_attention"], windowed(whole, window)):
-                raise ValueError(f"{WORDS}of the layers with a window is not that of the others inside the window")
+            if "full_attention" not in seen or not torch.equal(
+                seen["sliding_attention"], windowed(whole, window)
+            ):
+                raise ValueError(
+                    f"{WORDS}of the layers with a window is not that of the others inside the window"
+                )
         elif any(not torch.equal(m, whole) for m in seen.values()):
             raise ValueError(f"{WORDS}differs between kinds of layers")
         return documents_of(whole)
@@ -98,6 +121,8 @@ def of_batch(mask, rows, length, config):
             raise ValueError("dump_step: attention_mask (B, T) holds other numbers than 0 and 1")
         return {"attention_mask": mask.detach().to("cpu", copy=True).long()}
     if binds:
-        raise ValueError(f"{WORDS}takes the place of the window of {window} tokens in every layer, which the reference keeps: pass a "
-                         "dict with a mask for each kind of layer, or rows no longer than the window")
+        raise ValueError(
+            f"{WORDS}takes the place of the window of {window} tokens in every layer, which the reference keeps: pass a "
+            "dict with a mask for each kind of layer, or rows no longer than the window"
+        )
     return documents_of(allowed(mask, rows, length))

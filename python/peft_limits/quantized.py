@@ -43,12 +43,17 @@ class QuantizedBase:
 
     def hooks(self):
         """Remembers the format of each module's inputs."""
+
         def keep(name):
             def hook(module, args):
                 if args and isinstance(args[0], torch.Tensor):
                     self.inputs[name] = args[0].dtype
+
             return hook
-        return [module.register_forward_pre_hook(keep(name)) for name, module in self.modules.items()]
+
+        return [
+            module.register_forward_pre_hook(keep(name)) for name, module in self.modules.items()
+        ]
 
     def tensors(self, raw, tensor, name):
         """A weight's tensors as a checkpoint has them, by their names; `raw` is its name in the model."""
@@ -58,31 +63,47 @@ class QuantizedBase:
         scales = getattr(tensor, "SCB", None)
         scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
         if tensor.dtype != torch.int8 or scales is None:
-            raise ValueError(f"dump_step: {raw} is quantized ({dtype_name(tensor.dtype)}), and not by bitsandbytes in NF4 or "
-                             "int8: that is not supported")
+            raise ValueError(
+                f"dump_step: {raw} is quantized ({dtype_name(tensor.dtype)}), and not by bitsandbytes in NF4 or "
+                "int8: that is not supported"
+            )
         if tensor.device.type not in ("cpu", "xpu"):
-            raise ValueError(f"dump_step: {raw} is in int8 on {tensor.device.type}, where the forward pass quantizes the activations "
-                             "as well, which the reference cannot imitate: record NF4, or int8 on the CPU")
+            raise ValueError(
+                f"dump_step: {raw} is in int8 on {tensor.device.type}, where the forward pass quantizes the activations "
+                "as well, which the reference cannot imitate: record NF4, or int8 on the CPU"
+            )
         module_name = name.removesuffix(".weight")
-        return {name: self.full(tensor), f"{module_name}.SCB": self.full(scales).float(),
-                f"{module_name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {
+            name: self.full(tensor),
+            f"{module_name}.SCB": self.full(scales).float(),
+            f"{module_name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
 
     def nf4(self, raw, tensor, name):
         state = tensor.quant_state
         if state.quant_type != "nf4" or tensor.dtype != torch.uint8:
-            raise ValueError(f"dump_step: {raw} is in {state.quant_type} ({dtype_name(tensor.dtype)}), not in NF4 stored as uint8: that "
-                             "is not supported")
+            raise ValueError(
+                f"dump_step: {raw} is in {state.quant_type} ({dtype_name(tensor.dtype)}), not in NF4 stored as uint8: that "
+                "is not supported"
+            )
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError(f"dump_step: {raw} was packed again for inference on the CPU: call model.train() before anything runs")
+            raise ValueError(
+                f"dump_step: {raw} was packed again for inference on the CPU: call model.train() before anything runs"
+            )
         if tensor.device.type == "cpu":
             import bitsandbytes.functional as functional
+
             kernel = functional.dequantize_4bit(tensor.data, state)
             if not torch.equal(kernel, restored(tensor.data, state).to(kernel.dtype)):
-                raise ValueError(f"dump_step: bitsandbytes restores {raw} of shape {tuple(state.shape)} wrongly on this CPU: rows that are no "
-                                 f"whole number of blocks of {state.blocksize} get their neighbours' scales. Record on a GPU, or leave "
-                                 "the module out with llm_int8_skip_modules")
+                raise ValueError(
+                    f"dump_step: bitsandbytes restores {raw} of shape {tuple(state.shape)} wrongly on this CPU: rows that are no "
+                    f"whole number of blocks of {state.blocksize} get their neighbours' scales. Record on a GPU, or leave "
+                    "the module out with llm_int8_skip_modules"
+                )
         parts = state.as_dict(packed=True)
-        return {name: self.full(tensor.data)} | {f"{name}.{key}": self.full(value) for key, value in parts.items()}
+        return {name: self.full(tensor.data)} | {
+            f"{name}.{key}": self.full(value) for key, value in parts.items()
+        }
 
     def formats(self):
         """Of the products, and of the weights restored for forward and for backward; None without quantized weights."""
@@ -91,7 +112,9 @@ class QuantizedBase:
             if name not in self.inputs:
                 continue
             state = getattr(module.weight, "quant_state", None)
-            compute = (state is not None and getattr(module, "compute_dtype", None)) or self.inputs[name]
+            compute = (state is not None and getattr(module, "compute_dtype", None)) or self.inputs[
+                name
+            ]
             if state is None:
                 found.add((compute, compute, compute))
                 continue
@@ -101,7 +124,9 @@ class QuantizedBase:
             found.add((compute, compute if fused else twice, twice))
         if len(found) > 1:
             all_ = sorted("/".join(map(dtype_name, formats)) for formats in found)
-            raise ValueError(f"dump_step: quantized modules compute in several formats ({', '.join(all_)}), which is not supported")
+            raise ValueError(
+                f"dump_step: quantized modules compute in several formats ({', '.join(all_)}), which is not supported"
+            )
         if not found:
             return None
         return dict(zip(("compute", "forward", "backward"), map(dtype_name, found.pop())))

@@ -37,11 +37,17 @@ def is_sharded(tensor):
 
 def open_sum(tensor):
     """(index, number) of this process among those whose parts of a DTensor still have to be added; None without such a sum."""
-    axes = [axis for axis, p in enumerate(tensor.placements) if p.is_partial()] if is_sharded(tensor) else []
+    axes = (
+        [axis for axis, p in enumerate(tensor.placements) if p.is_partial()]
+        if is_sharded(tensor)
+        else []
+    )
     if not axes:
         return None
     if any(tensor.placements[axis].reduce_op != "sum" for axis in axes):
-        raise ValueError(f"a DTensor of which ranks hold parts of other than a sum ({tensor.placements}) cannot be recorded")
+        raise ValueError(
+            f"a DTensor of which ranks hold parts of other than a sum ({tensor.placements}) cannot be recorded"
+        )
     index, of = 0, 1
     for axis in axes:
         size = tensor.device_mesh.size(axis)
@@ -54,7 +60,9 @@ def local(tensor, summand=False):
     tensor = tensor.detach()
     if is_sharded(tensor):
         if open_sum(tensor) and not summand:
-            raise ValueError(f"a DTensor whose sum over ranks is still open ({tensor.placements}) cannot be recorded")
+            raise ValueError(
+                f"a DTensor whose sum over ranks is still open ({tensor.placements}) cannot be recorded"
+            )
         tensor = tensor.to_local()
     return tensor.to("cpu", copy=True).contiguous()
 
@@ -73,13 +81,23 @@ def flat_shards(model):
         return {}
     found = {}
     for module in model.modules():
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None) if isinstance(module, FSDP) else None
+        flat = (
+            getattr(getattr(module, "_handle", None), "flat_param", None)
+            if isinstance(module, FSDP)
+            else None
+        )
         if flat is None:
             continue
         if flat._params is None:
-            raise ValueError("FullyShardedDataParallel must be built with use_orig_params=True: one flat parameter has no names")
+            raise ValueError(
+                "FullyShardedDataParallel must be built with use_orig_params=True: one flat parameter has no names"
+            )
         for p, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos):
-            part = [info.intra_param_start_idx, info.intra_param_end_idx + 1] if info.in_shard else [0, 0]
+            part = (
+                [info.intra_param_start_idx, info.intra_param_end_idx + 1]
+                if info.in_shard
+                else [0, 0]
+            )
             found[id(p)] = {"shape": list(shape), "flat": part}
     return found
 
@@ -93,10 +111,18 @@ class Ranks:
             raise ValueError(f"dump_step: parallel knows {sorted(KEYS)}, not {sorted(unknown)}")
         declared = dict(declared or {})
         self.rank, self.size = world()
-        self.declared = [(re.compile(pattern), cut) for pattern, cut in (declared.get("shards") or {}).items()]
+        self.declared = [
+            (re.compile(pattern), cut) for pattern, cut in (declared.get("shards") or {}).items()
+        ]
         self.reduce, self.loss = declared.get("reduce", "mean"), declared.get("loss")
-        if self.reduce not in ("mean", "sum") or self.loss not in (None, "rank_mean", "global_mean"):
-            raise ValueError("dump_step: parallel's reduce is mean or sum, its loss rank_mean or global_mean")
+        if self.reduce not in ("mean", "sum") or self.loss not in (
+            None,
+            "rank_mean",
+            "global_mean",
+        ):
+            raise ValueError(
+                "dump_step: parallel's reduce is mean or sum, its loss rank_mean or global_mean"
+            )
         self.cut = declared.get("data")
         group = None
         if isinstance(self.cut, (tuple, list)):
@@ -112,7 +138,9 @@ class Ranks:
         if self.cut is None:
             self.cut = "same" if self.declared and self.data is None else "rows"
         if self.cut not in CUTS:
-            raise ValueError(f"dump_step: parallel's data is one of {CUTS}, perhaps with a group, not {self.cut!r}")
+            raise ValueError(
+                f"dump_step: parallel's data is one of {CUTS}, perhaps with a group, not {self.cut!r}"
+            )
         if self.declared and self.tensor is None:
             self.tensor = (self.rank, self.size)
         if self.data is None:
@@ -121,7 +149,11 @@ class Ranks:
     def look_at(self, module):
         """Finds what shards or reduces."""
         kinds = [k.__name__ for k in type(module).__mro__]
-        for name, found in (("FSDPModule", "fully_shard"), ("FullyShardedDataParallel",) * 2, ("DistributedDataParallel",) * 2):
+        for name, found in (
+            ("FSDPModule", "fully_shard"),
+            ("FullyShardedDataParallel",) * 2,
+            ("DistributedDataParallel",) * 2,
+        ):
             if name in kinds and self.wrapper is None:
                 self.wrapper = found
 
@@ -138,7 +170,10 @@ class Ranks:
     def place(self, raw, tensor):
         """Which part of a tensor this process holds; None for all of it."""
         if is_sharded(tensor):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset as place
+            from torch.distributed.tensor._utils import (
+                compute_local_shape_and_global_offset as place,
+            )
+
             if all(p.is_replicate() for p in tensor.placements):
                 return None
             size, offset = place(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -173,9 +208,16 @@ class Ranks:
                 self.shards[f"{group}.{name}"] = self.open[of, key]
 
     def manifest(self):
-        return {"rank": self.rank, "world_size": self.size, "data": {"cut": self.cut, "index": self.data[0], "of": self.data[1]},
-                "tensor": {"index": self.tensor[0], "of": self.tensor[1]} if self.tensor else None,
-                "reduce": self.reduce, "loss": self.loss, "wrapper": self.wrapper, "shards": self.shards}
+        return {
+            "rank": self.rank,
+            "world_size": self.size,
+            "data": {"cut": self.cut, "index": self.data[0], "of": self.data[1]},
+            "tensor": {"index": self.tensor[0], "of": self.tensor[1]} if self.tensor else None,
+            "reduce": self.reduce,
+            "loss": self.loss,
+            "wrapper": self.wrapper,
+            "shards": self.shards,
+        }
 
 
 def finished(folder, size, seconds):

@@ -80,9 +80,38 @@ from .writing import full, jsonable, write_json, write_model
 
 VERSION = 1
 DROPOUT = re.compile(r"(.*)\.lora_dropout\.[^.]+$")
-OTHER_KINDS = ("ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING", "XLORA", "FOURIERFT", "VBLORA", "RANDLORA",
-               "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "POLY", "BONE", "MISS",
-               "TRAINABLE_TOKENS", "SHIRA", "C3A", "WAVEFT", "ROAD", "OSF", "DELORA", "GRALORA")
+OTHER_KINDS = (
+    "ADALORA",
+    "IA3",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "BOFT",
+    "VERA",
+    "HRA",
+    "LN_TUNING",
+    "XLORA",
+    "FOURIERFT",
+    "VBLORA",
+    "RANDLORA",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "POLY",
+    "BONE",
+    "MISS",
+    "TRAINABLE_TOKENS",
+    "SHIRA",
+    "C3A",
+    "WAVEFT",
+    "ROAD",
+    "OSF",
+    "DELORA",
+    "GRALORA",
+)
 LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)$")
 
@@ -124,17 +153,45 @@ def ends(model):
 class dump_step:
     """See the module's text."""
 
-    def __init__(self, model, folder, *, labels=None, reduction="mean", rename=None, config=None, model_path=None,
-                 adapter_path=None, adapter_config=None, adapter_tensors=None, previous=None, scaler=None,
-                 autocast=None, internals=None, logits=True, hidden=True, label_smoothing=0.0, z_loss=0.0,
-                 token_weights=None, divisor=None, check=False, parallel=None):
+    def __init__(
+        self,
+        model,
+        folder,
+        *,
+        labels=None,
+        reduction="mean",
+        rename=None,
+        config=None,
+        model_path=None,
+        adapter_path=None,
+        adapter_config=None,
+        adapter_tensors=None,
+        previous=None,
+        scaler=None,
+        autocast=None,
+        internals=None,
+        logits=True,
+        hidden=True,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        token_weights=None,
+        divisor=None,
+        check=False,
+        parallel=None,
+    ):
         if reduction not in ("mean", "sum", "micro_mean"):
             raise ValueError(f"reduction={reduction!r}: must be mean, sum or micro_mean")
         self.model, self.folder, self.reduction = model, str(folder), reduction
         self.several = parallel is not False and world()[1] > 1
         if parallel and not self.several:
             parallel = None
-        self.parallel, self.ranks, self.error, self.at_end, self.said_reduced = parallel, None, None, False, False
+        self.parallel, self.ranks, self.error, self.at_end, self.said_reduced = (
+            parallel,
+            None,
+            None,
+            False,
+            False,
+        )
         self.root = self.folder
         if self.several:
             self.folder = os.path.join(self.root, f"rank-{world()[0]}")
@@ -143,16 +200,32 @@ class dump_step:
             raise FileExistsError(f"{folder} exists already")
         self.rename = rename or (lambda name: name)
         self.config, self.model_path = config, model_path
-        self.adapter_path, self.adapter_config, self.adapter_tensors = adapter_path, adapter_config, adapter_tensors
-        self.previous, self.scaler, self.autocast, self.internals = previous, scaler, autocast, internals
+        self.adapter_path, self.adapter_config, self.adapter_tensors = (
+            adapter_path,
+            adapter_config,
+            adapter_tensors,
+        )
+        self.previous, self.scaler, self.autocast, self.internals = (
+            previous,
+            scaler,
+            autocast,
+            internals,
+        )
         self.given_labels, self.keep_logits, self.keep_hidden = labels, logits, hidden
         self.micro, self.inside, self.handles = [], False, []
         self.gradients, self.applied, self.before = {}, {}, {}
         self.optimizer, self.state, self.loss = None, {}, None
-        self.declared = {"label_smoothing": float(label_smoothing), "z_loss": float(z_loss),
-                         "divisor": None if divisor is None else float(divisor)}
+        self.declared = {
+            "label_smoothing": float(label_smoothing),
+            "z_loss": float(z_loss),
+            "divisor": None if divisor is None else float(divisor),
+        }
         self.token_weights = token_weights
-        self.check = check_step(model, **(check if isinstance(check, dict) else {})) if check or check == {} else None
+        self.check = (
+            check_step(model, **(check if isinstance(check, dict) else {}))
+            if check or check == {}
+            else None
+        )
 
     # What the training loop may say by hand.
 
@@ -181,14 +254,19 @@ class dump_step:
         inner = unwrap(self.model)
         inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         kind = type(inner).__name__
-        if type(inner).__module__.startswith("transformers.") and re.search(r"For(?!CausalLM)[A-Z]", kind):
-            raise ValueError(f"dump_step: {kind} is no decoder that predicts the next token; check_step judges the backward of any model")
+        if type(inner).__module__.startswith("transformers.") and re.search(
+            r"For(?!CausalLM)[A-Z]", kind
+        ):
+            raise ValueError(
+                f"dump_step: {kind} is no decoder that predicts the next token; check_step judges the backward of any model"
+            )
 
     def guard(self, function):
         """A hook that never raises: what goes wrong is raised where the block ends, not inside the training step.
 
         With several processes it is not raised there either: the others would wait for this one forever.
         """
+
         def guarded(*args, **kwargs):
             if self.error is None:
                 try:
@@ -198,10 +276,13 @@ class dump_step:
                     if self.several:
                         self.give_up(error)
             return None
+
         return guarded
 
     def give_up(self, error):
-        print(f"peft-limits: rank {world()[0]} is not recorded: {error}", file=sys.stderr, flush=True)
+        print(
+            f"peft-limits: rank {world()[0]} is not recorded: {error}", file=sys.stderr, flush=True
+        )
         shutil.rmtree(getattr(self, "writing", ""), ignore_errors=True)
         failed(self.folder, world()[0], error)
 
@@ -219,12 +300,17 @@ class dump_step:
         with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
             embedding = unwrap(self.model).get_input_embeddings()
             if getattr(embedding, "neftune_noise_alpha", None):
-                raise ValueError("dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
-                                 "with neftune_noise_alpha=None")
+                raise ValueError(
+                    "dump_step: NEFTune adds noise to the embeddings, which the reference cannot know: record a step "
+                    "with neftune_noise_alpha=None"
+                )
         self.active = self.one_adapter()
         self.official = Official(self.model, self.active)
         self.refuse_what_is_not_known()
-        self.names = {id(p): self.rename(self.official.names.get(id(p), plain(n))) for n, p in self.model.named_parameters()}
+        self.names = {
+            id(p): self.rename(self.official.names.get(id(p), plain(n)))
+            for n, p in self.model.named_parameters()
+        }
         if self.scaler is not None:
             self.scale = float(self.scaler.get_scale())
         else:
@@ -290,22 +376,41 @@ class dump_step:
         model = unwrap(self.model)
         # Transformers models have these names without an adapter too.
         peft = getattr(model, "peft_config", None)
-        active = (getattr(model, "active_adapters", None) or getattr(model, "active_adapter", "default")) if peft else "default"
-        active = [active] if isinstance(active, str) else list(active() if callable(active) else active) or ["default"]
+        active = (
+            (getattr(model, "active_adapters", None) or getattr(model, "active_adapter", "default"))
+            if peft
+            else "default"
+        )
+        active = (
+            [active]
+            if isinstance(active, str)
+            else list(active() if callable(active) else active) or ["default"]
+        )
         if len(active) > 1:
-            raise ValueError(f"dump_step: {len(active)} adapters act at once ({', '.join(active)}): record a step with one "
-                             "(set_adapter)")
-        merged = next((n for n, m in model.named_modules() if getattr(m, "merged_adapters", None)), None)
+            raise ValueError(
+                f"dump_step: {len(active)} adapters act at once ({', '.join(active)}): record a step with one "
+                "(set_adapter)"
+            )
+        merged = next(
+            (n for n, m in model.named_modules() if getattr(m, "merged_adapters", None)), None
+        )
         if merged:
-            raise ValueError(f"dump_step: the adapter of {plain(merged)} is merged into its weight, where it does not train: unmerge "
-                             "it (unmerge_adapter)")
+            raise ValueError(
+                f"dump_step: the adapter of {plain(merged)} is merged into its weight, where it does not train: unmerge "
+                "it (unmerge_adapter)"
+            )
         config = (getattr(model, "peft_config", None) or {}).get(active[0])
         kind = getattr(config, "peft_type", None)
         # Forks of PEFT have kinds of their own, which `official` knows.
         if kind is not None and str(getattr(kind, "value", kind)) in OTHER_KINDS:
-            raise ValueError(f"dump_step: adapters of PEFT's kind {getattr(kind, 'value', kind)} are not known; LORA (with use_dora, "
-                             "use_rslora and so on) is; check_step judges the backward of any model")
-        for name, what in (("trainable_token_indices", "single rows of the embedding"), ("layer_replication", "layers that share weights")):
+            raise ValueError(
+                f"dump_step: adapters of PEFT's kind {getattr(kind, 'value', kind)} are not known; LORA (with use_dora, "
+                "use_rslora and so on) is; check_step judges the backward of any model"
+            )
+        for name, what in (
+            ("trainable_token_indices", "single rows of the embedding"),
+            ("layer_replication", "layers that share weights"),
+        ):
             if getattr(config, name, None):
                 raise ValueError(f"dump_step: {name} ({what}) is not known")
         return active[0]
@@ -335,7 +440,9 @@ class dump_step:
         record = {n: full(t).long() for n, t in given.items()} | {"hidden": {}, "trains": trains}
         if kwargs.get("attention_mask") is not None:
             rows, length = record["input_ids"].shape
-            record |= masks.of_batch(kwargs["attention_mask"], rows, length, getattr(unwrap(self.model), "config", None))
+            record |= masks.of_batch(
+                kwargs["attention_mask"], rows, length, getattr(unwrap(self.model), "config", None)
+            )
         self.micro.append(record)
         self.inside = True
 
@@ -362,8 +469,14 @@ class dump_step:
         if isinstance(loss, torch.Tensor):
             record["loss"] = float(loss.detach())
             if loss.requires_grad and "labels" in record:
-                loss.register_hook(self.guard(lambda gradient: self.differentiated(record, gradient)))
-                if isinstance(logits, torch.Tensor) and logits.requires_grad and isinstance(output, dict):
+                loss.register_hook(
+                    self.guard(lambda gradient: self.differentiated(record, gradient))
+                )
+                if (
+                    isinstance(logits, torch.Tensor)
+                    and logits.requires_grad
+                    and isinstance(output, dict)
+                ):
                     # A loss outside may use the logits as well: a view tells.
                     view = logits.view_as(logits)
                     view.register_hook(lambda gradient: record.update(outer_loss=True))
@@ -377,28 +490,41 @@ class dump_step:
         record.update(own_loss=True, factor=record.get("factor", 0.0) + float(gradient))
 
     def module_name(self, name):
-        return self.rename(name + ".weight").removesuffix(".weight").removeprefix("base_model.model.")
+        return (
+            self.rename(name + ".weight").removesuffix(".weight").removeprefix("base_model.model.")
+        )
 
     def dropped(self, name):
         """Keeps the mask of an adapter's dropout: what is left is multiplied by 1 / (1 - p)."""
+
         def hook(module, args, output):
             rows, length = self.micro[-1]["input_ids"].shape if self.inside else (0, 0)
-            if self.inside and module.training and output.numel() == rows * length * output.shape[-1]:
+            if (
+                self.inside
+                and module.training
+                and output.numel() == rows * length * output.shape[-1]
+            ):
                 # Some families fold rows and positions into one axis. Where x is zero its mask shows neither here nor in
                 # the forward.
                 left = ((output != 0) | (args[0] == 0)).reshape(rows, length, -1)
                 self.micro[-1].setdefault("masks", {})[name] = full(left).float() / (1.0 - module.p)
+
         return hook
 
     def left_behind(self, name):
         """Keeps the gradient that arrives at a module's output: of the logits, of the last norm's result."""
+
         def hook(module, args, output):
             if not self.inside or not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return
             record = self.micro[-1]
             # Called in pieces, or for some positions only, it tells nothing of the whole.
-            whole = tuple(output.shape[:2]) == tuple(record["input_ids"].shape) and output.dim() == 3
-            record.setdefault("calls", {})[name] = record.get("calls", {}).get(name, 0) + (1 if whole else 2)
+            whole = (
+                tuple(output.shape[:2]) == tuple(record["input_ids"].shape) and output.dim() == 3
+            )
+            record.setdefault("calls", {})[name] = record.get("calls", {}).get(name, 0) + (
+                1 if whole else 2
+            )
 
             def arrived(gradient):
                 if gradient is None:
@@ -406,7 +532,9 @@ class dump_step:
                 self.backward_runs()
                 gradient = full(gradient)
                 record[name] = gradient + record[name] if name in record else gradient
+
             output.register_hook(self.guard(arrived))
+
         return hook
 
     def layer_returned(self, index):
@@ -415,6 +543,7 @@ class dump_step:
             if self.inside:
                 value = output[0] if isinstance(output, (tuple, list)) else output
                 self.micro[-1]["hidden"][index] = full(value)
+
         return hook
 
     def backward_runs(self):
@@ -452,9 +581,15 @@ class dump_step:
         groups = []
         for group in optimizer.param_groups:
             members = [p for p in group["params"] if id(p) in self.names]
-            group = {k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for k, v in group.items()}
-            settings = {k: jsonable(v) for k, v in group.items() if k != "params"
-                        and isinstance(v, (bool, int, float, tuple, list, type(None)))}
+            group = {
+                k: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v
+                for k, v in group.items()
+            }
+            settings = {
+                k: jsonable(v)
+                for k, v in group.items()
+                if k != "params" and isinstance(v, (bool, int, float, tuple, list, type(None)))
+            }
             # One group for everything needs no names.
             names = [self.names[id(p)] for p in members] if len(optimizer.param_groups) > 1 else []
             groups.append({"parameters": names, **settings})
@@ -468,7 +603,11 @@ class dump_step:
         steps = [int(s["step"]) for s in optimizer.state.values() if "step" in s]
         if self.ranks and self.ranks.by_hand() and not self.said_reduced:
             self.gradients = dict(self.applied)
-        self.optimizer = {"kind": type(optimizer).__name__.lower(), "steps_before": max(steps, default=0), "groups": groups}
+        self.optimizer = {
+            "kind": type(optimizer).__name__.lower(),
+            "steps_before": max(steps, default=0),
+            "groups": groups,
+        }
 
     # Writing.
 
@@ -502,25 +641,51 @@ class dump_step:
         if self.given_labels is not None:
             labels = full(self.given_labels).long()
             if labels.shape[0] != sum(m["input_ids"].shape[0] for m in self.micro):
-                raise ValueError("dump_step: labels have another number of rows than the model's inputs")
-            for m, part in zip(self.micro, labels.split([m["input_ids"].shape[0] for m in self.micro])):
+                raise ValueError(
+                    "dump_step: labels have another number of rows than the model's inputs"
+                )
+            for m, part in zip(
+                self.micro, labels.split([m["input_ids"].shape[0] for m in self.micro])
+            ):
                 m["labels"] = part[:, : m["input_ids"].shape[1]]
-        given = next((n for n in ("dlogits", "dfinal")
-                      if all(n in m and m["calls"].get(n) == 1 for m in self.micro)), None)
+        given = next(
+            (
+                n
+                for n in ("dlogits", "dfinal")
+                if all(n in m and m["calls"].get(n) == 1 for m in self.micro)
+            ),
+            None,
+        )
         if any("labels" not in m for m in self.micro) and given is None:
-            raise ValueError("dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
-                             "takes them out; set_labels() inside the block does as well)")
+            raise ValueError(
+                "dump_step: give labels=, the model was not called with them (a trainer with label smoothing "
+                "takes them out; set_labels() inside the block does as well)"
+            )
         ragged = len({m["input_ids"].shape[1] for m in self.micro}) > 1
+
         # Packed documents are told by positions that start again and by no mask (a mask of ones would join them), or by a mask of
         # four axes.
         def starts_again(m):
-            return "attention_mask" not in m and "position_ids" in m and bool((m["position_ids"].diff(dim=1) != 1).any())
+            return (
+                "attention_mask" not in m
+                and "position_ids" in m
+                and bool((m["position_ids"].diff(dim=1) != 1).any())
+            )
+
         if any("documents" in m for m in self.micro):
             for m in self.micro:
-                new = m["position_ids"].diff(dim=1) != 1 if starts_again(m) else torch.zeros_like(m["input_ids"][:, 1:])
-                own = torch.nn.functional.pad(new.long().cumsum(1), (1, 0)).expand(m["input_ids"].shape)
+                new = (
+                    m["position_ids"].diff(dim=1) != 1
+                    if starts_again(m)
+                    else torch.zeros_like(m["input_ids"][:, 1:])
+                )
+                own = torch.nn.functional.pad(new.long().cumsum(1), (1, 0)).expand(
+                    m["input_ids"].shape
+                )
                 m["documents"] = m.get("documents", own)
-        packed = all("attention_mask" not in m for m in self.micro) and any(map(starts_again, self.micro))
+        packed = all("attention_mask" not in m for m in self.micro) and any(
+            map(starts_again, self.micro)
+        )
         if packed and ragged:
             for m in self.micro:
                 m["row_lengths"] = torch.full((m["input_ids"].shape[0], 1), m["input_ids"].shape[1])
@@ -530,7 +695,9 @@ class dump_step:
         if any("position_ids" in m for m in self.micro):
             for m in self.micro:
                 rows, length = m["input_ids"].shape
-                m["position_ids"] = m.get("position_ids", torch.arange(length)[None]).expand(rows, length)
+                m["position_ids"] = m.get("position_ids", torch.arange(length)[None]).expand(
+                    rows, length
+                )
         tensors = {"input_ids": self.joined("input_ids")}
         if all("labels" in m for m in self.micro):
             tensors["labels"] = self.joined("labels", -100)
@@ -554,7 +721,12 @@ class dump_step:
         losses = [m["loss"] for m in self.micro if "loss" in m]
         if self.loss is None and len(losses) == 1 == len(self.micro) and not self.ranks:
             self.loss = losses[0]
-        if self.loss is None and self.ranks and all("factor" in m for m in self.micro) and len(losses) == len(self.micro):
+        if (
+            self.loss is None
+            and self.ranks
+            and all("factor" in m for m in self.micro)
+            and len(losses) == len(self.micro)
+        ):
             # What was differentiated, whoever divides and multiplies it.
             self.loss = sum(m["factor"] * m["loss"] for m in self.micro) / self.scale
         if self.loss is not None:
@@ -569,15 +741,25 @@ class dump_step:
             if gradient is None and parameter.grad is not None:
                 gradient = self.gradient("grad", parameter)
             if self.ranks:
-                self.ranks.name_gradients(name, key, "grad" if key in self.gradients or key not in self.applied else "applied")
+                self.ranks.name_gradients(
+                    name,
+                    key,
+                    "grad" if key in self.gradients or key not in self.applied else "applied",
+                )
             if gradient is not None:
                 tensors["grad." + name] = gradient
             # After clipping or unscaling the optimizer sees another gradient than backward left.
-            if key in self.applied and gradient is not None and not torch.equal(self.applied[key], gradient):
+            if (
+                key in self.applied
+                and gradient is not None
+                and not torch.equal(self.applied[key], gradient)
+            ):
                 tensors["applied." + name] = self.applied[key]
             if self.optimizer is not None and key not in self.official.shifts:
                 tensors["after." + name] = full(parameter)
-            elif self.optimizer is not None and not any(g.get("weight_decay") for g in self.optimizer["groups"]):
+            elif self.optimizer is not None and not any(
+                g.get("weight_decay") for g in self.optimizer["groups"]
+            ):
                 # Decay of a slice's change is not decay of the slice; without it the update is the same.
                 tensors["after." + name] = full(parameter).float() + full(self.official.shifts[key])
         tensors |= self.state
@@ -590,18 +772,31 @@ class dump_step:
             "model": self.place(self.model_path, "model"),
             "adapter": self.place(self.adapter_path, "adapter") if self.has_adapter else None,
             "trained": trained,
-            "compute": {"weights": self.weights, "autocast": self.autocast, "internals": self.internals,
-                        "quantized": self.quantized.formats()},
-            "loss": {"reduction": self.reduction, "micro_batch_rows": [m["input_ids"].shape[0] for m in self.micro],
-                     "scale": self.scale, **self.declared,
-                     "kind": "cross_entropy" if own and not any(m.get("outer_loss") for m in self.micro) else None},
+            "compute": {
+                "weights": self.weights,
+                "autocast": self.autocast,
+                "internals": self.internals,
+                "quantized": self.quantized.formats(),
+            },
+            "loss": {
+                "reduction": self.reduction,
+                "micro_batch_rows": [m["input_ids"].shape[0] for m in self.micro],
+                "scale": self.scale,
+                **self.declared,
+                "kind": "cross_entropy"
+                if own and not any(m.get("outer_loss") for m in self.micro)
+                else None,
+            },
             "optimizer": self.optimizer,
         }
         if self.ranks:
             manifest["parallel"] = self.ranks.manifest() | {"frozen": self.frozen}
         if self.check:
             manifest["check"] = self.check.compare()
-        save_file({n: t.contiguous() for n, t in tensors.items()}, os.path.join(self.writing, "step.safetensors"))
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()},
+            os.path.join(self.writing, "step.safetensors"),
+        )
         # Parts of all tensors, one number a line, would be long.
         write_json(os.path.join(self.writing, "manifest.json"), manifest, None if self.ranks else 1)
         os.replace(self.writing, self.folder)

@@ -36,7 +36,9 @@ def jsonable(value):
         return sorted(jsonable(v) for v in value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
+    return (
+        dtype_name(value) if isinstance(value, torch.dtype) else str(getattr(value, "value", value))
+    )
 
 
 def under_checkpoint_names(model, tensors):
@@ -60,7 +62,10 @@ def write_json(path, value, indent=1):
 
 def without_paths(config):
     """The configuration without the folder that a model was loaded from: dumps are sent to others."""
-    return {k: None if k.endswith("name_or_path") and isinstance(v, str) and os.path.isabs(v) else v for k, v in config.items()}
+    return {
+        k: None if k.endswith("name_or_path") and isinstance(v, str) and os.path.isabs(v) else v
+        for k, v in config.items()
+    }
 
 
 def write_checkpoint(folder, config, tensors):
@@ -89,13 +94,23 @@ def untied(step, model, base, config):
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = [getattr(inner, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
-    if not config.get("tie_word_embeddings") or any(not isinstance(w, torch.Tensor) for w in weights):
+    if not config.get("tie_word_embeddings") or any(
+        not isinstance(w, torch.Tensor) for w in weights
+    ):
         return config
     # Parts of sharded weights have no address of their own.
-    if any(map(is_sharded, weights)) or weights[0].data_ptr() == weights[1].data_ptr() or is_quantized(weights[1]):
+    if (
+        any(map(is_sharded, weights))
+        or weights[0].data_ptr() == weights[1].data_ptr()
+        or is_quantized(weights[1])
+    ):
         return config
     # PEFT's wrapper hides the original that the other end still uses.
-    names = {name: module for name, module in inner.named_modules(remove_duplicate=False) if module in ends}
+    names = {
+        name: module
+        for name, module in inner.named_modules(remove_duplicate=False)
+        if module in ends
+    }
     base |= {step.rename(name + ".weight"): full(module.weight) for name, module in names.items()}
     return config | {"tie_word_embeddings": False}
 
@@ -119,7 +134,9 @@ def write_model(step):
             continue
         # Adapters that do not run, and the originals of modules that modules_to_save copies.
         if ".original_module." in clean or any(
-                re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean) for n in inactive):
+            re.search(rf"\.(lora_\w+|modules_to_save)\.{re.escape(n)}(\.|$)", clean)
+            for n in inactive
+        ):
             continue
         copied = ".modules_to_save." in clean
         clean = clean.replace(f".modules_to_save.{active}.", ".")
@@ -143,7 +160,11 @@ def write_model(step):
             if copied:
                 copies.append(bare)
     # The parts of a quantized weight are in formats of their own.
-    plain_weights = (t for n, t in base.items() if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB"))
+    plain_weights = (
+        t
+        for n, t in base.items()
+        if t.is_floating_point() and ".weight." not in n and not n.endswith(".SCB")
+    )
     step.weights = dtype_name(next(plain_weights).dtype)
     step.frozen = frozen
     if any(type(m).__module__.startswith("transformers.") for m in model.modules()):
@@ -155,7 +176,9 @@ def write_model(step):
             raise ValueError("dump_step: give config=, the model has none")
         # The copies of modules_to_save are written as the modules themselves.
         write_base(step, untied(step, model, base, without_paths(jsonable(config))), base)
-    adapter |= {n: full(t) for n, t in (step.official.tensors | (step.adapter_tensors or {})).items()}
+    adapter |= {
+        n: full(t) for n, t in (step.official.tensors | (step.adapter_tensors or {})).items()
+    }
     if given:
         adapter |= {"base_model.model." + name: base[name] for name in copies if name in base}
     if step.adapter_path is None and adapter:
@@ -167,7 +190,11 @@ def write_model(step):
             # No adapter acts on the modules that they are written as.
             config |= {"modules_to_save": None, "exclude_modules": without(config)}
         write_json(os.path.join(step.writing, "adapter/adapter_config.json"), config)
-        save_file(adapter, os.path.join(step.writing, "adapter/adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(
+            adapter,
+            os.path.join(step.writing, "adapter/adapter_model.safetensors"),
+            metadata={"format": "pt"},
+        )
     step.has_adapter = step.adapter_path is not None or bool(adapter)
 
 

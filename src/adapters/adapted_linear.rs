@@ -98,7 +98,12 @@ impl<E: Ops> LinearOn<E> {
     ///
     /// # Errors
     /// Those of reading a stored weight.
-    pub(crate) fn base_forward(&self, e: &mut E, x: &E::Matrix, add_to: E::Matrix) -> Result<E::Matrix> {
+    pub(crate) fn base_forward(
+        &self,
+        e: &mut E,
+        x: &E::Matrix,
+        add_to: E::Matrix,
+    ) -> Result<E::Matrix> {
         let base = e.resident(&self.base)?;
         let y = e.product(x, &base, Some(add_to));
         e.give_back(base);
@@ -116,14 +121,15 @@ impl<E: Ops> LinearOn<E> {
         Ok(dx)
     }
 
-    /// Adds the gradients of the trainable tensors to `sinks` (ordered as [`MethodOn::trainable_names`]) and returns that
-    /// of the input if it is wanted.
+    /// Adds the gradients of the trainable tensors to `sinks` (ordered as
+    /// [`MethodOn::trainable_names`]) and returns that of the input if it is wanted.
     ///
-    /// `x` is needed where [`MethodOn::input_need`] is `InputNeed::Whole`; `sinks` of a frozen projection are empty.
+    /// `x` is needed where [`MethodOn::input_need`] is `InputNeed::Whole`; `sinks` of a frozen
+    /// projection are empty.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if what forward should have saved is absent, the sinks
-    /// do not fit, or the method is merged.
+    /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if what forward should have saved is
+    /// absent, the sinks do not fit, or the method is merged.
     pub fn backward(
         &self,
         e: &mut E,
@@ -135,7 +141,11 @@ impl<E: Ops> LinearOn<E> {
     ) -> Result<Option<E::Matrix>> {
         let names = self.method.trainable_names();
         if sinks.len() != names.len() {
-            return Err(Error::invalid("gradient sinks", sinks.len(), format!("{:?} needs {}", names, names.len())));
+            return Err(Error::invalid(
+                "gradient sinks",
+                sinks.len(),
+                format!("{:?} needs {}", names, names.len()),
+            ));
         }
         if self.is_merged() {
             let requirement = "is merged into the base weight; unmerge to train";
@@ -181,7 +191,10 @@ impl<E: Ops> LinearOn<E> {
     }
 
     /// The method, its weight, and the weight's own method where nothing stands beside it.
-    fn with_method<R>(&mut self, act: impl FnOnce(&mut dyn Adaptation<E>, &mut E::Weight) -> R) -> R {
+    fn with_method<R>(
+        &mut self,
+        act: impl FnOnce(&mut dyn Adaptation<E>, &mut E::Weight) -> R,
+    ) -> R {
         let whole = matches!(self.method, MethodOn::Full);
         match self.method.adaptation_mut() {
             Some(method) => act(method, &mut self.base),
@@ -201,7 +214,8 @@ impl<E: Ops> LinearOn<E> {
     /// Calls `change` on each trainable tensor and puts the result in effect.
     ///
     /// # Errors
-    /// What `change` returns; [`Error::InvalidParam`] for a method that must write into a packed weight.
+    /// What `change` returns; [`Error::InvalidParam`] for a method that must write into a packed
+    /// weight.
     pub fn update_on(&mut self, e: &mut E, change: Change<'_, E>) -> Result<()> {
         self.with_method(|method, base| method.update(e, base, change))
     }
@@ -221,7 +235,10 @@ impl<T: Real> AdaptedLinear<T> {
     ///
     /// # Errors
     /// As there.
-    pub fn update(&mut self, change: &mut dyn FnMut(&'static str, &mut Array2<T>) -> Result<()>) -> Result<()> {
+    pub fn update(
+        &mut self,
+        change: &mut dyn FnMut(&'static str, &mut Array2<T>) -> Result<()>,
+    ) -> Result<()> {
         self.update_on(&mut Cpu::default(), change)
     }
 
@@ -237,8 +254,8 @@ impl<T: Real> AdaptedLinear<T> {
         }
         match &self.method {
             Method::Lora(lora) if lora.bias.is_some() => {
-                let requirement =
-                    "has a bias of its own (lora_bias), which a weight cannot hold: keep the adapter apart";
+                let requirement = "has a bias of its own (lora_bias), which a weight cannot hold: \
+                                   keep the adapter apart";
                 return Err(Error::invalid("method", "lora", requirement));
             }
             Method::Lora(lora) => lora.add_delta(&mut weight.view_mut(), &mut cost),
@@ -249,8 +266,8 @@ impl<T: Real> AdaptedLinear<T> {
         Ok(weight)
     }
 
-    /// Adds `factor` times the low-rank update of `of` to the base weight, beside which the method stays; false where `of`
-    /// has none that is a sum.
+    /// Adds `factor` times the low-rank update of `of` to the base weight, beside which the method
+    /// stays; false where `of` has none that is a sum.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a packed base weight.
@@ -258,19 +275,24 @@ impl<T: Real> AdaptedLinear<T> {
         match of.clone() {
             Method::Lora(mut lora) => {
                 lora.scaling *= factor;
-                self.base.change("base", move |weight| lora.add_delta(&mut weight.view_mut(), &mut Cost::default()))?;
+                self.base.change("base", move |weight| {
+                    lora.add_delta(&mut weight.view_mut(), &mut Cost::default())
+                })?;
             }
             Method::Moslora(mut lora) => {
                 lora.scaling *= factor;
-                self.base.change("base", move |weight| lora.add_delta(&mut weight.view_mut(), &mut Cost::default()))?;
+                self.base.change("base", move |weight| {
+                    lora.add_delta(&mut weight.view_mut(), &mut Cost::default())
+                })?;
             }
             _ => return Ok(false),
         }
         Ok(true)
     }
 
-    /// Folds the method into the base weight: inference then costs nothing extra. The old weight is kept, so
-    /// that [`AdaptedLinear::unmerge`] restores it bit for bit. PaCA, S2FT and SpFT put their trained values back.
+    /// Folds the method into the base weight: inference then costs nothing extra. The old weight is
+    /// kept, so that [`AdaptedLinear::unmerge`] restores it bit for bit. PaCA, S2FT and SpFT put
+    /// their trained values back.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a packed base weight under an additive method.
@@ -291,15 +313,21 @@ impl<T: Real> AdaptedLinear<T> {
         Ok(())
     }
 
-    /// Undoes [`AdaptedLinear::merge`]; for PaCA, S2FT and SpFT, whose values live in the base weight, puts the
-    /// original values back (they stay away until merged again).
+    /// Undoes [`AdaptedLinear::merge`]; for PaCA, S2FT and SpFT, whose values live in the base
+    /// weight, puts the original values back (they stay away until merged again).
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for full fine-tuning, which keeps no original.
     pub fn unmerge(&mut self) -> Result<()> {
         match &mut self.method {
             Method::Frozen => {}
-            Method::Full => return Err(Error::invalid("method", "full", "keeps no original weight to return to")),
+            Method::Full => {
+                return Err(Error::invalid(
+                    "method",
+                    "full",
+                    "keeps no original weight to return to",
+                ));
+            }
             Method::Paca(paca) => paca.activate(&mut self.base, false),
             Method::S2ft(slice) => slice.activate(self.base.dense_mut("s2ft")?, false),
             Method::Spft(entries) => entries.activate(&mut self.base, false)?,

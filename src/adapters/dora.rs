@@ -1,7 +1,8 @@
 //! DoRA: y = x W''^T with W''_j = m_j W'_j / ||W'_j||, W' = W + s B A, row by row (\[DoRA\]).
 //!
-//! The normalised weight is formed once per product (out in r multiply-adds, small beside N out in), so the
-//! method saves nothing but its input. Backward forms dW'' = dy^T x once and reads every gradient off it.
+//! The normalised weight is formed once per product (out in r multiply-adds, small beside N out
+//! in), so the method saves nothing but its input. Backward forms dW'' = dy^T x once and reads
+//! every gradient off it.
 
 use super::lora::{LoraSpec, kaiming_uniform, read_factors};
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
@@ -36,7 +37,8 @@ pub type Dora<T> = DoraOn<Cpu<T>>;
 impl<E: Ops> DoraOn<E> {
     /// W' and the norms of its rows, `1 x out`.
     fn merged(&self, e: &mut E, weight: &E::Weight) -> Result<(E::Matrix, E::Matrix)> {
-        let merged = e.merged(&BesideWeight { weight, a: &self.a, b: &self.b, scaling: self.scaling });
+        let merged =
+            e.merged(&BesideWeight { weight, a: &self.a, b: &self.b, scaling: self.scaling });
         let norms = e.row_norms(&merged)?;
         Ok((merged, norms))
     }
@@ -44,7 +46,8 @@ impl<E: Ops> DoraOn<E> {
     /// W''.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidParam`] if a row of W' has norm zero, where the direction is undefined.
+    /// [`crate::Error::InvalidParam`] if a row of W' has norm zero, where the direction is
+    /// undefined.
     pub fn merged_weight(&self, e: &mut E, weight: &E::Weight) -> Result<E::Matrix> {
         let (merged, norms) = self.merged(e, weight)?;
         let factor = e.divided(&self.magnitude, &norms);
@@ -81,9 +84,9 @@ impl<E: Ops> Adaptation<E> for DoraOn<E> {
         Ok((e.product_with(x, &merged, add_to), None))
     }
 
-    /// With D_j = W'_j / ||W'_j||, P = dy^T x and c_j = P_j . D_j: dm_j += c_j,
-    /// dW'_j = m_j / ||W'_j|| P_j (constant norm) or m_j / ||W'_j|| (P_j - c_j D_j) (true derivative),
-    /// dB += s dW' A^T, dA += s B^T dW', dx = dy W''.
+    /// With D_j = W'_j / ||W'_j||, P = dy^T x and c_j = P_j . D_j: dm_j += c_j, dW'_j = m_j /
+    /// ||W'_j|| P_j (constant norm) or m_j / ||W'_j|| (P_j - c_j D_j) (true derivative), dB += s
+    /// dW' A^T, dA += s B^T dW', dx = dy W''.
     fn backward(
         &self,
         e: &mut E,
@@ -131,12 +134,24 @@ impl<T: Real> Dora<T> {
     ///
     /// # Errors
     /// As [`LoraSpec::scaling`]; [`crate::Error::InvalidParam`] for a row of norm zero.
-    pub fn init(spec: LoraSpec, true_derivative: bool, base: ArrayView2<T>, rng: &mut impl Rng) -> Result<Self> {
+    pub fn init(
+        spec: LoraSpec,
+        true_derivative: bool,
+        base: ArrayView2<T>,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
         let scaling = spec.scaling()?;
         let (out, width) = base.dim();
         let magnitude = Cpu::default().row_norms(&base.to_owned())?;
         let a = kaiming_uniform(spec.rank, width, rng);
-        Ok(Self { a, b: Array2::zeros((out, spec.rank)), magnitude, spec, scaling, true_derivative })
+        Ok(Self {
+            a,
+            b: Array2::zeros((out, spec.rank)),
+            magnitude,
+            spec,
+            scaling,
+            true_derivative,
+        })
     }
 
     /// From given A, B and magnitude (`1 x out`), for instance of a file.
@@ -165,11 +180,16 @@ impl<T: Real> Stored<T> for Dora<T> {
         to.vector("lora_magnitude_vector", &self.magnitude.iter().copied().collect::<Vec<_>>());
     }
 
-    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+    fn load(
+        settings: &Settings,
+        base: &mut BaseWeight<T>,
+        from: &mut dyn ReadTensors<T>,
+    ) -> Result<Self> {
         let shape = base.shape();
         let (a, b) = read_factors(&settings.spec, shape, from)?;
         let (plain, with_weight) = ("lora_magnitude_vector", "lora_magnitude_vector.weight");
-        let name = if !from.contains(plain) && from.contains(with_weight) { with_weight } else { plain };
+        let name =
+            if !from.contains(plain) && from.contains(with_weight) { with_weight } else { plain };
         let magnitude = Array1::from(from.vector(name, shape.0)?).insert_axis(Axis(0));
         Self::from_factors(settings.spec, settings.true_derivative, shape, [a, b, magnitude])
     }

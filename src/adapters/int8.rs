@@ -1,11 +1,13 @@
-//! Eight-bit storage of frozen weights, as bitsandbytes holds it (LLM.int8, arXiv 2208.07339, section 3).
+//! Eight-bit storage of frozen weights, as bitsandbytes holds it (LLM.int8, arXiv 2208.07339,
+//! section 3).
 //!
 //! ```text
 //! row j:   s_j = max |w_ji|,   code = round(127 w_ji / s_j),   restored = round(code * (s_j * (1/127))) in f32
 //! ```
 //!
-//! The last rounding is to the format of the activations, which is how a training step on the processor restores it. A
-//! step on a GPU also quantizes the activations of the forward pass, which is not imitated.
+//! The last rounding is to the format of the activations, which is how a training step on the
+//! processor restores it. A step on a GPU also quantizes the activations of the forward pass, which
+//! is not imitated.
 
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -21,10 +23,12 @@ pub struct Int8Matrix {
 }
 
 impl Int8Matrix {
-    /// A matrix from its stored codes, `out x in`, the largest magnitude of each row, and the format it is restored in.
+    /// A matrix from its stored codes, `out x in`, the largest magnitude of each row, and the
+    /// format it is restored in.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] for another number of scales than rows; [`Error::NonFinite`] for a bad scale.
+    /// [`Error::ShapeMismatch`] for another number of scales than rows; [`Error::NonFinite`] for a
+    /// bad scale.
     pub fn from_parts(codes: Array2<i8>, scales: Vec<f32>, format: Precision) -> Result<Self> {
         if scales.len() != codes.nrows() {
             return Err(Error::ShapeMismatch {
@@ -65,7 +69,9 @@ impl<T: Real> super::PackedWeight<T> for Int8Matrix {
         let stored = self.codes.rows().into_iter().zip(&self.scales).skip(first);
         for ((codes, &scale), mut row) in stored.zip(dense.rows_mut()) {
             let step = scale * (1.0 / 127.0f32);
-            row.zip_mut_with(&codes, |x, &code| *x = T::of(format.round(f64::from(f32::from(code) * step))));
+            row.zip_mut_with(&codes, |x, &code| {
+                *x = T::of(format.round(f64::from(f32::from(code) * step)))
+            });
         }
     }
 

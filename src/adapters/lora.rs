@@ -1,4 +1,5 @@
-//! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized (\[LoRA\]).
+//! LoRA: y = x W^T + s (x A^T) B^T, s = alpha / r, or alpha / sqrt(r) when rank-stabilized
+//! (\[LoRA\]).
 
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
 use super::{Adaptation, BaseWeight, Change, InputNeed};
@@ -52,10 +53,17 @@ impl LoraSpec {
     }
 }
 
-/// Entries uniform on (-1/sqrt(columns), 1/sqrt(columns)): PEFT's initial A (Kaiming uniform with a = sqrt 5).
-pub(crate) fn kaiming_uniform<T: Real>(rows: usize, columns: usize, rng: &mut impl Rng) -> Array2<T> {
+/// Entries uniform on (-1/sqrt(columns), 1/sqrt(columns)): PEFT's initial A (Kaiming uniform with
+/// a = sqrt 5).
+pub(crate) fn kaiming_uniform<T: Real>(
+    rows: usize,
+    columns: usize,
+    rng: &mut impl Rng,
+) -> Array2<T> {
     let bound = 1.0 / (columns.max(1) as f64).sqrt();
-    Array2::from_shape_simple_fn((rows, columns), || T::of((2.0 * rng.random::<f64>() - 1.0) * bound))
+    Array2::from_shape_simple_fn((rows, columns), || {
+        T::of((2.0 * rng.random::<f64>() - 1.0) * bound)
+    })
 }
 
 /// The factors of a low-rank update, on some engine.
@@ -89,7 +97,11 @@ impl<E: Ops> Adaptation<E> for LoraOn<E> {
     }
 
     fn trained_names(&self) -> &'static [&'static str] {
-        if self.bias.is_some() { &["lora_A", "lora_B", "lora_B_bias"] } else { &["lora_A", "lora_B"] }
+        if self.bias.is_some() {
+            &["lora_A", "lora_B", "lora_B_bias"]
+        } else {
+            &["lora_A", "lora_B"]
+        }
     }
 
     fn trained_shapes(&self, _: (usize, usize)) -> Vec<(usize, usize)> {
@@ -177,7 +189,12 @@ impl<T: Real> Lora<T> {
     ///
     /// # Errors
     /// [`Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
-    pub fn from_factors(spec: LoraSpec, shape: (usize, usize), a: Array2<T>, b: Array2<T>) -> Result<Self> {
+    pub fn from_factors(
+        spec: LoraSpec,
+        shape: (usize, usize),
+        a: Array2<T>,
+        b: Array2<T>,
+    ) -> Result<Self> {
         let scaling = spec.scaling()?;
         crate::blocks::require_shape("lora", "lora_A", &a.view(), (spec.rank, shape.1))?;
         crate::blocks::require_shape("lora", "lora_B", &b.view(), (shape.0, spec.rank))?;
@@ -193,7 +210,14 @@ impl<T: Real> Lora<T> {
 
     /// weight += s B A.
     pub fn add_delta(&self, weight: &mut ArrayViewMut2<T>, cost: &mut Cost) {
-        parallel_product_into(T::of(self.scaling), self.b.view(), self.a.view(), T::one(), weight, cost);
+        parallel_product_into(
+            T::of(self.scaling),
+            self.b.view(),
+            self.a.view(),
+            T::one(),
+            weight,
+            cost,
+        );
     }
 }
 
@@ -206,7 +230,11 @@ impl<T: Real> Stored<T> for Lora<T> {
         }
     }
 
-    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+    fn load(
+        settings: &Settings,
+        base: &mut BaseWeight<T>,
+        from: &mut dyn ReadTensors<T>,
+    ) -> Result<Self> {
         let (a, b) = read_factors(&settings.spec, base.shape(), from)?;
         let mut lora = Self::from_factors(settings.spec, base.shape(), a, b)?;
         if settings.bias {

@@ -1,8 +1,9 @@
 //! Adaptation methods of one linear projection, and the interface by which a model uses them.
 //!
-//! A [`LinearOn`] is a base weight and a [`MethodOn`]. `forward` returns the output and what the method needs for
-//! backward; the layer's input itself is kept by the caller, once per group of projections that read it, and only if
-//! some method's [`Adaptation::input_need`] is [`InputNeed::Whole`].
+//! A [`LinearOn`] is a base weight and a [`MethodOn`]. `forward` returns the output and what the
+//! method needs for backward; the layer's input itself is kept by the caller, once per group of
+//! projections that read it, and only if some method's [`Adaptation::input_need`] is
+//! [`InputNeed::Whole`].
 //!
 //! | method | trains | needs of the input | module |
 //! |---|---|---|---|
@@ -15,8 +16,9 @@
 //! | `Spft` | single entries of W in place | whole | [`spft`] |
 //! | `S2ft` | a slice of rows or columns of W in place | whole (rows) or the slice (columns) | [`s2ft`] |
 //!
-//! A new method is a file that implements [`Adaptation`] and, to be kept in adapter files, [`stored::Stored`]; and a line
-//! in [`MethodOn`], [`MethodOn::adaptation`] and [`stored::AdapterKind`].
+//! A new method is a file that implements [`Adaptation`] and, to be kept in adapter files,
+//! [`stored::Stored`]; and a line in [`MethodOn`], [`MethodOn::adaptation`] and
+//! [`stored::AdapterKind`].
 
 mod adapted_linear;
 pub mod dora;
@@ -85,7 +87,8 @@ pub trait Adaptation<E: Ops> {
     fn trained_shapes(&self, weight: (usize, usize)) -> Vec<(usize, usize)>;
     /// What backward needs of the input.
     fn input_need(&self) -> InputNeed;
-    /// Numbers held beside the weight: the trained tensors, or the original values of what is trained in place.
+    /// Numbers held beside the weight: the trained tensors, or the original values of what is
+    /// trained in place.
     fn held(&self, weight: (usize, usize), _packed: bool) -> usize {
         self.trained_shapes(weight).iter().map(|(rows, columns)| rows * columns).sum()
     }
@@ -109,7 +112,8 @@ pub trait Adaptation<E: Ops> {
         Ok((e.product(x, weight, add_to), None))
     }
 
-    /// Adds the gradients of the trained tensors to the sinks; returns that of the input if it is wanted.
+    /// Adds the gradients of the trained tensors to the sinks; returns that of the input if it is
+    /// wanted.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] if what forward should have saved is absent; the engine's.
@@ -127,8 +131,9 @@ pub trait Adaptation<E: Ops> {
     /// Copies of the trained tensors.
     fn values(&self, e: &mut E, weight: &E::Weight) -> Vec<E::Matrix>;
 
-    /// Copies of the trained values as they act in the weight. They differ from [`Adaptation::values`] for a tensor that
-    /// is stored divided by a scaling: dividing and multiplying again need not give the same bits.
+    /// Copies of the trained values as they act in the weight. They differ from
+    /// [`Adaptation::values`] for a tensor that is stored divided by a scaling: dividing and
+    /// multiplying again need not give the same bits.
     fn acting_values(&self, e: &mut E, weight: &E::Weight) -> Vec<E::Matrix> {
         self.values(e, weight)
     }
@@ -137,7 +142,12 @@ pub trait Adaptation<E: Ops> {
     ///
     /// # Errors
     /// As [`Adaptation::update`].
-    fn put_acting(&mut self, e: &mut E, weight: &mut E::Weight, values: Vec<E::Matrix>) -> Result<()> {
+    fn put_acting(
+        &mut self,
+        e: &mut E,
+        weight: &mut E::Weight,
+        values: Vec<E::Matrix>,
+    ) -> Result<()> {
         let mut values = values.into_iter();
         self.update(e, weight, &mut |_, tensor| {
             if let Some(value) = values.next() {
@@ -150,7 +160,8 @@ pub trait Adaptation<E: Ops> {
     /// Calls `change` on each trained tensor and puts the result in effect.
     ///
     /// # Errors
-    /// What `change` returns; [`Error::InvalidParam`] for a method that must write into a packed weight.
+    /// What `change` returns; [`Error::InvalidParam`] for a method that must write into a packed
+    /// weight.
     fn update(&mut self, e: &mut E, weight: &mut E::Weight, change: Change<'_, E>) -> Result<()>;
 }
 
@@ -169,7 +180,8 @@ impl<E: Ops> MethodOn<E> {
         }
     }
 
-    /// As [`MethodOn::adaptation`], to change the trained tensors; `None` if there are none beside the weight's own.
+    /// As [`MethodOn::adaptation`], to change the trained tensors; `None` if there are none beside
+    /// the weight's own.
     pub fn adaptation_mut(&mut self) -> Option<&mut dyn Adaptation<E>> {
         match self {
             MethodOn::Frozen | MethodOn::Full => None,

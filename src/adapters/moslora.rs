@@ -1,4 +1,5 @@
-//! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA (\[MosLoRA\]).
+//! MosLoRA: y = x W^T + s ((x A^T) M^T) B^T, an r x r mixer between the factors of LoRA
+//! (\[MosLoRA\]).
 
 use super::lora::{LoraSpec, kaiming_uniform, read_factors};
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
@@ -106,7 +107,8 @@ impl<E: Ops> Adaptation<E> for MosloraOn<E> {
         Ok((y, save.then_some(z)))
     }
 
-    /// With z = xA^T, dz = s dy B M and P = dy^T z: dB += s P M^T, dM += s B^T P, dA += dz^T x, dx = dy W + dz A.
+    /// With z = xA^T, dz = s dy B M and P = dy^T z: dB += s P M^T, dM += s B^T P, dA += dz^T x,
+    /// dx = dy W + dz A.
     fn backward(
         &self,
         e: &mut E,
@@ -145,17 +147,32 @@ impl<T: Real> Moslora<T> {
     ///
     /// # Errors
     /// As [`LoraSpec::scaling`].
-    pub fn init(spec: LoraSpec, mixer: MixerInit, shape: (usize, usize), rng: &mut impl Rng) -> Result<Self> {
+    pub fn init(
+        spec: LoraSpec,
+        mixer: MixerInit,
+        shape: (usize, usize),
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
         let scaling = spec.scaling()?;
         let a = kaiming_uniform(spec.rank, shape.1, rng);
-        Ok(Self { a, b: Array2::zeros((shape.0, spec.rank)), mixer: mixer.sample(spec.rank, rng), spec, scaling })
+        Ok(Self {
+            a,
+            b: Array2::zeros((shape.0, spec.rank)),
+            mixer: mixer.sample(spec.rank, rng),
+            spec,
+            scaling,
+        })
     }
 
     /// From given factors, for instance of a file.
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`]; as [`LoraSpec::scaling`].
-    pub fn from_factors(spec: LoraSpec, shape: (usize, usize), factors: [Array2<T>; 3]) -> Result<Self> {
+    pub fn from_factors(
+        spec: LoraSpec,
+        shape: (usize, usize),
+        factors: [Array2<T>; 3],
+    ) -> Result<Self> {
         let scaling = spec.scaling()?;
         let [a, b, mixer] = factors;
         require_shape("moslora", "lora_A", &a.view(), (spec.rank, shape.1))?;
@@ -167,8 +184,22 @@ impl<T: Real> Moslora<T> {
     /// weight += s B M A.
     pub fn add_delta(&self, weight: &mut ArrayViewMut2<T>, cost: &mut Cost) {
         let mut mixed = Array2::zeros(self.a.dim());
-        parallel_product_into(T::one(), self.mixer.view(), self.a.view(), T::zero(), &mut mixed.view_mut(), cost);
-        parallel_product_into(T::of(self.scaling), self.b.view(), mixed.view(), T::one(), weight, cost);
+        parallel_product_into(
+            T::one(),
+            self.mixer.view(),
+            self.a.view(),
+            T::zero(),
+            &mut mixed.view_mut(),
+            cost,
+        );
+        parallel_product_into(
+            T::of(self.scaling),
+            self.b.view(),
+            mixed.view(),
+            T::one(),
+            weight,
+            cost,
+        );
     }
 }
 
@@ -179,7 +210,11 @@ impl<T: Real> Stored<T> for Moslora<T> {
         to.matrix("lora_mixer.weight", self.mixer.view());
     }
 
-    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+    fn load(
+        settings: &Settings,
+        base: &mut BaseWeight<T>,
+        from: &mut dyn ReadTensors<T>,
+    ) -> Result<Self> {
         let (spec, shape) = (settings.spec, base.shape());
         let (a, b) = read_factors(&spec, shape, from)?;
         let mixer = from.matrix("lora_mixer.weight", (spec.rank, spec.rank))?;
@@ -194,8 +229,10 @@ mod tests {
 
     #[test]
     fn the_orthogonal_mixer_is_orthogonal() {
-        let m: Array2<f64> = MixerInit::Orthogonal.sample(7, &mut rand_chacha::ChaCha8Rng::seed_from_u64(3));
-        let gap = (m.dot(&m.t()) - Array2::<f64>::eye(7)).iter().fold(0.0f64, |g, x| g.max(x.abs()));
+        let m: Array2<f64> =
+            MixerInit::Orthogonal.sample(7, &mut rand_chacha::ChaCha8Rng::seed_from_u64(3));
+        let gap =
+            (m.dot(&m.t()) - Array2::<f64>::eye(7)).iter().fold(0.0f64, |g, x| g.max(x.abs()));
         assert!(gap < 1e-14, "{gap}");
     }
 }

@@ -1,7 +1,9 @@
-//! PaCA: r input columns of W are trained in place; backward keeps only those columns of x (\[PaCA\]).
+//! PaCA: r input columns of W are trained in place; backward keeps only those columns of x
+//! (\[PaCA\]).
 //!
-//! The stored trainable tensor is p = W[:, idx] / s, as in the official code with s = alpha / r (s = 1 in the
-//! paper). With dW_idx = dy^T x[:, idx], dp = s dW_idx. The values live in W; nothing is added to the forward.
+//! The stored trainable tensor is p = W[:, idx] / s, as in the official code with s = alpha / r
+//! (s = 1 in the paper). With dW_idx = dy^T x[:, idx], dp = s dW_idx. The values live in W; nothing
+//! is added to the forward.
 
 use super::selection::{ColumnRule, ColumnScores};
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
@@ -36,7 +38,11 @@ impl PacaSpec {
     /// [`Error::InvalidParam`] for a rank outside 1..=in.
     pub fn scaling(&self, (_, width): (usize, usize)) -> Result<f64> {
         if self.rank == 0 || self.rank > width {
-            return Err(Error::invalid("rank", self.rank, format!("must be in 1..={width} (the input width)")));
+            return Err(Error::invalid(
+                "rank",
+                self.rank,
+                format!("must be in 1..={width} (the input width)"),
+            ));
         }
         Ok(self.alpha.map_or(1.0, |alpha| alpha / self.rank as f64))
     }
@@ -55,8 +61,8 @@ pub struct PacaOn<E: Ops> {
     pub index: E::Index,
     /// s.
     pub scaling: f64,
-    /// The other values of the selected columns, `out x r`: the original ones while the trained ones are
-    /// active, the trained ones after an unmerge. A device does not hold them.
+    /// The other values of the selected columns, `out x r`: the original ones while the trained
+    /// ones are active, the trained ones after an unmerge. A device does not hold them.
     pub inactive: Option<E::Matrix>,
     /// Whether the trained values are in effect.
     pub active: bool,
@@ -73,7 +79,11 @@ pub fn check_index(index: &[usize], width: usize) -> Result<()> {
     let mut seen = vec![false; width];
     for (position, &i) in index.iter().enumerate() {
         if i >= width {
-            return Err(Error::invalid(format!("index[{position}]"), i, format!("must be below {width}")));
+            return Err(Error::invalid(
+                format!("index[{position}]"),
+                i,
+                format!("must be below {width}"),
+            ));
         }
         if std::mem::replace(&mut seen[i], true) {
             return Err(Error::invalid(format!("index[{position}]"), i, "appears twice"));
@@ -145,7 +155,12 @@ impl<E: Ops> Adaptation<E> for PacaOn<E> {
         vec![e.columns(weight, &self.index)]
     }
 
-    fn put_acting(&mut self, e: &mut E, weight: &mut E::Weight, values: Vec<E::Matrix>) -> Result<()> {
+    fn put_acting(
+        &mut self,
+        e: &mut E,
+        weight: &mut E::Weight,
+        values: Vec<E::Matrix>,
+    ) -> Result<()> {
         values.into_iter().for_each(|columns| e.put_columns(weight, &self.index, columns));
         Ok(())
     }
@@ -164,7 +179,8 @@ impl<T: Real> Paca<T> {
     /// Selects columns of `base` by the rule; the output starts unchanged.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a rank outside 1..=in, a bad alpha, or scores that the rule needs and are absent.
+    /// [`Error::InvalidParam`] for a rank outside 1..=in, a bad alpha, or scores that the rule
+    /// needs and are absent.
     pub fn init(
         spec: PacaSpec,
         base: &mut BaseWeight<T>,
@@ -180,7 +196,8 @@ impl<T: Real> Paca<T> {
     /// With given columns. A packed base gets columns of its own, which can then be trained.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for an index out of range or repeated, or a scaling that is zero or not finite.
+    /// [`Error::InvalidParam`] for an index out of range or repeated, or a scaling that is zero or
+    /// not finite.
     pub fn from_index(index: Vec<usize>, scaling: f64, base: &mut BaseWeight<T>) -> Result<Self> {
         check_index(&index, base.shape().1)?;
         if !scaling.is_finite() || scaling.abs() < f64::MIN_POSITIVE {
@@ -224,8 +241,9 @@ impl<T: Real> Stored<T> for Paca<T> {
         let index = from.indices("paca_index")?;
         let columns = from.matrix("paca_columns", (base.shape().0, index.len()))?;
         let scaling = from.doubles("paca_scaling", 1)?[0];
-        let paca = Self::from_index(index, scaling, base)
-            .map_err(|e| from.malformed("paca_index", "distinct columns of the weight", e.to_string()))?;
+        let paca = Self::from_index(index, scaling, base).map_err(|e| {
+            from.malformed("paca_index", "distinct columns of the weight", e.to_string())
+        })?;
         base.put_columns(&paca.index, columns);
         Ok(paca)
     }

@@ -1,8 +1,9 @@
 //! S2FT at one projection: a dense slice of a co-permuted weight is trained in place (\[S2FT\]).
 //!
-//! Output side (rows of q, k, v, gate, up): dW[s..e, :] = dy[:, s..e]^T x needs the whole input but computes only
-//! the slice. Input side (columns of o, down): dW[:, s..e] = dy^T x[:, s..e] keeps only the slice of the input.
-//! Which rows and columns form the slice is the business of the layer's co-permutation (`model::s2ft`).
+//! Output side (rows of q, k, v, gate, up): dW[s..e, :] = dy[:, s..e]^T x needs the whole input but
+//! computes only the slice. Input side (columns of o, down): dW[:, s..e] = dy^T x[:, s..e] keeps
+//! only the slice of the input. Which rows and columns form the slice is the business of the
+//! layer's co-permutation (`model::s2ft`).
 
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
 use super::{Adaptation, BaseWeight, Change, InputNeed};
@@ -20,7 +21,8 @@ pub struct S2ftSliceOn<E: Ops> {
     pub side: Side,
     /// The contiguous range of them.
     pub range: Range<usize>,
-    /// The slice's other values: the original ones while the trained ones are active. A device does not hold them.
+    /// The slice's other values: the original ones while the trained ones are active. A device does
+    /// not hold them.
     pub original: Option<E::Matrix>,
     /// Whether the trained values are in effect.
     pub active: bool,
@@ -78,8 +80,16 @@ impl<E: Ops> Adaptation<E> for S2ftSliceOn<E> {
     ) -> Result<Option<E::Matrix>> {
         let dx = dx.wanted().map(|add_to| e.product_backward(dy, weight, add_to));
         match self.side {
-            Side::Output => e.add_outer(1.0, dy, Some(self.range.clone()), super::whole(x)?, &mut sinks[0])?,
-            Side::Input => e.add_outer(1.0, dy, None, &super::kept(saved, "slice of the input")?, &mut sinks[0])?,
+            Side::Output => {
+                e.add_outer(1.0, dy, Some(self.range.clone()), super::whole(x)?, &mut sinks[0])?
+            }
+            Side::Input => e.add_outer(
+                1.0,
+                dy,
+                None,
+                &super::kept(saved, "slice of the input")?,
+                &mut sinks[0],
+            )?,
         }
         Ok(dx)
     }
@@ -146,10 +156,18 @@ impl<T: Real> Stored<T> for S2ftSlice<T> {
         to.matrix("s2ft_slice", self.trained_slice(base.dense().view()).view());
     }
 
-    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self> {
+    fn load(
+        settings: &Settings,
+        base: &mut BaseWeight<T>,
+        from: &mut dyn ReadTensors<T>,
+    ) -> Result<Self> {
         let range = from.indices("s2ft_range")?;
         let [start, end] = range[..] else {
-            return Err(from.malformed("s2ft_range", "start and end", format!("{} entries", range.len())));
+            return Err(from.malformed(
+                "s2ft_range",
+                "start and end",
+                format!("{} entries", range.len()),
+            ));
         };
         let shape = base.shape();
         let slice = Self::new(settings.side, start..end, base.read()?.view())

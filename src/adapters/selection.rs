@@ -84,7 +84,8 @@ impl ColumnRule {
     /// `count` distinct columns of `weight`, best first.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if the rule needs calibration measurements that are absent, or count exceeds the width.
+    /// [`Error::InvalidParam`] if the rule needs calibration measurements that are absent, or count
+    /// exceeds the width.
     pub fn select<T: Real>(
         &self,
         weight: ArrayView2<T>,
@@ -93,10 +94,18 @@ impl ColumnRule {
         rng: &mut impl Rng,
     ) -> Result<Vec<usize>> {
         let width = weight.ncols();
-        let norms = || weight.axis_iter(Axis(1)).map(|c| c.iter().map(|x| x.widen() * x.widen()).sum::<f64>().sqrt());
+        let norms = || {
+            weight
+                .axis_iter(Axis(1))
+                .map(|c| c.iter().map(|x| x.widen() * x.widen()).sum::<f64>().sqrt())
+        };
         let measured = |values: Option<&[T]>, name: &str| match values {
-            Some(values) if values.len() == width => Ok(values.iter().map(|x| x.widen()).collect::<Vec<_>>()),
-            Some(values) => Err(Error::invalid(name, values.len(), format!("must hold {width} columns"))),
+            Some(values) if values.len() == width => {
+                Ok(values.iter().map(|x| x.widen()).collect::<Vec<_>>())
+            }
+            Some(values) => {
+                Err(Error::invalid(name, values.len(), format!("must hold {width} columns")))
+            }
             None => Err(Error::invalid(name, "absent", "this selection needs calibration data")),
         };
         let values = match self.score {
@@ -113,11 +122,12 @@ impl ColumnRule {
     }
 }
 
-/// The first `count` of `width` candidates: a random permutation without scores, otherwise by score (ties by
-/// position, so that the result is reproducible).
+/// The first `count` of `width` candidates: a random permutation without scores, otherwise by score
+/// (ties by position, so that the result is reproducible).
 ///
 /// # Errors
-/// [`Error::InvalidParam`] if count exceeds the number of candidates; [`Error::NonFinite`] for a NaN score.
+/// [`Error::InvalidParam`] if count exceeds the number of candidates; [`Error::NonFinite`] for a
+/// NaN score.
 pub fn rank(
     scores: Option<Vec<f64>>,
     width: usize,

@@ -1,8 +1,10 @@
-//! SpFT: single entries of W, anywhere in it, are trained in place (\[S2FT\], unstructured sparse fine-tuning).
+//! SpFT: single entries of W, anywhere in it, are trained in place (\[S2FT\], unstructured sparse
+//! fine-tuning).
 //!
-//! With I the trained positions, `dW[I] = (dy^T x)[I]`. Nothing is added to the forward, but unlike a slice or a few columns
-//! the entries need the whole input and, in passing, the whole of dy^T x: sparsity without structure saves optimizer
-//! state and nothing else. That is the paper's reason for structure; this method is what it is compared with.
+//! With I the trained positions, `dW[I] = (dy^T x)[I]`. Nothing is added to the forward, but unlike
+//! a slice or a few columns the entries need the whole input and, in passing, the whole of dy^T x:
+//! sparsity without structure saves optimizer state and nothing else. That is the paper's reason
+//! for structure; this method is what it is compared with.
 
 use super::stored::{ReadTensors, Settings, Stored, WriteTensors};
 use super::{Adaptation, BaseWeight, Change, InputNeed};
@@ -30,7 +32,8 @@ impl Default for SpftSpec {
 }
 
 impl SpftSpec {
-    /// Trained entries of a weight of shape (out, in): the nearest number to the share, at least one.
+    /// Trained entries of a weight of shape (out, in): the nearest number to the share, at least
+    /// one.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a share outside (0, 1].
@@ -179,8 +182,9 @@ impl<T: Real> Stored<T> for Spft<T> {
                 format!("{} entries", index.len()),
             ));
         }
-        let loaded = Self::from_index(index, base)
-            .map_err(|e| from.malformed("spft_index", "distinct entries of the weight", e.to_string()))?;
+        let loaded = Self::from_index(index, base).map_err(|e| {
+            from.malformed("spft_index", "distinct entries of the weight", e.to_string())
+        })?;
         let values = from.matrix("spft_entries", (1, loaded.index.len()))?;
         Cpu::default().put_entries(base.dense_mut("spft")?, &loaded.index, &values)?;
         Ok(loaded)

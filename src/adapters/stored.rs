@@ -26,7 +26,8 @@ pub enum AdapterKind {
 
 impl AdapterKind {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Spft];
+    pub const ALL: [Self; 6] =
+        [Self::Lora, Self::Dora, Self::Moslora, Self::Paca, Self::S2ft, Self::Spft];
 
     /// The `peft_type` of `adapter_config.json`. DoRA's is LoRA's, with `use_dora`.
     pub fn peft_type(self) -> &'static str {
@@ -41,7 +42,9 @@ impl AdapterKind {
 
     /// The kind of a configuration.
     pub fn of(peft_type: &str, use_dora: bool) -> Option<Self> {
-        let fits = |kind: &Self| kind.peft_type() == peft_type && (*kind == Self::Dora) == (use_dora && kind.is_peft());
+        let fits = |kind: &Self| {
+            kind.peft_type() == peft_type && (*kind == Self::Dora) == (use_dora && kind.is_peft())
+        };
         Self::ALL.into_iter().find(fits)
     }
 
@@ -116,7 +119,11 @@ pub trait Stored<T: Real>: Sized {
     ///
     /// # Errors
     /// As [`ReadTensors`]; [`Error::InvalidParam`] for settings that do not fit the weight.
-    fn load(settings: &Settings, base: &mut BaseWeight<T>, from: &mut dyn ReadTensors<T>) -> Result<Self>;
+    fn load(
+        settings: &Settings,
+        base: &mut BaseWeight<T>,
+        from: &mut dyn ReadTensors<T>,
+    ) -> Result<Self>;
 }
 
 impl<T: Real> Method<T> {
@@ -144,12 +151,20 @@ impl<T: Real> Method<T> {
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for full fine-tuning, which a checkpoint holds.
-    pub fn save(&self, base: &BaseWeight<T>, to: &mut dyn WriteTensors<T>) -> Result<Option<(AdapterKind, LoraSpec)>> {
+    pub fn save(
+        &self,
+        base: &BaseWeight<T>,
+        to: &mut dyn WriteTensors<T>,
+    ) -> Result<Option<(AdapterKind, LoraSpec)>> {
         let none = LoraSpec::default();
         Ok(Some(match self {
             Method::Frozen => return Ok(None),
             Method::Full => {
-                return Err(Error::invalid("method", "full", "is a whole weight; write a checkpoint instead"));
+                return Err(Error::invalid(
+                    "method",
+                    "full",
+                    "is a whole weight; write a checkpoint instead",
+                ));
             }
             Method::Lora(method) => {
                 method.save(base, to);

@@ -8,8 +8,8 @@
 //! dB_V =      s X_V^T [P^T (G A_V^T)]      dA_V =      s [P (X_V B_V)]^T G
 //! ```
 //!
-//! For [`Request::All`] the brackets are dS K, dS^T Q and P^T G, that is dQ, dK and dV up to beta. The
-//! streaming and the chained gradients differ only in how they multiply by dS and P.
+//! For [`Request::All`] the brackets are dS K, dS^T Q and P^T G, that is dQ, dK and dV up to beta.
+//! The streaming and the chained gradients differ only in how they multiply by dS and P.
 
 use super::gradients::{Gradients, Request};
 use super::problem::{AttentionProblem, Objective, Projected, Qkv};
@@ -74,7 +74,11 @@ impl<T: Real> Contraction<T> {
         }
         let adapters = problem.adapters();
         if adapters.query.is_none() && adapters.key.is_none() && adapters.value.is_none() {
-            return Err(Error::invalid("request", "Adapters", "the head has no adapter; ask for all gradients"));
+            return Err(Error::invalid(
+                "request",
+                "Adapters",
+                "the head has no adapter; ask for all gradients",
+            ));
         }
         let low_rank = |p: &Option<Array2<T>>, rows: usize| p.clone().unwrap_or_else(|| none(rows));
         let mut times_a = |x: &Array2<T>, a: Option<&super::problem::Adapter<T>>| match a {
@@ -106,7 +110,12 @@ impl<T: Real> Contraction<T> {
     }
 
     /// N of P^T N for rows of the upstream gradient: G itself, or G A_V^T.
-    pub fn value_left(&self, problem: &AttentionProblem<T>, upstream: ArrayView2<T>, cost: &mut Cost) -> Array2<T> {
+    pub fn value_left(
+        &self,
+        problem: &AttentionProblem<T>,
+        upstream: ArrayView2<T>,
+        cost: &mut Cost,
+    ) -> Array2<T> {
         match (self.request, problem.adapters().value) {
             (Request::All, _) => upstream.to_owned(),
             (Request::Adapters, Some(a)) => parallel_product(upstream, a.lora_a.t(), cost),
@@ -144,16 +153,21 @@ impl<T: Real> Contraction<T> {
             (Request::All, hidden) => {
                 if let Some(h) = hidden {
                     let scaling = T::of(h.scaling);
-                    let mut one = |x: ArrayView2<T>, d: &Array2<T>, a: Option<&super::problem::Adapter<T>>| {
-                        let dw = parallel_transposed_product(x, d.view(), &mut cost);
-                        let factors = a.map(|a| {
-                            let da = parallel_product(a.lora_b.t(), dw.view(), &mut cost) * scaling;
-                            let db = parallel_product(dw.view(), a.lora_a.t(), &mut cost) * scaling;
-                            (da, db)
-                        });
-                        let (da, db) = factors.unzip();
-                        (Some(dw), da, db)
-                    };
+                    let mut one =
+                        |x: ArrayView2<T>,
+                         d: &Array2<T>,
+                         a: Option<&super::problem::Adapter<T>>| {
+                            let dw = parallel_transposed_product(x, d.view(), &mut cost);
+                            let factors = a.map(|a| {
+                                let da =
+                                    parallel_product(a.lora_b.t(), dw.view(), &mut cost) * scaling;
+                                let db =
+                                    parallel_product(dw.view(), a.lora_a.t(), &mut cost) * scaling;
+                                (da, db)
+                            });
+                            let (da, db) = factors.unzip();
+                            (Some(dw), da, db)
+                        };
                     let q = one(h.inputs.query.view(), &products.score_right, adapters.query);
                     let k = one(h.inputs.key.view(), &products.score_left, adapters.key);
                     let v = one(h.inputs.value.view(), &products.value_left, adapters.value);
@@ -169,24 +183,34 @@ impl<T: Real> Contraction<T> {
             }
             (Request::Adapters, Some(h)) => {
                 let scaling = T::of(h.scaling);
-                let mut transposed =
-                    |a: ArrayView2<T>, b: ArrayView2<T>| parallel_transposed_product(a, b, &mut cost) * scaling;
+                let mut transposed = |a: ArrayView2<T>, b: ArrayView2<T>| {
+                    parallel_transposed_product(a, b, &mut cost) * scaling
+                };
                 let (rq, rk) = (self.query_rank, self.key_rank);
                 let Qkv { query, key, .. } = &projected.qkv;
                 if adapters.query.is_some() {
-                    gradients.lora_b.query =
-                        Some(transposed(h.inputs.query.view(), products.score_right.slice(s![.., ..rq])));
-                    gradients.lora_a.query = Some(transposed(products.score_left.slice(s![.., ..rq]), key.view()));
+                    gradients.lora_b.query = Some(transposed(
+                        h.inputs.query.view(),
+                        products.score_right.slice(s![.., ..rq]),
+                    ));
+                    gradients.lora_a.query =
+                        Some(transposed(products.score_left.slice(s![.., ..rq]), key.view()));
                 }
                 if adapters.key.is_some() {
-                    gradients.lora_b.key =
-                        Some(transposed(h.inputs.key.view(), products.score_left.slice(s![.., rq..rq + rk])));
-                    gradients.lora_a.key =
-                        Some(transposed(products.score_right.slice(s![.., rq..rq + rk]), query.view()));
+                    gradients.lora_b.key = Some(transposed(
+                        h.inputs.key.view(),
+                        products.score_left.slice(s![.., rq..rq + rk]),
+                    ));
+                    gradients.lora_a.key = Some(transposed(
+                        products.score_right.slice(s![.., rq..rq + rk]),
+                        query.view(),
+                    ));
                 }
                 if adapters.value.is_some() {
-                    gradients.lora_b.value = Some(transposed(h.inputs.value.view(), products.value_left.view()));
-                    gradients.lora_a.value = Some(transposed(products.value_right.view(), upstream.view()));
+                    gradients.lora_b.value =
+                        Some(transposed(h.inputs.value.view(), products.value_left.view()));
+                    gradients.lora_a.value =
+                        Some(transposed(products.value_right.view(), upstream.view()));
                 }
             }
             (Request::Adapters, None) => {}

@@ -57,7 +57,8 @@ impl<T: Real> Gradients<T> {
 
     /// Relative Frobenius gap over the gradients that both sides hold, taken together.
     ///
-    /// Prefers dA and dB (what LoRA trains); without adapters uses dQ, dK, dV. Infinite if nothing is shared.
+    /// Prefers dA and dB (what LoRA trains); without adapters uses dQ, dK, dV. Infinite if nothing
+    /// is shared.
     pub fn relative_gap<U: Real>(&self, reference: &Gradients<U>) -> f64 {
         let (mut gap, mut norm) = (0.0f64, 0.0f64);
         let mut visit = |ours: &Qkv<Option<Array2<T>>>, theirs: &Qkv<Option<Array2<U>>>| {
@@ -73,7 +74,8 @@ impl<T: Real> Gradients<T> {
             }
             shared
         };
-        let adapters = visit(&self.lora_a, &reference.lora_a) | visit(&self.lora_b, &reference.lora_b);
+        let adapters =
+            visit(&self.lora_a, &reference.lora_a) | visit(&self.lora_b, &reference.lora_b);
         let shared = adapters || visit(&self.projected, &reference.projected);
         match shared {
             false => f64::INFINITY,

@@ -1,4 +1,5 @@
-//! LoRA gradients of softmax attention: the problem, exact gradients, factorizations, chained gradients.
+//! LoRA gradients of softmax attention: the problem, exact gradients, factorizations, chained
+//! gradients.
 //!
 //! Notation and derivations: `paper-notes/attention-gradients.md`.
 

@@ -1,4 +1,5 @@
-//! One adapted attention head: inputs, weights, adapters, mask, softmax and objective, checked once.
+//! One adapted attention head: inputs, weights, adapters, mask, softmax and objective, checked
+//! once.
 
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -55,7 +56,11 @@ impl<X> Qkv<X> {
     /// # Errors
     /// The first error of `f`.
     pub fn try_map<Y>(&self, mut f: impl FnMut(char, &X) -> Result<Y>) -> Result<Qkv<Y>> {
-        Ok(Qkv { query: f('Q', &self.query)?, key: f('K', &self.key)?, value: f('V', &self.value)? })
+        Ok(Qkv {
+            query: f('Q', &self.query)?,
+            key: f('K', &self.key)?,
+            value: f('V', &self.value)?,
+        })
     }
 }
 
@@ -152,9 +157,9 @@ impl<T: Real> AttentionProblem<T> {
     /// `beta` multiplies Q K^T: 1/sqrt(d_h) in transformers, 1/d in the theory.
     ///
     /// # Errors
-    /// [`Error::ShapeMismatch`] naming the tensor (X, WQ, AQ, ..., Y or G), [`Error::InvalidParam`] for an empty
-    /// sequence, rank 0, rank above the width, a beta or scaling that is not finite, or a causal mask with
-    /// unequal lengths, [`Error::NonFinite`] for NaN or infinity.
+    /// [`Error::ShapeMismatch`] naming the tensor (X, WQ, AQ, ..., Y or G), [`Error::InvalidParam`]
+    /// for an empty sequence, rank 0, rank above the width, a beta or scaling that is not finite,
+    /// or a causal mask with unequal lengths, [`Error::NonFinite`] for NaN or infinity.
     pub fn new(
         source: Source<T>,
         objective: Objective<T>,
@@ -265,7 +270,10 @@ impl<T: Real> AttentionProblem<T> {
     ///
     /// # Errors
     /// That of `update`; [`Error::NonFinite`] if an entry is no longer finite.
-    pub fn update_adapters(&mut self, mut update: impl FnMut(&str, &mut [T]) -> Result<()>) -> Result<()> {
+    pub fn update_adapters(
+        &mut self,
+        mut update: impl FnMut(&str, &mut [T]) -> Result<()>,
+    ) -> Result<()> {
         let Source::Hidden(hidden) = &mut self.source else { return Ok(()) };
         let Qkv { query, key, value } = &mut hidden.projections;
         for (letter, projection) in [('Q', query), ('K', key), ('V', value)] {
@@ -276,7 +284,11 @@ impl<T: Real> AttentionProblem<T> {
                     *matrix = matrix.as_standard_layout().into_owned();
                 }
                 let Some(entries) = matrix.as_slice_mut() else {
-                    return Err(Error::invalid(name, "strided", "an adapter is updated as a row-major matrix"));
+                    return Err(Error::invalid(
+                        name,
+                        "strided",
+                        "an adapter is updated as a row-major matrix",
+                    ));
                 };
                 update(&name, entries)?;
                 norms::require_finite("update_adapters", &name, &matrix.view())?;
@@ -288,7 +300,9 @@ impl<T: Real> AttentionProblem<T> {
     /// Q, K, V by Q = X W* + (alpha/r) (X B) A, without forming B A.
     pub fn project(&self, cost: &mut Cost) -> Projected<T> {
         match &self.source {
-            Source::Projected(qkv) => Projected { qkv: qkv.clone(), low_rank_input: Qkv::default() },
+            Source::Projected(qkv) => {
+                Projected { qkv: qkv.clone(), low_rank_input: Qkv::default() }
+            }
             Source::Hidden(h) => {
                 let scaling = T::of(h.scaling);
                 let mut one = |x: &ArcArray2<T>, p: &Projection<T>| {
@@ -298,7 +312,13 @@ impl<T: Real> AttentionProblem<T> {
                         let xb = parallel_product(x.view(), a.lora_b.view(), cost);
                         cost.hold(xb.len());
                         cost.product(xb.nrows(), xb.ncols(), out.ncols());
-                        multiply(scaling, &xb.view(), &a.lora_a.view(), T::one(), &mut out.view_mut());
+                        multiply(
+                            scaling,
+                            &xb.view(),
+                            &a.lora_a.view(),
+                            T::one(),
+                            &mut out.view_mut(),
+                        );
                         xb
                     });
                     (out, low_rank)
@@ -318,7 +338,9 @@ impl<T: Real> AttentionProblem<T> {
     pub fn cast<U: Real>(&self) -> AttentionProblem<U> {
         let m = |a: &Array2<T>| crate::linalg::real::cast::<T, U>(a.view());
         let source = match &self.source {
-            Source::Projected(q) => Source::Projected(Qkv { query: m(&q.query), key: m(&q.key), value: m(&q.value) }),
+            Source::Projected(q) => {
+                Source::Projected(Qkv { query: m(&q.query), key: m(&q.key), value: m(&q.value) })
+            }
             Source::Hidden(h) => {
                 let query = crate::linalg::real::cast::<T, U>(h.inputs.query.view()).into_shared();
                 let shared = |other: &ArcArray2<T>| {
@@ -331,7 +353,10 @@ impl<T: Real> AttentionProblem<T> {
                 let (key, value) = (shared(&h.inputs.key), shared(&h.inputs.value));
                 let p = |p: &Projection<T>| Projection {
                     weight: m(&p.weight),
-                    adapter: p.adapter.as_ref().map(|a| Adapter { lora_a: m(&a.lora_a), lora_b: m(&a.lora_b) }),
+                    adapter: p
+                        .adapter
+                        .as_ref()
+                        .map(|a| Adapter { lora_a: m(&a.lora_a), lora_b: m(&a.lora_b) }),
                 };
                 Source::Hidden(Box::new(Hidden {
                     inputs: Qkv { query: query.clone(), key, value },
@@ -348,7 +373,13 @@ impl<T: Real> AttentionProblem<T> {
             Objective::Target(y) => Objective::Target(m(y)),
             Objective::UpstreamGradient(g) => Objective::UpstreamGradient(m(g)),
         };
-        AttentionProblem { source, objective, mask: self.mask, softmax: self.softmax, beta: self.beta }
+        AttentionProblem {
+            source,
+            objective,
+            mask: self.mask,
+            softmax: self.softmax,
+            beta: self.beta,
+        }
     }
 }
 
@@ -383,7 +414,12 @@ fn check_hidden<T: Real>(h: &Hidden<T>) -> Result<(usize, usize, usize)> {
         norms::require_finite(OP, &format!("X{letter}"), &input.view())?;
         let columns = if letter == 'V' { p.weight.ncols() } else { head_dim };
         if p.weight.dim() != (width, columns) || columns == 0 {
-            return Err(Error::shape(OP, format!("W{letter}"), (width, columns.max(1)), p.weight.dim()));
+            return Err(Error::shape(
+                OP,
+                format!("W{letter}"),
+                (width, columns.max(1)),
+                p.weight.dim(),
+            ));
         }
         norms::require_finite(OP, &format!("W{letter}"), &p.weight.view())?;
         let Some(adapter) = &p.adapter else { continue };
@@ -392,7 +428,10 @@ fn check_hidden<T: Real>(h: &Hidden<T>) -> Result<(usize, usize, usize)> {
             return Err(Error::invalid(
                 format!("r of A{letter}, B{letter}"),
                 rank,
-                format!("must be between 1 and {}, the smaller side of W{letter}", width.min(columns)),
+                format!(
+                    "must be between 1 and {}, the smaller side of W{letter}",
+                    width.min(columns)
+                ),
             ));
         }
         check_dim(&format!("A{letter}"), adapter.lora_a.view(), (rank, columns))?;

@@ -1,13 +1,15 @@
 //! A head whose rows (tokens) are divided among several processes, seen by one of them.
 //!
-//! Every routine of a chained gradient works on its own rows; what it needs of the others are sums over all rows,
-//! sums over the rows before or after its own (a causal mask), and a few maxima. [`RowShards`] is that and no more:
-//! `distributed` implements it over MPI, [`WholeHead`] for the process that holds everything.
+//! Every routine of a chained gradient works on its own rows; what it needs of the others are sums
+//! over all rows, sums over the rows before or after its own (a causal mask), and a few maxima.
+//! [`RowShards`] is that and no more: `distributed` implements it over MPI, [`WholeHead`] for the
+//! process that holds everything.
 
 use crate::error::Result;
 use ndarray::Array2;
 
-/// The shards of a head's rows, in the order of the tokens. Every process calls the same methods in the same order.
+/// The shards of a head's rows, in the order of the tokens. Every process calls the same methods in
+/// the same order.
 pub trait RowShards<T> {
     /// Number of shards.
     fn count(&self) -> usize;
@@ -42,7 +44,8 @@ pub trait RowShards<T> {
     /// Those of the transport.
     fn largest(&self, value: f64) -> Result<f64>;
 
-    /// Passes on this shard's outcome once all shards have succeeded, so that none waits for one that gave up.
+    /// Passes on this shard's outcome once all shards have succeeded, so that none waits for one
+    /// that gave up.
     ///
     /// # Errors
     /// [`crate::Error::OtherRank`] when this shard succeeded and another failed.

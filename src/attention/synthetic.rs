@@ -1,6 +1,8 @@
 //! Seeded synthetic heads whose queries and keys have a prescribed largest entry.
 
-use super::problem::{Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv, SoftmaxKind, Source};
+use super::problem::{
+    Adapter, AttentionProblem, Hidden, Mask, Objective, Projection, Qkv, SoftmaxKind, Source,
+};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::linalg::{Real, norms};
@@ -83,12 +85,14 @@ impl SyntheticHead {
 
     /// Draws the head.
     ///
-    /// Hidden states X have independent entries. W_Q, W_K, W_V are random signed permutations (so that Q, K
-    /// and V keep the distribution of X) with LoRA updates of about a tenth of their size; W_Q, W_K and
-    /// their A are then scaled so that the largest entries of Q and of K equal `gamma`. Y is normal.
+    /// Hidden states X have independent entries. W_Q, W_K, W_V are random signed permutations (so
+    /// that Q, K and V keep the distribution of X) with LoRA updates of about a tenth of their
+    /// size; W_Q, W_K and their A are then scaled so that the largest entries of Q and of K equal
+    /// `gamma`. Y is normal.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a gamma that is not positive and finite; those of [`AttentionProblem::new`].
+    /// [`Error::InvalidParam`] for a gamma that is not positive and finite; those of
+    /// [`AttentionProblem::new`].
     pub fn draw<T: Real>(&self) -> Result<AttentionProblem<T>> {
         if !(self.gamma > 0.0 && self.gamma.is_finite()) {
             return Err(Error::invalid("gamma", self.gamma, "must be positive and finite"));
@@ -102,12 +106,17 @@ impl SyntheticHead {
         }
         let (l, d, r) = (self.tokens, self.head_dim, self.rank);
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        let uniform =
-            Uniform::new_inclusive(-1.0, 1.0).map_err(|e| Error::invalid("entries", "Uniform", e.to_string()))?;
+        let uniform = Uniform::new_inclusive(-1.0, 1.0)
+            .map_err(|e| Error::invalid("entries", "Uniform", e.to_string()))?;
         let x = match self.entries {
             Entries::Uniform => Array2::from_shape_simple_fn((l, d), || uniform.sample(&mut rng)),
             Entries::Normal => normal(&mut rng, l, d, 1.0),
-            Entries::Sign => Array2::from_shape_simple_fn((l, d), || if rng.random::<bool>() { 1.0 } else { -1.0 }),
+            Entries::Sign => {
+                Array2::from_shape_simple_fn(
+                    (l, d),
+                    || if rng.random::<bool>() { 1.0 } else { -1.0 },
+                )
+            }
         }
         .into_shared();
         let scaling = self.alpha / r as f64;
@@ -118,9 +127,15 @@ impl SyntheticHead {
             for (i, &j) in order.iter().enumerate() {
                 weight[[i, j]] = if rng.random::<bool>() { 1.0 } else { -1.0 };
             }
-            // Entries of (alpha/r) B A have standard deviation 0.1 / sqrt(d): a tenth of a row of W.
+            // Entries of (alpha/r) B A have standard deviation 0.1 / sqrt(d): a tenth of a row of
+            // W.
             let lora_b = normal(&mut rng, d, r, 1.0 / (r as f64).sqrt());
-            let lora_a = normal(&mut rng, r, d, 0.1 / (d as f64).sqrt() / scaling.abs().max(f64::MIN_POSITIVE));
+            let lora_a = normal(
+                &mut rng,
+                r,
+                d,
+                0.1 / (d as f64).sqrt() / scaling.abs().max(f64::MIN_POSITIVE),
+            );
             Projection { weight, adapter: Some(Adapter { lora_a, lora_b }) }
         };
         let mut projections = Qkv { query: projection(), key: projection(), value: projection() };
@@ -128,7 +143,8 @@ impl SyntheticHead {
         for p in [&mut projections.query, &mut projections.key] {
             if let Some(adapter) = &mut p.adapter {
                 let weight = &p.weight + &(adapter.lora_b.dot(&adapter.lora_a) * scaling);
-                let factor = self.gamma / norms::max_abs(&x.dot(&weight).view()).max(f64::MIN_POSITIVE);
+                let factor =
+                    self.gamma / norms::max_abs(&x.dot(&weight).view()).max(f64::MIN_POSITIVE);
                 p.weight *= factor;
                 adapter.lora_a *= factor;
             }
@@ -138,7 +154,13 @@ impl SyntheticHead {
             projections,
             scaling,
         }));
-        let problem = AttentionProblem::new(source, Objective::Target(target), self.mask, self.softmax, self.beta)?;
+        let problem = AttentionProblem::new(
+            source,
+            Objective::Target(target),
+            self.mask,
+            self.softmax,
+            self.beta,
+        )?;
         Ok(problem.cast())
     }
 }
@@ -150,8 +172,15 @@ fn normal(rng: &mut ChaCha8Rng, rows: usize, columns: usize, deviation: f64) -> 
     })
 }
 
-/// Largest |logit| = beta |q_i . k_j| over visible pairs, by tiles. O(L_q L_k d) operations, counted.
-pub fn largest_logit<T: Real>(query: ArrayView2<T>, key: ArrayView2<T>, beta: f64, mask: Mask, cost: &mut Cost) -> f64 {
+/// Largest |logit| = beta |q_i . k_j| over visible pairs, by tiles. O(L_q L_k d) operations,
+/// counted.
+pub fn largest_logit<T: Real>(
+    query: ArrayView2<T>,
+    key: ArrayView2<T>,
+    beta: f64,
+    mask: Mask,
+    cost: &mut Cost,
+) -> f64 {
     use ndarray::{Axis, parallel::prelude::*, s};
     const ROWS: usize = 128;
     const COLUMNS: usize = 512;
@@ -169,7 +198,13 @@ pub fn largest_logit<T: Real>(query: ArrayView2<T>, key: ArrayView2<T>, beta: f6
                 for start in (0..visible).step_by(COLUMNS) {
                     let end = (start + COLUMNS).min(visible);
                     let mut tile = buffer.slice_mut(s![..q.nrows(), ..end - start]);
-                    crate::linalg::product_into(q, key.slice(s![start..end, ..]).t(), T::zero(), &mut tile, &mut cost);
+                    crate::linalg::product_into(
+                        q,
+                        key.slice(s![start..end, ..]).t(),
+                        T::zero(),
+                        &mut tile,
+                        &mut cost,
+                    );
                     for (i, row) in tile.rows().into_iter().enumerate() {
                         let seen = if mask == Mask::Causal {
                             (first + i + 1).saturating_sub(start).min(row.len())
@@ -194,7 +229,8 @@ mod tests {
     #[test]
     fn the_largest_entries_are_as_asked_and_the_seed_decides() {
         for entries in [Entries::Uniform, Entries::Normal, Entries::Sign] {
-            let head = SyntheticHead { entries, ..SyntheticHead::new(37, 5).at_threshold_ratio(0.7) };
+            let head =
+                SyntheticHead { entries, ..SyntheticHead::new(37, 5).at_threshold_ratio(0.7) };
             let problem: AttentionProblem<f64> = head.draw().unwrap();
             let projected = problem.project(&mut Cost::default());
             let want = 0.7 * 37f64.ln().sqrt();
@@ -214,7 +250,13 @@ mod tests {
             let problem: AttentionProblem<f64> =
                 SyntheticHead { mask, ..SyntheticHead::new(tokens, 3) }.draw().unwrap();
             let qkv = problem.project(&mut Cost::default()).qkv;
-            let got = largest_logit(qkv.query.view(), qkv.key.view(), problem.beta(), mask, &mut Cost::default());
+            let got = largest_logit(
+                qkv.query.view(),
+                qkv.key.view(),
+                problem.beta(),
+                mask,
+                &mut Cost::default(),
+            );
             let scores = crate::attention::exact::dense::matrices(&problem, &qkv).S;
             let want = scores.iter().filter(|s| s.is_finite()).fold(0.0f64, |m, s| m.max(s.abs()));
             assert!((got - want).abs() < 1e-12);

@@ -26,14 +26,20 @@ pub fn add_sinks<T: Real>(
     shape: &AttentionShape,
 ) -> Result<()> {
     require_heads(sinks, shape)?;
-    require_shape("add_sinks", "log_sum_exp", &log_sum_exp.view(), (shape.batch * shape.heads, shape.length))?;
+    require_shape(
+        "add_sinks",
+        "log_sum_exp",
+        &log_sum_exp.view(),
+        (shape.batch * shape.heads, shape.length),
+    )?;
     for (index, mut row) in log_sum_exp.rows_mut().into_iter().enumerate() {
         let (batch, head) = (index / shape.heads, index % shape.heads);
         let columns = head * shape.head_dim..(head + 1) * shape.head_dim;
         for (t, lse) in row.iter_mut().enumerate() {
             let mut out = output.slice_mut(s![batch * shape.length + t, columns.clone()]);
             if *lse == T::infinity() {
-                // No key at all: only the sink is left, and exp(s - sink) of a hidden score is still 0.
+                // No key at all: only the sink is left, and exp(s - sink) of a hidden score is
+                // still 0.
                 *lse = sinks[head];
                 continue;
             }
@@ -46,7 +52,8 @@ pub fn add_sinks<T: Real>(
     Ok(())
 }
 
-/// The sinks' gradient: minus the sum over rows of exp(sink - lse) (G . O), with what [`add_sinks`] left.
+/// The sinks' gradient: minus the sum over rows of exp(sink - lse) (G . O), with what [`add_sinks`]
+/// left.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`].
@@ -59,7 +66,12 @@ pub fn sinks_backward<T: Real>(
 ) -> Result<Vec<T>> {
     require_heads(sinks, shape)?;
     require_shape("sinks_backward", "upstream", &upstream, output.dim())?;
-    require_shape("sinks_backward", "log_sum_exp", &log_sum_exp, (shape.batch * shape.heads, shape.length))?;
+    require_shape(
+        "sinks_backward",
+        "log_sum_exp",
+        &log_sum_exp,
+        (shape.batch * shape.heads, shape.length),
+    )?;
     let mut gradient = vec![T::zero(); shape.heads];
     for (index, row) in log_sum_exp.rows().into_iter().enumerate() {
         let (batch, head) = (index / shape.heads, index % shape.heads);

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 /// A frozen matrix in a compressed form.
 ///
-/// A codec implements this to become a base weight (QLoRA, QPaCA): decoding fills a dense array for the time
-/// of one product and is dropped again.
+/// A codec implements this to become a base weight (QLoRA, QPaCA): decoding fills a dense array for
+/// the time of one product and is dropped again.
 pub trait PackedWeight<T>: Debug + Send + Sync {
     /// (out, in).
     fn shape(&self) -> (usize, usize);
@@ -82,8 +82,8 @@ impl<T: Real> BaseWeight<T> {
         matches!(self, BaseWeight::Packed(_) | BaseWeight::PackedWith(..))
     }
 
-    /// The matrix itself: borrowed when dense, decoded into a fresh array when packed. A stored weight that cannot be read
-    /// is NaN here: [`BaseWeight::read`] says why.
+    /// The matrix itself: borrowed when dense, decoded into a fresh array when packed. A stored
+    /// weight that cannot be read is NaN here: [`BaseWeight::read`] says why.
     pub fn dense(&self) -> CowArray<'_, T, Ix2> {
         let decode = |packed: &dyn PackedWeight<T>| {
             let mut dense = Array2::zeros(packed.shape());
@@ -100,7 +100,9 @@ impl<T: Real> BaseWeight<T> {
             }
             BaseWeight::Stored(stored) => match stored.in_memory() {
                 Some(weight) => weight.dense(),
-                None => CowArray::from(stored.read().unwrap_or_else(|_| Array2::from_elem(stored.shape(), T::nan()))),
+                None => CowArray::from(
+                    stored.read().unwrap_or_else(|_| Array2::from_elem(stored.shape(), T::nan())),
+                ),
             },
         }
     }
@@ -111,7 +113,9 @@ impl<T: Real> BaseWeight<T> {
     /// As [`super::stored_weight::WeightSource::read_rows`].
     pub fn read(&self) -> Result<CowArray<'_, T, Ix2>> {
         match self {
-            BaseWeight::Stored(stored) if stored.in_memory().is_none() => stored.read().map(CowArray::from),
+            BaseWeight::Stored(stored) if stored.in_memory().is_none() => {
+                stored.read().map(CowArray::from)
+            }
             _ => Ok(self.dense()),
         }
     }
@@ -159,13 +163,19 @@ impl<T: Real> BaseWeight<T> {
         Ok(())
     }
 
-    /// A packed weight that is restored in a format each time it is read, and can be changed like a stored one.
+    /// A packed weight that is restored in a format each time it is read, and can be changed like a
+    /// stored one.
     pub fn restored(packed: Arc<dyn PackedWeight<T>>, format: Precision) -> Self {
         BaseWeight::Stored(StoredWeight::elsewhere(Arc::new(Restored { packed, format })))
     }
 
-    /// Restores a packed weight in a format, and keeps it dense or, `later`, does so each time it is read; what it was packed in.
-    pub fn unpack_in(&mut self, format: Precision, later: bool) -> Option<Arc<dyn PackedWeight<T>>> {
+    /// Restores a packed weight in a format, and keeps it dense or, `later`, does so each time it
+    /// is read; what it was packed in.
+    pub fn unpack_in(
+        &mut self,
+        format: Precision,
+        later: bool,
+    ) -> Option<Arc<dyn PackedWeight<T>>> {
         let (packed, own) = match self {
             BaseWeight::Dense(_) | BaseWeight::Stored(_) => return None,
             BaseWeight::Packed(packed) => (packed.clone(), None),
@@ -202,7 +212,10 @@ impl<T: Real> BaseWeight<T> {
             BaseWeight::Dense(weight) => write_columns(weight, index, &values),
             BaseWeight::Stored(stored) => stored.put_columns(index, values),
             BaseWeight::Packed(packed) | BaseWeight::PackedWith(packed, _) => {
-                *self = BaseWeight::PackedWith(packed.clone(), OwnColumns { index: index.to_vec(), values });
+                *self = BaseWeight::PackedWith(
+                    packed.clone(),
+                    OwnColumns { index: index.to_vec(), values },
+                );
             }
         }
     }
@@ -216,7 +229,8 @@ impl<T: Real> BaseWeight<T> {
         }
     }
 
-    /// The array, for a method that trains it or part of it in place. A stored weight becomes this model's own.
+    /// The array, for a method that trains it or part of it in place. A stored weight becomes this
+    /// model's own.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a packed weight; as [`BaseWeight::read`].
@@ -226,7 +240,11 @@ impl<T: Real> BaseWeight<T> {
         }
         match self {
             BaseWeight::Dense(weight) => Ok(weight),
-            _ => Err(Error::invalid("method", method, "writes into the base weight, which is packed (quantized)")),
+            _ => Err(Error::invalid(
+                "method",
+                method,
+                "writes into the base weight, which is packed (quantized)",
+            )),
         }
     }
 }

@@ -34,7 +34,12 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    fn check<T>(&self, op: &'static str, query: &ArrayView2<T>, keys: [(&str, &ArrayView2<T>); 2]) -> Result<()> {
+    fn check<T>(
+        &self,
+        op: &'static str,
+        query: &ArrayView2<T>,
+        keys: [(&str, &ArrayView2<T>); 2],
+    ) -> Result<()> {
         if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             let requirement = format!("must divide num_attention_heads = {}", self.heads);
             return Err(Error::invalid("num_key_value_heads", self.kv_heads, requirement));
@@ -57,7 +62,12 @@ impl AttentionShape {
         (self.batch * self.heads * entries * self.head_dim) as u64
     }
 
-    fn head<'a, T>(&self, array: &'a ArrayView2<T>, batch: usize, head: usize) -> ArrayView2<'a, T> {
+    fn head<'a, T>(
+        &self,
+        array: &'a ArrayView2<T>,
+        batch: usize,
+        head: usize,
+    ) -> ArrayView2<'a, T> {
         let (rows, columns) = (batch * self.length, head * self.head_dim);
         array.slice(s![rows..rows + self.length, columns..columns + self.head_dim])
     }
@@ -65,8 +75,8 @@ impl AttentionShape {
 
 /// Which keys a query sees.
 ///
-/// The default is causal attention without padding. A query that sees no key has output 0 and passes no gradient
-/// (frameworks differ there; no counted position depends on it).
+/// The default is causal attention without padding. A query that sees no key has output 0 and
+/// passes no gradient (frameworks differ there; no counted position depends on it).
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Visibility<'a> {
     /// `B x T`, false for keys that no query may see (padding); every key when absent.
@@ -90,7 +100,8 @@ pub struct Scores {
     pub errors: Option<ScoreErrors>,
 }
 
-/// Each score is multiplied by 1 + `size` u, u uniform in (-1, 1) and a function of the seed and the score's place.
+/// Each score is multiplied by 1 + `size` u, u uniform in (-1, 1) and a function of the seed and
+/// the score's place.
 #[derive(Debug, Clone, Copy)]
 pub struct ScoreErrors {
     /// Largest relative error.
@@ -102,7 +113,8 @@ pub struct ScoreErrors {
 impl ScoreErrors {
     /// The factor of the score of one query and key; `head` counts over sequences and heads.
     fn factor(self, head: usize, query: usize, key: usize) -> f64 {
-        let place = mix(self.seed ^ mix(head as u64 ^ mix(query as u64 ^ mix(key as u64 ^ 0x9e37_79b9_7f4a_7c15))));
+        let place = mix(self.seed
+            ^ mix(head as u64 ^ mix(query as u64 ^ mix(key as u64 ^ 0x9e37_79b9_7f4a_7c15))));
         // 53 bits to [0, 2), then to [-1, 1).
         1.0 + self.size * ((place >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
     }
@@ -116,14 +128,25 @@ impl From<f64> for Scores {
 
 impl Scores {
     /// Errors of a tile of scores that begins at (query, key).
-    fn disturb<T: Real>(&self, scores: &mut ArrayViewMut2<T>, head: usize, (query, key): (usize, usize)) {
+    fn disturb<T: Real>(
+        &self,
+        scores: &mut ArrayViewMut2<T>,
+        head: usize,
+        (query, key): (usize, usize),
+    ) {
         if let Some(errors) = self.errors {
-            scores.indexed_iter_mut().for_each(|((i, j), s)| *s *= T::of(errors.factor(head, query + i, key + j)));
+            scores
+                .indexed_iter_mut()
+                .for_each(|((i, j), s)| *s *= T::of(errors.factor(head, query + i, key + j)));
         }
     }
 
     /// s becomes c tanh(s / c); `slope`, if given, receives the derivative there.
-    fn apply_cap<T: Real>(&self, scores: &mut ArrayViewMut2<T>, slope: Option<&mut ArrayViewMut2<T>>) {
+    fn apply_cap<T: Real>(
+        &self,
+        scores: &mut ArrayViewMut2<T>,
+        slope: Option<&mut ArrayViewMut2<T>>,
+    ) {
         let Some(cap) = self.cap.map(T::of) else { return };
         match slope {
             None => scores.mapv_inplace(|s| cap * (s / cap).tanh()),
@@ -140,13 +163,19 @@ impl Visibility<'_> {
     fn check(&self, op: &'static str, shape: &AttentionShape) -> Result<()> {
         let expected = (shape.batch, shape.length);
         if self.window == Some(0) {
-            return Err(Error::invalid("sliding_window", 0, "must be at least 1: a query sees its own key"));
+            return Err(Error::invalid(
+                "sliding_window",
+                0,
+                "must be at least 1: a query sees its own key",
+            ));
         }
         if let Some(starts) = self.starts.filter(|starts| starts.dim() != expected) {
             return Err(Error::shape(op, "document starts", expected, starts.dim()));
         }
         match &self.keys {
-            Some(keys) if keys.dim() != expected => Err(Error::shape(op, "attention_mask", expected, keys.dim())),
+            Some(keys) if keys.dim() != expected => {
+                Err(Error::shape(op, "attention_mask", expected, keys.dim()))
+            }
             _ => Ok(()),
         }
     }
@@ -162,7 +191,8 @@ impl Visibility<'_> {
         end.saturating_add(self.ahead).min(length)
     }
 
-    /// Sets entry (i, j) of a score tile to -inf where key `key_start + j` is hidden from query `query_start + i`.
+    /// Sets entry (i, j) of a score tile to -inf where key `key_start + j` is hidden from query
+    /// `query_start + i`.
     fn hide<T: Real>(
         &self,
         scores: &mut ArrayViewMut2<T>,
@@ -191,7 +221,11 @@ impl Visibility<'_> {
 }
 
 /// A `(B T) x (heads d)` array as disjoint `T x d` views, ordered by sequence, then head.
-fn split_heads<'a, T>(array: &'a mut Array2<T>, length: usize, head_dim: usize) -> Vec<ArrayViewMut2<'a, T>> {
+fn split_heads<'a, T>(
+    array: &'a mut Array2<T>,
+    length: usize,
+    head_dim: usize,
+) -> Vec<ArrayViewMut2<'a, T>> {
     let mut views = Vec::new();
     for mut sequence in array.axis_chunks_iter_mut(Axis(0), length.max(1)) {
         while sequence.ncols() > 0 {
@@ -203,11 +237,12 @@ fn split_heads<'a, T>(array: &'a mut Array2<T>, length: usize, head_dim: usize) 
     views
 }
 
-/// O = softmax(scale Q K^T + mask) V, the mask being `visible`, for every sequence and head; returns (O, log-sum-exp).
+/// O = softmax(scale Q K^T + mask) V, the mask being `visible`, for every sequence and head;
+/// returns (O, log-sum-exp).
 ///
-/// Shapes: query `(B T) x (H d)`, key and value `(B T) x (H_kv d)`, O as query, log-sum-exp `(B H) x T` in nats.
-/// Backward needs Q, K, V, O and the log-sum-exp. Work O(B H T^2 d / 2); memory beyond the results is one
-/// `64 x 256` tile per thread (\[FA2\], with an online softmax).
+/// Shapes: query `(B T) x (H d)`, key and value `(B T) x (H_kv d)`, O as query, log-sum-exp `(B H)
+/// x T` in nats. Backward needs Q, K, V, O and the log-sum-exp. Work O(B H T^2 d / 2); memory
+/// beyond the results is one `64 x 256` tile per thread (\[FA2\], with an online softmax).
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`]; [`Error::InvalidParam`] if the heads do not form equal groups.
@@ -233,7 +268,9 @@ pub fn causal_attention_forward<T: Real>(
     let group = shape.heads / shape.kv_heads;
     let mut tasks = Vec::new();
     let lse_rows = numbers_mut(&mut log_sum_exp).chunks_mut(length.max(1));
-    for (index, (head, lse)) in split_heads(&mut output, length, head_dim).into_iter().zip(lse_rows).enumerate() {
+    for (index, (head, lse)) in
+        split_heads(&mut output, length, head_dim).into_iter().zip(lse_rows).enumerate()
+    {
         let mut rest = head;
         for (tile, lse) in lse.chunks_mut(QUERY_TILE).enumerate() {
             let (now, later) = rest.split_at(Axis(0), lse.len());
@@ -261,7 +298,13 @@ pub fn causal_attention_forward<T: Real>(
             scoring.apply_cap(&mut tile, None);
             visible.hide(&mut tile, &shape, batch, start, keys.start);
             softmax.absorb(tile.view_mut(), acc.view_mut(), first);
-            multiply(T::one(), &tile.view(), &v.slice(range), if first { T::zero() } else { T::one() }, &mut acc);
+            multiply(
+                T::one(),
+                &tile.view(),
+                &v.slice(range),
+                if first { T::zero() } else { T::one() },
+                &mut acc,
+            );
         }
         softmax.finish(acc.view_mut(), lse);
         out.assign(&acc);
@@ -286,9 +329,9 @@ pub struct AttentionCache<'a, T> {
 
 /// Gradients (dQ, dK, dV) for the upstream gradient G = dO.
 ///
-/// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i:
-/// dS = scale P o (G V^T - delta), dQ = dS K, dK = dS^T Q, dV = P^T G; keys and values add up over the
-/// query heads of their group. Parallel over (sequence, key/value head), each writing its own slices.
+/// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i: dS = scale P o (G V^T -
+/// delta), dQ = dS K, dK = dS^T Q, dV = P^T G; keys and values add up over the query heads of their
+/// group. Parallel over (sequence, key/value head), each writing its own slices.
 ///
 /// # Errors
 /// As [`causal_attention_forward`].
@@ -307,7 +350,12 @@ pub fn causal_attention_backward<T: Real>(
     visible.check(op, &shape)?;
     require_shape(op, "upstream", &upstream, cache.query.dim())?;
     require_shape(op, "output", &cache.output, cache.query.dim())?;
-    require_shape(op, "log_sum_exp", &cache.log_sum_exp, (shape.batch * shape.heads, shape.length))?;
+    require_shape(
+        op,
+        "log_sum_exp",
+        &cache.log_sum_exp,
+        (shape.batch * shape.heads, shape.length),
+    )?;
     let (length, head_dim, group) = (shape.length, shape.head_dim, shape.heads / shape.kv_heads);
     let scale = T::of(scoring.scale);
     cost.multiply_adds += 5 * shape.tile_products(visible.ahead);
@@ -326,59 +374,74 @@ pub fn causal_attention_backward<T: Real>(
         .collect();
     let tile = || vec![T::zero(); QUERY_TILE * KEY_TILE];
     let tiles = || (tile(), tile(), if scoring.cap.is_some() { tile() } else { Vec::new() });
-    tasks.into_par_iter().for_each_init(tiles, |(scores, products, slopes), (index, dqs, mut dk, mut dv)| {
-        // With a window the last queries do not see every key, so theirs are not the first sums everywhere.
-        let windowed = visible.window.is_some();
-        if windowed {
-            dk.fill(T::zero());
-            dv.fill(T::zero());
-        }
-        let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
-        let k = shape.head(&cache.key, batch, kv_head);
-        let v = shape.head(&cache.value, batch, kv_head);
-        for (member, mut dq) in dqs.into_iter().enumerate() {
-            let head = kv_head * group + member;
-            let (q, g) = (shape.head(&cache.query, batch, head), shape.head(&upstream, batch, head));
-            let o = shape.head(&cache.output, batch, head);
-            let lse = cache.log_sum_exp.row(batch * shape.heads + head);
-            // From the last queries, which see every key: theirs are the first sums of dK and dV.
-            for start in (0..length).step_by(QUERY_TILE).rev() {
-                let end = (start + QUERY_TILE).min(length);
-                let rows = end - start;
-                let first = if member == 0 && end == length && !windowed { T::zero() } else { T::one() };
-                let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
-                let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
-                for i in 0..rows {
-                    shift[i] = lse[start + i];
-                }
-                row_dots(&g, &o.slice(s![start..end, ..]), &mut delta[..rows]);
-                // dS comes out scaled.
-                delta.iter_mut().for_each(|d| *d *= scale);
-                let mut dq = dq.slice_mut(s![start..end, ..]);
-                let begin = visible.key_start(start);
-                for keys in key_tiles(begin..visible.key_end(end, length), KEY_TILE) {
-                    let (key_start, width, range) = (keys.start, keys.len(), s![keys, ..]);
-                    let mut p = front(scores, rows, width);
-                    let mut ds = front(products, rows, width);
-                    multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
-                    scoring.disturb(&mut p, batch * shape.heads + head, (start, key_start));
-                    if scoring.cap.is_some() {
-                        scoring.apply_cap(&mut p, Some(&mut front(slopes, rows, width)));
+    tasks.into_par_iter().for_each_init(
+        tiles,
+        |(scores, products, slopes), (index, dqs, mut dk, mut dv)| {
+            // With a window the last queries do not see every key, so theirs are not the first sums
+            // everywhere.
+            let windowed = visible.window.is_some();
+            if windowed {
+                dk.fill(T::zero());
+                dv.fill(T::zero());
+            }
+            let (batch, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
+            let k = shape.head(&cache.key, batch, kv_head);
+            let v = shape.head(&cache.value, batch, kv_head);
+            for (member, mut dq) in dqs.into_iter().enumerate() {
+                let head = kv_head * group + member;
+                let (q, g) =
+                    (shape.head(&cache.query, batch, head), shape.head(&upstream, batch, head));
+                let o = shape.head(&cache.output, batch, head);
+                let lse = cache.log_sum_exp.row(batch * shape.heads + head);
+                // From the last queries, which see every key: theirs are the first sums of dK and
+                // dV.
+                for start in (0..length).step_by(QUERY_TILE).rev() {
+                    let end = (start + QUERY_TILE).min(length);
+                    let rows = end - start;
+                    let first = if member == 0 && end == length && !windowed {
+                        T::zero()
+                    } else {
+                        T::one()
+                    };
+                    let (q, g) = (q.slice(s![start..end, ..]), g.slice(s![start..end, ..]));
+                    let (mut shift, mut delta) = ([T::zero(); QUERY_TILE], [T::zero(); QUERY_TILE]);
+                    for i in 0..rows {
+                        shift[i] = lse[start + i];
                     }
-                    visible.hide(&mut p, &shape, batch, start, key_start);
-                    multiply(scale, &g, &v.slice(range).t(), T::zero(), &mut ds);
-                    softmax_backward_tile(p.view_mut(), ds.view_mut(), &shift[..rows], &delta[..rows]);
-                    if scoring.cap.is_some() {
-                        ds *= &front(slopes, rows, width);
+                    row_dots(&g, &o.slice(s![start..end, ..]), &mut delta[..rows]);
+                    // dS comes out scaled.
+                    delta.iter_mut().for_each(|d| *d *= scale);
+                    let mut dq = dq.slice_mut(s![start..end, ..]);
+                    let begin = visible.key_start(start);
+                    for keys in key_tiles(begin..visible.key_end(end, length), KEY_TILE) {
+                        let (key_start, width, range) = (keys.start, keys.len(), s![keys, ..]);
+                        let mut p = front(scores, rows, width);
+                        let mut ds = front(products, rows, width);
+                        multiply(scale, &q, &k.slice(range).t(), T::zero(), &mut p);
+                        scoring.disturb(&mut p, batch * shape.heads + head, (start, key_start));
+                        if scoring.cap.is_some() {
+                            scoring.apply_cap(&mut p, Some(&mut front(slopes, rows, width)));
+                        }
+                        visible.hide(&mut p, &shape, batch, start, key_start);
+                        multiply(scale, &g, &v.slice(range).t(), T::zero(), &mut ds);
+                        softmax_backward_tile(
+                            p.view_mut(),
+                            ds.view_mut(),
+                            &shift[..rows],
+                            &delta[..rows],
+                        );
+                        if scoring.cap.is_some() {
+                            ds *= &front(slopes, rows, width);
+                        }
+                        multiply(T::one(), &p.t(), &g, first, &mut dv.slice_mut(range));
+                        multiply(T::one(), &ds.t(), &q, first, &mut dk.slice_mut(range));
+                        let keep = if key_start == begin { T::zero() } else { T::one() };
+                        multiply(T::one(), &ds.view(), &k.slice(range), keep, &mut dq);
                     }
-                    multiply(T::one(), &p.t(), &g, first, &mut dv.slice_mut(range));
-                    multiply(T::one(), &ds.t(), &q, first, &mut dk.slice_mut(range));
-                    let keep = if key_start == begin { T::zero() } else { T::one() };
-                    multiply(T::one(), &ds.view(), &k.slice(range), keep, &mut dq);
                 }
             }
-        }
-    });
+        },
+    );
     cost.release(2 * QUERY_TILE * KEY_TILE);
     Ok((dquery, dkey, dvalue))
 }

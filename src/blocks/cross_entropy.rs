@@ -16,8 +16,8 @@ pub const IGNORED_LABEL: i64 = -100;
 /// Positions whose logits exist at one time.
 pub const LOGIT_ROWS: usize = 256;
 
-/// Rows that count and what they must predict: row b T + t predicts label (b, t + 1), shifted by one, unless
-/// that label is [`IGNORED_LABEL`]; the last position of a sequence predicts nothing.
+/// Rows that count and what they must predict: row b T + t predicts label (b, t + 1), shifted by
+/// one, unless that label is [`IGNORED_LABEL`]; the last position of a sequence predicts nothing.
 ///
 /// ```
 /// use ndarray::array;
@@ -29,7 +29,10 @@ pub const LOGIT_ROWS: usize = 256;
 ///
 /// # Errors
 /// [`Error::InvalidParam`] for a label outside the vocabulary that is not -100.
-pub fn prediction_targets(labels: ArrayView2<i64>, vocabulary: usize) -> Result<Vec<(usize, usize)>> {
+pub fn prediction_targets(
+    labels: ArrayView2<i64>,
+    vocabulary: usize,
+) -> Result<Vec<(usize, usize)>> {
     let (batch, length) = labels.dim();
     let mut targets = Vec::with_capacity(batch * length);
     for ((b, t), &label) in labels.indexed_iter() {
@@ -108,7 +111,14 @@ impl<'a, T: Real> Head<'a, T> {
             }
             Self::Blocks(stored) => stored.blocks(&mut |first, rows| {
                 let part = dz.slice(s![.., first..first + rows.nrows()]);
-                parallel_product_into(T::one(), part, rows.view(), T::one(), &mut dx.view_mut(), cost);
+                parallel_product_into(
+                    T::one(),
+                    part,
+                    rows.view(),
+                    T::one(),
+                    &mut dx.view_mut(),
+                    cost,
+                );
                 Ok(())
             })?,
         }
@@ -116,11 +126,13 @@ impl<'a, T: Real> Head<'a, T> {
     }
 }
 
-/// Sum over the targets (i, y) of (log sum_v exp z_iv - z_iy) / divisor, in nats, with z = hidden W^T.
+/// Sum over the targets (i, y) of (log sum_v exp z_iv - z_iy) / divisor, in nats, with z = hidden
+/// W^T.
 ///
-/// Shapes: hidden `N x D`, weight `V x D`. With `divisor` the number of targets this is the mean. The
-/// gradient dz = (softmax(z) - onehot(y)) / divisor is formed in place of a chunk of logits and pushed into
-/// the sinks at once, so no `N x V` array exists. Rows that do not count are never multiplied.
+/// Shapes: hidden `N x D`, weight `V x D`. With `divisor` the number of targets this is the mean.
+/// The gradient dz = (softmax(z) - onehot(y)) / divisor is formed in place of a chunk of logits and
+/// pushed into the sinks at once, so no `N x V` array exists. Rows that do not count are never
+/// multiplied.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`]; [`Error::NonFinite`] naming the logits if a loss is NaN or infinite.
@@ -135,8 +147,9 @@ pub fn cross_entropy<T: Real>(
     cross_entropy_observed(hidden, weight, targets, (divisor, None), sinks, &|_, _| (), cost)
 }
 
-/// As [`cross_entropy`], with logits c tanh(z / c) where there is a cap c beside the divisor, showing each chunk of logits (false) and of their gradient (true) to `observe`, which may
-/// change it: that is how the rounding of a lower precision is imitated.
+/// As [`cross_entropy`], with logits c tanh(z / c) where there is a cap c beside the divisor,
+/// showing each chunk of logits (false) and of their gradient (true) to `observe`, which may change
+/// it: that is how the rounding of a lower precision is imitated.
 ///
 /// # Errors
 /// As [`cross_entropy`].
@@ -149,7 +162,15 @@ pub fn cross_entropy_observed<T: Real>(
     observe: &dyn Fn(bool, &mut Array2<T>),
     cost: &mut Cost,
 ) -> Result<f64> {
-    cross_entropy_through(hidden, &Head::Whole(weight), targets, (divisor, cap), sinks, observe, cost)
+    cross_entropy_through(
+        hidden,
+        &Head::Whole(weight),
+        targets,
+        (divisor, cap),
+        sinks,
+        observe,
+        cost,
+    )
 }
 
 /// As [`cross_entropy_observed`], through an output projection that may be read block by block.
@@ -197,7 +218,12 @@ pub fn cross_entropy_through<T: Real>(
             .collect();
         for (loss, &(row, _)) in losses.iter().zip(chunk) {
             if !loss.is_finite() {
-                return Err(Error::NonFinite { op, tensor: "logits".into(), index: vec![row], value: *loss });
+                return Err(Error::NonFinite {
+                    op,
+                    tensor: "logits".into(),
+                    index: vec![row],
+                    value: *loss,
+                });
             }
             total += loss;
         }

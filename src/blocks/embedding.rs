@@ -38,7 +38,11 @@ pub fn embedding_forward<T: Real>(ids: &[u32], table: ArrayView2<T>) -> Result<A
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`].
-pub fn embedding_backward<T: Real>(ids: &[u32], dx: ArrayView2<T>, dtable: &mut ArrayViewMut2<T>) -> Result<()> {
+pub fn embedding_backward<T: Real>(
+    ids: &[u32],
+    dx: ArrayView2<T>,
+    dtable: &mut ArrayViewMut2<T>,
+) -> Result<()> {
     require_shape("embedding_backward", "dx", &dx, (ids.len(), dtable.ncols()))?;
     for (&id, row) in ids.iter().zip(dx.rows()) {
         let mut sink = dtable.row_mut(id as usize);

@@ -11,7 +11,8 @@ pub struct Routing<T> {
     pub rows: Vec<Vec<usize>>,
     /// Their weights.
     pub weights: Vec<Vec<T>>,
-    /// Softmax of the scores, over the chosen experts if weights add up to one, else over all: `N x E`, zero elsewhere.
+    /// Softmax of the scores, over the chosen experts if weights add up to one, else over all: `N x
+    /// E`, zero elsewhere.
     probabilities: Array2<T>,
 }
 
@@ -33,15 +34,19 @@ pub struct Choice {
 
 /// Chooses the experts of the largest scores for each row of `N x E`; of equal ones the first.
 ///
-/// The weights are the softmax of all scores, or of the chosen ones if they are to add up to one: taking it before the
-/// choice and dividing by the sum of the chosen is the same.
+/// The weights are the softmax of all scores, or of the chosen ones if they are to add up to one:
+/// taking it before the choice and dividing by the sum of the chosen is the same.
 ///
 /// # Errors
 /// [`Error::InvalidParam`] for more experts of a row than there are.
 pub fn route<T: Real>(scores: ArrayView2<T>, choice: Choice) -> Result<Routing<T>> {
     let count = scores.ncols();
     if choice.per_token == 0 || choice.per_token > count {
-        return Err(Error::invalid("num_experts_per_tok", choice.per_token, format!("must be in 1..={count}")));
+        return Err(Error::invalid(
+            "num_experts_per_tok",
+            choice.per_token,
+            format!("must be in 1..={count}"),
+        ));
     }
     let (mut rows, mut weights) = (vec![Vec::new(); count], vec![Vec::new(); count]);
     let mut probabilities = Array2::zeros(scores.dim());
@@ -61,8 +66,8 @@ pub fn route<T: Real>(scores: ArrayView2<T>, choice: Choice) -> Result<Routing<T
     Ok(Routing { rows, weights, probabilities })
 }
 
-/// Gradient of the scores from that of each expert's weights: with p the softmax and g the gradient of a row's weights,
-/// p o (g - p . g).
+/// Gradient of the scores from that of each expert's weights: with p the softmax and g the gradient
+/// of a row's weights, p o (g - p . g).
 pub fn route_backward<T: Real>(routing: &Routing<T>, dweights: &[Vec<T>]) -> Array2<T> {
     let mut dscores = Array2::zeros(routing.probabilities.dim());
     for ((e, rows), dweights) in routing.rows.iter().enumerate().zip(dweights) {

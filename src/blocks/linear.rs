@@ -9,8 +9,9 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 /// y = x W^T.
 ///
-/// Shapes: x `N x in`, weight `out x in`, y `N x out`. Cost N in out multiply-adds. Nothing is saved here:
-/// backward needs x only for a trainable weight, and the caller decides whether to keep it.
+/// Shapes: x `N x in`, weight `out x in`, y `N x out`. Cost N in out multiply-adds. Nothing is
+/// saved here: backward needs x only for a trainable weight, and the caller decides whether to keep
+/// it.
 ///
 /// # Errors
 /// [`crate::Error::ShapeMismatch`] if the widths disagree.
@@ -22,7 +23,11 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 /// assert_eq!(y, array![[13.0, 2.0]]);
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
-pub fn linear_forward<T: Real>(x: ArrayView2<T>, weight: ArrayView2<T>, cost: &mut Cost) -> Result<Array2<T>> {
+pub fn linear_forward<T: Real>(
+    x: ArrayView2<T>,
+    weight: ArrayView2<T>,
+    cost: &mut Cost,
+) -> Result<Array2<T>> {
     require_shape("linear_forward", "weight", &weight, (weight.nrows(), x.ncols()))?;
     let mut y = Array2::zeros((x.nrows(), weight.nrows()));
     parallel_product_into(T::one(), x, weight.t(), T::zero(), &mut y.view_mut(), cost);
@@ -65,8 +70,8 @@ pub fn linear_backward_input<T: Real>(
 
 /// dW += scale dy^T x.
 ///
-/// Shapes: dy `N x out`, x `N x in`, dweight `out x in`. For a slice of the weight pass the matching columns
-/// of dy (rows of W) or of x (columns of W): only that slice is computed.
+/// Shapes: dy `N x out`, x `N x in`, dweight `out x in`. For a slice of the weight pass the
+/// matching columns of dy (rows of W) or of x (columns of W): only that slice is computed.
 ///
 /// # Errors
 /// [`crate::Error::ShapeMismatch`].

@@ -1,8 +1,8 @@
 //! A projection and a low-rank update beside it, in one pass over the rows.
 //!
-//! The update's products are narrow: each reads or writes a whole activation for r multiply-adds an entry, so their
-//! time is that of moving activations. Here the projection and the update of a block of rows follow each other while
-//! the block is in the cache.
+//! The update's products are narrow: each reads or writes a whole activation for r multiply-adds an
+//! entry, so their time is that of moving activations. Here the projection and the update of a
+//! block of rows follow each other while the block is in the cache.
 
 use crate::cost::Cost;
 use crate::linalg::Real;
@@ -31,10 +31,12 @@ pub(crate) struct LowRank<'a, T> {
     pub scaling: T,
 }
 
-/// Rows whose part of a weight's gradient is summed at a time; fixed, so that the sum does not depend on the threads.
+/// Rows whose part of a weight's gradient is summed at a time; fixed, so that the sum does not
+/// depend on the threads.
 const GROUP: usize = 256;
 
-/// Rows of one task, of `rows` on rayon's threads: several tasks a thread even out other load, but each packs W again.
+/// Rows of one task, of `rows` on rayon's threads: several tasks a thread even out other load, but
+/// each packs W again.
 fn rows_per_task(rows: usize) -> usize {
     rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(16).max(128)
 }
@@ -48,7 +50,13 @@ impl<'a, T: Real> LowRank<'a, T> {
     /// y = beta y + x W^T + s z B^T; returns z = x A^T.
     ///
     /// Shapes: x `N x in`, y `N x out`, z `N x r`.
-    pub fn forward(&self, x: ArrayView2<T>, beta: T, y: &mut ArrayViewMut2<T>, cost: &mut Cost) -> Array2<T> {
+    pub fn forward(
+        &self,
+        x: ArrayView2<T>,
+        beta: T,
+        y: &mut ArrayViewMut2<T>,
+        cost: &mut Cost,
+    ) -> Array2<T> {
         if !y.is_standard_layout() {
             let mut copy = y.to_owned();
             let z = self.forward(x, beta, &mut copy.view_mut(), cost);
@@ -58,7 +66,8 @@ impl<'a, T: Real> LowRank<'a, T> {
         let x = x.as_standard_layout();
         let (rank, width) = self.a.dim();
         let out = self.b.nrows();
-        let (down, up) = (Padded::new(self.a.t()), Padded::new((&self.b.t() * self.scaling).view()));
+        let (down, up) =
+            (Padded::new(self.a.t()), Padded::new((&self.b.t() * self.scaling).view()));
         let mut z = Array2::zeros((x.nrows(), rank));
         let rows = rows_per_task(x.nrows());
         let tasks = y.axis_chunks_iter_mut(Axis(0), rows).zip(x.axis_chunks_iter(Axis(0), rows));
@@ -105,8 +114,11 @@ impl<'a, T: Real> LowRank<'a, T> {
         let (mut dx, beta) = dx.map(|sink| (sink.dx.view_mut(), sink.beta)).unzip();
         let mut dx = dx.as_mut().map(|dx| dx.axis_chunks_iter_mut(Axis(0), rows));
         let tasks = dy.axis_chunks_iter(Axis(0), rows).zip(x.axis_chunks_iter(Axis(0), rows));
-        let tasks = tasks.zip(z.axis_chunks_iter(Axis(0), rows)).zip(dz.axis_chunks_iter_mut(Axis(0), rows));
-        let tasks: Vec<_> = tasks.map(|task| (task, dx.as_mut().and_then(|dx| dx.next()))).collect();
+        let tasks = tasks
+            .zip(z.axis_chunks_iter(Axis(0), rows))
+            .zip(dz.axis_chunks_iter_mut(Axis(0), rows));
+        let tasks: Vec<_> =
+            tasks.map(|task| (task, dx.as_mut().and_then(|dx| dx.next()))).collect();
         let parts = tasks.into_par_iter().map(|((((dy, x), z), mut dz), dx)| {
             let mut cost = Cost::default();
             tile_times(dy, &up, 0..out, false, dz.view_mut(), &mut cost);
@@ -114,7 +126,12 @@ impl<'a, T: Real> LowRank<'a, T> {
                 let rows = s![first..x.nrows().min(first + GROUP), ..];
                 let (mut up, mut down) = (Array2::zeros((rank, out)), Array2::zeros((rank, width)));
                 add_transposed_times_tile(z.slice(rows), dy.slice(rows), up.view_mut(), &mut cost);
-                add_transposed_times_tile(dz.slice(rows), x.slice(rows), down.view_mut(), &mut cost);
+                add_transposed_times_tile(
+                    dz.slice(rows),
+                    x.slice(rows),
+                    down.view_mut(),
+                    &mut cost,
+                );
                 (up, down)
             });
             let groups: Vec<_> = groups.collect();

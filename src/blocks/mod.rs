@@ -1,12 +1,13 @@
-//! The blocks of a LLaMA-style decoder: one file each, a forward and a backward function side by side.
+//! The blocks of a LLaMA-style decoder: one file each, a forward and a backward function side by
+//! side.
 //!
-//! Axes: `B` sequences of `T` tokens give `N = B T` rows; `D` model width, `H` heads of width `d`, `F`
-//! intermediate width, `V` vocabulary, `r` adapter rank. Rows are tokens; weights are stored out x in, as in
-//! Hugging Face checkpoints, so a projection is x W^T.
+//! Axes: `B` sequences of `T` tokens give `N = B T` rows; `D` model width, `H` heads of width `d`,
+//! `F` intermediate width, `V` vocabulary, `r` adapter rank. Rows are tokens; weights are stored
+//! out x in, as in Hugging Face checkpoints, so a projection is x W^T.
 //!
-//! Gradient sinks accumulate: `Option<..>` sinks that are `None` belong to frozen tensors and cost nothing,
-//! which the operation counter shows. What a backward needs of its forward is an argument, so the saved set
-//! is explicit. Derivations: `paper-notes/transformer.md`.
+//! Gradient sinks accumulate: `Option<..>` sinks that are `None` belong to frozen tensors and cost
+//! nothing, which the operation counter shows. What a backward needs of its forward is an argument,
+//! so the saved set is explicit. Derivations: `paper-notes/transformer.md`.
 
 pub mod attention_sinks;
 pub mod base_weight;

@@ -8,11 +8,13 @@ use crate::linalg::{Real, Scratch};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-/// Sum of f(a_i, b_i, c_i) in independent lanes, so that the loop vectorises and its order is fixed.
+/// Sum of f(a_i, b_i, c_i) in independent lanes, so that the loop vectorises and its order is
+/// fixed.
 #[inline(always)]
 fn lane_sum<T: Real>(a: &[T], b: &[T], c: &[T], term: impl Fn(T, T, T) -> T) -> T {
     let mut lanes = [T::zero(); LANES];
-    let (a_chunks, b_chunks, c_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES), c.chunks_exact(LANES));
+    let (a_chunks, b_chunks, c_chunks) =
+        (a.chunks_exact(LANES), b.chunks_exact(LANES), c.chunks_exact(LANES));
     let tails = a_chunks.remainder().iter().zip(b_chunks.remainder()).zip(c_chunks.remainder());
     let mut sum = T::zero();
     for ((&x, &y), &z) in tails {
@@ -83,7 +85,9 @@ pub fn rms_norm_forward<T: Real>(
             vectorized_closure(
                 #[inline(always)]
                 || {
-                    for ((y, x), inverse) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(inverse) {
+                    for ((y, x), inverse) in
+                        y.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(inverse)
+                    {
                         let mean = lane_sum(x, x, x, |a, b, _| a * b) / T::of(width as f64);
                         let s = T::one() / (mean + T::of(eps)).sqrt();
                         *inverse = s;
@@ -97,10 +101,11 @@ pub fn rms_norm_forward<T: Real>(
     Ok((y, inverse_rms))
 }
 
-/// dx_ij += s_i (g_j dy_ij - x_ij (s_i^2 / D) sum_k g_k dy_ik x_ik),  dgain_j += sum_i dy_ij x_ij s_i.
+/// dx_ij += s_i (g_j dy_ij - x_ij (s_i^2 / D) sum_k g_k dy_ik x_ik),  dgain_j += sum_i dy_ij x_ij
+/// s_i.
 ///
-/// Shapes as in [`rms_norm_forward`]. The sums over rows are taken in fixed groups, so they do not depend on
-/// the number of threads.
+/// Shapes as in [`rms_norm_forward`]. The sums over rows are taken in fixed groups, so they do not
+/// depend on the number of threads.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`].
@@ -135,7 +140,9 @@ pub fn rms_norm_backward<T: Real>(
                 vectorized_closure(
                     #[inline(always)]
                     || {
-                        for ((dy, x), &s) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse) {
+                        for ((dy, x), &s) in
+                            dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(inverse)
+                        {
                             for ((p, &dy), &x) in part.iter_mut().zip(dy).zip(x) {
                                 *p += dy * x * s;
                             }
@@ -155,7 +162,11 @@ pub fn rms_norm_backward<T: Real>(
         require_shape(op, "dx", &dx.view(), (rows, width))?;
         cost.elementwise += 8 * (rows * width) as u64;
         let Some(dx) = dx.as_slice_mut() else {
-            return Err(Error::invalid("dx", "strided", "rms_norm_backward accumulates into a contiguous array"));
+            return Err(Error::invalid(
+                "dx",
+                "strided",
+                "rms_norm_backward accumulates into a contiguous array",
+            ));
         };
         dx.par_chunks_mut(task)
             .zip(dy.par_chunks(task))
@@ -165,7 +176,10 @@ pub fn rms_norm_backward<T: Real>(
                 vectorized_closure(
                     #[inline(always)]
                     || {
-                        let rows = dx.chunks_exact_mut(width).zip(dy.chunks_exact(width)).zip(x.chunks_exact(width));
+                        let rows = dx
+                            .chunks_exact_mut(width)
+                            .zip(dy.chunks_exact(width))
+                            .zip(x.chunks_exact(width));
                         for (((dx, dy), x), &s) in rows.zip(inverse) {
                             let dot = lane_sum(dy, x, gain, |dy, x, g| g * dy * x);
                             let c = dot * s * s / T::of(width as f64);

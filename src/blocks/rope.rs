@@ -8,7 +8,8 @@ use crate::linalg::elementwise::vectorized_closure;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-/// How the frequencies of a rotary embedding are changed for sequences longer than those of pretraining.
+/// How the frequencies of a rotary embedding are changed for sequences longer than those of
+/// pretraining.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Scaling {
     /// Not.
@@ -37,7 +38,8 @@ pub enum Scaling {
         /// Longest sequence of pretraining.
         original: usize,
     },
-    /// As LLaMA 3.1's with a ramp over the dimensions, and a factor of cos and sin (arXiv 2309.00071).
+    /// As LLaMA 3.1's with a ramp over the dimensions, and a factor of cos and sin (arXiv
+    /// 2309.00071).
     Yarn {
         /// The factor.
         factor: f64,
@@ -79,7 +81,8 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Entries of a head that are rotated: pairs, so one more than the share gives where that is odd, as Transformers has it.
+    /// Entries of a head that are rotated: pairs, so one more than the share gives where that is
+    /// odd, as Transformers has it.
     pub fn width(&self, head_dim: usize) -> usize {
         self.part(head_dim).next_multiple_of(2)
     }
@@ -92,14 +95,16 @@ impl Rotary {
     /// (frequencies of the pairs of d entries, factor of cos and sin) for positions below `length`.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a base that is not positive or a number of factors that is not that of the pairs.
+    /// [`Error::InvalidParam`] for a base that is not positive or a number of factors that is not
+    /// that of the pairs.
     fn frequencies(&self, head_dim: usize, base: f64, length: usize) -> Result<(Vec<f64>, f64)> {
         let theta = self.theta.unwrap_or(base);
         if !(theta > 0.0) || !theta.is_finite() {
             return Err(Error::invalid("rope_theta", theta, "must be positive and finite"));
         }
         let d = head_dim as f64;
-        let of = |theta: f64| (0..head_dim.div_ceil(2)).map(move |j| theta.powf(-2.0 * j as f64 / d));
+        let of =
+            |theta: f64| (0..head_dim.div_ceil(2)).map(move |j| theta.powf(-2.0 * j as f64 / d));
         let turn = 2.0 * std::f64::consts::PI;
         Ok(match &self.scaling {
             Scaling::None => (of(theta).collect(), 1.0),
@@ -117,7 +122,8 @@ impl Rotary {
                 (of(theta).map(change).collect(), 1.0)
             }
             Scaling::Yarn { factor, original, fast, slow, attention, truncate } => {
-                let place = |turns: f64| d * (*original as f64 / (turns * turn)).ln() / (2.0 * theta.ln());
+                let place =
+                    |turns: f64| d * (*original as f64 / (turns * turn)).ln() / (2.0 * theta.ln());
                 let (mut first, mut last) = (place(*fast), place(*slow));
                 if *truncate {
                     (first, last) = (first.floor(), last.ceil());
@@ -130,15 +136,21 @@ impl Rotary {
                     let kept = 1.0 - ((j as f64 - first) / (last - first)).clamp(0.0, 1.0);
                     (1.0 - kept) * f / factor + kept * f
                 };
-                let scale = attention.unwrap_or(if *factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 });
+                let scale =
+                    attention.unwrap_or(if *factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 });
                 (of(theta).enumerate().map(change).collect(), scale)
             }
             Scaling::LongRope { short, long, original, factor, attention } => {
                 let factors = if length > *original { long } else { short };
                 let pairs = head_dim.div_ceil(2);
                 if factors.len() != pairs {
-                    let requirement = format!("must hold {pairs} factors, one for each pair of a head");
-                    return Err(Error::invalid("short_factor, long_factor", factors.len(), requirement));
+                    let requirement =
+                        format!("must hold {pairs} factors, one for each pair of a head");
+                    return Err(Error::invalid(
+                        "short_factor, long_factor",
+                        factors.len(),
+                        requirement,
+                    ));
                 }
                 let grown = || (1.0 + factor.ln() / (*original as f64).ln()).sqrt();
                 let scale = attention.unwrap_or(if *factor > 1.0 { grown() } else { 1.0 });
@@ -148,7 +160,8 @@ impl Rotary {
     }
 }
 
-/// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2 with d the rotated part of a head, computed in double precision.
+/// cos and sin of the angles t theta^(-2j/d), for t < T and j < d/2 with d the rotated part of a
+/// head, computed in double precision.
 #[derive(Debug, Clone)]
 pub struct RopeTable<T> {
     head_dim: usize,
@@ -174,18 +187,28 @@ impl<T: Real> RopeTable<T> {
         Self::of(&Rotary::default(), positions, head_dim, theta)
     }
 
-    /// Angles of a rotary embedding for given positions; `theta` is the base where it has none of its own.
+    /// Angles of a rotary embedding for given positions; `theta` is the base where it has none of
+    /// its own.
     ///
     /// # Errors
     /// As [`RopeTable::new`]; [`Error::InvalidParam`] for a scaling that does not fit the head.
     pub fn of(rotary: &Rotary, positions: &[u32], head_dim: usize, theta: f64) -> Result<Self> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            return Err(Error::invalid("head_dim", head_dim, "rotary embedding needs a positive even head width"));
+            return Err(Error::invalid(
+                "head_dim",
+                head_dim,
+                "rotary embedding needs a positive even head width",
+            ));
         }
         let width = rotary.width(head_dim);
         if width == 0 || width > head_dim {
-            let requirement = format!("must rotate a part of a head of {head_dim} entries, and some of it");
-            return Err(Error::invalid("partial_rotary_factor", rotary.share.unwrap_or(1.0), requirement));
+            let requirement =
+                format!("must rotate a part of a head of {head_dim} entries, and some of it");
+            return Err(Error::invalid(
+                "partial_rotary_factor",
+                rotary.share.unwrap_or(1.0),
+                requirement,
+            ));
         }
         let length = positions.iter().max().map_or(0, |last| *last as usize + 1);
         let (frequencies, scale) = rotary.frequencies(rotary.part(head_dim), theta, length)?;
@@ -226,7 +249,11 @@ impl<T: Real> RopeTable<T> {
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] if the rows are not whole sequences or the width not whole heads.
-pub fn rope_forward<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, cost: &mut Cost) -> Result<()> {
+pub fn rope_forward<T: Real>(
+    x: &mut ArrayViewMut2<T>,
+    table: &RopeTable<T>,
+    cost: &mut Cost,
+) -> Result<()> {
     rotate(x, table, T::one(), cost)
 }
 
@@ -234,11 +261,20 @@ pub fn rope_forward<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, cos
 ///
 /// # Errors
 /// As [`rope_forward`].
-pub fn rope_backward<T: Real>(dx: &mut ArrayViewMut2<T>, table: &RopeTable<T>, cost: &mut Cost) -> Result<()> {
+pub fn rope_backward<T: Real>(
+    dx: &mut ArrayViewMut2<T>,
+    table: &RopeTable<T>,
+    cost: &mut Cost,
+) -> Result<()> {
     rotate(dx, table, -T::one(), cost)
 }
 
-fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T, cost: &mut Cost) -> Result<()> {
+fn rotate<T: Real>(
+    x: &mut ArrayViewMut2<T>,
+    table: &RopeTable<T>,
+    direction: T,
+    cost: &mut Cost,
+) -> Result<()> {
     let (rows, width) = x.dim();
     let ((length, half), head_dim) = (table.cos.dim(), table.head_dim);
     if length == 0 || !rows.is_multiple_of(length) || !width.is_multiple_of(head_dim) {
@@ -260,7 +296,8 @@ fn rotate<T: Real>(x: &mut ArrayViewMut2<T>, table: &RopeTable<T>, direction: T,
             || {
                 for (i, row) in rows.chunks_exact_mut(width).enumerate() {
                     let t = (task * ROWS_PER_TASK + i) % length;
-                    let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
+                    let (cos, sin) =
+                        (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
                     for head in row.chunks_exact_mut(head_dim) {
                         let (first, second) = head[..2 * half].split_at_mut(half);
                         for (((a, b), &c), &s) in first.iter_mut().zip(second).zip(cos).zip(sin) {

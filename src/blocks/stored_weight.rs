@@ -1,4 +1,5 @@
-//! A weight that several models share, or that is read each time it is needed; what a model changes in it is kept beside it.
+//! A weight that several models share, or that is read each time it is needed; what a model changes
+//! in it is kept beside it.
 
 use super::base_weight::{BaseWeight, OwnColumns, write_columns};
 use super::embedding::check_ids;
@@ -109,7 +110,9 @@ impl<T: Real> StoredWeight<T> {
     /// Columns of its own become a change like any other, so that later ones act on them.
     fn keep_own(&mut self) {
         if let Some(own) = self.own.take() {
-            self.changes.push(Change::Whole(Arc::new(move |dense| write_columns(dense, &own.index, &own.values))));
+            self.changes.push(Change::Whole(Arc::new(move |dense| {
+                write_columns(dense, &own.index, &own.values)
+            })));
         }
     }
 
@@ -179,7 +182,8 @@ impl<T: Real> StoredWeight<T> {
     /// Rows by number, in that order.
     ///
     /// # Errors
-    /// As [`WeightSource::read_rows`]; [`crate::Error::InvalidParam`] for a row that the weight does not have.
+    /// As [`WeightSource::read_rows`]; [`crate::Error::InvalidParam`] for a row that the weight
+    /// does not have.
     pub fn gather(&self, rows: &[u32]) -> Result<Array2<T>> {
         let (all, width) = self.shape();
         check_ids(rows, all)?;
@@ -202,7 +206,9 @@ impl<T: Real> StoredWeight<T> {
 
     /// Some rows. A change of the whole matrix needs all of it.
     fn read_some(&self, rows: Range<usize>, into: &mut Array2<T>) -> Result<()> {
-        if self.own.is_some() || self.changes.iter().any(|change| matches!(change, Change::Whole(_))) {
+        if self.own.is_some()
+            || self.changes.iter().any(|change| matches!(change, Change::Whole(_)))
+        {
             into.assign(&self.read()?.slice(ndarray::s![rows, ..]));
             return Ok(());
         }

@@ -20,7 +20,8 @@ pub enum Activation {
     Gelu,
     /// max(g, 0).
     Relu,
-    /// g sigmoid(alpha g) with g clamped from above; up is clamped on both sides and one is added to it.
+    /// g sigmoid(alpha g) with g clamped from above; up is clamped on both sides and one is added
+    /// to it.
     ClampedSwish {
         /// Factor inside the sigmoid.
         alpha: f64,
@@ -147,7 +148,9 @@ pub fn gated_forward<T: Real>(
                         Activation::GeluTanh => {
                             each.for_each(|((a, &g), &u)| *a = g * sigmoid(gelu_argument(g).0) * u);
                         }
-                        other => each.for_each(|((a, &g), &u)| *a = other.at(g).0 * other.of_up(u).0),
+                        other => {
+                            each.for_each(|((a, &g), &u)| *a = other.at(g).0 * other.of_up(u).0)
+                        }
                     }
                 },
             );
@@ -170,7 +173,8 @@ pub fn swiglu_backward<T: Real>(
     gated_backward(Activation::Silu, da, gate, up, cost)
 }
 
-/// As [`swiglu_backward`] for an activation: dgate = da o up o (s + gate s (1 - s) dz/dgate) with s = sigmoid(z).
+/// As [`swiglu_backward`] for an activation: dgate = da o up o (s + gate s (1 - s) dz/dgate) with
+/// s = sigmoid(z).
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`].
@@ -188,10 +192,16 @@ pub fn gated_backward<T: Real>(
     let task = ROWS_PER_TASK * gate.ncols().max(1);
     let da = da.as_standard_layout();
     let (Some(gate), Some(up)) = (gate.as_slice_mut(), up.as_slice_mut()) else {
-        return Err(Error::invalid("gate", "strided", "swiglu_backward works in place on contiguous arrays"));
+        return Err(Error::invalid(
+            "gate",
+            "strided",
+            "swiglu_backward works in place on contiguous arrays",
+        ));
     };
-    gate.par_chunks_mut(task).zip(up.par_chunks_mut(task)).zip(numbers(&da).par_chunks(task)).for_each(
-        |((gate, up), da)| {
+    gate.par_chunks_mut(task)
+        .zip(up.par_chunks_mut(task))
+        .zip(numbers(&da).par_chunks(task))
+        .for_each(|((gate, up), da)| {
             vectorized_closure(
                 #[inline(always)]
                 || {
@@ -218,8 +228,7 @@ pub fn gated_backward<T: Real>(
                     }
                 },
             );
-        },
-    );
+        });
     Ok(())
 }
 
@@ -235,9 +244,11 @@ pub fn activation_forward<T: Real>(
     let x = x.as_standard_layout();
     let mut a = scratch.array(x.dim());
     let task = ROWS_PER_TASK * x.ncols().max(1);
-    numbers_mut(&mut a).par_chunks_mut(task).zip(numbers(&x).par_chunks(task)).for_each(|(a, x)| {
-        a.iter_mut().zip(x).for_each(|(a, &x)| *a = activation.at(x).0);
-    });
+    numbers_mut(&mut a).par_chunks_mut(task).zip(numbers(&x).par_chunks(task)).for_each(
+        |(a, x)| {
+            a.iter_mut().zip(x).for_each(|(a, &x)| *a = activation.at(x).0);
+        },
+    );
     a
 }
 

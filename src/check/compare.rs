@@ -23,7 +23,8 @@ impl fmt::Display for Gap {
     }
 }
 
-/// Measures the gap. A NaN or an infinity on one side only, or a shape that differs, gives an infinite gap.
+/// Measures the gap. A NaN or an infinity on one side only, or a shape that differs, gives an
+/// infinite gap.
 ///
 /// ```
 /// use ndarray::array;
@@ -63,9 +64,17 @@ pub fn assert_close<T: Real, U: Real, D: Dimension>(
     want: &ArrayView<U, D>,
     tolerance: f64,
 ) {
-    assert!(got.shape() == want.shape(), "{name}: shape {:?} against {:?}", got.shape(), want.shape());
+    assert!(
+        got.shape() == want.shape(),
+        "{name}: shape {:?} against {:?}",
+        got.shape(),
+        want.shape()
+    );
     let measured = gap(got, want);
-    assert!(measured.relative_frobenius <= tolerance, "{name}: {measured}; tolerance {tolerance:.1e}");
+    assert!(
+        measured.relative_frobenius <= tolerance,
+        "{name}: {measured}; tolerance {tolerance:.1e}"
+    );
 }
 
 #[cfg(test)]
@@ -77,16 +86,29 @@ mod tests {
     fn refuses_what_it_must() {
         let one = array![1.0, 2.0];
         assert_eq!(gap(&one.view(), &one.view()).relative_frobenius.to_bits(), 0f64.to_bits());
-        assert!(gap(&array![1.0, f64::INFINITY].view(), &one.view()).relative_frobenius.is_infinite());
+        assert!(
+            gap(&array![1.0, f64::INFINITY].view(), &one.view()).relative_frobenius.is_infinite()
+        );
         assert!(gap(&Array1::<f64>::zeros(3).view(), &one.view()).relative_frobenius.is_infinite());
         assert!(
             std::panic::catch_unwind(|| {
-                assert_close("x", &Array2::<f64>::zeros((2, 3)).view(), &Array2::<f64>::zeros((3, 2)).view(), 1.0);
+                assert_close(
+                    "x",
+                    &Array2::<f64>::zeros((2, 3)).view(),
+                    &Array2::<f64>::zeros((3, 2)).view(),
+                    1.0,
+                );
             })
             .is_err()
         );
         assert!(
-            std::panic::catch_unwind(|| assert_close("x", &array![1.0].view(), &array![1.1].view(), 1e-3)).is_err()
+            std::panic::catch_unwind(|| assert_close(
+                "x",
+                &array![1.0].view(),
+                &array![1.1].view(),
+                1e-3
+            ))
+            .is_err()
         );
     }
 }

@@ -19,9 +19,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
-An adapter here is what training added to the weights, apart from the model: slices of rows or columns (S2FT, PaCA; \
-peft_type SLICE) or low-rank factors (LoRA, MosLoRA; PEFT's own format). Full fine-tuning and DoRA give a slice of \
-every row. Wherever an adapter folder is read, folders of all kinds are accepted.
+An adapter here is what training added to the weights, apart from the model: slices of rows or \
+columns (S2FT, PaCA; peft_type SLICE) or low-rank factors (LoRA, MosLoRA; PEFT's own format). Full \
+fine-tuning and DoRA give a slice of every row. Wherever an adapter folder is read, folders of all \
+kinds are accepted.
 
 Examples, from a base model and two runs of `peft-limits train`:
   peft-limits adapter export --model runs/base/model --run runs/paca -o math
@@ -40,9 +41,10 @@ Examples:
   peft-limits adapter export --model runs/base/model --run runs/paca --low-rank -o math-lora";
 
 const MERGE_EXAMPLES: &str = "\
-Everything that the adapter trains is folded in: factors of projections, output head and embedding, modules that are \
-trained whole (PEFT's modules_to_save), biases. Refused: an update of a head that is tied to the embedding, which would \
-change both. The files of the tokenizer are copied.
+Everything that the adapter trains is folded in: factors of projections, output head and \
+embedding, modules that are trained whole (PEFT's modules_to_save), biases. Refused: an update of \
+a head that is tied to the embedding, which would change both. The files of the tokenizer are \
+copied.
 
 Example:
   peft-limits adapter merge --model runs/base/model runs/lora/adapter -o merged";
@@ -66,7 +68,8 @@ Examples:
 
 const EVALUATE_EXAMPLES: &str = "\
 Example:
-  peft-limits adapter evaluate --model runs/base/model math facts both --task lists --task facts --rows 64";
+  peft-limits adapter evaluate --model runs/base/model math facts both --task lists --task facts \
+  --rows 64";
 
 /// Arguments of `peft-limits adapter`.
 #[derive(Debug, Args)]
@@ -105,7 +108,8 @@ struct Export {
 /// How an adapter folder is written.
 #[derive(Debug, Args)]
 struct Output {
-    /// As low-rank factors (slices through a selection matrix, without rounding): a folder that PEFT loads
+    /// As low-rank factors (slices through a selection matrix, without rounding): a folder that
+    /// PEFT loads
     #[arg(long)]
     low_rank: bool,
     /// Compute and write in double precision
@@ -253,7 +257,9 @@ fn export<T: Real>(args: &Export) -> Result<ExitCode> {
     };
     if let Some(trained) = trained {
         let (exact, all) = update.exact_numbers(&base, &trained)?;
-        println!("{exact} of {all} trained numbers come back bit for bit, the others within one rounding");
+        println!(
+            "{exact} of {all} trained numbers come back bit for bit, the others within one rounding"
+        );
     }
     write(&update, &args.output, &base.config, args.source.adapter.as_deref())
 }
@@ -281,7 +287,12 @@ fn merge<T: Real>(args: &Merge) -> Result<ExitCode> {
             std::fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
         }
     }
-    println!("merged {} into {}; wrote {}", args.adapter.display(), args.model.display(), args.out.display());
+    println!(
+        "merged {} into {}; wrote {}",
+        args.adapter.display(),
+        args.model.display(),
+        args.out.display()
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -347,7 +358,11 @@ fn weighted(text: &str) -> (PathBuf, f64) {
 }
 
 /// Refuses an output folder that is one of those read, or cannot be written.
-fn check_output<'a>(output: &Output, model: &'a Path, others: impl Iterator<Item = &'a PathBuf>) -> Result<()> {
+fn check_output<'a>(
+    output: &Output,
+    model: &'a Path,
+    others: impl Iterator<Item = &'a PathBuf>,
+) -> Result<()> {
     let inputs: Vec<&Path> = std::iter::once(model).chain(others.map(PathBuf::as_path)).collect();
     check_folder("--out", &output.out, &inputs)
 }
@@ -356,7 +371,8 @@ fn fuse<T: Real>(args: &Fuse) -> Result<ExitCode> {
     let named: Vec<(PathBuf, f64)> = args.adapters.iter().map(|text| weighted(text)).collect();
     check_output(&args.output, &args.model, named.iter().map(|(path, _)| path))?;
     let base = Model::<T>::read(&args.model)?;
-    let updates = named.iter().map(|(path, _)| ModelUpdate::read(path, &base)).collect::<Result<Vec<_>>>()?;
+    let updates =
+        named.iter().map(|(path, _)| ModelUpdate::read(path, &base)).collect::<Result<Vec<_>>>()?;
     let parts: Vec<(f64, &ModelUpdate<T>)> = named.iter().map(|(_, w)| *w).zip(&updates).collect();
     write(&ModelUpdate::fuse(&parts)?, &args.output, &base.config, None)
 }
@@ -367,7 +383,10 @@ fn switch(args: &Switch) -> Result<ExitCode> {
         ModelUpdate::read(adapter, &Model::<f32>::read(&args.model)?)?;
     }
     if let Some(done) = switch_off_on_disk(&args.model)? {
-        println!("took an adapter out: {} bytes of {} tensors are the base's again", done.bytes, done.tensors);
+        println!(
+            "took an adapter out: {} bytes of {} tensors are the base's again",
+            done.bytes, done.tensors
+        );
     } else if args.off {
         println!("no adapter was in effect");
     }
@@ -395,10 +414,16 @@ fn evaluate<T: Real>(args: &Evaluate) -> Result<ExitCode> {
     let base = Model::<T>::read(&args.model)?;
     let tokenizer = Tokenizer::of_model(&args.model, base.config.vocab_size)?;
     let encoder = Encoder { tokenizer: &tokenizer, length: args.length, truncate: false };
-    let updates = args.adapters.iter().map(|path| ModelUpdate::read(path, &base)).collect::<Result<Vec<_>>>()?;
+    let updates = args
+        .adapters
+        .iter()
+        .map(|path| ModelUpdate::read(path, &base))
+        .collect::<Result<Vec<_>>>()?;
     let given: Vec<&ModelUpdate<T>> = updates.iter().collect();
-    let names: Vec<String> =
-        ["base".into()].into_iter().chain(args.adapters.iter().map(|p| p.display().to_string())).collect();
+    let names: Vec<String> = ["base".into()]
+        .into_iter()
+        .chain(args.adapters.iter().map(|p| p.display().to_string()))
+        .collect();
     let width = names.iter().map(String::len).max().unwrap_or(0);
     println!(
         "{:<12}{:<9}{:<width$}{:>8}{:>14}{:>11}",
@@ -407,7 +432,15 @@ fn evaluate<T: Real>(args: &Evaluate) -> Result<ExitCode> {
     for (name, task) in &tasks {
         for split in [Split::Test, Split::Shifted].into_iter().filter(|&s| task.has(s)) {
             let place = (args.seed, split);
-            let scores = evaluate_mixed(&base, &given, &encoder, task.as_ref(), place, args.rows, args.batch)?;
+            let scores = evaluate_mixed(
+                &base,
+                &given,
+                &encoder,
+                task.as_ref(),
+                place,
+                args.rows,
+                args.batch,
+            )?;
             for (adapter, s) in names.iter().zip(scores) {
                 println!(
                     "{name:<12}{:<9}{adapter:<width$}{:>8.3}{:>14.3}{:>11.4}",

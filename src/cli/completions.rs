@@ -1,4 +1,5 @@
-//! `peft-limits completions`: shell completions, made from the same definitions that parse the arguments.
+//! `peft-limits completions`: shell completions, made from the same definitions that parse the
+//! arguments.
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate};

@@ -5,11 +5,13 @@ use clap::Args;
 use std::process::ExitCode;
 
 /// Help of every `--device`.
-pub(super) const DEVICE_HELP: &str =
-    "Where to compute: cpu, gpu or gpu:N (Vulkan, Metal, DirectX 12), cuda or cuda:N; `peft-limits devices` lists them";
+pub(super) const DEVICE_HELP: &str = "Where to compute: cpu, gpu or gpu:N (Vulkan, Metal, DirectX \
+                                      12), cuda or cuda:N; `peft-limits devices` lists them";
 
 /// Help of every `--products`.
-pub(super) const PRODUCTS_HELP: &str = "What a GPU rounds the operands of products to, sums staying f32: f32, tf32, bf16, f16; `peft-limits devices` says what it has";
+pub(super) const PRODUCTS_HELP: &str = "What a GPU rounds the operands of products to, sums \
+                                        staying f32: f32, tf32, bf16, f16; `peft-limits devices` \
+                                        says what it has";
 
 #[derive(Args)]
 pub(super) struct DevicesArgs {}
@@ -20,7 +22,9 @@ pub(super) fn run(_: &DevicesArgs) -> Result<ExitCode> {
     use crate::report::{Row, Table};
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1u32 << 30));
     let products = |choice| match Device::open(choice) {
-        Ok(device) => device.precisions().iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        Ok(device) => {
+            device.precisions().iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        }
         Err(_) => "cannot be opened".into(),
     };
     let devices = Device::list();
@@ -41,14 +45,21 @@ pub(super) fn run(_: &DevicesArgs) -> Result<ExitCode> {
     print!("{}", table.to_text(usize::MAX));
     if devices.is_empty() {
         println!(
-            "no GPU was found; --device cpu always works. On Linux a Vulkan driver is needed, or NVIDIA's for cuda"
+            "no GPU was found; --device cpu always works. On Linux a Vulkan driver is needed, or \
+             NVIDIA's for cuda"
         );
     }
     if devices.iter().any(|d| d.kind == Kind::Software) {
-        println!("a software device runs on the processor: its results are right, its times say nothing about GPUs");
+        println!(
+            "a software device runs on the processor: its results are right, its times say nothing \
+             about GPUs"
+        );
     }
     if !cfg!(feature = "cuda") {
-        println!("this program was built without CUDA; build with `cargo build --release --features cuda` for it");
+        println!(
+            "this program was built without CUDA; build with `cargo build --release --features \
+             cuda` for it"
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

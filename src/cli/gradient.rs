@@ -17,20 +17,23 @@ use std::time::Instant;
 
 #[derive(Args)]
 #[command(after_long_help = format!("{INPUT_HELP}\n\n{}\n\nExamples:\n  \
-    peft-limits gradient tests/data/attention_small.safetensors --method dense -o grads.safetensors\n  \
-    peft-limits gradient head.safetensors --dtype f32 -o grads.safetensors\n  \
-    peft-limits gradient head.safetensors --method chained --features taylor:degree=3 --only-adapters -o grads.safetensors",
+    peft-limits gradient tests/data/attention_small.safetensors --method dense -o \
+    grads.safetensors\n  peft-limits gradient head.safetensors --dtype f32 -o grads.safetensors\n  \
+    peft-limits gradient head.safetensors --method chained --features taylor:degree=3 \
+    --only-adapters -o grads.safetensors",
     features_help()))]
 pub(super) struct GradientArgs {
     /// The head, a safetensors file
     pub(super) input: PathBuf,
-    /// How to compute: dense (reference, f64, L x L memory), streaming (exact, tiled), chained (low rank)
+    /// How to compute: dense (reference, f64, L x L memory), streaming (exact, tiled), chained (low
+    /// rank)
     #[arg(long, value_enum, default_value_t = Method::Streaming)]
     pub(super) method: Method,
     /// Factorization of exp(S) for --method chained
     #[arg(long, value_name = "SPEC")]
     features: Option<String>,
-    /// Precision of the computation and of the output [default: f64, or f32 on a GPU, which has no other]
+    /// Precision of the computation and of the output [default: f64, or f32 on a GPU, which has no
+    /// other]
     #[arg(long, value_enum)]
     pub(super) dtype: Option<Dtype>,
     #[arg(long, default_value_t, help = DEVICE_HELP)]
@@ -82,15 +85,19 @@ impl GradientArgs {
                 let why = "the dense reference is f64; use --method streaming for f32";
                 Err(Error::invalid("--dtype", "f32", why))
             }
-            (Method::Chained, None, _) => {
-                Err(Error::invalid("--method", "chained", "needs --features SPEC, for instance taylor:degree=3"))
-            }
+            (Method::Chained, None, _) => Err(Error::invalid(
+                "--method",
+                "chained",
+                "needs --features SPEC, for instance taylor:degree=3",
+            )),
             (Method::Dense | Method::Streaming, Some(spec), _) => {
                 Err(Error::invalid("--features", spec, "belongs to --method chained"))
             }
-            (Method::Dense, _, _) if !on_cpu => {
-                Err(Error::invalid("--method", "dense", "the reference runs with --device cpu only"))
-            }
+            (Method::Dense, _, _) if !on_cpu => Err(Error::invalid(
+                "--method",
+                "dense",
+                "the reference runs with --device cpu only",
+            )),
             (_, _, Some(Dtype::F64)) if !on_cpu => {
                 Err(Error::invalid("--dtype", "f64", "a GPU computes in f32; leave --dtype out"))
             }
@@ -105,7 +112,12 @@ impl GradientArgs {
         let problem: AttentionProblem<T> = file::read_problem(&self.input)?;
         let request = if self.only_adapters { Request::Adapters } else { Request::All };
         if self.only_adapters && natural_request(&problem) == Request::All {
-            return Err(Error::format(&self.input, "adapters", "at least one pair A, B for --only-adapters", "none"));
+            return Err(Error::format(
+                &self.input,
+                "adapters",
+                "at least one pair A, B for --only-adapters",
+                "none",
+            ));
         }
         Ok(Task { problem, factorization, request })
     }
@@ -145,7 +157,13 @@ fn on_device(args: &GradientArgs) -> Result<()> {
     let start = Instant::now();
     let (gradients, certificate) = match &factorization {
         Some(method) => {
-            let result = attention::chained::gradients(&device, &problem, method.as_ref(), request, &options)?;
+            let result = attention::chained::gradients(
+                &device,
+                &problem,
+                method.as_ref(),
+                request,
+                &options,
+            )?;
             (result.gradients, Some(result.certificate))
         }
         None => (attention::streaming::gradients(&device, &problem, request, &options)?, None),
@@ -157,14 +175,17 @@ fn on_device(args: &GradientArgs) -> Result<()> {
 fn compute<T: Real>(args: &GradientArgs) -> Result<()> {
     let Task { problem, factorization, request } = args.load::<T>()?;
     let start = Instant::now();
-    let (gradients, certificate): (Gradients<T>, Option<Certificate>) = match (args.method, &factorization) {
-        (Method::Chained, Some(method)) => {
-            let result = chained::gradients(&problem, method.as_ref(), request)?;
-            (result.gradients, Some(result.certificate))
-        }
-        (Method::Dense, _) => (from_f64(dense::gradients(&problem.cast::<f64>(), request)?), None),
-        _ => (streaming::gradients(&problem, request)?, None),
-    };
+    let (gradients, certificate): (Gradients<T>, Option<Certificate>) =
+        match (args.method, &factorization) {
+            (Method::Chained, Some(method)) => {
+                let result = chained::gradients(&problem, method.as_ref(), request)?;
+                (result.gradients, Some(result.certificate))
+            }
+            (Method::Dense, _) => {
+                (from_f64(dense::gradients(&problem.cast::<f64>(), request)?), None)
+            }
+            _ => (streaming::gradients(&problem, request)?, None),
+        };
     report(args, &gradients, certificate.as_ref(), "cpu", start.elapsed().as_secs_f64())
 }
 
@@ -181,8 +202,11 @@ pub(super) fn report<T: Real>(
         Method::Streaming => "streaming",
         Method::Chained => "chained",
     };
-    let mut metadata =
-        vec![("method", method.to_string()), ("dtype", T::NAME.to_string()), ("device", device.to_string())];
+    let mut metadata = vec![
+        ("method", method.to_string()),
+        ("dtype", T::NAME.to_string()),
+        ("device", device.to_string()),
+    ];
     if args.device != DeviceChoice::Cpu {
         metadata.push(("products", args.products.to_string()));
     }

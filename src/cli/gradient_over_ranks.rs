@@ -1,4 +1,5 @@
-//! `peft-limits gradient` under mpirun: every rank reads its rows' part of the work, rank 0 writes and speaks.
+//! `peft-limits gradient` under mpirun: every rank reads its rows' part of the work, rank 0 writes
+//! and speaks.
 
 use super::gradient::{Dtype, GradientArgs, Method, report};
 use crate::attention::shards::{RowShards, together};
@@ -12,9 +13,11 @@ use std::time::Instant;
 /// Every rank ends with the same exit code; the first that failed says why.
 pub(super) fn run(args: &GradientArgs, ranks: &Ranks) -> ExitCode {
     let outcome = args.check().and_then(|()| match args.dtype {
-        _ if args.device != DeviceChoice::Cpu => {
-            Err(Error::invalid("--device", args.device.to_string(), "is for one process; under mpirun leave it out"))
-        }
+        _ if args.device != DeviceChoice::Cpu => Err(Error::invalid(
+            "--device",
+            args.device.to_string(),
+            "is for one process; under mpirun leave it out",
+        )),
         Some(Dtype::F32) => compute::<f32>(args, ranks),
         _ => compute::<f64>(args, ranks),
     });
@@ -53,8 +56,9 @@ fn compute<T: Scalar>(args: &GradientArgs, ranks: &Ranks) -> Result<()> {
     let traffic = ranks.traffic();
     // Rows of all ranks, for the one file.
     let output = ranks.gather_rows(&gradients.output);
-    let projected =
-        gradients.projected.try_map(|_, rows| Ok(rows.as_ref().and_then(|rows| ranks.gather_rows(rows))))?;
+    let projected = gradients
+        .projected
+        .try_map(|_, rows| Ok(rows.as_ref().and_then(|rows| ranks.gather_rows(rows))))?;
     let Some(output) = output else { return Ok(()) };
     (gradients.output, gradients.projected) = (output, projected);
     report(args, &gradients, certificate.as_ref(), "cpu", seconds)?;

@@ -13,21 +13,26 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
-Two predictions, one beside the other. Ours is this crate's own training step (see train::memory); --bytes 2 tells what the same \
-step would hold with half-precision numbers throughout, and logits exist 256 rows at a time. PyTorch's is what Transformers with PEFT \
-(or the papers' own PaCA and S2FT) holds on a card: what autograd saves, counted by hooks, the loss or a layer's backward, and rules \
-for the allocator and the context (train::memory::pytorch; paper-notes/memory-of-trainers.md has its errors). S2FT's units are taken to be spread evenly over the layers.
+Two predictions, one beside the other. Ours is this crate's own training step (see train::memory); \
+--bytes 2 tells what the same step would hold with half-precision numbers throughout, and logits \
+exist 256 rows at a time. PyTorch's is what Transformers with PEFT (or the papers' own PaCA and \
+S2FT) holds on a card: what autograd saves, counted by hooks, the loss or a layer's backward, and \
+rules for the allocator and the context (train::memory::pytorch; paper-notes/memory-of-trainers.md \
+has its errors). S2FT's units are taken to be spread evenly over the layers.
 
 {SIZE_HELP}
 
 Examples:
   peft-limits memory --preset micro --batch 8 --length 256
   # three methods on LLaMA-2-7B in half precision
-  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,paca,s2ft --length 2048 --bytes 2
+  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,paca,s2ft --length \
+  2048 --bytes 2
   # what Transformers and PEFT would hold, with FlashAttention and bf16 adapters
-  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,dora --batch 1 --length 512 --bytes 2 --trainer pytorch --attention flash --adapter-bytes 2
+  peft-limits memory --config examples/configs/llama-2-7b.json --method lora,dora --batch 1 \
+  --length 512 --bytes 2 --trainer pytorch --attention flash --adapter-bytes 2
   # the longest sequence in 24 GiB
-  peft-limits memory --config examples/configs/llama-2-7b.json --method qpaca --batch 1 --bytes 2 --fits 24GiB";
+  peft-limits memory --config examples/configs/llama-2-7b.json --method qpaca --batch 1 --bytes 2 \
+  --fits 24GiB";
 
 /// Flags of `peft-limits memory`.
 #[derive(Debug, Args)]
@@ -45,7 +50,8 @@ pub struct MemoryArgs {
     /// Rank (number of columns for PaCA)
     #[arg(long, default_value_t = 8)]
     rank: usize,
-    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
+    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear
+    /// layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
     /// The method, as PEFT writes it: an `adapter_config.json` or the folder that holds it
@@ -60,7 +66,8 @@ pub struct MemoryArgs {
     /// Bytes of a number: 4 (f32), 8 (f64), or 2 for a hypothetical half-precision step
     #[arg(long, default_value_t = 4, value_parser = parse_bytes)]
     bytes: usize,
-    /// Numbers of optimizer state per trained number: 2 for AdamW, 1 for SGD with momentum, 0 for SGD
+    /// Numbers of optimizer state per trained number: 2 for AdamW, 1 for SGD with momentum, 0 for
+    /// SGD
     #[arg(long, default_value_t = 2, value_parser = between::<0, 8>)]
     state: usize,
     /// Keep only each layer's input between forward and backward
@@ -81,13 +88,16 @@ pub struct MemoryArgs {
     /// PyTorch: the optimizer
     #[arg(long, value_enum, default_value = "adamw")]
     optimizer: OptimizerArg,
-    /// PyTorch: what is not quantized, and with it every activation, is in f32, as prepare_model_for_kbit_training leaves it
+    /// PyTorch: what is not quantized, and with it every activation, is in f32, as
+    /// prepare_model_for_kbit_training leaves it
     #[arg(long)]
     prepared: bool,
-    /// PyTorch: cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO stage 3)
+    /// PyTorch: cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO
+    /// stage 3)
     #[arg(long, default_value_t = 1, value_parser = between::<1, { 1 << 16 }>)]
     cards: usize,
-    /// Also print the longest sequence that fits this much memory, for instance 24GiB (a unit is needed)
+    /// Also print the longest sequence that fits this much memory, for instance 24GiB (a unit is
+    /// needed)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     fits: Option<usize>,
     /// One JSON object per method
@@ -198,7 +208,9 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         (Some(path), _) if path.is_dir() => ModelConfig::read(&path.join("config.json"))?,
         (Some(path), _) => ModelConfig::read(path)?,
         (None, Some(name)) => preset::preset(name)?,
-        (None, None) => return Err(Error::invalid("--config", "absent", "give --config or --preset")),
+        (None, None) => {
+            return Err(Error::invalid("--config", "absent", "give --config or --preset"));
+        }
     };
     let shape = StepShape {
         batch: args.batch,
@@ -228,7 +240,11 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
         let theirs = match pytorch::predict(&config, &method, &trainer) {
             _ if args.trainer == Of::Ours || args.bytes == 8 => None,
             // Beside ours a family that is not modelled is a gap in the table.
-            Err(Error::InvalidParam { name, .. }) if args.trainer == Of::Both && name == "model_type" => None,
+            Err(Error::InvalidParam { name, .. })
+                if args.trainer == Of::Both && name == "model_type" =>
+            {
+                None
+            }
             theirs => Some(theirs?),
         };
         let longest = args.fits.map(|limit| -> Result<_> {
@@ -252,11 +268,17 @@ pub fn run(args: &MemoryArgs) -> Result<ExitCode> {
     if let ([row], 1) = (rows.as_slice(), args.method.len()) {
         if args.trainer != Of::Pytorch {
             println!("\nactivations by tensor, all layers");
-            row.ours.activations.iter().for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
+            row.ours
+                .activations
+                .iter()
+                .for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
         }
         if let Some(theirs) = &row.theirs {
             println!("\nsaved by PyTorch's autograd, all layers");
-            theirs.saved.iter().for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
+            theirs
+                .saved
+                .iter()
+                .for_each(|(name, bytes)| println!("  {name:<28}{:>12}", human(*bytes)));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -367,7 +389,10 @@ mod tests {
 
     #[test]
     fn sizes_are_printed_in_their_unit() {
-        assert_eq!([human(24 << 30), human(1536), human(5 << 20)], ["24.00 GiB", "1.5 KiB", "5.0 MiB"]);
+        assert_eq!(
+            [human(24 << 30), human(1536), human(5 << 20)],
+            ["24.00 GiB", "1.5 KiB", "5.0 MiB"]
+        );
     }
 
     #[test]

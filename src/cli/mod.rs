@@ -1,7 +1,7 @@
 //! The `peft-limits` command line: one file per subcommand.
 //!
-//! Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted. Errors go to stderr as one line that names the
-//! file, the tensor, what was expected and what was found.
+//! Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted. Errors go to stderr
+//! as one line that names the file, the tensor, what was expected and what was found.
 
 mod adapter;
 mod completions;
@@ -31,8 +31,9 @@ use std::process::ExitCode;
     name = "peft-limits",
     version,
     about = "How cheap can a fine-tuning gradient be, and is a trainer's gradient right?",
-    long_about = "Exact and almost-linear-time LoRA gradients of softmax attention, and the norm threshold between them.\n\n\
-                  Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted (Ctrl-C).",
+    long_about = "Exact and almost-linear-time LoRA gradients of softmax attention, and the norm \
+                  threshold between them.\n\nExit codes: 0 done, 1 a check failed, 2 bad input or \
+                  usage, 130 interrupted (Ctrl-C).",
     after_long_help = "\
 First steps, in the repository:
   # where a trained head stands against the threshold
@@ -78,7 +79,9 @@ impl Command {
             Command::Probe(args) => Some(&args.input),
             Command::Memory(args) => args.config.as_deref(),
             Command::Train(args) => args.config.as_deref().or(args.model.as_deref()),
-            Command::Validate(args) => args.dump.as_deref().or(args.head.as_deref()).or(args.model.as_deref()),
+            Command::Validate(args) => {
+                args.dump.as_deref().or(args.head.as_deref()).or(args.model.as_deref())
+            }
             Command::Adapter(args) => Some(args.subject()),
             Command::Devices(_) | Command::Phase(_) | Command::Completions(_) => None,
         }
@@ -132,7 +135,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Ctrl-C ends the process with [`INTERRUPTED`] whoever waits for it: an unhandled signal is that code to a shell alone.
+/// Ctrl-C ends the process with [`INTERRUPTED`] whoever waits for it: an unhandled signal is that
+/// code to a shell alone.
 fn exit_when_interrupted() {
     // Without a handler the signal itself ends the process.
     let _ = ctrlc::set_handler(|| {
@@ -143,13 +147,14 @@ fn exit_when_interrupted() {
 
 /// What an input file holds, for help pages.
 const INPUT_HELP: &str = "\
-Input files (safetensors): X (or XQ, XK, XV), WQ, WK, WV, any pair of AQ,BQ AK,BK AV,BV, and Y (target) or G \
-(upstream gradient). Rows are tokens: Q = X (WQ + alpha/r BQ AQ). Or Q, K, V in place of inputs and weights \
-(for instance after rotary embedding). Metadata: beta (factor of Q K^T), alpha (with adapters), optional r, causal, \
-softmax_one.";
+Input files (safetensors): X (or XQ, XK, XV), WQ, WK, WV, any pair of AQ,BQ AK,BK AV,BV, and Y \
+(target) or G (upstream gradient). Rows are tokens: Q = X (WQ + alpha/r BQ AQ). Or Q, K, V in \
+place of inputs and weights (for instance after rotary embedding). Metadata: beta (factor of Q \
+K^T), alpha (with adapters), optional r, causal, softmax_one.";
 
 /// The table of factorizations, for help pages.
 fn features_help() -> String {
-    let lines: Vec<String> = METHODS.iter().map(|(name, keys)| format!("  {name}:{keys}")).collect();
+    let lines: Vec<String> =
+        METHODS.iter().map(|(name, keys)| format!("  {name}:{keys}")).collect();
     format!("Factorizations (SPEC):\n{}", lines.join("\n"))
 }

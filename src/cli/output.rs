@@ -29,7 +29,10 @@ fn differs(flag: &str, path: &Path, inputs: &[&Path]) -> Result<()> {
     let Ok(real) = path.canonicalize() else { return Ok(()) };
     match inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == real)) {
         Some(input) => {
-            let why = format!("is the input {} too; writing it would replace what is read", input.display());
+            let why = format!(
+                "is the input {} too; writing it would replace what is read",
+                input.display()
+            );
             Err(Error::invalid(flag, path.display(), why))
         }
         None => Ok(()),
@@ -44,7 +47,11 @@ fn check_writable(folder: &Path) -> Result<()> {
         .find(|p| p.exists())
         .unwrap_or(Path::new("."))
         .into();
-    tempfile::Builder::new().prefix(".writing-").tempfile_in(&there).map(drop).map_err(|e| Error::io(folder, e))
+    tempfile::Builder::new()
+        .prefix(".writing-")
+        .tempfile_in(&there)
+        .map(drop)
+        .map_err(|e| Error::io(folder, e))
 }
 
 #[cfg(test)]

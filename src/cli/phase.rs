@@ -10,14 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const HELP: &str = "\
-A random head: d = K ln L, beta = 1/d, the coordinates of queries and keys Gamma times independent numbers of the law, c = \
-Gamma / sqrt(ln L). Each cost is L^(1 + exponent) up to powers of ln L; the exponents below leave out the 1 of the tokens, so 1 is \
-the exact gradient's. Derivations: paper-notes/phase-diagram.md.
+A random head: d = K ln L, beta = 1/d, the coordinates of queries and keys Gamma times independent \
+numbers of the law, c = Gamma / sqrt(ln L). Each cost is L^(1 + exponent) up to powers of ln L; \
+the exponents below leave out the 1 of the tokens, so 1 is the exact gradient's. Derivations: \
+paper-notes/phase-diagram.md.
 
   rank                        best rank at any fixed error (relative, Frobenius)
   rank_error_1_over_L         best rank at error 1/L; null (-) if no rank below full reaches it
   all_monomials               all monomials up to the typical degree
-  certified, ..._1_over_L     all monomials up to the degree that is certified on [-Gamma^2, Gamma^2]
+  certified, ..._1_over_L     all monomials up to the degree that is certified on [-Gamma^2, \
+  Gamma^2]
   support, support_squared    keys that hold a query's weight, or its squared weights; 0: O(1) keys
 
 Examples:
@@ -40,7 +42,8 @@ pub(super) struct PhaseArgs {
     #[arg(long, value_name = "C,...", value_delimiter = ',',
           default_values_t = [0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0])]
     c: Vec<f64>,
-    /// Also count eps-ranks of heads of this many tokens, with d = ceil(K ln L); a number such as 4096, 1e9 or 2^40
+    /// Also count eps-ranks of heads of this many tokens, with d = ceil(K ln L); a number such as
+    /// 4096, 1e9 or 2^40
     #[arg(long, value_name = "L", value_delimiter = ',', value_parser = parse_length)]
     length: Vec<f64>,
     /// Errors of those eps-ranks, comma-separated
@@ -65,11 +68,15 @@ struct Finite {
 
 fn parse_length(text: &str) -> std::result::Result<f64, String> {
     let number = match text.split_once('^') {
-        Some((base, power)) => base.parse::<f64>().ok().zip(power.parse::<f64>().ok()).map(|(b, p)| b.powf(p)),
+        Some((base, power)) => {
+            base.parse::<f64>().ok().zip(power.parse::<f64>().ok()).map(|(b, p)| b.powf(p))
+        }
         None => text.parse().ok(),
     };
     // The square of it, and powers below, must stay a number.
-    number.filter(|x: &f64| (2.0..=1e150).contains(x)).ok_or_else(|| "expected a number from 2 to 1e150".into())
+    number
+        .filter(|x: &f64| (2.0..=1e150).contains(x))
+        .ok_or_else(|| "expected a number from 2 to 1e150".into())
 }
 
 pub(super) fn run(args: &PhaseArgs) -> Result<ExitCode> {
@@ -85,7 +92,8 @@ pub(super) fn run(args: &PhaseArgs) -> Result<ExitCode> {
         path => Law::read(Path::new(path))?,
     };
     let model = Model::new(law, args.kappa)?;
-    let exponents: Vec<Exponents> = args.c.iter().map(|&c| model.exponents(c)).collect::<Result<_>>()?;
+    let exponents: Vec<Exponents> =
+        args.c.iter().map(|&c| model.exponents(c)).collect::<Result<_>>()?;
     let mut finite = Vec::new();
     for &tokens in &args.length {
         for &c in &args.c {
@@ -118,12 +126,20 @@ fn exponents_json(e: &Exponents) -> Value {
 
 fn finite_json(f: &Finite) -> Value {
     // Lengths beyond 2^53 are no exact integers in double precision.
-    let tokens = if f.tokens < 9e15 && f.tokens.fract() == 0.0 { json!(f.tokens as u64) } else { json!(f.tokens) };
+    let tokens = if f.tokens < 9e15 && f.tokens.fract() == 0.0 {
+        json!(f.tokens as u64)
+    } else {
+        json!(f.tokens)
+    };
     json!({ "L": tokens, "d": f.head_dim, "c": f.c, "eps": f.eps, "k": f.k })
 }
 
 fn print_tables(args: &PhaseArgs, model: &Model, exponents: &[Exponents], finite: &[Finite]) {
-    println!("Exponents of a random head, law {}, d = {} ln L (1 is the exact gradient's):\n", args.law, model.kappa());
+    println!(
+        "Exponents of a random head, law {}, d = {} ln L (1 is the exact gradient's):\n",
+        args.law,
+        model.kappa()
+    );
     let mut table = Table::default();
     for e in exponents {
         table.push(
@@ -149,9 +165,21 @@ fn print_tables(args: &PhaseArgs, model: &Model, exponents: &[Exponents], finite
         model.certified_is_quadratic_from(0.0),
         "never",
     );
-    line("certified polynomials stop being sub-quadratic, error 1/L", model.certified_is_quadratic_from(1.0), "never");
-    line("the best rank stops being sub-quadratic, fixed error", model.rank_is_quadratic_from(0.0), "never");
-    line("the best rank stops being sub-quadratic, error 1/L", model.rank_is_quadratic_from(1.0), "never");
+    line(
+        "certified polynomials stop being sub-quadratic, error 1/L",
+        model.certified_is_quadratic_from(1.0),
+        "never",
+    );
+    line(
+        "the best rank stops being sub-quadratic, fixed error",
+        model.rank_is_quadratic_from(0.0),
+        "never",
+    );
+    line(
+        "the best rank stops being sub-quadratic, error 1/L",
+        model.rank_is_quadratic_from(1.0),
+        "never",
+    );
     let middle = model.middle();
     line("low rank and an oracle's sparsity cost the same", middle.map(|m| m.0), "never");
     if let Some((_, exponent)) = middle {
@@ -159,7 +187,10 @@ fn print_tables(args: &PhaseArgs, model: &Model, exponents: &[Exponents], finite
     }
     line("the softmax condenses on O(1) keys", model.condensation(), "never");
     if !finite.is_empty() {
-        println!("\neps-ranks of P, as many columns as the best factorization needs (tokens without end at this d):\n");
+        println!(
+            "\neps-ranks of P, as many columns as the best factorization needs (tokens without end \
+             at this d):\n"
+        );
         let mut table = Table::default();
         for f in finite {
             let row = Row::new().with("L", f.tokens).with("d", f.head_dim).with("c", f.c);
@@ -173,8 +204,9 @@ fn print_tables(args: &PhaseArgs, model: &Model, exponents: &[Exponents], finite
 fn plot(model: &Model, law: &str, path: &Path) -> Result<()> {
     const POINTS: u32 = 60;
     let largest = 3.0 * model.kappa().sqrt().max(1.0);
-    let curves: Vec<Exponents> =
-        (1..=POINTS).map(|i| model.exponents(largest * f64::from(i) / f64::from(POINTS))).collect::<Result<_>>()?;
+    let curves: Vec<Exponents> = (1..=POINTS)
+        .map(|i| model.exponents(largest * f64::from(i) / f64::from(POINTS)))
+        .collect::<Result<_>>()?;
     let of = |name: &str, f: &dyn Fn(&Exponents) -> f64| Series {
         markers: false,
         ..Series::new(name, curves.iter().map(|e| (e.c, 1.0 + f(e))))
@@ -194,7 +226,10 @@ fn plot(model: &Model, law: &str, path: &Path) -> Result<()> {
     };
     let name = Path::new(law).file_name().unwrap_or_default().to_string_lossy();
     Figure::new(format!("A random head, law {name}, d = {} ln L", model.kappa()), [chart])
-        .caption("Exponents of L as L grows, at a fixed error where none is named; closed forms, nothing measured.")
+        .caption(
+            "Exponents of L as L grows, at a fixed error where none is named; closed forms, \
+                  nothing measured.",
+        )
         .write_to(path)
 }
 

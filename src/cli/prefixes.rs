@@ -1,4 +1,5 @@
-//! `peft-limits probe --plot`: how the cost of a gradient grows over the beginnings of one's own head.
+//! `peft-limits probe --plot`: how the cost of a gradient grows over the beginnings of one's own
+//! head.
 
 use super::output::check_file;
 use crate::attention::AttentionProblem;
@@ -39,7 +40,8 @@ impl Growth {
         let mut fits = Vec::new();
         for eps in TARGETS {
             for (way, name) in WAYS {
-                // Prefixes that are too long to decompose leave the oracle with too few points for a slope.
+                // Prefixes that are too long to decompose leave the oracle with too few points for
+                // a slope.
                 if let Ok((fit, exact)) = exponent_of(&costs, way, eps) {
                     fits.push((eps, way, name, fit, exact));
                 }
@@ -57,12 +59,16 @@ impl Growth {
         let mut table = Table::default();
         for (eps, way, name, fit, exact) in &self.fits {
             let last = self.points(*way, *eps).last();
-            let method = last.and_then(|c| c.method.clone()).unwrap_or_else(|| "the exact gradient".into());
+            let method =
+                last.and_then(|c| c.method.clone()).unwrap_or_else(|| "the exact gradient".into());
             table.push(
                 &Row::new()
                     .with("gradient error", *eps)
                     .with("over prefixes L/16 to L", *name)
-                    .with("cost exponent", format!("{:.2} [{:.2}, {:.2}]", fit.slope, fit.low, fit.high))
+                    .with(
+                        "cost exponent",
+                        format!("{:.2} [{:.2}, {:.2}]", fit.slope, fit.low, fit.high),
+                    )
                     .with("flops at L", last.map_or(Cell::Missing, |c| Cell::Float(c.flops)))
                     .with("by", method)
                     .with("points as dear as exact", format!("{exact} of {}", fit.points)),
@@ -74,8 +80,10 @@ impl Growth {
     pub fn draw(&self, input: &Path, path: &Path) -> Result<()> {
         let panels = TARGETS.map(|eps| {
             let fits = self.fits.iter().filter(|f| f.0.to_bits() == eps.to_bits());
-            let mut slopes: Vec<String> =
-                fits.clone().map(|f| format!("{:.2} ± {:.2}", f.3.slope, f.3.high - f.3.slope)).collect();
+            let mut slopes: Vec<String> = fits
+                .clone()
+                .map(|f| format!("{:.2} ± {:.2}", f.3.slope, f.3.high - f.3.slope))
+                .collect();
             let mut series: Vec<Series> = fits
                 .map(|(_, way, name, ..)| {
                     Series::new(*name, self.points(*way, eps).map(|c| (c.tokens as f64, c.flops)))
@@ -97,9 +105,17 @@ impl Growth {
             }
         });
         let name = input.file_stem().unwrap_or_default().to_string_lossy();
-        let mut figure = Figure::new(format!("Cost of the gradient over the beginnings of {name}"), panels).caption(
-            "Slopes of log cost against log L with 95% intervals, in the order of the legend. Costs are capped at the \
-             exact gradient's; products with inputs and weights, which are linear in L, are not counted.",
+        let mut figure = Figure::new(
+            format!(
+                "Cost of the gradient over the beginnings of \
+                                              {name}"
+            ),
+            panels,
+        )
+        .caption(
+            "Slopes of log cost against log L with 95% intervals, in the order of the legend. \
+             Costs are capped at the exact gradient's; products with inputs and weights, which are \
+             linear in L, are not counted.",
         );
         figure.share_y = true;
         figure.panel_size.0 = 700.0;

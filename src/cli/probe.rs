@@ -26,8 +26,8 @@ use std::time::Instant;
 #[derive(Args)]
 #[command(after_long_help = format!("{INPUT_HELP}\n\n{}\n\nExamples:\n  \
     peft-limits probe tests/data/heads/minilm_l3_h10.safetensors\n  \
-    peft-limits probe head.safetensors --features taylor:degree=2 --features truncated-svd:rank=32\n  \
-    peft-limits probe head.safetensors --plot cost.png\n  \
+    peft-limits probe head.safetensors --features taylor:degree=2 --features \
+    truncated-svd:rank=32\n  peft-limits probe head.safetensors --plot cost.png\n  \
     peft-limits probe head.safetensors --json > head.json", features_help()))]
 pub(super) struct ProbeArgs {
     /// The head, a safetensors file
@@ -39,7 +39,8 @@ pub(super) struct ProbeArgs {
     device: DeviceChoice,
     #[arg(long, value_name = "PRECISION", default_value_t, help = PRODUCTS_HELP)]
     products: ProductPrecision,
-    /// Also measure how the cost grows over the head's first L/16, L/8, ..., L tokens, and draw it to FILE (.svg or .png)
+    /// Also measure how the cost grows over the head's first L/16, L/8, ..., L tokens, and draw it
+    /// to FILE (.svg or .png)
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
     /// Print one JSON object instead of tables
@@ -86,8 +87,10 @@ const RANK_TOKENS: usize = 1024;
 
 pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let survey = args.features.is_empty();
-    let specs: Vec<String> = if survey { SURVEY.map(String::from).to_vec() } else { args.features.clone() };
-    let methods: Vec<Box<dyn SoftmaxFactorization<f64>>> = specs.iter().map(|s| build(s)).collect::<Result<_>>()?;
+    let specs: Vec<String> =
+        if survey { SURVEY.map(String::from).to_vec() } else { args.features.clone() };
+    let methods: Vec<Box<dyn SoftmaxFactorization<f64>>> =
+        specs.iter().map(|s| build(s)).collect::<Result<_>>()?;
     products_need_a_gpu(args.products, args.device)?;
     if let Some(path) = &args.plot {
         prefixes::check(path, &args.input)?;
@@ -101,10 +104,16 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
     let exact = reference(&problem, request)?;
     let streamed = on.streaming(&problem, &exact, request)?;
     let keys = effective_keys(&problem, &projected);
-    let sides = if threshold.tokens <= RANK_TOKENS { sides(&problem, &projected, request, &RANK_EPS)? } else { vec![] };
+    let sides = if threshold.tokens <= RANK_TOKENS {
+        sides(&problem, &projected, request, &RANK_EPS)?
+    } else {
+        vec![]
+    };
     let mut outcomes: Vec<(String, Result<Trial>)> = Vec::new();
     for (spec, method) in specs.iter().zip(&methods) {
-        if survey && survey_rank(spec, &threshold) > (SURVEY_RANK_PER_TOKEN * threshold.tokens) as u128 {
+        if survey
+            && survey_rank(spec, &threshold) > (SURVEY_RANK_PER_TOKEN * threshold.tokens) as u128
+        {
             continue;
         }
         outcomes.push((spec.clone(), on.trial(&problem, &exact, method.as_ref(), request)));
@@ -139,7 +148,10 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         println!("  streaming and chained gradients in f32 on {name}, against the processor's f64");
     }
     if !sides.is_empty() {
-        println!("\nerror (relative Frobenius)      {}", RANK_EPS.map(|e| format!("{e:>8}")).join(""));
+        println!(
+            "\nerror (relative Frobenius)      {}",
+            RANK_EPS.map(|e| format!("{e:>8}")).join("")
+        );
         type Column = fn(&Sides) -> usize;
         let rows: [(&str, Column); 3] = [
             ("eps-rank of P", |s| s.rank_probabilities),
@@ -147,7 +159,10 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
             ("entries of P for dS (oracle)", |s| s.entries),
         ];
         for (name, column) in rows {
-            println!("  {name:<30}{}", sides.iter().map(|s| format!("{:>8}", column(s))).collect::<String>());
+            println!(
+                "  {name:<30}{}",
+                sides.iter().map(|s| format!("{:>8}", column(s))).collect::<String>()
+            );
         }
     }
     println!();
@@ -202,20 +217,26 @@ pub(super) fn run(args: &ProbeArgs) -> Result<ExitCode> {
         [(_, error)] => println!("note: {error}"),
         [(_, first), ..] => {
             let names: Vec<&str> = failed.iter().map(|f| f.0).collect();
-            println!("note: no gradient from {} methods ({}); the first: {first}", failed.len(), names.join(", "));
+            println!(
+                "note: no gradient from {} methods ({}); the first: {first}",
+                failed.len(),
+                names.join(", ")
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// For each target the largest threshold of `sparse` that reaches it, with both searches that can be paid for.
+/// For each target the largest threshold of `sparse` that reaches it, with both searches that can
+/// be paid for.
 fn sparse_trials(
     problem: &AttentionProblem<f64>,
     exact: &Gradients<f64>,
     request: Request,
 ) -> Result<Vec<(String, Result<Trial>)>> {
     let run = |step: i32, search: &str| -> Result<(String, Result<Trial>)> {
-        let spec = format!("sparse:threshold={}{search}", short_float(10f64.powf(-0.1 * f64::from(step))));
+        let spec =
+            format!("sparse:threshold={}{search}", short_float(10f64.powf(-0.1 * f64::from(step))));
         let outcome = trial(problem, exact, build(&spec)?.as_ref(), request);
         Ok((spec, outcome))
     };
@@ -247,7 +268,9 @@ impl Answer {
             let t = outcome.as_ref().ok().filter(|t| t.gradient_error <= target)?;
             let spec = &t.certificate.spec;
             let oracle = spec.starts_with("truncated-svd") || spec.contains("search=oracle");
-            (!oracle).then(|| (spec.clone(), t.cost.flops() as f64 / streamed.flops, t.seconds / streamed.seconds))
+            (!oracle).then(|| {
+                (spec.clone(), t.cost.flops() as f64 / streamed.flops, t.seconds / streamed.seconds)
+            })
         };
         let cheapest = outcomes.iter().filter_map(reached).min_by(|a, b| a.1.total_cmp(&b.1));
         Self { target, cheapest }
@@ -256,11 +279,15 @@ impl Answer {
     fn line(&self) -> String {
         let percent = 100.0 * self.target;
         match &self.cheapest {
-            None => format!("  {percent}% gradient error: no method that was tried; take the exact gradient"),
+            None => format!(
+                "  {percent}% gradient error: no method that was tried; take the exact gradient"
+            ),
             Some((spec, flops, seconds)) => {
-                let advice = if flops.max(*seconds) < 1.0 { "" } else { "; take the exact gradient" };
+                let advice =
+                    if flops.max(*seconds) < 1.0 { "" } else { "; take the exact gradient" };
                 format!(
-                    "  {percent}% gradient error: {spec}, {flops:.2} times the operations of the exact gradient and ~{seconds:.2} times its time{advice}"
+                    "  {percent}% gradient error: {spec}, {flops:.2} times the operations of the \
+                     exact gradient and ~{seconds:.2} times its time{advice}"
                 )
             }
         }
@@ -284,19 +311,27 @@ fn phase_of(sides: &[Sides]) -> Option<String> {
     if rest.iter().all(|p| p.1 == first.1) {
         return Some(first.1.to_string());
     }
-    Some(phases.iter().map(|(eps, phase)| format!("{phase} at {}%", 100.0 * eps)).collect::<Vec<_>>().join(", "))
+    Some(
+        phases
+            .iter()
+            .map(|(eps, phase)| format!("{phase} at {}%", 100.0 * eps))
+            .collect::<Vec<_>>()
+            .join(", "),
+    )
 }
 
 fn phase_line(sides: &[Sides], keys: f64, tokens: usize) -> String {
     match (phase_of(sides), sides.iter().find(|s| s.eps <= TARGETS[1])) {
         (Some(phase), Some(at)) => format!(
-            "  phase: {phase}; {keys:.0} effective keys of {tokens}; at {}% the best rank is {}, the fewest entries {:.0} a query",
+            "  phase: {phase}; {keys:.0} effective keys of {tokens}; at {}% the best rank is {}, \
+             the fewest entries {:.0} a query",
             100.0 * at.eps,
             at.rank_probabilities,
             at.entries as f64 / tokens as f64
         ),
         _ => format!(
-            "  {keys:.0} effective keys of {tokens}; ranks, and with them the phase, are measured up to {RANK_TOKENS} tokens"
+            "  {keys:.0} effective keys of {tokens}; ranks, and with them the phase, are measured \
+             up to {RANK_TOKENS} tokens"
         ),
     }
 }
@@ -331,11 +366,18 @@ struct Streamed {
 }
 
 impl Streamed {
-    fn timed<T: Real>(exact: &Gradients<f64>, compute: impl FnOnce() -> Result<Gradients<T>>) -> Result<Self> {
+    fn timed<T: Real>(
+        exact: &Gradients<f64>,
+        compute: impl FnOnce() -> Result<Gradients<T>>,
+    ) -> Result<Self> {
         let start = Instant::now();
         let gradients = compute()?;
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Self { flops: gradients.cost.flops() as f64, seconds, gradient_error: gradients.relative_gap(exact) })
+        Ok(Self {
+            flops: gradients.cost.flops() as f64,
+            seconds,
+            gradient_error: gradients.relative_gap(exact),
+        })
     }
 }
 
@@ -359,16 +401,25 @@ impl Place {
         match self {
             Place::Cpu => None,
             #[cfg(feature = "gpu")]
-            Place::Gpu(device, options) => Some(format!("{}, {} products", device.info(), options.precision)),
+            Place::Gpu(device, options) => {
+                Some(format!("{}, {} products", device.info(), options.precision))
+            }
         }
     }
 
-    fn streaming(&self, problem: &AttentionProblem<f64>, exact: &Gradients<f64>, request: Request) -> Result<Streamed> {
+    fn streaming(
+        &self,
+        problem: &AttentionProblem<f64>,
+        exact: &Gradients<f64>,
+        request: Request,
+    ) -> Result<Streamed> {
         match self {
             Place::Cpu => Streamed::timed(exact, || streaming::gradients(problem, request)),
             #[cfg(feature = "gpu")]
             Place::Gpu(device, options) => {
-                let compute = || crate::gpu::attention::streaming::gradients(device, problem, request, options);
+                let compute = || {
+                    crate::gpu::attention::streaming::gradients(device, problem, request, options)
+                };
                 // The first run compiles the kernels.
                 compute()?;
                 Streamed::timed(exact, compute)
@@ -387,7 +438,11 @@ impl Place {
             Place::Cpu => trial(problem, exact, method, request),
             #[cfg(feature = "gpu")]
             Place::Gpu(device, options) => {
-                let compute = || crate::gpu::attention::chained::gradients(device, problem, method, request, options);
+                let compute = || {
+                    crate::gpu::attention::chained::gradients(
+                        device, problem, method, request, options,
+                    )
+                };
                 compute()?;
                 trial_of(exact, compute)
             }
@@ -398,14 +453,18 @@ impl Place {
 /// Feature columns of a survey spec.
 fn survey_rank(spec: &str, threshold: &Threshold) -> u128 {
     let key = |name: &str| -> Option<usize> {
-        spec.split([':', ',']).find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+        spec.split([':', ','])
+            .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
     };
     if let Some(rank) = key("rank") {
-        // Above the sequence there is nothing to choose from; above RANK_TOKENS nothing is decomposed.
+        // Above the sequence there is nothing to choose from; above RANK_TOKENS nothing is
+        // decomposed.
         let decomposed = spec.starts_with("truncated-svd") && threshold.tokens > RANK_TOKENS;
         return if rank <= threshold.tokens && !decomposed { rank as u128 } else { u128::MAX };
     }
-    key("degree").map_or(1, |degree| crate::attention::factorization::monomials::count(threshold.head_dim, degree))
+    key("degree").map_or(1, |degree| {
+        crate::attention::factorization::monomials::count(threshold.head_dim, degree)
+    })
 }
 
 fn row(
@@ -439,9 +498,18 @@ fn print_head(problem: &AttentionProblem<f64>, t: &Threshold) {
         t.head_dim,
         f(t.beta)
     );
-    println!("  max|Q| = {}   max|K| = {}   max|V| = {}", f(t.max_abs.query), f(t.max_abs.key), f(t.max_abs.value));
+    println!(
+        "  max|Q| = {}   max|K| = {}   max|V| = {}",
+        f(t.max_abs.query),
+        f(t.max_abs.key),
+        f(t.max_abs.value)
+    );
     println!("  Gamma = sqrt(beta d_h max|Q| max|K|) = {}", f(t.gamma));
-    println!("  threshold sqrt(ln L) = {}   c = Gamma / sqrt(ln L) = {}", f(t.sqrt_log_tokens), f(t.ratio));
+    println!(
+        "  threshold sqrt(ln L) = {}   c = Gamma / sqrt(ln L) = {}",
+        f(t.sqrt_log_tokens),
+        f(t.ratio)
+    );
     println!(
         "  largest |logit| = {} <= norm bound {} <= Gamma^2 = {}   ({:.1}% of Gamma^2)",
         f(t.largest_logit),

@@ -4,8 +4,8 @@
 const LARGEST: f64 = (1u64 << 60) as f64;
 
 /// For help pages.
-pub(super) const SIZE_HELP: &str =
-    "Sizes have a unit: GiB (or G) is 2^30 bytes, GB is 10^9; likewise KiB, MiB, TiB and kB, MB, TB.";
+pub(super) const SIZE_HELP: &str = "Sizes have a unit: GiB (or G) is 2^30 bytes, GB is 10^9; \
+                                    likewise KiB, MiB, TiB and kB, MB, TB.";
 
 /// A size in bytes: a number with a unit. `G` is `GiB`, as in other memory tools; `GB` is 10^9.
 pub(super) fn parse_size(text: &str) -> Result<usize, String> {
@@ -29,7 +29,8 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
         "t" | "tib" => 1024.0 * f64::from(1 << 30),
         _ => {
             return Err(format!(
-                "unknown unit `{unit}`: use GiB or G, GB, MiB or M, MB, KiB or K, kB, TiB or T, TB, B"
+                "unknown unit `{unit}`: use GiB or G, GB, MiB or M, MB, KiB or K, kB, TiB or T, \
+                 TB, B"
             ));
         }
     };

@@ -24,8 +24,8 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const EXAMPLES: &str = "\
-Output folder: config.toml (resolved), steps.csv, evaluations.csv, step-*/ (to continue from), model/ (a Hugging Face \
-checkpoint, adapters merged) and, for adapters, adapter/ (PEFT layout).
+Output folder: config.toml (resolved), steps.csv, evaluations.csv, step-*/ (to continue from), \
+model/ (a Hugging Face checkpoint, adapters merged) and, for adapters, adapter/ (PEFT layout).
 
 Examples:
   # pretrain on the mixture of tasks
@@ -37,7 +37,8 @@ Examples:
   # the settings of an adapter that PEFT trains
   peft-limits train --model runs/base/model --peft adapter_config.json --task lists -o runs/lora
   # continue after Ctrl-C
-  peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora --resume
+  peft-limits train examples/configs/finetune-paca.toml --method lora --alpha 8 -o runs/lora \
+  --resume
 
 Configuration file (TOML; every key has a default):
   seed = 1
@@ -51,7 +52,8 @@ Configuration file (TOML; every key has a default):
   [[data]]     task = \"text\", path = \"FILE\"  (text, jsonl)
   [[retain]]   task = \"facts\"                (only tested)
 
-Exit codes: 0 done, 1 the loss was no longer finite, 2 bad input or usage, 130 interrupted by Ctrl-C (the state is
+Exit codes: 0 done, 1 the loss was no longer finite, 2 bad input or usage, 130 interrupted by \
+Ctrl-C (the state is
 saved; continue with --resume).";
 
 /// Flags of `peft-limits train`. A flag overrides the configuration file.
@@ -75,14 +77,16 @@ pub struct TrainArgs {
     /// Scaling is alpha / rank
     #[arg(long)]
     alpha: Option<f64>,
-    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear layer but the head
+    /// Projections to adapt, comma-separated; all-linear (the default) is all seven, every linear
+    /// layer but the head
     #[arg(long, value_delimiter = ',')]
     targets: Option<Vec<String>>,
     /// The method, as PEFT writes it: an `adapter_config.json` or the folder that holds it
     #[arg(long, value_name = "PATH", conflicts_with_all = ["method", "rank", "alpha", "targets"])]
     peft: Option<PathBuf>,
-    /// Task to train on (repeat for a mixture): arithmetic, modular, lists, recall, facts, text=FILE (UTF-8) or
-    /// jsonl=FILE; when a checkpoint is fine-tuned, the other pretraining tasks are tested for forgetting
+    /// Task to train on (repeat for a mixture): arithmetic, modular, lists, recall, facts,
+    /// text=FILE (UTF-8) or jsonl=FILE; when a checkpoint is fine-tuned, the other pretraining
+    /// tasks are tested for forgetting
     #[arg(long = "task", value_name = "TASK")]
     tasks: Vec<String>,
     /// Optimizer updates
@@ -109,7 +113,8 @@ pub struct TrainArgs {
     /// Largest global gradient norm
     #[arg(long)]
     clip: Option<f64>,
-    /// Steps between checkpoints, the two latest of which are kept; 0 saves only at the end [default: 100]
+    /// Steps between checkpoints, the two latest of which are kept; 0 saves only at the end
+    /// [default: 100]
     #[arg(long, value_name = "STEPS")]
     save_every: Option<u64>,
     /// Steps between evaluations
@@ -124,7 +129,8 @@ pub struct TrainArgs {
     /// Double precision
     #[arg(long)]
     f64: bool,
-    /// Where the steps are computed: cpu, gpu or gpu:N, cuda or cuda:N; evaluation stays on the processor
+    /// Where the steps are computed: cpu, gpu or gpu:N, cuda or cuda:N; evaluation stays on the
+    /// processor
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: DeviceChoice,
     #[arg(long, value_name = "PRECISION", default_value_t, help = PRODUCTS_HELP)]
@@ -191,11 +197,20 @@ impl TrainArgs {
                 "constant" => Decay::Constant,
                 "linear" => Decay::Linear,
                 "cosine" => Decay::Cosine,
-                _ => return Err(Error::invalid("--decay", decay, "must be constant, linear or cosine")),
+                _ => {
+                    return Err(Error::invalid(
+                        "--decay",
+                        decay,
+                        "must be constant, linear or cosine",
+                    ));
+                }
             };
         }
         if !self.tasks.is_empty() {
-            let named = self.tasks.iter().map(|name| Ok(Part { weight: 1.0, task: TaskParams::named(name)? }));
+            let named = self
+                .tasks
+                .iter()
+                .map(|name| Ok(Part { weight: 1.0, task: TaskParams::named(name)? }));
             config.data = named.collect::<Result<Vec<_>>>()?;
             if matches!(config.model, ModelSource::Path(_)) && config.retain.is_empty() {
                 config.retain = TaskParams::pretraining();
@@ -237,7 +252,10 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     if args.device != DeviceChoice::Cpu {
         move_to(&mut trainer, args.device, args.products)?;
     }
-    crate::atomic_file::write_bytes(&out.join("config.toml"), trainer.config.to_toml()?.as_bytes())?;
+    crate::atomic_file::write_bytes(
+        &out.join("config.toml"),
+        trainer.config.to_toml()?.as_bytes(),
+    )?;
     let handler = || {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(crate::error::INTERRUPTED.into());
@@ -282,23 +300,37 @@ fn inputs(config: &TrainConfig) -> Vec<&Path> {
 fn check_memory(config: &TrainConfig, bytes: usize) -> Result<()> {
     let shape = StepShape { batch: 1, length: 1, bytes, state: 0, checkpointing: false };
     let memory = predict(&config.model.sizes()?, &config.method, &shape)?;
-    let (needed, limit) = (memory.weights + memory.adapters + memory.gradients, available().unwrap_or(usize::MAX));
+    let (needed, limit) =
+        (memory.weights + memory.adapters + memory.gradients, available().unwrap_or(usize::MAX));
     if needed <= limit {
         return Ok(());
     }
     let what = "the model with its gradients".to_string();
-    Err(Error::TooLarge { what, needed: (needed >> 20) as u128, limit: (limit >> 20) as u128, unit: "MiB" })
+    Err(Error::TooLarge {
+        what,
+        needed: (needed >> 20) as u128,
+        limit: (limit >> 20) as u128,
+        unit: "MiB",
+    })
 }
 
 #[cfg(feature = "gpu")]
-fn move_to<T: Real>(trainer: &mut Trainer<T>, choice: DeviceChoice, products: ProductPrecision) -> Result<()> {
+fn move_to<T: Real>(
+    trainer: &mut Trainer<T>,
+    choice: DeviceChoice,
+    products: ProductPrecision,
+) -> Result<()> {
     let device = crate::gpu::Device::open(choice)?;
     eprintln!("training on {}, {products} products", device.info());
     crate::gpu::train::train_on(trainer, &device, products)
 }
 
 #[cfg(not(feature = "gpu"))]
-fn move_to<T: Real>(_trainer: &mut Trainer<T>, choice: DeviceChoice, _products: ProductPrecision) -> Result<()> {
+fn move_to<T: Real>(
+    _trainer: &mut Trainer<T>,
+    choice: DeviceChoice,
+    _products: ProductPrecision,
+) -> Result<()> {
     Err(choice.not_built())
 }
 
@@ -348,7 +380,9 @@ impl Observe for Bar {
         match event {
             Event::Started { step, steps, trainable } => {
                 let bar = ProgressBar::new(*steps).with_position(*step);
-                if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}  {eta} left") {
+                if let Ok(style) =
+                    ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}  {eta} left")
+                {
                     bar.set_style(style);
                 }
                 bar.println(format!("training {trainable} numbers"));

@@ -26,18 +26,23 @@ A dump is a folder that the Python package peft_limits writes from any PyTorch t
   with dump_step(model, \"dump\"):
       loss = model(**batch).loss; loss.backward(); optimizer.step()
 
-  manifest.json      format peft-limits-dump, version 1: model and adapter folders, trained names, precision, loss
+  manifest.json      format peft-limits-dump, version 1: model and adapter folders, trained names, \
+  precision, loss
                      reduction, micro-batches, loss scale, optimizer
-  step.safetensors   input_ids, labels (B x T), optional attention_mask, position_ids; loss, logits, hidden.LAYER;
-                     grad.NAME, applied.NAME (as the optimizer saw it), after.NAME, previous.NAME, exp_avg.NAME, ...
+  step.safetensors   input_ids, labels (B x T), optional attention_mask, position_ids; loss, \
+  logits, hidden.LAYER;
+                     grad.NAME, applied.NAME (as the optimizer saw it), after.NAME, previous.NAME, \
+                     exp_avg.NAME, ...
   model/, adapter/   Hugging Face and PEFT layout, or elsewhere as the manifest says
 
-Where torch.distributed runs several processes each writes its part, dump/rank-N; validate puts them together, judges what each \
-rank holds, and names what went wrong between them (gradients not reduced, averaged twice, replicas that differ, ...).
+Where torch.distributed runs several processes each writes its part, dump/rank-N; validate puts \
+them together, judges what each rank holds, and names what went wrong between them (gradients not \
+reduced, averaged twice, replicas that differ, ...).
 
-paper-notes/dump-format.md has every key. Each comparison is three-way: the exact f64 reference, the reference with the \
-trainer's rounding imitated, the trainer; the column `share` is the gap in units of what is allowed (8 times the rounding gap). \
-When something is wrong the known faults are tried, and the one that reproduces the trainer's numbers is named.
+paper-notes/dump-format.md has every key. Each comparison is three-way: the exact f64 reference, \
+the reference with the trainer's rounding imitated, the trainer; the column `share` is the gap in \
+units of what is allowed (8 times the rounding gap). When something is wrong the known faults are \
+tried, and the one that reproduces the trainer's numbers is named.
 
 Examples:
   # a right step and one with a planted fault, from this repository
@@ -75,14 +80,16 @@ pub(super) struct ValidateArgs {
     /// One attention head (see `gradient --help`), with the kernel's output in --reference
     #[arg(long, value_name = "FILE", requires = "reference", conflicts_with = "model")]
     pub(super) head: Option<PathBuf>,
-    /// What the trainer or kernel computed: tensors as in a dump's step.safetensors, or O and gradients of a head
+    /// What the trainer or kernel computed: tensors as in a dump's step.safetensors, or O and
+    /// gradients of a head
     #[arg(long, value_name = "FILE")]
     reference: Option<PathBuf>,
-    /// Validate this program's own training step on gpu, gpu:N, cuda or cuda:N: on the batch of --reference (input_ids and
-    /// labels), or on a small random one
+    /// Validate this program's own training step on gpu, gpu:N, cuda or cuda:N: on the batch of
+    /// --reference (input_ids and labels), or on a small random one
     #[arg(long, value_name = "DEVICE", requires = "model", conflicts_with_all = ["dtype", "head"])]
     trainer: Option<DeviceChoice>,
-    /// Number format of the trainer, without a manifest: f64, f32, bf16 or f16 (default: that of its gradients)
+    /// Number format of the trainer, without a manifest: f64, f32, bf16 or f16 (default: that of
+    /// its gradients)
     #[arg(long, value_name = "DTYPE", value_parser = |text: &str| Precision::parse(text).map_err(|e| e.to_string()))]
     dtype: Option<Precision>,
     /// Print every tensor, not only the worst
@@ -97,26 +104,26 @@ pub(super) struct ValidateArgs {
     /// Write the report as one HTML page that needs nothing else
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Search also a large step for known faults below every tensor's tolerance (some sixty more steps; small ones are
-    /// searched anyway, in half formats)
+    /// Search also a large step for known faults below every tensor's tolerance (some sixty more
+    /// steps; small ones are searched anyway, in half formats)
     #[arg(long)]
     faint: bool,
     /// Plant each known fault into this dump, which must pass, and show whether it is found
     #[arg(long, requires = "dump", conflicts_with_all = ["heat_map", "html", "reference"])]
     selftest: bool,
-    /// Judge the gradients of these layers alone, from the recorded output of the layer below on if the dump has it:
-    /// FIRST..END or FIRST.. (layers count from 0)
+    /// Judge the gradients of these layers alone, from the recorded output of the layer below on if
+    /// the dump has it: FIRST..END or FIRST.. (layers count from 0)
     #[arg(long, value_name = "LAYERS", value_parser = Span::parse, conflicts_with_all = ["head", "trainer"])]
     layers: Option<Span>,
-    /// Judge these rows of the batch alone, FIRST..END or FIRST..: their logits and hidden states, and the gradients if no
-    /// other row counts in the loss
+    /// Judge these rows of the batch alone, FIRST..END or FIRST..: their logits and hidden states,
+    /// and the gradients if no other row counts in the loss
     #[arg(long, value_name = "ROWS", value_parser = Span::parse, conflicts_with_all = ["head", "trainer"])]
     rows: Option<Span>,
     /// Judge the first tokens of each row alone, likewise
     #[arg(long, value_name = "N", conflicts_with_all = ["head", "trainer"])]
     tokens: Option<usize>,
-    /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not fit stays on the disk and
-    /// is read layer by layer
+    /// Memory that may be used, for instance 24GiB (default: what is free). A model that does not
+    /// fit stays on the disk and is read layer by layer
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<usize>,
 }
@@ -176,7 +183,11 @@ impl Watch for Spinner {
 
     fn layer(&self, layer: usize, backward: bool) {
         let (way, all) = (if backward { "backward" } else { "forward" }, self.layers.get());
-        self.bar.set_message(format!("{}, {way}, layer {} of {all}", self.what.borrow(), layer + 1));
+        self.bar.set_message(format!(
+            "{}, {way}, layer {} of {all}",
+            self.what.borrow(),
+            layer + 1
+        ));
     }
 }
 
@@ -233,8 +244,8 @@ fn must_be_a_dump(folder: &Path) -> Result<()> {
         "a folder without manifest.json"
     };
     let expected = "a dump: a folder with manifest.json and step.safetensors, one training step as \
-                    the Python package writes it with `with dump_step(model, \"dump\"): ...` around the step \
-                    (peft-limits validate --help has the whole format)";
+                    the Python package writes it with `with dump_step(model, \"dump\"): ...` \
+                    around the step (peft-limits validate --help has the whole format)";
     Err(Error::format(folder, "dump", expected, found))
 }
 
@@ -259,11 +270,19 @@ fn validate_step(args: &ValidateArgs) -> Result<Report> {
 }
 
 /// Reads the case and does something with it.
-fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) -> Result<T>) -> Result<T> {
+fn with_case<T>(
+    args: &ValidateArgs,
+    spinner: &Spinner,
+    judge: impl Fn(&Case) -> Result<T>,
+) -> Result<T> {
     let (paths, manifest, name) = match (&args.dump, &args.model, &args.reference) {
         (Some(folder), ..) => {
             if args.reference.is_some() {
-                return Err(Error::invalid("--reference", "given", "a dump folder holds its own step.safetensors"));
+                return Err(Error::invalid(
+                    "--reference",
+                    "given",
+                    "a dump folder holds its own step.safetensors",
+                ));
             }
             must_be_a_dump(folder)?;
             let (paths, manifest) = DumpPaths::of_folder(folder)?;
@@ -273,7 +292,13 @@ fn with_case<T>(args: &ValidateArgs, spinner: &Spinner, judge: impl Fn(&Case) ->
             let (model, adapter) = (model.clone(), args.adapter.clone());
             (DumpPaths { model, adapter, step: reference.clone() }, None, reference)
         }
-        _ => return Err(Error::invalid("--reference", "absent", "give a dump folder, or --model and --reference")),
+        _ => {
+            return Err(Error::invalid(
+                "--reference",
+                "absent",
+                "give a dump folder, or --model and --reference",
+            ));
+        }
     };
     let result = read_case(args, spinner, &paths, manifest.as_ref(), &name.display().to_string());
     let result = result.and_then(|case| judge(&case));
@@ -340,7 +365,9 @@ fn validate_device(args: &ValidateArgs) -> Result<Report> {
         }
     };
     let batch = match &args.reference {
-        Some(path) => crate::validate::dump::read_batch(&crate::tensor_file::TensorFile::open(path)?)?,
+        Some(path) => {
+            crate::validate::dump::read_batch(&crate::tensor_file::TensorFile::open(path)?)?
+        }
         None => random_batch(&model.config)?,
     };
     let memory = StepMemory::measure(&device, &model, &batch)?;
@@ -363,7 +390,8 @@ fn random_batch(config: &crate::model::ModelConfig) -> Result<crate::model::Batc
     use rand::RngExt;
     let mut rng = crate::streams::generator(1, "validate/batch", 0);
     let length = config.max_position_embeddings.min(32);
-    let ids = Array2::from_shape_simple_fn((2, length), || rng.random_range(0..config.vocab_size as u32));
+    let ids =
+        Array2::from_shape_simple_fn((2, length), || rng.random_range(0..config.vocab_size as u32));
     crate::model::Batch::new(ids.clone(), ids.mapv(i64::from))
 }
 
@@ -396,14 +424,16 @@ fn plant(args: &ValidateArgs) -> Result<ExitCode> {
 /// The last part of the heat map's name, to which `.svg` and `.png` are added.
 fn heat_map_stem(name: &Path) -> Result<&str> {
     let stem = name.file_name().and_then(|n| n.to_str());
-    stem.ok_or_else(|| Error::invalid("--heat-map", name.display(), "must end in a file name without extension"))
+    stem.ok_or_else(|| {
+        Error::invalid("--heat-map", name.display(), "must end in a file name without extension")
+    })
 }
 
 fn check_heat_map(name: &Path) -> Result<()> {
     let stem = heat_map_stem(name)?;
-    ["svg", "png"]
-        .iter()
-        .try_for_each(|end| check_file("--heat-map", &name.with_file_name(format!("{stem}.{end}")), &[]))
+    ["svg", "png"].iter().try_for_each(|end| {
+        check_file("--heat-map", &name.with_file_name(format!("{stem}.{end}")), &[])
+    })
 }
 
 /// Shares of the gradients' tolerances, layer by projection.
@@ -416,11 +446,19 @@ fn write_heat_map(report: &Report, name: &Path) -> Result<()> {
             let (layer, module, tensor) = place_of(&m.name);
             let short = module.trim_end_matches("_proj").replace("layernorm", "norm");
             // A share that is not finite is drawn as the worst that can be.
-            Some((layer?, format!("{short} {}", tensor.trim_start_matches("lora_")), m.share.clamp(1e-6, 1e9)))
+            Some((
+                layer?,
+                format!("{short} {}", tensor.trim_start_matches("lora_")),
+                m.share.clamp(1e-6, 1e9),
+            ))
         })
         .collect();
     if placed.is_empty() {
-        return Err(Error::invalid("--heat-map", "no gradients of layers", "there is nothing to draw"));
+        return Err(Error::invalid(
+            "--heat-map",
+            "no gradients of layers",
+            "there is nothing to draw",
+        ));
     }
     let mut columns: Vec<String> = Vec::new();
     for (_, column, _) in &placed {
@@ -428,7 +466,8 @@ fn write_heat_map(report: &Report, name: &Path) -> Result<()> {
             columns.push(column.clone());
         }
     }
-    let layers: Vec<usize> = placed.iter().map(|p| p.0).collect::<BTreeSet<_>>().into_iter().collect();
+    let layers: Vec<usize> =
+        placed.iter().map(|p| p.0).collect::<BTreeSet<_>>().into_iter().collect();
     let value = |layer: usize, column: &String| {
         placed.iter().find(|(l, c, _)| *l == layer && c == column).map_or(f64::NAN, |p| p.2)
     };

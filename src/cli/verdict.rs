@@ -9,7 +9,8 @@ use crate::validate::selftest::Planted;
 
 pub(super) fn print(report: &Report, all: bool) {
     let (products, weights) = &report.precision;
-    let precision = if products == weights { products.clone() } else { format!("{products} over {weights}") };
+    let precision =
+        if products == weights { products.clone() } else { format!("{products} over {weights}") };
     let loss = if report.reference_loss.is_nan() {
         String::new()
     } else {
@@ -25,7 +26,11 @@ pub(super) fn print(report: &Report, all: bool) {
             Outcome::Skipped(why) => ("-", why.clone()),
         };
         let share = if rung.tensors.is_empty() { String::new() } else { short_float(rung.share()) };
-        let line = format!("  {:<18} {result:<8} {:>9} {share:>9}  {note}", rung.name.name(), rung.tensors.len());
+        let line = format!(
+            "  {:<18} {result:<8} {:>9} {share:>9}  {note}",
+            rung.name.name(),
+            rung.tensors.len()
+        );
         println!("{}", line.trim_end());
         let shown = if all { usize::MAX } else { 3 };
         rung.problems.iter().take(shown).for_each(|problem| println!("  {:<18} {problem}", ""));
@@ -42,17 +47,23 @@ pub(super) fn print(report: &Report, all: bool) {
     print_not_exercised(report, all);
     println!();
     if report.passed {
-        println!("PASS: every gap is within {MULTIPLE} times what rounding to {precision} explains.");
+        println!(
+            "PASS: every gap is within {MULTIPLE} times what rounding to {precision} explains."
+        );
         let blurred = report.gradients().iter().filter(|m| m.rounding > 0.1).count();
         if blurred > 0 {
-            println!("      {blurred} gradients are tested weakly: rounding alone moves them by more than 10%.");
+            println!(
+                "      {blurred} gradients are tested weakly: rounding alone moves them by more \
+                 than 10%."
+            );
         }
         return;
     }
     println!("FAIL");
     if !report.rungs.iter().any(Rung::failed) {
         println!(
-            "      The dumped numbers agree with the reference; the trainer's backward is not the derivative of its own forward."
+            "      The dumped numbers agree with the reference; the trainer's backward is not the \
+             derivative of its own forward."
         );
         return;
     }
@@ -76,7 +87,9 @@ pub(super) fn print(report: &Report, all: bool) {
             n => format!(", {n} faults ruled out by a part of one"),
         };
         let steps = report.reference_steps;
-        println!("  No known fault explains all of it ({steps} steps of the reference tried{parts}).");
+        println!(
+            "  No known fault explains all of it ({steps} steps of the reference tried{parts})."
+        );
         if !report.left_out.is_empty() {
             let names = report.left_out.join(", ");
             println!("  The search stopped there, at five times a right step; not tried: {names}.");
@@ -93,11 +106,17 @@ fn print_ranks(report: &Report) {
         return;
     }
     println!();
-    println!("  {:<6} {:<12} {:>8} {:>8} {:>9}  worst of its gradients", "rank", "data", "tensors", "wrong", "share");
+    println!(
+        "  {:<6} {:<12} {:>8} {:>8} {:>9}  worst of its gradients",
+        "rank", "data", "tensors", "wrong", "share"
+    );
     for r in &report.ranks {
         let data = format!("{}..{}", r.span.0, r.span.1);
         let share = short_float(r.share);
-        println!("  {:<6} {data:<12} {:>8} {:>8} {share:>9}  {}", r.rank, r.tensors, r.wrong, r.worst);
+        println!(
+            "  {:<6} {data:<12} {:>8} {:>8} {share:>9}  {}",
+            r.rank, r.tensors, r.wrong, r.worst
+        );
     }
 }
 
@@ -157,8 +176,12 @@ fn worst(tensors: &[Measure]) -> String {
 }
 
 fn print_tensors(report: &Report, all: bool) {
-    let mut tensors: Vec<&Measure> =
-        report.rungs.iter().flat_map(|r| &r.tensors).filter(|m| m.worst.is_some() && m.name != "loss").collect();
+    let mut tensors: Vec<&Measure> = report
+        .rungs
+        .iter()
+        .flat_map(|r| &r.tensors)
+        .filter(|m| m.worst.is_some() && m.name != "loss")
+        .collect();
     if !all {
         tensors.sort_by(|a, b| b.share.total_cmp(&a.share));
         tensors.truncate(if report.passed { 3 } else { 8 });
@@ -172,7 +195,9 @@ fn print_tensors(report: &Report, all: bool) {
         "tensor", "gap", "rounding", "share", "cosine", "norms"
     );
     for m in tensors {
-        let entry = m.worst.map_or(String::new(), |(i, j, got, want)| format!("[{i}, {j}] {got:.4e}, {want:.4e}"));
+        let entry = m
+            .worst
+            .map_or(String::new(), |(i, j, got, want)| format!("[{i}, {j}] {got:.4e}, {want:.4e}"));
         println!(
             "  {:<46} {:>9} {:>9} {:>9} {:>8.4} {:>9}  {entry}",
             m.name.replace("model.layers.", ""),

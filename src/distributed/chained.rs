@@ -1,8 +1,9 @@
 //! The chained gradient with the tokens divided among ranks.
 //!
-//! Every rank makes the features of its rows. Without a mask two all-reduces carry the right moments
-//! Psi^T \[1 | V | R | V' * Z\] and the left ones U^T \[N | G' * W\]; under a causal mask the first is a prefix and the
-//! second a suffix sum over ranks. A last all-reduce carries dA, dB (or dW). Nothing that is sent grows with L.
+//! Every rank makes the features of its rows. Without a mask two all-reduces carry the right
+//! moments Psi^T \[1 | V | R | V' * Z\] and the left ones U^T \[N | G' * W\]; under a causal mask
+//! the first is a prefix and the second a suffix sum over ranks. A last all-reduce carries dA, dB
+//! (or dW). Nothing that is sent grows with L.
 
 use super::totals::{require_one_head, sum_over_ranks};
 use super::{Ranks, Scalar};
@@ -13,18 +14,21 @@ use crate::attention::{AttentionProblem, Request};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 
-/// Chained gradients of a head of which `problem` holds this rank's rows, in the order of the ranks.
+/// Chained gradients of a head of which `problem` holds this rank's rows, in the order of the
+/// ranks.
 ///
-/// dW, dA, dB, the loss and the counted operations are those of the whole head; O, dQ, dK, dV, the inverse denominators
-/// and the counted memory are this rank's. Equal to [`crate::attention::chained::gradients`] of the whole head up to the rounding of sums;
-/// under a causal mask the exact diagonal chunks begin at each rank's first row, so there the approximation itself
-/// is another one unless every rank's first row is a multiple of [`crate::attention::chained::CHUNK`], as
-/// [`super::rows::rows_of`] makes it for 256 tokens a rank or more.
+/// dW, dA, dB, the loss and the counted operations are those of the whole head; O, dQ, dK, dV, the
+/// inverse denominators and the counted memory are this rank's. Equal to
+/// [`crate::attention::chained::gradients`] of the whole head up to the rounding of sums; under a
+/// causal mask the exact diagonal chunks begin at each rank's first row, so there the approximation
+/// itself is another one unless every rank's first row is a multiple of
+/// [`crate::attention::chained::CHUNK`], as [`super::rows::rows_of`] makes it for 256 tokens a rank
+/// or more.
 ///
 /// # Errors
-/// As [`crate::attention::chained::gradients`], with rows counted from the head's first; [`Error::InvalidParam`] for a
-/// factorization that needs all rows in one process; [`Error::Mpi`] when the ranks' tasks differ;
-/// [`Error::OtherRank`] when another rank fails.
+/// As [`crate::attention::chained::gradients`], with rows counted from the head's first;
+/// [`Error::InvalidParam`] for a factorization that needs all rows in one process; [`Error::Mpi`]
+/// when the ranks' tasks differ; [`Error::OtherRank`] when another rank fails.
 pub fn gradients<T: Scalar>(
     ranks: &Ranks,
     problem: &AttentionProblem<T>,

@@ -1,12 +1,15 @@
-//! Gradients over many processes (feature `mpi`): every rank holds its own rows (tokens) of X, Y or G.
+//! Gradients over many processes (feature `mpi`): every rank holds its own rows (tokens) of X, Y or
+//! G.
 //!
 //! - [`ranks`]: the job, its collectives and the bytes they move;
 //! - [`rows`]: which rows a rank holds;
-//! - [`chained`]: the chained gradient: all-reduces of k x (d_v m) and smaller matrices, nothing that grows with L;
+//! - [`chained`]: the chained gradient: all-reduces of k x (d_v m) and smaller matrices, nothing
+//!   that grows with L;
 //! - [`ring`]: the exact streaming gradient: blocks of keys and values travel round a ring;
 //! - [`traffic`]: what both must move, in closed form.
 //!
-//! Formulas and measurements: `paper-notes/many-machines.md`. Start programs with `mpirun -n N` or `srun`.
+//! Formulas and measurements: `paper-notes/many-machines.md`. Start programs with `mpirun -n N` or
+//! `srun`.
 
 pub mod chained;
 pub mod ranks;

@@ -19,7 +19,8 @@ pub struct Job {
     _universe: Universe,
 }
 
-/// What a launcher sets for each process: Open MPI, PMIx (srun and others), PMI (MPICH, Intel MPI, srun).
+/// What a launcher sets for each process: Open MPI, PMIx (srun and others), PMI (MPICH, Intel MPI,
+/// srun).
 const LAUNCHERS: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE"];
 /// Where it says how many processes it started.
 const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
@@ -28,10 +29,13 @@ impl Job {
     /// The job that an MPI launcher started, or `None` for a process started by itself.
     ///
     /// # Errors
-    /// [`Error::Mpi`] when the library cannot be used from a program with threads, or sees fewer processes than the
-    /// launcher started: each would then do everything, over the others' files.
+    /// [`Error::Mpi`] when the library cannot be used from a program with threads, or sees fewer
+    /// processes than the launcher started: each would then do everything, over the others' files.
     pub fn launched() -> Result<Option<Self>> {
-        let started = SIZES.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok()).unwrap_or(1);
+        let started = SIZES
+            .iter()
+            .find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok())
+            .unwrap_or(1);
         if started < 2 && LAUNCHERS.iter().all(|name| std::env::var_os(name).is_none()) {
             return Ok(None);
         }
@@ -46,8 +50,8 @@ impl Job {
         let (rank, size) = (world.rank(), world.size());
         if (size as usize) < started {
             return Err(refused(&format!(
-                "the launcher started {started} processes but this program's MPI library sees {size}; use the launcher \
-                 of that library, with Slurm srun --mpi=pmix or --mpi=pmi2"
+                "the launcher started {started} processes but this program's MPI library sees \
+                 {size}; use the launcher of that library, with Slurm srun --mpi=pmix or --mpi=pmi2"
             )));
         }
         // Ranks in the opposite order: a prefix sum there is a suffix sum here.
@@ -63,7 +67,8 @@ impl Job {
         &self.ranks
     }
 
-    /// Ends every process of the job with an exit code; for a failure that the other ranks cannot know of.
+    /// Ends every process of the job with an exit code; for a failure that the other ranks cannot
+    /// know of.
     pub fn abort(&self, code: u8) -> ! {
         self.ranks.world.abort(i32::from(code))
     }
@@ -81,8 +86,8 @@ impl Drop for Job {
 /// Bytes that this rank handed to MPI.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Length of the vectors summed over all ranks. A ring or tree all-reduce of n bytes sends and receives
-    /// 2 (p - 1) / p n of them on each of p ranks.
+    /// Length of the vectors summed over all ranks. A ring or tree all-reduce of n bytes sends and
+    /// receives 2 (p - 1) / p n of them on each of p ranks.
     pub reduced: u64,
     /// Length of the vectors of prefix and suffix sums.
     pub scanned: u64,
@@ -190,10 +195,14 @@ impl Ranks {
         if largest[0] == -largest[1] {
             return Ok(());
         }
-        Err(Error::Mpi { op, reason: format!("the ranks were given different tasks; this one's is {description}") })
+        Err(Error::Mpi {
+            op,
+            reason: format!("the ranks were given different tasks; this one's is {description}"),
+        })
     }
 
-    /// Sends all of `block` to the next rank and receives the previous rank's, whose shape is `shape`.
+    /// Sends all of `block` to the next rank and receives the previous rank's, whose shape is
+    /// `shape`.
     pub fn pass_round<T: Scalar>(&self, block: &mut Array2<T>, shape: (usize, usize)) {
         let (rank, size) = (self.rank(), self.size());
         if size == 1 {
@@ -266,7 +275,8 @@ impl Ranks {
         Some((status.source_rank() as usize, bytes))
     }
 
-    /// The next message, however long it takes. Looks now and then, where MPI's own wait would keep a core busy.
+    /// The next message, however long it takes. Looks now and then, where MPI's own wait would keep
+    /// a core busy.
     pub fn wait_for_message(&self) -> (usize, Vec<u8>) {
         loop {
             match self.arrived() {

@@ -1,9 +1,10 @@
-//! The exact streaming gradient with the tokens divided among ranks: blocks of keys travel round a ring.
+//! The exact streaming gradient with the tokens divided among ranks: blocks of keys travel round a
+//! ring.
 //!
-//! Forward, a rank attends to one block after the other and merges by log-sum-exps: with l = log(e^l1 + e^l2),
-//! O = e^(l1 - l) O1 + e^(l2 - l) O2. Backward, the blocks travel again, and with each the sums dS^T W and P^T N of
-//! its keys, to which every rank adds its queries' part; one more step brings them home. Under a causal mask a rank
-//! passes on the blocks of later ranks unused.
+//! Forward, a rank attends to one block after the other and merges by log-sum-exps: with l =
+//! log(e^l1 + e^l2), O = e^(l1 - l) O1 + e^(l2 - l) O2. Backward, the blocks travel again, and with
+//! each the sums dS^T W and P^T N of its keys, to which every rank adds its queries' part; one more
+//! step brings them home. Under a causal mask a rank passes on the blocks of later ranks unused.
 
 use super::totals::{require_one_head, sum_over_ranks};
 use super::{Ranks, Scalar};
@@ -20,21 +21,32 @@ use ndarray::{Array1, Array2, ArrayView2, Zip, s};
 
 /// Exact gradients of a head of which `problem` holds this rank's rows, in the order of the ranks.
 ///
-/// dW, dA, dB, the loss and the counted operations are those of the whole head; O, dQ, dK, dV and the counted memory are
-/// this rank's: its own rows and two blocks of keys.
+/// dW, dA, dB, the loss and the counted operations are those of the whole head; O, dQ, dK, dV and
+/// the counted memory are this rank's: its own rows and two blocks of keys.
 ///
 /// # Errors
-/// [`crate::Error::InvalidParam`] for [`Request::Adapters`] without adapters; [`crate::Error::Mpi`] when the ranks'
-/// tasks differ.
-pub fn gradients<T: Scalar>(ranks: &Ranks, problem: &AttentionProblem<T>, request: Request) -> Result<Gradients<T>> {
+/// [`crate::Error::InvalidParam`] for [`Request::Adapters`] without adapters; [`crate::Error::Mpi`]
+/// when the ranks' tasks differ.
+pub fn gradients<T: Scalar>(
+    ranks: &Ranks,
+    problem: &AttentionProblem<T>,
+    request: Request,
+) -> Result<Gradients<T>> {
     require_one_head(ranks, "streaming gradient", problem, request, "streaming")?;
     let mut cost = Cost::default();
     let projected = problem.project(&mut cost);
-    let contraction = together::<T, _>(ranks, Contraction::new(problem, &projected, request, &mut cost))?;
+    let contraction =
+        together::<T, _>(ranks, Contraction::new(problem, &projected, request, &mut cost))?;
     let Qkv { query, key, value } = &projected.qkv;
     let scaled_query = query.mapv(|x| x * T::of(problem.beta()));
-    let ring = Ring { ranks, rows: ranks.gather_counts(key.nrows()), problem, queries: scaled_query.view() };
-    let (output, value_right, log_sum_exp) = ring.forward(key, value, &contraction.value_right, &mut cost);
+    let ring = Ring {
+        ranks,
+        rows: ranks.gather_counts(key.nrows()),
+        problem,
+        queries: scaled_query.view(),
+    };
+    let (output, value_right, log_sum_exp) =
+        ring.forward(key, value, &contraction.value_right, &mut cost);
     let upstream = upstream_gradient(problem, &output);
     let value_left = contraction.value_left(problem, upstream.view(), &mut cost);
     let delta = deltas(upstream.view(), output.view());
@@ -47,7 +59,8 @@ pub fn gradients<T: Scalar>(ranks: &Ranks, problem: &AttentionProblem<T>, reques
     };
     // For all gradients Z is K itself, which travels anyway.
     let score_right = (request == Request::Adapters).then_some(&contraction.score_right);
-    let (score_right, score_left, value_left) = ring.backward(key, value, score_right, &here, &mut cost);
+    let (score_right, score_left, value_left) =
+        ring.backward(key, value, score_right, &here, &mut cost);
     let products = Products { output, value_right, score_right, score_left, value_left };
     sum_over_ranks(ranks, contraction.finish(problem, &projected, &upstream, products, cost))
 }
@@ -76,7 +89,8 @@ impl<T: Scalar> Ring<'_, T> {
         (self.ranks.rank() + self.ranks.size() - steps % self.ranks.size()) % self.ranks.size()
     }
 
-    /// The mask between this rank's queries and the keys of `owner`; `None` when no pair is visible.
+    /// The mask between this rank's queries and the keys of `owner`; `None` when no pair is
+    /// visible.
     fn mask(&self, owner: usize) -> Option<Mask> {
         match self.problem.mask() {
             Mask::Full => Some(Mask::Full),
@@ -111,7 +125,8 @@ impl<T: Scalar> Ring<'_, T> {
         cost.hold(2 * largest * block.ncols());
         let mut output = Array2::zeros((queries, value.ncols()));
         let mut value_right = Array2::zeros((queries, right.ncols()));
-        let start = if self.problem.softmax() == SoftmaxKind::One { T::zero() } else { T::neg_infinity() };
+        let start =
+            if self.problem.softmax() == SoftmaxKind::One { T::zero() } else { T::neg_infinity() };
         let mut log_sum_exp = Array1::from_elem(queries, start);
         for steps in 0..self.ranks.size() {
             if let Some(mask) = self.mask(self.owner(steps)) {
@@ -138,7 +153,8 @@ impl<T: Scalar> Ring<'_, T> {
         (output, value_right, log_sum_exp)
     }
 
-    /// dS Z of this rank's queries, and dS^T W and P^T N of its keys. `right` is Z unless that is K.
+    /// dS Z of this rank's queries, and dS^T W and P^T N of its keys. `right` is Z unless that is
+    /// K.
     fn backward(
         &self,
         key: &Array2<T>,
@@ -149,7 +165,8 @@ impl<T: Scalar> Ring<'_, T> {
     ) -> (Array2<T>, Array2<T>, Array2<T>) {
         let (d, end) = (key.ncols(), key.ncols() + value.ncols());
         let columns = right.map_or(d, Array2::ncols);
-        let (m, sums) = (here.score_left.ncols(), here.score_left.ncols() + here.value_left.ncols());
+        let (m, sums) =
+            (here.score_left.ncols(), here.score_left.ncols() + here.value_left.ncols());
         let mut block = side_by_side(key.view(), value.view());
         if let Some(right) = right {
             block = side_by_side(block.view(), right.view());
@@ -172,7 +189,9 @@ impl<T: Scalar> Ring<'_, T> {
                 };
                 let (rows, blocks) = backward(&pass, &sides, cost);
                 score_right += &rows;
-                Zip::from(&mut key_side).and(&key_rows(blocks.view(), block.nrows())).for_each(|a, &x| *a += x);
+                Zip::from(&mut key_side)
+                    .and(&key_rows(blocks.view(), block.nrows()))
+                    .for_each(|a, &x| *a += x);
             }
             if steps + 1 < self.ranks.size() {
                 self.step(&mut block, steps);
@@ -181,7 +200,8 @@ impl<T: Scalar> Ring<'_, T> {
             self.step(&mut key_side, steps);
         }
         cost.release(2 * largest * (block.ncols() + sums));
-        let (left, value_left) = (key_side.slice(s![.., ..m]).to_owned(), key_side.slice(s![.., m..]).to_owned());
+        let (left, value_left) =
+            (key_side.slice(s![.., ..m]).to_owned(), key_side.slice(s![.., m..]).to_owned());
         (score_right, left, value_left)
     }
 }

@@ -8,9 +8,9 @@ use crate::linalg::Real;
 use ndarray::{ArcArray2, Array2, s};
 use std::ops::Range;
 
-/// Rows of `rank` when `rows` are divided among `ranks`: whole chunks of [`CHUNK`] rows where there are enough, so that
-/// the exact diagonal of a causal chain is the same for any number of ranks; single rows otherwise. The first ranks
-/// hold one more where they do not divide.
+/// Rows of `rank` when `rows` are divided among `ranks`: whole chunks of [`CHUNK`] rows where there
+/// are enough, so that the exact diagonal of a causal chain is the same for any number of ranks;
+/// single rows otherwise. The first ranks hold one more where they do not divide.
 ///
 /// ```
 /// use peft_limits::distributed::rows::rows_of;
@@ -24,7 +24,11 @@ use std::ops::Range;
 /// [`Error::InvalidParam`] when there are fewer rows than ranks.
 pub fn rows_of(rows: usize, rank: usize, ranks: usize) -> Result<Range<usize>> {
     if rows < ranks {
-        return Err(Error::invalid("ranks", ranks, format!("must be at most the number of tokens, {rows}")));
+        return Err(Error::invalid(
+            "ranks",
+            ranks,
+            format!("must be at most the number of tokens, {rows}"),
+        ));
     }
     let unit = if rows.div_ceil(CHUNK) >= ranks { CHUNK } else { 1 };
     let units = rows.div_ceil(unit);
@@ -36,7 +40,11 @@ pub fn rows_of(rows: usize, rank: usize, ranks: usize) -> Result<Range<usize>> {
 ///
 /// # Errors
 /// Those of [`rows_of`].
-pub fn shard<T: Real>(problem: &AttentionProblem<T>, rank: usize, ranks: usize) -> Result<AttentionProblem<T>> {
+pub fn shard<T: Real>(
+    problem: &AttentionProblem<T>,
+    rank: usize,
+    ranks: usize,
+) -> Result<AttentionProblem<T>> {
     let queries = rows_of(problem.num_queries(), rank, ranks)?;
     let keys = rows_of(problem.num_keys(), rank, ranks)?;
     let rows = |a: &Array2<T>, range: &Range<usize>| a.slice(s![range.clone(), ..]).to_owned();
@@ -48,8 +56,11 @@ pub fn shard<T: Real>(problem: &AttentionProblem<T>, rank: usize, ranks: usize) 
         }),
         Source::Hidden(hidden) => {
             let x = &hidden.inputs;
-            let query: ArcArray2<T> = x.query.slice(s![queries.clone(), ..]).to_owned().into_shared();
-            let of_keys = |other: &ArcArray2<T>| match other.as_ptr() == x.query.as_ptr() && queries == keys {
+            let query: ArcArray2<T> =
+                x.query.slice(s![queries.clone(), ..]).to_owned().into_shared();
+            let of_keys = |other: &ArcArray2<T>| match other.as_ptr() == x.query.as_ptr()
+                && queries == keys
+            {
                 true => query.clone(),
                 false => other.slice(s![keys.clone(), ..]).to_owned().into_shared(),
             };

@@ -18,7 +18,8 @@ pub(super) fn require_one_head<T: Scalar>(
     method: &str,
 ) -> Result<()> {
     let adapters = problem.adapters();
-    let shapes: Vec<_> = adapters.named().map(|(_, a)| a.map(|a| (a.lora_b.dim(), a.lora_a.dim()))).into();
+    let shapes: Vec<_> =
+        adapters.named().map(|(_, a)| a.map(|a| (a.lora_b.dim(), a.lora_a.dim()))).into();
     let description = format!(
         "{method}, {request:?}, {:?}, {:?}, beta {}, d_h {}, d_v {}, adapters {shapes:?}, {}, {}",
         problem.mask(),
@@ -32,11 +33,15 @@ pub(super) fn require_one_head<T: Scalar>(
     ranks.require_same(op, &description)
 }
 
-/// Replaces dW, dA, dB, the loss and the counted operations, which are sums over rows, by their sums over all ranks.
+/// Replaces dW, dA, dB, the loss and the counted operations, which are sums over rows, by their
+/// sums over all ranks.
 ///
 /// # Errors
 /// Those of the transport.
-pub(super) fn sum_over_ranks<T: Scalar>(ranks: &Ranks, mut gradients: Gradients<T>) -> Result<Gradients<T>> {
+pub(super) fn sum_over_ranks<T: Scalar>(
+    ranks: &Ranks,
+    mut gradients: Gradients<T>,
+) -> Result<Gradients<T>> {
     let Gradients { weight, lora_a, lora_b, loss, cost, .. } = &mut gradients;
     let sets = [weight, lora_a, lora_b];
     let mut matrices: Vec<&mut Array2<T>> = sets
@@ -59,6 +64,7 @@ pub(super) fn sum_over_ranks<T: Scalar>(ranks: &Ranks, mut gradients: Gradients<
     if let Some(loss) = loss {
         *loss = sums[0];
     }
-    [cost.multiply_adds, cost.exponentials, cost.elementwise] = [sums[1], sums[2], sums[3]].map(|n| n as u64);
+    [cost.multiply_adds, cost.exponentials, cost.elementwise] =
+        [sums[1], sums[2], sums[3]].map(|n| n as u64);
     Ok(gradients)
 }

@@ -30,8 +30,11 @@ impl Columns {
     pub fn of<T: Real>(problem: &AttentionProblem<T>, request: Request) -> Self {
         let adapters = problem.adapters();
         let rank = |letter: char| adapters.letter(letter).map_or(0, |a| a.lora_a.nrows());
-        let factors: usize =
-            adapters.named().iter().filter_map(|(_, a)| a.map(|a| a.lora_a.len() + a.lora_b.len())).sum();
+        let factors: usize = adapters
+            .named()
+            .iter()
+            .filter_map(|(_, a)| a.map(|a| a.lora_a.len() + a.lora_b.len()))
+            .sum();
         let all = request == Request::All;
         let (head_dim, value_dim) = (problem.head_dim(), problem.value_dim());
         let weights = problem
@@ -60,19 +63,24 @@ impl Columns {
         rank * (self.value_left + (self.value_dim + 1) * self.scores)
     }
 
-    /// Bytes of a chained gradient with k feature columns of `width` bytes, apart from the few numbers by which ranks
-    /// agree and those of the factorization's means and maxima. It does not depend on L or on the number of ranks.
+    /// Bytes of a chained gradient with k feature columns of `width` bytes, apart from the few
+    /// numbers by which ranks agree and those of the factorization's means and maxima. It does not
+    /// depend on L or on the number of ranks.
     pub fn chained(&self, rank: usize, width: usize) -> Traffic {
         let (right, left) = (self.right_moments(rank), self.left_moments(rank));
         let bytes = |numbers: usize| (numbers * width) as u64;
         let (reduced, scanned) = if self.causal { (0, right + left) } else { (right + left, 0) };
-        Traffic { reduced: bytes(reduced + self.gradients), scanned: bytes(scanned), ..Traffic::default() }
+        Traffic {
+            reduced: bytes(reduced + self.gradients),
+            scanned: bytes(scanned),
+            ..Traffic::default()
+        }
     }
 
     /// Bytes that rank `rank` sends in the ring, `rows` being the key rows of every rank.
     ///
-    /// Forward \[K | V | R\] of all blocks but the one that comes to it last, backward \[K | V | Z\] likewise and
-    /// \[dS^T W | P^T N\] of every block.
+    /// Forward \[K | V | R\] of all blocks but the one that comes to it last, backward \[K | V |
+    /// Z\] likewise and \[dS^T W | P^T N\] of every block.
     pub fn ring(&self, rows: &[usize], rank: usize, width: usize) -> Traffic {
         let total: usize = rows.iter().sum();
         if rows.len() < 2 {
@@ -82,7 +90,12 @@ impl Columns {
         let passed = total - rows[(rank + 1) % rows.len()];
         let keys = self.head_dim + self.value_dim;
         let right = if self.all { 0 } else { self.scores };
-        let numbers = passed * (2 * keys + self.value_right + right) + total * (self.scores + self.value_left);
-        Traffic { reduced: (self.gradients * width) as u64, sent: (numbers * width) as u64, ..Traffic::default() }
+        let numbers = passed * (2 * keys + self.value_right + right)
+            + total * (self.scores + self.value_left);
+        Traffic {
+            reduced: (self.gradients * width) as u64,
+            sent: (numbers * width) as u64,
+            ..Traffic::default()
+        }
     }
 }

@@ -16,7 +16,12 @@ impl<B: Engine> Opened<B> {
         let needed = elements as u128 * size_of::<f32>() as u128;
         let limit = u128::from(self.info.max_buffer_bytes);
         if needed > limit {
-            return Err(Error::TooLarge { what: format!("{what} on {}", self.info), needed, limit, unit: "bytes" });
+            return Err(Error::TooLarge {
+                what: format!("{what} on {}", self.info),
+                needed,
+                limit,
+                unit: "bytes",
+            });
         }
         Ok(())
     }
@@ -24,10 +29,15 @@ impl<B: Engine> Opened<B> {
     /// Copies a matrix to the device as f32.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a matrix without entries, [`Error::TooLarge`] above the device's largest buffer.
+    /// [`Error::InvalidParam`] for a matrix without entries, [`Error::TooLarge`] above the device's
+    /// largest buffer.
     pub fn upload<T: Real>(&self, name: &str, a: ArrayView2<T>) -> Result<Tensor<B, 2>> {
         if a.is_empty() {
-            return Err(Error::invalid(name, format!("{:?}", a.dim()), "an empty matrix cannot be sent to a device"));
+            return Err(Error::invalid(
+                name,
+                format!("{:?}", a.dim()),
+                "an empty matrix cannot be sent to a device",
+            ));
         }
         self.check_buffer(name, a.len())?;
         let numbers: Vec<f32> = a.iter().map(|x| x.widen() as f32).collect();
@@ -42,7 +52,9 @@ impl<B: Engine> Opened<B> {
         let [rows, columns] = a.dims();
         let data = a.try_into_data().map_err(|e| self.failure("reading a tensor back", &e))?;
         let numbers = data.convert::<f32>().into_vec::<f32>();
-        let numbers = numbers.map_err(|e| self.failure("reading a tensor back", &format!("{e:?}")))?;
-        Array2::from_shape_vec((rows, columns), numbers).map_err(|e| self.failure("reading a tensor back", &e))
+        let numbers =
+            numbers.map_err(|e| self.failure("reading a tensor back", &format!("{e:?}")))?;
+        Array2::from_shape_vec((rows, columns), numbers)
+            .map_err(|e| self.failure("reading a tensor back", &e))
     }
 }

@@ -10,7 +10,9 @@ use cudarc::driver::CudaContext;
 /// Devices, or why there is none. Loading the driver library panics where it is absent.
 fn count() -> Result<usize> {
     guarded("the CUDA driver", "listing devices", || {
-        CudaContext::device_count().map(|n| n.max(0) as usize).map_err(|e| failure("listing devices", &e))
+        CudaContext::device_count()
+            .map(|n| n.max(0) as usize)
+            .map_err(|e| failure("listing devices", &e))
     })
 }
 
@@ -44,12 +46,16 @@ pub(super) fn list() -> Vec<DeviceInfo> {
 
 /// Opens device `index`.
 pub(super) fn open(index: usize) -> Result<(CudaDevice, DeviceInfo)> {
-    let none = |found: String| Error::NoDevice { wanted: DeviceChoice::Cuda(index).to_string(), found };
+    let none =
+        |found: String| Error::NoDevice { wanted: DeviceChoice::Cuda(index).to_string(), found };
     match count() {
-        Err(_) => {
-            Err(none("no CUDA driver (libcuda) was found on this machine; use --device gpu or --device cpu".into()))
+        Err(_) => Err(none(
+            "no CUDA driver (libcuda) was found on this machine; use --device gpu or --device cpu"
+                .into(),
+        )),
+        Ok(0) => {
+            Err(none("the CUDA driver finds no device; use --device gpu or --device cpu".into()))
         }
-        Ok(0) => Err(none("the CUDA driver finds no device; use --device gpu or --device cpu".into())),
         Ok(n) if index >= n => Err(none(format!("the CUDA driver finds {n}, numbered from 0"))),
         Ok(_) => Ok((CudaDevice::new(index), describe(index)?)),
     }

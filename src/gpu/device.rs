@@ -114,13 +114,14 @@ impl Device {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] when it is not there, is the processor, or this build lacks its feature; [`Error::Device`]
-    /// when the driver refuses.
+    /// [`Error::NoDevice`] when it is not there, is the processor, or this build lacks its feature;
+    /// [`Error::Device`] when the driver refuses.
     pub fn open(choice: DeviceChoice) -> Result<Self> {
         guarded(&choice.to_string(), "opening the device", || match choice {
-            DeviceChoice::Cpu => {
-                Err(Error::NoDevice { wanted: choice.to_string(), found: "the processor is not a GPU device".into() })
-            }
+            DeviceChoice::Cpu => Err(Error::NoDevice {
+                wanted: choice.to_string(),
+                found: "the processor is not a GPU device".into(),
+            }),
             DeviceChoice::Gpu(index) => {
                 let (device, info) = wgpu_adapters::open(index)?;
                 Ok(Device::Wgpu(Opened { device, info }))
@@ -173,11 +174,17 @@ impl Device {
         let op = "reading the device's memory";
         let usage = guarded(&self.info().to_string(), op, || {
             let usage = match self {
-                Device::Wgpu(on) => burn::backend::wgpu::WgpuRuntime::client(&on.device).memory_usage(),
+                Device::Wgpu(on) => {
+                    burn::backend::wgpu::WgpuRuntime::client(&on.device).memory_usage()
+                }
                 #[cfg(feature = "cuda")]
                 Device::Cuda(on) => cubecl::cuda::CudaRuntime::client(&on.device).memory_usage(),
             };
-            usage.map_err(|e| Error::Device { op, device: self.info().to_string(), reason: format!("{e:?}") })
+            usage.map_err(|e| Error::Device {
+                op,
+                device: self.info().to_string(),
+                reason: format!("{e:?}"),
+            })
         })?;
         Ok(DeviceMemory { in_use_bytes: usage.bytes_in_use, reserved_bytes: usage.bytes_reserved })
     }

@@ -1,8 +1,9 @@
 //! Panics inside the GPU engine become errors.
 //!
-//! Burn and CubeCL panic where a driver fails (out of memory, device lost, a kernel that does not compile), some of
-//! them on a thread of their own. While guarded work runs, such a panic is not printed; its message becomes the reason
-//! of [`Error::Device`]. Panics of code outside the engine and its drivers are printed and passed on as ever.
+//! Burn and CubeCL panic where a driver fails (out of memory, device lost, a kernel that does not
+//! compile), some of them on a thread of their own. While guarded work runs, such a panic is not
+//! printed; its message becomes the reason of [`Error::Device`]. Panics of code outside the engine
+//! and its drivers are printed and passed on as ever.
 
 use crate::error::{Error, Result};
 use std::cell::Cell;
@@ -54,7 +55,11 @@ fn install() {
 ///
 /// # Errors
 /// Those of `work`; [`Error::Device`].
-pub(super) fn guarded<T>(device: &str, op: &'static str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(super) fn guarded<T>(
+    device: &str,
+    op: &'static str,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
     install();
     let nested = DEPTH.get() > 0;
     if !nested {
@@ -63,7 +68,11 @@ pub(super) fn guarded<T>(device: &str, op: &'static str, work: impl FnOnce() -> 
     DEPTH.set(DEPTH.get() + 1);
     let outcome = catch_unwind(AssertUnwindSafe(work));
     DEPTH.set(DEPTH.get() - 1);
-    let failed = |reasons: Vec<String>| Error::Device { op, device: device.to_string(), reason: one_line(&reasons) };
+    let failed = |reasons: Vec<String>| Error::Device {
+        op,
+        device: device.to_string(),
+        reason: one_line(&reasons),
+    };
     match outcome {
         Ok(result) if nested => result,
         Ok(result) => match take_faults() {
@@ -94,7 +103,9 @@ mod tests {
 
     #[test]
     fn panics_become_errors_that_name_device_operation_and_reason() {
-        let error = guarded::<()>("gpu:0 (test)", "streaming gradient", || panic!("out of\n memory")).unwrap_err();
+        let error =
+            guarded::<()>("gpu:0 (test)", "streaming gradient", || panic!("out of\n memory"))
+                .unwrap_err();
         assert_eq!(error.to_string(), "streaming gradient on gpu:0 (test) failed: out of memory");
         assert_eq!(guarded("gpu:0", "x", || Ok(3)).unwrap(), 3);
     }

@@ -1,8 +1,8 @@
 //! Matrix products on a device, in a precision that is chosen and not left to the engine.
 //!
-//! Burn's own `matmul` multiplies f32 matrices on tensor cores where it finds them, which round each operand to TF32: 10
-//! bits, a relative error near 5e-4, five times what this crate promises. Here f32 means f32; TF32 and the half
-//! formats are an option, and all of them add up in f32.
+//! Burn's own `matmul` multiplies f32 matrices on tensor cores where it finds them, which round
+//! each operand to TF32: 10 bits, a relative error near 5e-4, five times what this crate promises.
+//! Here f32 means f32; TF32 and the half formats are an option, and all of them add up in f32.
 
 use super::device::Opened;
 use crate::device::ProductPrecision as Precision;
@@ -24,8 +24,13 @@ pub trait Engine: Backend {
     /// `a b` over the last two axes; leading axes must be equal. `[.., m, k]` by `[.., k, n]`.
     ///
     /// # Panics
-    /// If shapes disagree or the device has no such product: within [`super::Device::run`] an [`Error::Device`].
-    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, precision: Precision) -> Tensor<Self, D>;
+    /// If shapes disagree or the device has no such product: within [`super::Device::run`] an
+    /// [`Error::Device`].
+    fn product<const D: usize>(
+        a: Tensor<Self, D>,
+        b: Tensor<Self, D>,
+        precision: Precision,
+    ) -> Tensor<Self, D>;
 }
 
 impl<R, BT> Engine for CubeBackend<R, f32, i32, BT>
@@ -37,15 +42,19 @@ where
     fn has(device: &Self::Device, precision: Precision) -> bool {
         match precision {
             Precision::F32 => true,
-            Precision::Tf32 => {
-                R::client(device).properties().supports_type(cubecl::tf32::as_type_native_unchecked().storage_type())
-            }
+            Precision::Tf32 => R::client(device)
+                .properties()
+                .supports_type(cubecl::tf32::as_type_native_unchecked().storage_type()),
             Precision::Bf16 => Self::supports_dtype(device, DType::BF16),
             Precision::F16 => Self::supports_dtype(device, DType::F16),
         }
     }
 
-    fn product<const D: usize>(a: Tensor<Self, D>, b: Tensor<Self, D>, precision: Precision) -> Tensor<Self, D> {
+    fn product<const D: usize>(
+        a: Tensor<Self, D>,
+        b: Tensor<Self, D>,
+        precision: Precision,
+    ) -> Tensor<Self, D> {
         let mut shape = a.dims();
         let [m, n] = [a.dims()[D - 2], b.dims()[D - 1]];
         assert!(
@@ -95,7 +104,11 @@ impl<B: Engine> Opened<B> {
             return Ok(());
         }
         let all = self.precisions().iter().map(Precision::to_string).collect::<Vec<_>>().join(", ");
-        Err(Error::invalid("products", precision, format!("must be one that {} has: {all}", self.info)))
+        Err(Error::invalid(
+            "products",
+            precision,
+            format!("must be one that {} has: {all}", self.info),
+        ))
     }
 }
 

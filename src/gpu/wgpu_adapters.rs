@@ -62,33 +62,44 @@ pub(super) fn open(index: usize) -> Result<(WgpuDevice, DeviceInfo)> {
     if found.is_empty() {
         return Err(Error::NoDevice {
             wanted,
-            found: "no Vulkan, Metal or DirectX 12 device was found; install the GPU's driver (for a software device on \
-                    Debian: mesa-vulkan-drivers and libvulkan1, with XDG_RUNTIME_DIR set to a folder), or use --device cpu"
-                .into(),
+            found:
+                "no Vulkan, Metal or DirectX 12 device was found; install the GPU's driver (for \
+                    a software device on Debian: mesa-vulkan-drivers and libvulkan1, with \
+                    XDG_RUNTIME_DIR set to a folder), or use --device cpu"
+                    .into(),
         });
     }
     if index >= found.len() {
-        let list: Vec<String> = found.iter().enumerate().map(|(i, a)| describe(i, a).to_string()).collect();
-        return Err(Error::NoDevice { wanted, found: format!("there is only {}", list.join(", ")) });
+        let list: Vec<String> =
+            found.iter().enumerate().map(|(i, a)| describe(i, a).to_string()).collect();
+        return Err(Error::NoDevice {
+            wanted,
+            found: format!("there is only {}", list.join(", ")),
+        });
     }
     let adapter = found.swap_remove(index);
     let info = describe(index, &adapter);
     let request = wgpu::DeviceDescriptor {
         label: None,
-        required_features: adapter.features() - Features::MAPPABLE_PRIMARY_BUFFERS - Features::all_experimental_mask(),
+        required_features: adapter.features()
+            - Features::MAPPABLE_PRIMARY_BUFFERS
+            - Features::all_experimental_mask(),
         required_limits: adapter.limits(),
         memory_hints: wgpu::MemoryHints::MemoryUsage,
         ..Default::default()
     };
-    let (device, queue) = block_on(adapter.request_device(&request)).map_err(|e| Error::Device {
-        op: "opening the device",
-        device: info.to_string(),
-        reason: e.to_string(),
+    let (device, queue) = block_on(adapter.request_device(&request)).map_err(|e| {
+        Error::Device { op: "opening the device", device: info.to_string(), reason: e.to_string() }
     })?;
     device.on_uncaptured_error(std::sync::Arc::new(|e: wgpu::Error| guard::report(e.to_string())));
-    device.set_device_lost_callback(|reason, text| guard::report(format!("device lost ({reason:?}) {text}")));
+    device.set_device_lost_callback(|reason, text| {
+        guard::report(format!("device lost ({reason:?}) {text}"))
+    });
     let backend = adapter.get_info().backend;
-    let handle = init_device(WgpuSetup { instance, adapter, device, queue, backend }, RuntimeOptions::default());
+    let handle = init_device(
+        WgpuSetup { instance, adapter, device, queue, backend },
+        RuntimeOptions::default(),
+    );
     opened.insert(index, (handle.clone(), info.clone()));
     Ok((handle, info))
 }

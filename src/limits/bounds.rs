@@ -1,7 +1,8 @@
-//! Certified error of a chained gradient: from the uniform error of exp, link by link, to dA and dB.
+//! Certified error of a chained gradient: from the uniform error of exp, link by link, to dA and
+//! dB.
 //!
-//! Derivation: paper-notes/factorizations-and-bounds.md, section 3. With |E^_ij - E_ij| <= eta on every visible pair and
-//! n_i visible keys,
+//! Derivation: paper-notes/factorizations-and-bounds.md, section 3. With |E^_ij - E_ij| <= eta on
+//! every visible pair and n_i visible keys,
 //!
 //! ```text
 //! rho_i   = 2 n_i eta / D^_i                                       >= ||P^_i - P_i||_1
@@ -10,8 +11,9 @@
 //! |L^T (dS^ - dS) R|_F <= min(sum_i |L_i| tau_i, |L|_2 (sum_i tau_i^2)^1/2) max_j |R_j - r0|
 //! ```
 //!
-//! with v = max_j |V_j - v0|. Everything on the right is known after the chained gradient: no exact quantity enters.
-//! v0 and r0 are the means for the standard softmax, whose rows of P and dS keep their sums, and 0 for `One`.
+//! with v = max_j |V_j - v0|. Everything on the right is known after the chained gradient: no exact
+//! quantity enters. v0 and r0 are the means for the standard softmax, whose rows of P and dS keep
+//! their sums, and 0 for `One`.
 
 use crate::attention::chained::ChainedGradients;
 use crate::attention::contraction::upstream_gradient;
@@ -41,8 +43,8 @@ pub struct GradientBound {
     pub gradients: Vec<(String, f64)>,
     /// Frobenius error of all of them together.
     pub total: f64,
-    /// `total` relative to the exact gradient's Frobenius norm, of which a lower bound is the approximate one less
-    /// `total`; infinite when that is not positive.
+    /// `total` relative to the exact gradient's Frobenius norm, of which a lower bound is the
+    /// approximate one less `total`; infinite when that is not positive.
     pub relative: f64,
 }
 
@@ -103,19 +105,44 @@ impl BoundInputs {
         let mut products = Vec::new();
         let beta = problem.beta();
         match problem.hidden() {
-            Some(h) if has_adapters(problem) => adapter_products(problem, projected, h, centred, &mut products)?,
+            Some(h) if has_adapters(problem) => {
+                adapter_products(problem, projected, h, centred, &mut products)?
+            }
             _ => {
-                products.push(Product::new("dQ", Kind::ScoreRows, beta, None, key.view(), centred)?);
-                products.push(Product::new("dK", Kind::Scores, beta, Some(query.view()), identity(), centred)?);
+                products.push(Product::new(
+                    "dQ",
+                    Kind::ScoreRows,
+                    beta,
+                    None,
+                    key.view(),
+                    centred,
+                )?);
+                products.push(Product::new(
+                    "dK",
+                    Kind::Scores,
+                    beta,
+                    Some(query.view()),
+                    identity(),
+                    centred,
+                )?);
                 products.push(Product::new("dV", Kind::Values, 1.0, None, identity::<T>(), false)?);
             }
         }
-        Ok(Self { value_radius: radius(value64.view(), &value_centre), value_centre, visible, products })
+        Ok(Self {
+            value_radius: radius(value64.view(), &value_centre),
+            value_centre,
+            visible,
+            products,
+        })
     }
 
     /// rho from eta and 1 / D^.
     pub fn probability_errors(&self, exp_error: f64, inverse_denominators: &[f64]) -> Vec<f64> {
-        self.visible.iter().zip(inverse_denominators).map(|(n, inverse)| 2.0 * n * exp_error * inverse).collect()
+        self.visible
+            .iter()
+            .zip(inverse_denominators)
+            .map(|(n, inverse)| 2.0 * n * exp_error * inverse)
+            .collect()
     }
 
     /// Errors of the rows of O from those of P.
@@ -138,7 +165,9 @@ impl BoundInputs {
                 let length = norms::frobenius(&upstream.row(i));
                 let off_centre = norms::frobenius(&(&output.row(i) - &self.value_centre).view());
                 // |(dS^ - dS)_i|_1 <= |P^ - P|_1 max |h^| + max |h^ - h|, h_ij = G_i.(V_j - O_i).
-                probabilities[i] * length * (v + off_centre) + upstream_errors[i] * 2.0 * v + length * output_errors[i]
+                probabilities[i] * length * (v + off_centre)
+                    + upstream_errors[i] * 2.0 * v
+                    + length * output_errors[i]
             })
             .collect()
     }
@@ -160,13 +189,16 @@ impl BoundInputs {
                 Kind::Values => (0..probabilities.len())
                     .map(|i| {
                         let length = norms::frobenius(&upstream.row(i));
-                        p.spectral * (length * probabilities[i] * p.right_radius + upstream_errors[i] * p.right_length)
+                        p.spectral
+                            * (length * probabilities[i] * p.right_radius
+                                + upstream_errors[i] * p.right_length)
                     })
                     .sum(),
                 Kind::ValuesByUpstream => (0..probabilities.len())
                     .map(|i| {
                         let length = norms::frobenius(&upstream.row(i));
-                        probabilities[i] * p.right_radius * length + p.right_length * upstream_errors[i]
+                        probabilities[i] * p.right_radius * length
+                            + p.right_length * upstream_errors[i]
                     })
                     .sum(),
             };
@@ -175,7 +207,8 @@ impl BoundInputs {
         self.products.iter().map(of).collect()
     }
 
-    /// The whole chain for a chained gradient, from a uniform error of exp(S - shift) on the visible pairs.
+    /// The whole chain for a chained gradient, from a uniform error of exp(S - shift) on the
+    /// visible pairs.
     ///
     /// Under a causal mask the diagonal chunks are exact, which the bound does not use.
     pub fn propagate<T: Real>(
@@ -184,7 +217,8 @@ impl BoundInputs {
         chained: &ChainedGradients<T>,
         exp_error: f64,
     ) -> GradientBound {
-        let upstream: Array2<f64> = cast(upstream_gradient(problem, &chained.gradients.output).view());
+        let upstream: Array2<f64> =
+            cast(upstream_gradient(problem, &chained.gradients.output).view());
         let output: Array2<f64> = cast(chained.gradients.output.view());
         let inverse: Vec<f64> = chained.inverse_denominators.iter().map(|x| x.widen()).collect();
         let probabilities = self.probability_errors(exp_error, &inverse);
@@ -193,9 +227,15 @@ impl BoundInputs {
             Objective::Target(_) => output_errors.clone(),
             Objective::UpstreamGradient(_) => vec![0.0; output_errors.len()],
         };
-        let scores =
-            self.score_errors(&probabilities, &upstream_errors, &output_errors, output.view(), upstream.view());
-        let gradients = self.gradient_errors(&scores, &probabilities, &upstream_errors, upstream.view());
+        let scores = self.score_errors(
+            &probabilities,
+            &upstream_errors,
+            &output_errors,
+            output.view(),
+            upstream.view(),
+        );
+        let gradients =
+            self.gradient_errors(&scores, &probabilities, &upstream_errors, upstream.view());
         let total = gradients.iter().map(|(_, e)| e * e).sum::<f64>().sqrt();
         let names: Vec<&String> = gradients.iter().map(|(n, _)| n).collect();
         let named = chained.gradients.named();
@@ -254,7 +294,12 @@ fn adapter_products<T: Real>(
     let adapters = problem.adapters();
     let Qkv { query, key, .. } = &projected.qkv;
     let scaled = problem.beta() * h.scaling;
-    let mut add = |name: &str, kind, factor, left: Option<ArrayView2<T>>, right: ArrayView2<T>| -> Result<()> {
+    let mut add = |name: &str,
+                   kind,
+                   factor,
+                   left: Option<ArrayView2<T>>,
+                   right: ArrayView2<T>|
+     -> Result<()> {
         products.push(Product::new(name, kind, factor, left, right, centred)?);
         Ok(())
     };
@@ -290,7 +335,10 @@ impl Product {
             let gram = parallel_transposed_product(left, left, &mut Cost::default());
             // The Gram matrix is rounded in T: room for it, so that the bound stays one.
             let slack = 1.0 + 4.0 * T::epsilon().widen() * left.nrows() as f64;
-            let largest = singular_values(cast::<T, f64>(gram.view()).view())?.first().copied().unwrap_or(0.0);
+            let largest = singular_values(cast::<T, f64>(gram.view()).view())?
+                .first()
+                .copied()
+                .unwrap_or(0.0);
             spectral = (largest * slack).sqrt();
         }
         let right: Array2<f64> = cast(right);
@@ -300,7 +348,15 @@ impl Product {
             let about = centre(right.view(), centred);
             (radius(right.view(), &about), norms::max_row_norm(right.view()))
         };
-        Ok(Self { name: name.into(), kind, factor, row_lengths, spectral, right_radius, right_length })
+        Ok(Self {
+            name: name.into(),
+            kind,
+            factor,
+            row_lengths,
+            spectral,
+            right_radius,
+            right_length,
+        })
     }
 }
 

@@ -60,8 +60,8 @@ impl<T: Real, R: UpdateRule<T>> HeadTrainer<T, R> {
     /// One gradient and one update of every A and B.
     ///
     /// # Errors
-    /// Those of the gradient; [`crate::Error::NonFinite`] if an adapter diverged. The head is then left as it was
-    /// before the step, or with the update that diverged.
+    /// Those of the gradient; [`crate::Error::NonFinite`] if an adapter diverged. The head is then
+    /// left as it was before the step, or with the update that diverged.
     pub fn step(&mut self, source: &GradientSource<T>) -> Result<HeadStep<T>> {
         let step = match source {
             GradientSource::Exact => {
@@ -69,7 +69,8 @@ impl<T: Real, R: UpdateRule<T>> HeadTrainer<T, R> {
                 HeadStep { gradients, exact: true, certified: None }
             }
             GradientSource::Chained(method) => {
-                let gradients = chained::gradients(&self.problem, *method, Request::Adapters)?.gradients;
+                let gradients =
+                    chained::gradients(&self.problem, *method, Request::Adapters)?.gradients;
                 HeadStep { gradients, exact: false, certified: None }
             }
             GradientSource::Guarded(method, guard) => {
@@ -78,7 +79,11 @@ impl<T: Real, R: UpdateRule<T>> HeadTrainer<T, R> {
                     Verdict::Chained(bound) | Verdict::BoundTooLarge(bound) => Some(bound),
                     _ => None,
                 };
-                HeadStep { exact: guarded.verdict.is_exact(), gradients: guarded.gradients, certified }
+                HeadStep {
+                    exact: guarded.verdict.is_exact(),
+                    gradients: guarded.gradients,
+                    certified,
+                }
             }
         };
         self.rule.begin_step();
@@ -124,19 +129,28 @@ mod tests {
     }
 
     fn trainer(c: f64, rule: Rule) -> HeadTrainer<f64, Rule> {
-        let problem = SyntheticHead { rank: 2, ..SyntheticHead::new(120, 4) }.at_threshold_ratio(c).draw().unwrap();
+        let problem = SyntheticHead { rank: 2, ..SyntheticHead::new(120, 4) }
+            .at_threshold_ratio(c)
+            .draw()
+            .unwrap();
         HeadTrainer::new(problem, rule)
     }
 
-    /// A small step of gradient descent lowers the loss by lr times the squared gradient, to first order.
+    /// A small step of gradient descent lowers the loss by lr times the squared gradient, to first
+    /// order.
     #[test]
     fn descent_lowers_the_loss_as_the_gradient_says() {
         let mut trainer = trainer(0.5, Rule::Gradient(1e-7));
         let first = trainer.step(&GradientSource::Exact).unwrap();
         let second = trainer.step(&GradientSource::Exact).unwrap();
-        let square: f64 = first.gradients.named().iter().map(|(_, g)| g.iter().map(|x| x * x).sum::<f64>()).sum();
+        let square: f64 =
+            first.gradients.named().iter().map(|(_, g)| g.iter().map(|x| x * x).sum::<f64>()).sum();
         let drop = first.gradients.loss.unwrap() - second.gradients.loss.unwrap();
-        assert!((drop / (1e-7 * square) - 1.0).abs() < 1e-2, "{drop:e} against {:e}", 1e-7 * square);
+        assert!(
+            (drop / (1e-7 * square) - 1.0).abs() < 1e-2,
+            "{drop:e} against {:e}",
+            1e-7 * square
+        );
     }
 
     #[test]
@@ -145,7 +159,8 @@ mod tests {
         let guard = NormGuard { tolerance: 0.01, largest_ratio: None };
         let run = |source: GradientSource<f64>| {
             let mut trainer = trainer(0.4, Rule::Signs(0.01));
-            let steps: Vec<HeadStep<f64>> = (0..20).map(|_| trainer.step(&source).unwrap()).collect();
+            let steps: Vec<HeadStep<f64>> =
+                (0..20).map(|_| trainer.step(&source).unwrap()).collect();
             (
                 steps[19].gradients.loss.unwrap(),
                 steps.iter().filter(|s| s.exact).count(),

@@ -22,12 +22,12 @@ pub struct Exponent {
 
 /// Least squares on logarithms, with the Student-t interval of the given level (for instance 0.95).
 ///
-/// The interval assumes independent residuals of equal variance. Where counts are free of noise it measures how
-/// far the points are from a power law, not a sampling error.
+/// The interval assumes independent residuals of equal variance. Where counts are free of noise it
+/// measures how far the points are from a power law, not a sampling error.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for fewer than three points or two lengths, values that are not positive and finite,
-/// or a level outside (0, 1).
+/// [`Error::InvalidParam`] for fewer than three points or two lengths, values that are not positive
+/// and finite, or a level outside (0, 1).
 ///
 /// ```
 /// use peft_limits::limits::exponent::fit_exponent;
@@ -44,8 +44,14 @@ pub fn fit_exponent(points: &[(f64, f64)], level: f64) -> Result<Exponent> {
     if !(level > 0.0 && level < 1.0) {
         return Err(Error::invalid("level", level, "must lie between 0 and 1"));
     }
-    if let Some((x, y)) = points.iter().find(|(x, y)| !(*x > 0.0 && *y > 0.0 && x.is_finite() && y.is_finite())) {
-        return Err(Error::invalid("points", format!("({x}, {y})"), "lengths and costs must be positive and finite"));
+    if let Some((x, y)) =
+        points.iter().find(|(x, y)| !(*x > 0.0 && *y > 0.0 && x.is_finite() && y.is_finite()))
+    {
+        return Err(Error::invalid(
+            "points",
+            format!("({x}, {y})"),
+            "lengths and costs must be positive and finite",
+        ));
     }
     let logs: Vec<(f64, f64)> = points.iter().map(|(x, y)| (x.ln(), y.ln())).collect();
     let mean = |f: fn(&(f64, f64)) -> f64| logs.iter().map(f).sum::<f64>() / n as f64;
@@ -106,7 +112,8 @@ mod tests {
     #[test]
     fn laws_cross_where_they_should() {
         let law = |a: f64, p: f64| {
-            let points: Vec<(f64, f64)> = (0..4).map(|i| (2f64.powi(i), a * 2f64.powi(i).powf(p))).collect();
+            let points: Vec<(f64, f64)> =
+                (0..4).map(|i| (2f64.powi(i), a * 2f64.powi(i).powf(p))).collect();
             fit_exponent(&points, 0.95).unwrap()
         };
         assert!((crossing(&law(100.0, 1.0), &law(1.0, 2.0)).unwrap() - 100.0).abs() < 1e-9);

@@ -60,8 +60,9 @@ pub struct Guarded<T> {
 impl NormGuard {
     /// The chained gradient if the guard accepts it, else the exact one.
     ///
-    /// The norms are looked at first, in O(L d); then the chained gradient is made and its certificate propagated. A
-    /// rejected attempt costs what it costs: far less than the exact gradient where the chained one is worth trying.
+    /// The norms are looked at first, in O(L d); then the chained gradient is made and its
+    /// certificate propagated. A rejected attempt costs what it costs: far less than the exact
+    /// gradient where the chained one is worth trying.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for parameters outside their range; those of the exact gradient.
@@ -71,7 +72,9 @@ impl NormGuard {
         factorization: &dyn SoftmaxFactorization<T>,
         request: Request,
     ) -> Result<Guarded<T>> {
-        for (name, value) in [("tolerance", self.tolerance), ("largest_ratio", self.largest_ratio.unwrap_or(1.0))] {
+        for (name, value) in
+            [("tolerance", self.tolerance), ("largest_ratio", self.largest_ratio.unwrap_or(1.0))]
+        {
             if !(value > 0.0) {
                 return Err(Error::invalid(name, value, "must be positive"));
             }
@@ -85,19 +88,25 @@ impl NormGuard {
         let verdict = if self.largest_ratio.is_some_and(|most| !(ratio <= most)) {
             Verdict::NormTooLarge
         } else {
-            let attempt = factorization
-                .prepare(&Scores::of(problem, &projected), &mut cost)
-                .and_then(|map| chained::with_map(problem, &projected, map.as_ref(), request, cost));
+            let attempt =
+                factorization.prepare(&Scores::of(problem, &projected), &mut cost).and_then(
+                    |map| chained::with_map(problem, &projected, map.as_ref(), request, cost),
+                );
             match attempt {
                 Ok(attempt) => {
                     cost.add_operations(&attempt.gradients.cost);
                     match attempt.certificate.exp_error_bound {
                         None => Verdict::NoCertificate,
                         Some(eta) => {
-                            let bound = BoundInputs::new(problem, &projected)?.propagate(problem, &attempt, eta);
+                            let bound = BoundInputs::new(problem, &projected)?
+                                .propagate(problem, &attempt, eta);
                             if bound.relative <= self.tolerance {
                                 let verdict = Verdict::Chained(bound.relative);
-                                return Ok(Guarded { gradients: attempt.gradients, ratio, verdict });
+                                return Ok(Guarded {
+                                    gradients: attempt.gradients,
+                                    ratio,
+                                    verdict,
+                                });
                             }
                             Verdict::BoundTooLarge(bound.relative)
                         }
@@ -125,8 +134,10 @@ mod tests {
     use crate::attention::synthetic::SyntheticHead;
 
     fn run(c: f64, guard: NormGuard, spec: &str) -> (Guarded<f64>, f64) {
-        let problem: AttentionProblem<f64> = SyntheticHead::new(200, 4).at_threshold_ratio(c).draw().unwrap();
-        let guarded = guard.gradients(&problem, build(spec).unwrap().as_ref(), Request::Adapters).unwrap();
+        let problem: AttentionProblem<f64> =
+            SyntheticHead::new(200, 4).at_threshold_ratio(c).draw().unwrap();
+        let guarded =
+            guard.gradients(&problem, build(spec).unwrap().as_ref(), Request::Adapters).unwrap();
         let exact = streaming::gradients(&problem, Request::Adapters).unwrap();
         let gap = guarded.gradients.relative_gap(&exact);
         (guarded, gap)
@@ -136,10 +147,18 @@ mod tests {
     fn small_norms_are_chained_within_the_tolerance_and_large_ones_are_exact() {
         let guard = NormGuard { tolerance: 0.05, largest_ratio: None };
         let (low, gap) = run(0.2, guard, "chebyshev:degree=4");
-        assert!(matches!(low.verdict, Verdict::Chained(b) if b <= 0.05 && gap <= b), "{:?} {gap}", low.verdict);
+        assert!(
+            matches!(low.verdict, Verdict::Chained(b) if b <= 0.05 && gap <= b),
+            "{:?} {gap}",
+            low.verdict
+        );
         assert!((low.ratio - 0.2).abs() < 1e-9 && gap > 0.0);
         let (high, gap) = run(1.0, guard, "chebyshev:degree=4");
-        assert!(matches!(high.verdict, Verdict::BoundTooLarge(b) if b > 0.05), "{:?}", high.verdict);
+        assert!(
+            matches!(high.verdict, Verdict::BoundTooLarge(b) if b > 0.05),
+            "{:?}",
+            high.verdict
+        );
         assert_eq!(gap.to_bits(), 0f64.to_bits());
     }
 
@@ -150,11 +169,18 @@ mod tests {
         assert!(!run(0.2, guard, "chebyshev:degree=4").0.verdict.is_exact());
         assert_eq!(run(0.2, guard, "positive-features:rank=64").0.verdict, Verdict::NoCertificate);
         let (refused, gap) = run(0.4, guard, "taylor:degree=3,b=0.01");
-        assert!(matches!(&refused.verdict, Verdict::Refused(why) if why.contains("raise b")), "{:?}", refused.verdict);
+        assert!(
+            matches!(&refused.verdict, Verdict::Refused(why) if why.contains("raise b")),
+            "{:?}",
+            refused.verdict
+        );
         assert!(refused.verdict.is_exact() && gap.to_bits() == 0);
         let bad = NormGuard { tolerance: f64::NAN, largest_ratio: None };
         let problem: AttentionProblem<f64> = SyntheticHead::new(20, 4).draw().unwrap();
         let method = build("taylor:degree=2").unwrap();
-        assert!(matches!(bad.gradients(&problem, method.as_ref(), Request::All), Err(Error::InvalidParam { .. })));
+        assert!(matches!(
+            bad.gradients(&problem, method.as_ref(), Request::All),
+            Err(Error::InvalidParam { .. })
+        ));
     }
 }

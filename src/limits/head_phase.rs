@@ -1,8 +1,9 @@
-//! Which phase one head lies in: its probabilities are close to a matrix of low rank, close to a sparse one, or neither.
+//! Which phase one head lies in: its probabilities are close to a matrix of low rank, close to a
+//! sparse one, or neither.
 //!
-//! Both sides are judged by oracles, at a given error: the fewest columns (truncated SVD of P) and the fewest entries (largest
-//! of P) that reach it, at what a gradient from them costs. Finding columns or entries is not counted: where both
-//! oracles lose, no method can win.
+//! Both sides are judged by oracles, at a given error: the fewest columns (truncated SVD of P) and
+//! the fewest entries (largest of P) that reach it, at what a gradient from them costs. Finding
+//! columns or entries is not counted: where both oracles lose, no method can win.
 
 use super::rank::frobenius_ranks;
 use crate::attention::chained;
@@ -18,11 +19,13 @@ use std::fmt;
 /// Where a head lies for one error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The low-rank oracle costs less than [`WORTHWHILE`] of the exact gradient, and less than the sparse one.
+    /// The low-rank oracle costs less than [`WORTHWHILE`] of the exact gradient, and less than the
+    /// sparse one.
     LowRank,
     /// Neither oracle costs less than [`WORTHWHILE`] of the exact gradient.
     Middle,
-    /// The sparse oracle costs less than [`WORTHWHILE`] of the exact gradient, and less than the low-rank one.
+    /// The sparse oracle costs less than [`WORTHWHILE`] of the exact gradient, and less than the
+    /// low-rank one.
     Sparse,
 }
 
@@ -44,7 +47,8 @@ pub const WORTHWHILE: f64 = 0.5;
 pub struct Sides {
     /// Relative Frobenius error.
     pub eps: f64,
-    /// eps-rank of P, without the mask: the chain applies a causal mask itself, and a masked P has nearly full rank.
+    /// eps-rank of P, without the mask: the chain applies a causal mask itself, and a masked P has
+    /// nearly full rank.
     pub rank_probabilities: usize,
     /// eps-rank of dS.
     pub rank_scores: usize,
@@ -73,7 +77,8 @@ fn widths(problem: &AttentionProblem<f64>, request: Request) -> (usize, usize) {
         return (problem.head_dim(), problem.value_dim());
     }
     let adapters = problem.adapters();
-    let rank = |a: Option<&crate::attention::problem::Adapter<f64>>| a.map_or(0, |a| a.lora_a.nrows());
+    let rank =
+        |a: Option<&crate::attention::problem::Adapter<f64>>| a.map_or(0, |a| a.lora_a.nrows());
     (rank(adapters.query) + rank(adapters.key), 2 * rank(adapters.value))
 }
 
@@ -112,15 +117,20 @@ pub fn sides(
             rank_probabilities: ranks_p[e],
             rank_scores: ranks_ds[e],
             entries: entries[e],
-            low_rank_cost: passes * chained::predicted_multiply_adds(tokens, ranks_p[e] as u128, d_v, m, n) / exact,
-            sparse_cost: chained::predicted_pair_multiply_adds(entries[e] as u64, d_v, m, n) / exact,
+            low_rank_cost: passes
+                * chained::predicted_multiply_adds(tokens, ranks_p[e] as u128, d_v, m, n)
+                / exact,
+            sparse_cost: chained::predicted_pair_multiply_adds(entries[e] as u64, d_v, m, n)
+                / exact,
         })
         .collect())
 }
 
-/// The fewest largest entries of P, over all rows, from which dS has each relative Frobenius error; G is held fixed.
+/// The fewest largest entries of P, over all rows, from which dS has each relative Frobenius error;
+/// G is held fixed.
 ///
-/// Rows of the rest are divided by what they keep (and the 1 of softmax One). `upstream_values` is G V^T.
+/// Rows of the rest are divided by what they keep (and the 1 of softmax One). `upstream_values` is
+/// G V^T.
 ///
 /// # Errors
 /// [`Error::InvalidParam`] for an eps that is not positive.
@@ -162,7 +172,8 @@ pub fn oracle_entries(
             let (mut low, mut high) = (0, sorted.len());
             while high - low > 1 + high / 500 {
                 // The steps follow the orders of magnitude.
-                let middle = (((low.max(1) * high) as f64).sqrt() as usize).clamp(low + 1, high - 1);
+                let middle =
+                    (((low.max(1) * high) as f64).sqrt() as usize).clamp(low + 1, high - 1);
                 if error_of(middle) <= e * norm { high = middle } else { low = middle }
             }
             Ok(high)
@@ -170,9 +181,11 @@ pub fn oracle_entries(
         .collect()
 }
 
-/// exp of the mean entropy of a query's probabilities over its keys: 1 for a copied key, L for even weights.
+/// exp of the mean entropy of a query's probabilities over its keys: 1 for a copied key, L for even
+/// weights.
 ///
-/// With a causal mask over the second half of the queries, which see many keys. O(L^2 d_h) operations, O(L) memory a row.
+/// With a causal mask over the second half of the queries, which see many keys. O(L^2 d_h)
+/// operations, O(L) memory a row.
 pub fn effective_keys(problem: &AttentionProblem<f64>, projected: &Projected<f64>) -> f64 {
     const ROWS: usize = 128;
     let (query, key) = (&projected.qkv.query, &projected.qkv.key);
@@ -204,7 +217,13 @@ mod tests {
     use crate::cost::Cost;
 
     fn measured(tokens: usize, gamma: f64, mask: Mask) -> (f64, Sides) {
-        let head = SyntheticHead { entries: Entries::Uniform, gamma, mask, rank: 2, ..SyntheticHead::new(tokens, 10) };
+        let head = SyntheticHead {
+            entries: Entries::Uniform,
+            gamma,
+            mask,
+            rank: 2,
+            ..SyntheticHead::new(tokens, 10)
+        };
         let problem = head.draw().unwrap();
         let projected = problem.project(&mut Cost::default());
         let sides = sides(&problem, &projected, Request::Adapters, &[0.05]).unwrap();
@@ -215,9 +234,16 @@ mod tests {
     fn a_head_goes_from_low_rank_over_the_middle_to_sparse_as_its_norms_grow() {
         for mask in [Mask::Full, Mask::Causal] {
             let phases = [0.8, 2.5, 10.0].map(|gamma| measured(400, gamma, mask));
-            assert_eq!(phases.map(|p| p.1.phase()), [Phase::LowRank, Phase::Middle, Phase::Sparse], "{phases:?}");
+            assert_eq!(
+                phases.map(|p| p.1.phase()),
+                [Phase::LowRank, Phase::Middle, Phase::Sparse],
+                "{phases:?}"
+            );
             let keys = phases.map(|p| p.0);
-            assert!(keys[0] > 250.0 && keys[0] > keys[1] && keys[1] > keys[2] && keys[2] < 60.0, "{keys:?}");
+            assert!(
+                keys[0] > 250.0 && keys[0] > keys[1] && keys[1] > keys[2] && keys[2] < 60.0,
+                "{keys:?}"
+            );
         }
     }
 
@@ -225,8 +251,10 @@ mod tests {
     #[test]
     fn effective_keys_of_the_extremes() {
         let head = |beta: f64| {
-            let key = Array2::from_shape_fn((30, 2), |(j, c)| [(j as f64).cos(), (j as f64).sin()][c]);
-            let qkv = crate::attention::Qkv { query: key.clone(), key: key.clone(), value: key.clone() };
+            let key =
+                Array2::from_shape_fn((30, 2), |(j, c)| [(j as f64).cos(), (j as f64).sin()][c]);
+            let qkv =
+                crate::attention::Qkv { query: key.clone(), key: key.clone(), value: key.clone() };
             AttentionProblem::new(
                 crate::attention::problem::Source::Projected(qkv),
                 crate::attention::Objective::UpstreamGradient(key),
@@ -263,7 +291,10 @@ mod tests {
                 let ds = &t - &(&kept * &t.sum_axis(Axis(1)).insert_axis(Axis(1)));
                 norms::relative_frobenius(&ds.view(), &all.dS.view())
             };
-            assert!(gap(entries) <= eps && gap(entries * 98 / 100) > 0.9 * eps, "{entries} at {eps}");
+            assert!(
+                gap(entries) <= eps && gap(entries * 98 / 100) > 0.9 * eps,
+                "{entries} at {eps}"
+            );
         }
         assert!(oracle_entries(all.P.view(), all.dS.view(), h.view(), &[0.0]).is_err());
     }

@@ -1,4 +1,5 @@
-//! The truncated SVD of P tried on one head at rising ranks: the best that any factorization of a given rank can do.
+//! The truncated SVD of P tried on one head at rising ranks: the best that any factorization of a
+//! given rank can do.
 
 use crate::attention::chained::{ChainedGradients, with_map};
 use crate::attention::factorization::Scores;
@@ -39,7 +40,8 @@ impl<'a> OracleTrials<'a> {
         self.oracle.singular_values().len()
     }
 
-    /// The chained gradient of the best approximation of that rank; its cost holds the decomposition.
+    /// The chained gradient of the best approximation of that rank; its cost holds the
+    /// decomposition.
     ///
     /// # Errors
     /// As [`Oracle::cut`] and [`with_map`].
@@ -57,8 +59,8 @@ impl<'a> OracleTrials<'a> {
         Ok(all.saturating_sub(self.decomposition.flops()))
     }
 
-    /// (relative gradient error, seconds with the decomposition) of one run; an infinite error where an approximate
-    /// denominator is not positive.
+    /// (relative gradient error, seconds with the decomposition) of one run; an infinite error
+    /// where an approximate denominator is not positive.
     ///
     /// # Errors
     /// As [`OracleTrials::gradients`], apart from such denominators.

@@ -1,7 +1,9 @@
-//! The cost exponent of one's own head: what a gradient of given accuracy costs on the head's first L/16, L/8, ..., L tokens.
+//! The cost exponent of one's own head: what a gradient of given accuracy costs on the head's first
+//! L/16, L/8, ..., L tokens.
 //!
-//! Of a synthetic head the length can be varied at a fixed norm; of a trained one only its beginnings are there. Their
-//! norms and largest logits vary, so the exponent says how this head's cost grows, not where the threshold lies.
+//! Of a synthetic head the length can be varied at a fixed norm; of a trained one only its
+//! beginnings are there. Their norms and largest logits vary, so the exponent says how this head's
+//! cost grows, not where the threshold lies.
 
 use super::exponent::{Exponent, fit_exponent};
 use super::oracle::OracleTrials;
@@ -42,8 +44,8 @@ pub struct PrefixCost {
     pub eps: f64,
     /// The way.
     pub way: Way,
-    /// Counted operations apart from the products with inputs and weights, which every way shares and which grow
-    /// linearly; the exact gradient's where the target is not reached for less.
+    /// Counted operations apart from the products with inputs and weights, which every way shares
+    /// and which grow linearly; the exact gradient's where the target is not reached for less.
     pub flops: f64,
     /// The method that reached it; `None` for the exact gradient.
     pub method: Option<String>,
@@ -86,11 +88,16 @@ pub fn prefix(problem: &AttentionProblem<f64>, part: f64) -> Result<AttentionPro
 /// Costs on the prefixes L/16, L/8, ..., L for every target.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for a head shorter than [`SHORTEST`] tokens; those of the exact gradient.
+/// [`Error::InvalidParam`] for a head shorter than [`SHORTEST`] tokens; those of the exact
+/// gradient.
 pub fn prefix_costs(problem: &AttentionProblem<f64>, targets: &[f64]) -> Result<Vec<PrefixCost>> {
     let all = problem.num_queries().min(problem.num_keys());
     if all < SHORTEST {
-        return Err(Error::invalid("tokens", all, format!("prefixes need a head of at least {SHORTEST} tokens")));
+        return Err(Error::invalid(
+            "tokens",
+            all,
+            format!("prefixes need a head of at least {SHORTEST} tokens"),
+        ));
     }
     let request = natural_request(problem);
     let mut costs = Vec::new();
@@ -100,11 +107,16 @@ pub fn prefix_costs(problem: &AttentionProblem<f64>, targets: &[f64]) -> Result<
         let exact = reference(&problem, request)?;
         let shared = shared_flops(&problem, request)?;
         let bound = (streaming::gradients(&problem, request)?.cost.flops() - shared.all()) as f64;
-        let oracle = if tokens <= LONGEST_DECOMPOSED { Some(OracleTrials::new(&problem, request)?) } else { None };
+        let oracle = if tokens <= LONGEST_DECOMPOSED {
+            Some(OracleTrials::new(&problem, request)?)
+        } else {
+            None
+        };
         let mut runnable = Candidates::new(&problem, &exact, request, shared.all(), bound);
         for &eps in targets {
             let mut push = |way, found: Option<(f64, String)>| {
-                let (flops, method) = found.filter(|f| f.0 < bound).map_or((bound, None), |(f, m)| (f, Some(m)));
+                let (flops, method) =
+                    found.filter(|f| f.0 < bound).map_or((bound, None), |(f, m)| (f, Some(m)));
                 costs.push(PrefixCost { tokens, eps, way, flops, method });
             };
             push(Way::Exact, None);
@@ -150,7 +162,8 @@ fn shared_flops(problem: &AttentionProblem<f64>, request: Request) -> Result<Sha
     Ok(Shared { projections: projections.flops(), contraction: contracted.flops() })
 }
 
-/// The exponent of one way at one target, and how many of its points had to take the exact gradient.
+/// The exponent of one way at one target, and how many of its points had to take the exact
+/// gradient.
 ///
 /// # Errors
 /// As [`fit_exponent`].
@@ -186,7 +199,8 @@ impl<'a> Candidates<'a> {
         let degrees = (1..=8).map(|g| (monomials::count(width, g), format!("fitted:degree={g}")));
         let ranks = (1..).map(|i| 1usize << i).take_while(|k| *k <= tokens);
         let ranks = ranks.map(|k| (k as u128, format!("nystrom:rank={k}")));
-        let mut specs: Vec<_> = degrees.chain(ranks).filter(|(k, _)| *k <= 2 * tokens as u128).collect();
+        let mut specs: Vec<_> =
+            degrees.chain(ranks).filter(|(k, _)| *k <= 2 * tokens as u128).collect();
         specs.sort();
         let specs: Vec<String> = specs.into_iter().map(|(_, spec)| spec).collect();
         Self { problem, exact, request, specs: specs.into_iter(), tried: Vec::new(), shared, bound }
@@ -245,7 +259,9 @@ mod tests {
     #[test]
     fn a_prefix_is_the_head_of_its_first_tokens() {
         let problem: AttentionProblem<f64> =
-            SyntheticHead { rank: 2, mask: Mask::Causal, ..SyntheticHead::new(64, 4) }.draw().unwrap();
+            SyntheticHead { rank: 2, mask: Mask::Causal, ..SyntheticHead::new(64, 4) }
+                .draw()
+                .unwrap();
         let whole = dense::gradients(&problem, Request::All).unwrap();
         let half = dense::gradients(&prefix(&problem, 0.5).unwrap(), Request::All).unwrap();
         assert_eq!(half.output.nrows(), 32);
@@ -253,7 +269,9 @@ mod tests {
         let gap = &half.output - &whole.output.slice(s![..32, ..]);
         assert!(gap.iter().all(|x| x.abs() < 1e-13));
         for bad in [0.0, -1.0, 1.5, f64::NAN] {
-            assert!(matches!(prefix(&problem, bad), Err(Error::InvalidParam { name, .. }) if name == "part"));
+            assert!(
+                matches!(prefix(&problem, bad), Err(Error::InvalidParam { name, .. }) if name == "part")
+            );
         }
     }
 
@@ -262,24 +280,33 @@ mod tests {
         let head = SyntheticHead { rank: 2, ..SyntheticHead::new(512, 4) }.at_threshold_ratio(0.2);
         let problem: AttentionProblem<f64> = head.draw().unwrap();
         let costs = prefix_costs(&problem, &[0.01]).unwrap();
-        let lengths: Vec<usize> = costs.iter().filter(|c| c.way == Way::Exact).map(|c| c.tokens).collect();
+        let lengths: Vec<usize> =
+            costs.iter().filter(|c| c.way == Way::Exact).map(|c| c.tokens).collect();
         assert_eq!(lengths, [32, 64, 128, 256, 512]);
         let of = |way| exponent_of(&costs, way, 0.01).unwrap();
         let (exact, all) = of(Way::Exact);
         assert!((1.7..2.05).contains(&exact.slope) && all == 5, "{exact:?}");
         for way in [Way::Runnable, Way::Oracle] {
             let (fit, _) = of(way);
-            assert!(fit.slope < 1.5 && fit.low <= fit.slope && fit.slope <= fit.high, "{way:?} {fit:?}");
+            assert!(
+                fit.slope < 1.5 && fit.low <= fit.slope && fit.slope <= fit.high,
+                "{way:?} {fit:?}"
+            );
         }
         for tokens in lengths {
-            let flops = |way| costs.iter().find(|c| c.way == way && c.tokens == tokens).unwrap().flops;
-            assert!(flops(Way::Oracle) <= flops(Way::Exact) && flops(Way::Runnable) <= flops(Way::Exact));
+            let flops =
+                |way| costs.iter().find(|c| c.way == way && c.tokens == tokens).unwrap().flops;
+            assert!(
+                flops(Way::Oracle) <= flops(Way::Exact)
+                    && flops(Way::Runnable) <= flops(Way::Exact)
+            );
         }
     }
 
     #[test]
     fn short_heads_are_refused() {
-        let problem: AttentionProblem<f64> = SyntheticHead { rank: 2, ..SyntheticHead::new(31, 4) }.draw().unwrap();
+        let problem: AttentionProblem<f64> =
+            SyntheticHead { rank: 2, ..SyntheticHead::new(31, 4) }.draw().unwrap();
         match prefix_costs(&problem, &[0.1]) {
             Err(Error::InvalidParam { name, value, requirement }) => {
                 assert_eq!((name.as_str(), value.as_str()), ("tokens", "31"));

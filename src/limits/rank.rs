@@ -5,8 +5,8 @@ use crate::linalg::decompositions::{Svd, singular_values};
 use crate::linalg::norms;
 use ndarray::{ArrayView2, Axis};
 
-/// Smallest k with ||A - A_k||_F <= eps ||A||_F, from descending singular values; A_k is the best rank-k
-/// approximation (Eckart-Young). 0 for a zero matrix.
+/// Smallest k with ||A - A_k||_F <= eps ||A||_F, from descending singular values; A_k is the best
+/// rank-k approximation (Eckart-Young). 0 for a zero matrix.
 ///
 /// ```
 /// use peft_limits::limits::rank::frobenius_rank;
@@ -27,8 +27,8 @@ pub fn frobenius_rank(singular_values: &[f64], eps: f64) -> usize {
     0
 }
 
-/// [`frobenius_rank`] with the last value taken in part: the real number k at which the held energy is 1 - eps^2, for comparison
-/// with a predicted count. 0 for a zero matrix.
+/// [`frobenius_rank`] with the last value taken in part: the real number k at which the held energy
+/// is 1 - eps^2, for comparison with a predicted count. 0 for a zero matrix.
 ///
 /// ```
 /// use peft_limits::limits::rank::interpolated_rank;
@@ -40,7 +40,8 @@ pub fn interpolated_rank(singular_values: &[f64], eps: f64) -> f64 {
     interpolated_rank_of(singular_values, eps, total).unwrap_or(0.0)
 }
 
-/// [`interpolated_rank`] from the leading singular values and the energy of all; `None` if they do not reach it.
+/// [`interpolated_rank`] from the leading singular values and the energy of all; `None` if they do
+/// not reach it.
 pub fn interpolated_rank_of(leading: &[f64], eps: f64, total_energy: f64) -> Option<f64> {
     let wanted = (1.0 - eps * eps) * total_energy;
     let mut held = 0.0;
@@ -64,8 +65,9 @@ pub fn frobenius_ranks(a: ArrayView2<f64>, eps: &[f64]) -> Result<Vec<usize>> {
     Ok(eps.iter().map(|&e| frobenius_rank(&s, e)).collect())
 }
 
-/// Smallest k with max |A - A_k| <= eps max |A|, for each eps; A_k is the best rank-k approximation in the
-/// Frobenius norm (a best one in the max-norm is hard to find, so this is an upper bound on that rank).
+/// Smallest k with max |A - A_k| <= eps max |A|, for each eps; A_k is the best rank-k approximation
+/// in the Frobenius norm (a best one in the max-norm is hard to find, so this is an upper bound on
+/// that rank).
 ///
 /// # Errors
 /// [`Error::InvalidParam`] for an eps that is not positive.
@@ -112,13 +114,21 @@ mod tests {
         let identity = Array2::<f64>::eye(8);
         // Dropping j of 8 unit values leaves sqrt(j/8): eps = 0.4 allows one, 0.51 two.
         assert_eq!(frobenius_ranks(identity.view(), &[0.34, 0.4, 0.51]).unwrap(), [8, 7, 6]);
-        assert_eq!(max_norm_ranks(identity.view(), &svd(identity.view()).unwrap(), &[0.5]).unwrap(), [8]);
-        assert!(matches!(frobenius_ranks(identity.view(), &[f64::NAN]), Err(Error::InvalidParam { .. })));
+        assert_eq!(
+            max_norm_ranks(identity.view(), &svd(identity.view()).unwrap(), &[0.5]).unwrap(),
+            [8]
+        );
+        assert!(matches!(
+            frobenius_ranks(identity.view(), &[f64::NAN]),
+            Err(Error::InvalidParam { .. })
+        ));
     }
 
     #[test]
     fn the_measured_rank_is_the_smallest_that_meets_its_error() {
-        let a = Array2::from_shape_fn((30, 21), |(i, j)| (-((i as f64) / 7.0 - (j as f64) / 5.0).powi(2)).exp());
+        let a = Array2::from_shape_fn((30, 21), |(i, j)| {
+            (-((i as f64) / 7.0 - (j as f64) / 5.0).powi(2)).exp()
+        });
         let d = svd(a.view()).unwrap();
         for eps in [0.3, 0.03, 1e-4] {
             let truncate = |k: usize| {
@@ -128,9 +138,12 @@ mod tests {
             let relative = |k: usize| norms::relative_frobenius(&truncate(k).view(), &a.view());
             let k = frobenius_ranks(a.view(), &[eps]).unwrap()[0];
             assert!(relative(k) <= eps && relative(k - 1) > eps);
-            let max_gap = |k: usize| norms::max_abs(&(&truncate(k) - &a).view()) / norms::max_abs(&a.view());
+            let max_gap =
+                |k: usize| norms::max_abs(&(&truncate(k) - &a).view()) / norms::max_abs(&a.view());
             let k = max_norm_ranks(a.view(), &d, &[eps]).unwrap()[0];
-            assert!(max_gap(k) <= eps * (1.0 + 1e-9) && (0..k).all(|j| max_gap(j) > eps * (1.0 - 1e-9)));
+            assert!(
+                max_gap(k) <= eps * (1.0 + 1e-9) && (0..k).all(|j| max_gap(j) > eps * (1.0 - 1e-9))
+            );
         }
     }
 }

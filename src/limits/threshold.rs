@@ -9,8 +9,8 @@ use ndarray::ArrayView2;
 
 /// Norms of one head with the threshold they are compared to.
 ///
-/// Stated for any beta through the effective Gamma = sqrt(beta d_h max|Q| max|K|): for beta = 1/d_h it is the
-/// geometric mean of the largest entries, and |logit| <= Gamma^2 always.
+/// Stated for any beta through the effective Gamma = sqrt(beta d_h max|Q| max|K|): for beta = 1/d_h
+/// it is the geometric mean of the largest entries, and |logit| <= Gamma^2 always.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Threshold {
     /// L: the longer of the two sequences.
@@ -35,7 +35,11 @@ pub struct Threshold {
 
 impl Threshold {
     /// Measures a head. O(L^2 d_h) operations for the largest logit, counted in `cost`.
-    pub fn measure<T: Real>(problem: &AttentionProblem<T>, projected: &Projected<T>, cost: &mut Cost) -> Self {
+    pub fn measure<T: Real>(
+        problem: &AttentionProblem<T>,
+        projected: &Projected<T>,
+        cost: &mut Cost,
+    ) -> Self {
         let Qkv { query, key, value } = &projected.qkv;
         let tokens = query.nrows().max(key.nrows());
         let head_dim = query.ncols();
@@ -54,8 +58,16 @@ impl Threshold {
             gamma,
             sqrt_log_tokens,
             ratio: gamma / sqrt_log_tokens,
-            largest_logit: largest_logit(query.view(), key.view(), problem.beta(), problem.mask(), cost),
-            norm_bound: problem.beta() * norms::max_row_norm(query.view()) * norms::max_row_norm(key.view()),
+            largest_logit: largest_logit(
+                query.view(),
+                key.view(),
+                problem.beta(),
+                problem.mask(),
+                cost,
+            ),
+            norm_bound: problem.beta()
+                * norms::max_row_norm(query.view())
+                * norms::max_row_norm(key.view()),
         }
     }
 
@@ -85,14 +97,20 @@ mod tests {
 
     #[test]
     fn the_ratio_is_the_one_asked_for_and_bounds_are_ordered() {
-        for (entries, c) in [(Entries::Uniform, 0.3), (Entries::Normal, 1.1), (Entries::Sign, 2.0)] {
-            let head = SyntheticHead { entries, rank: 2, ..SyntheticHead::new(150, 6).at_threshold_ratio(c) };
+        for (entries, c) in [(Entries::Uniform, 0.3), (Entries::Normal, 1.1), (Entries::Sign, 2.0)]
+        {
+            let head = SyntheticHead {
+                entries,
+                rank: 2,
+                ..SyntheticHead::new(150, 6).at_threshold_ratio(c)
+            };
             let problem: AttentionProblem<f64> = head.draw().unwrap();
             let projected = problem.project(&mut Cost::default());
             let t = Threshold::measure(&problem, &projected, &mut Cost::default());
             assert!((t.ratio - c).abs() < 1e-12);
             assert!(
-                t.largest_logit <= t.norm_bound * (1.0 + 1e-12) && t.norm_bound <= t.gamma * t.gamma * (1.0 + 1e-12)
+                t.largest_logit <= t.norm_bound * (1.0 + 1e-12)
+                    && t.norm_bound <= t.gamma * t.gamma * (1.0 + 1e-12)
             );
             assert!(t.concentration() <= 1.0 + 1e-12);
         }
@@ -104,10 +122,15 @@ mod tests {
         let head = SyntheticHead { rank: 2, ..SyntheticHead::new(40, 4) };
         let measure = |head: SyntheticHead| {
             let problem: AttentionProblem<f64> = head.draw().unwrap();
-            Threshold::measure(&problem, &problem.project(&mut Cost::default()), &mut Cost::default())
+            Threshold::measure(
+                &problem,
+                &problem.project(&mut Cost::default()),
+                &mut Cost::default(),
+            )
         };
         let one = measure(head);
-        let other = measure(SyntheticHead { beta: head.beta / 9.0, gamma: head.gamma * 3.0, ..head });
+        let other =
+            measure(SyntheticHead { beta: head.beta / 9.0, gamma: head.gamma * 3.0, ..head });
         assert!((one.gamma - other.gamma).abs() < 1e-12);
         assert!((one.largest_logit - other.largest_logit).abs() < 1e-12);
     }

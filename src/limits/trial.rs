@@ -72,7 +72,10 @@ pub fn trial_of<T: Real>(
     let seconds = start.elapsed().as_secs_f64();
     Ok(Trial {
         gradient_error: chained.gradients.relative_gap(reference),
-        output_error: norms::relative_frobenius(&chained.gradients.output.view(), &reference.output.view()),
+        output_error: norms::relative_frobenius(
+            &chained.gradients.output.view(),
+            &reference.output.view(),
+        ),
         cost: chained.gradients.cost,
         certificate: chained.certificate,
         seconds,

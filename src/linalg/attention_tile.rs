@@ -1,15 +1,18 @@
-//! A tile of scores in softmax attention: what is hidden, the online softmax of its rows, and backward (\[FA2\]).
+//! A tile of scores in softmax attention: what is hidden, the online softmax of its rows, and
+//! backward (\[FA2\]).
 //!
-//! Both exact paths are made of these: the streaming gradient of one head ([`crate::attention::exact::streaming`]),
-//! whose keys lie transposed and whose products are narrow, and the decoder's attention
-//! ([`crate::blocks::causal_attention`]), with windows, caps and groups of heads.
+//! Both exact paths are made of these: the streaming gradient of one head
+//! ([`crate::attention::exact::streaming`]), whose keys lie transposed and whose products are
+//! narrow, and the decoder's attention ([`crate::blocks::causal_attention`]), with windows, caps
+//! and groups of heads.
 
 use super::Real;
 use super::elementwise::{Kernel, contiguous, row_exp_sum, row_max, vectorized};
 use ndarray::ArrayViewMut2;
 use std::ops::Range;
 
-/// The front of a buffer as a contiguous `rows x columns` tile; a shorter buffer is an internal error.
+/// The front of a buffer as a contiguous `rows x columns` tile; a shorter buffer is an internal
+/// error.
 #[track_caller]
 pub fn front<T>(buffer: &mut [T], rows: usize, columns: usize) -> ArrayViewMut2<'_, T> {
     match ArrayViewMut2::from_shape((rows, columns), &mut buffer[..rows * columns]) {
@@ -23,7 +26,8 @@ pub fn key_tiles(keys: Range<usize>, width: usize) -> impl Iterator<Item = Range
     keys.clone().step_by(width).map(move |start| start..(start + width).min(keys.end))
 }
 
-/// Sets entry (i, j) of a score tile to -inf where key `first_key + j` comes after query `first_query + i`.
+/// Sets entry (i, j) of a score tile to -inf where key `first_key + j` comes after query
+/// `first_query + i`.
 pub fn hide_future<T: Real>(scores: &mut ArrayViewMut2<T>, first_query: usize, first_key: usize) {
     let width = scores.ncols();
     if first_key + width <= first_query + 1 {
@@ -40,7 +44,8 @@ pub const ROW_STATISTICS: usize = 3;
 
 /// The softmax of a tile of queries over tiles of keys that come one after another.
 ///
-/// Per row it holds the largest score m, the sum of exp(s - m), and the factor by which the last tile moved both.
+/// Per row it holds the largest score m, the sum of exp(s - m), and the factor by which the last
+/// tile moved both.
 pub struct OnlineSoftmax<'a, T> {
     maximum: &'a mut [T],
     sum: &'a mut [T],
@@ -48,8 +53,8 @@ pub struct OnlineSoftmax<'a, T> {
 }
 
 impl<'a, T: Real> OnlineSoftmax<'a, T> {
-    /// Rows that have seen no key, in a buffer of [`ROW_STATISTICS`] numbers a row; with `zero_score` they have seen
-    /// one score of 0 (softmax One: the sum starts at exp(0 - 0)).
+    /// Rows that have seen no key, in a buffer of [`ROW_STATISTICS`] numbers a row; with
+    /// `zero_score` they have seen one score of 0 (softmax One: the sum starts at exp(0 - 0)).
     pub fn new(buffer: &'a mut [T], rows: usize, zero_score: bool) -> Self {
         let (maximum, rest) = buffer.split_at_mut(rows);
         let (sum, rest) = rest.split_at_mut(rows);
@@ -58,7 +63,8 @@ impl<'a, T: Real> OnlineSoftmax<'a, T> {
         Self { maximum, sum, correction: &mut rest[..rows] }
     }
 
-    /// `scores` becomes P = exp(scores - m); `output`, what earlier tiles added up, is brought to the new m.
+    /// `scores` becomes P = exp(scores - m); `output`, what earlier tiles added up, is brought to
+    /// the new m.
     ///
     /// The caller then adds P V. Both are contiguous; `output` is not read at the first tile.
     pub fn absorb(&mut self, scores: ArrayViewMut2<T>, output: ArrayViewMut2<T>, first: bool) {
@@ -70,9 +76,13 @@ impl<'a, T: Real> OnlineSoftmax<'a, T> {
 
     /// Divides each row of `output` by its sum and writes its log-sum-exp.
     ///
-    /// A row that saw no key has output 0 and log-sum-exp +inf, so that backward finds exp(s - inf) = 0.
-    pub fn finish<'b>(self, mut output: ArrayViewMut2<T>, log_sum_exp: impl IntoIterator<Item = &'b mut T>)
-    where
+    /// A row that saw no key has output 0 and log-sum-exp +inf, so that backward finds exp(s -
+    /// inf) = 0.
+    pub fn finish<'b>(
+        self,
+        mut output: ArrayViewMut2<T>,
+        log_sum_exp: impl IntoIterator<Item = &'b mut T>,
+    ) where
         T: 'b,
     {
         for (i, lse) in log_sum_exp.into_iter().enumerate().take(self.sum.len()) {
@@ -91,8 +101,8 @@ impl<'a, T: Real> OnlineSoftmax<'a, T> {
 
 /// One tile of the online softmax: `scores` becomes exp(scores - m'), with m' the running maximum.
 ///
-/// For each row i: m' = max(m_i, max_j s_ij), c = exp(m_i - m'), sum_i = c sum_i + sum_j exp(s_ij - m').
-/// `correction` receives c, by which the caller scales the row of its output accumulator.
+/// For each row i: m' = max(m_i, max_j s_ij), c = exp(m_i - m'), sum_i = c sum_i + sum_j exp(s_ij -
+/// m'). `correction` receives c, by which the caller scales the row of its output accumulator.
 /// `scores` must be contiguous in row-major order.
 fn online_softmax_tile<T: Real>(
     mut scores: ArrayViewMut2<T>,
@@ -100,7 +110,13 @@ fn online_softmax_tile<T: Real>(
     row_sum: &mut [T],
     correction: &mut [T],
 ) {
-    vectorized(Absorb { width: scores.ncols(), scores: contiguous(&mut scores), row_maximum, row_sum, correction });
+    vectorized(Absorb {
+        width: scores.ncols(),
+        scores: contiguous(&mut scores),
+        row_maximum,
+        row_sum,
+        correction,
+    });
 }
 
 struct Absorb<'a, T> {
@@ -116,7 +132,9 @@ impl<T: Real> Kernel for Absorb<'_, T> {
     #[inline(always)]
     fn run(self) {
         let rows = self.scores.chunks_exact_mut(self.width.max(1));
-        for (((row, maximum), sum), factor) in rows.zip(self.row_maximum).zip(self.row_sum).zip(self.correction) {
+        for (((row, maximum), sum), factor) in
+            rows.zip(self.row_maximum).zip(self.row_sum).zip(self.correction)
+        {
             let tile_maximum = row_max(row);
             let updated = if tile_maximum > *maximum { tile_maximum } else { *maximum };
             // A row with no key yet has maximum -inf; -inf - -inf would be NaN.
@@ -225,14 +243,13 @@ mod tests {
         assert_eq!((sum[0].to_bits(), factor[0].to_bits()), (0, 1f32.to_bits()));
     }
 
-    /// Rows over tiles of every width equal the softmax of the whole row; a hidden row has output 0.
+    /// Rows over tiles of every width equal the softmax of the whole row; a hidden row has
+    /// output 0.
     #[test]
     fn tiles_add_up_to_the_softmax_of_the_row() {
-        let scores =
-            Array2::from_shape_fn(
-                (3, 10),
-                |(i, j)| if i == 2 { f64::NEG_INFINITY } else { ((i * 7 + j * 5) % 9) as f64 },
-            );
+        let scores = Array2::from_shape_fn((3, 10), |(i, j)| {
+            if i == 2 { f64::NEG_INFINITY } else { ((i * 7 + j * 5) % 9) as f64 }
+        });
         let values = Array2::from_shape_fn((10, 2), |(j, c)| (j + 3 * c) as f64);
         for (width, one) in [(1, false), (3, true), (10, false), (4, true)] {
             let mut statistics = [0.0; 9];
@@ -250,7 +267,9 @@ mod tests {
                 let sum = weights.sum() + f64::from(u8::from(one));
                 assert!((lse[i] - sum.ln()).abs() < 1e-14);
                 let want = weights.dot(&values) / sum;
-                assert!(output.row(i).iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-13));
+                assert!(
+                    output.row(i).iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-13)
+                );
             }
             assert!(output.row(2).iter().all(|x| x.abs() <= 0.0));
             assert_eq!(lse[2].is_sign_positive() && lse[2].is_infinite(), !one);
@@ -262,6 +281,9 @@ mod tests {
         let mut tile = Array2::<f32>::zeros((3, 4));
         hide_future(&mut tile.view_mut(), 5, 4);
         let hidden = tile.mapv(|x| x == f32::NEG_INFINITY);
-        assert_eq!(hidden, array![[false, false, true, true], [false, false, false, true], [false; 4]]);
+        assert_eq!(
+            hidden,
+            array![[false, false, true, true], [false, false, false, true], [false; 4]]
+        );
     }
 }

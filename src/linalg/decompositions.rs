@@ -1,8 +1,9 @@
 //! Singular values, singular vectors and least squares, in double precision.
 //!
 //! nalgebra by default; the system's LAPACK with feature `lapack`. Both paths return the same
-//! quantities (signs of singular vectors are arbitrary), which `tests/attention/decompositions.rs` checks.
-//! Single precision is widened first: these are measurements and small solves, not hot paths.
+//! quantities (signs of singular vectors are arbitrary), which `tests/attention/decompositions.rs`
+//! checks. Single precision is widened first: these are measurements and small solves, not hot
+//! paths.
 
 use crate::error::{Error, Result};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
@@ -50,7 +51,11 @@ pub fn svd(a: ArrayView2<f64>) -> Result<Svd> {
     require_finite("svd", &a)?;
     if a.is_empty() {
         let (m, n) = a.dim();
-        return Ok(Svd { u: Array2::zeros((m, 0)), s: Array1::zeros(0), vt: Array2::zeros((0, n)) });
+        return Ok(Svd {
+            u: Array2::zeros((m, 0)),
+            s: Array1::zeros(0),
+            vt: Array2::zeros((0, n)),
+        });
     }
     backend::svd(a)
 }
@@ -58,8 +63,8 @@ pub fn svd(a: ArrayView2<f64>) -> Result<Svd> {
 /// The x that minimises ||a x - b||_2, by QR; `a` is `m x n` with m >= n and full column rank.
 ///
 /// # Errors
-/// [`Error::ShapeMismatch`] if m < n or b has another length; [`Error::Decomposition`] if the columns of
-/// `a` are linearly dependent to working precision.
+/// [`Error::ShapeMismatch`] if m < n or b has another length; [`Error::Decomposition`] if the
+/// columns of `a` are linearly dependent to working precision.
 pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f64>> {
     let (m, n) = a.dim();
     if m < n || b.len() != m {
@@ -92,10 +97,11 @@ pub fn least_squares(a: ArrayView2<f64>, b: ArrayView1<f64>) -> Result<Array1<f6
     Ok(x)
 }
 
-/// Q of a = Q R with the diagonal of R positive: the Gram-Schmidt basis of the columns of `a`, `m x n` with m >= n.
+/// Q of a = Q R with the diagonal of R positive: the Gram-Schmidt basis of the columns of `a`, `m x
+/// n` with m >= n.
 ///
-/// For independent normal entries Q is then distributed by the Haar measure (with the signs that a library leaves
-/// to R it is not).
+/// For independent normal entries Q is then distributed by the Haar measure (with the signs that a
+/// library leaves to R it is not).
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] if m < n, [`Error::NonFinite`], [`Error::Decomposition`].
@@ -155,13 +161,15 @@ mod backend {
     /// Sweeps of [`polished`]; from nalgebra's vectors one or two are enough.
     const SWEEPS: usize = 20;
 
-    /// Ends the decomposition from approximate right singular vectors, `a` being at least as tall as wide.
+    /// Ends the decomposition from approximate right singular vectors, `a` being at least as tall
+    /// as wide.
     ///
-    /// nalgebra's last 2 x 2 steps lose digits where singular values tie or vanish (measured: 1e-10 relative), while
-    /// its V stays orthogonal. So W = A V is formed; pairs of its columns that are further from orthogonal than
-    /// backward stability allows, |w_i . w_j| > c eps ||A|| max(|w_i|, |w_j|), are rotated (one-sided Jacobi); and W,
-    /// columns in descending order, is factorized as U diag(s) by QR, whose other entries are then roundoff.
-    /// That gives an orthogonal U for vanishing singular values too.
+    /// nalgebra's last 2 x 2 steps lose digits where singular values tie or vanish (measured: 1e-10
+    /// relative), while its V stays orthogonal. So W = A V is formed; pairs of its columns that are
+    /// further from orthogonal than backward stability allows, |w_i . w_j| > c eps ||A|| max(|w_i|,
+    /// |w_j|), are rotated (one-sided Jacobi); and W, columns in descending order, is factorized as
+    /// U diag(s) by QR, whose other entries are then roundoff. That gives an orthogonal U for
+    /// vanishing singular values too.
     fn polished(a: ArrayView2<f64>, mut vt: Array2<f64>) -> Svd {
         let (m, n) = a.dim();
         // Squares of the entries must neither overflow nor underflow.
@@ -197,7 +205,9 @@ mod backend {
                 break;
             }
         }
-        let order = descending(&wt.rows().into_iter().map(|row| norms::frobenius(&row)).collect::<Vec<_>>());
+        let order = descending(
+            &wt.rows().into_iter().map(|row| norms::frobenius(&row)).collect::<Vec<_>>(),
+        );
         let (wt, vt) = (wt.select(Axis(0), &order), vt.select(Axis(0), &order));
         let qr = to_nalgebra(wt.t()).qr();
         let mut u = from_nalgebra(&qr.q());
@@ -208,7 +218,11 @@ mod backend {
         let s: Vec<f64> = diagonal.iter().map(|d| d.abs() * scale).collect();
         // Neighbours may have changed places by a rounding.
         let order = descending(&s);
-        Svd { u: u.select(Axis(1), &order), s: order.iter().map(|&i| s[i]).collect(), vt: vt.select(Axis(0), &order) }
+        Svd {
+            u: u.select(Axis(1), &order),
+            s: order.iter().map(|&i| s[i]).collect(),
+            vt: vt.select(Axis(0), &order),
+        }
     }
 
     fn descending(values: &[f64]) -> Vec<usize> {
@@ -265,7 +279,9 @@ mod backend {
         let (u, s, vt) = a.to_owned().svddc(JobSvd::Some).map_err(failed("svd"))?;
         match (u, vt) {
             (Some(u), Some(vt)) => Ok(Svd { u, s, vt }),
-            _ => Err(Error::Decomposition { op: "svd", reason: "vectors were not returned".into() }),
+            _ => {
+                Err(Error::Decomposition { op: "svd", reason: "vectors were not returned".into() })
+            }
         }
     }
 

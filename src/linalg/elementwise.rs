@@ -12,9 +12,9 @@ pub const LANES: usize = 32;
 
 /// An element-wise loop that [`vectorized`] compiles for several instruction sets.
 ///
-/// Implementations must mark `run`, and every function it calls in its loop, `#[inline(always)]`: only what is
-/// inlined is compiled for the wide instructions. A closure would not do, since a closure called from
-/// several places is not inlined (measured: 12 times slower).
+/// Implementations must mark `run`, and every function it calls in its loop, `#[inline(always)]`:
+/// only what is inlined is compiled for the wide instructions. A closure would not do, since a
+/// closure called from several places is not inlined (measured: 12 times slower).
 pub trait Kernel {
     /// What the loop returns.
     type Output;
@@ -173,7 +173,8 @@ mod tests {
             let x = -87.0 + 175.0 * f64::from(i) / 2e6;
             let x32 = x as f32;
             let want = f64::from(x32).exp();
-            worst32 = worst32.max(((f64::from(x32.exp_lane()) - want) / want).abs() / f64::from(f32::EPSILON));
+            worst32 = worst32
+                .max(((f64::from(x32.exp_lane()) - want) / want).abs() / f64::from(f32::EPSILON));
             assert!(x > 0.0 || x32.exp_nonpositive_lane().to_bits() == x32.exp_lane().to_bits());
             let x64 = -708.0 + 1417.0 * f64::from(i) / 2e6;
             worst64 = worst64.max(((x64.exp_lane() - x64.exp()) / x64.exp()).abs() / f64::EPSILON);
@@ -187,7 +188,9 @@ mod tests {
         assert!(f32::NAN.exp_lane().is_nan() && f64::NAN.exp_lane().is_nan());
         assert_eq!(f32::NEG_INFINITY.exp_lane().to_bits(), 0.0f32.to_bits());
         assert_eq!(f64::NEG_INFINITY.exp_lane().to_bits(), 0.0f64.to_bits());
-        assert!(f32::NAN.exp_nonpositive_lane().is_nan() && f64::NAN.exp_nonpositive_lane().is_nan());
+        assert!(
+            f32::NAN.exp_nonpositive_lane().is_nan() && f64::NAN.exp_nonpositive_lane().is_nan()
+        );
         assert_eq!(f32::NEG_INFINITY.exp_nonpositive_lane().to_bits(), 0.0f32.to_bits());
         assert_eq!(f64::NEG_INFINITY.exp_nonpositive_lane().to_bits(), 0.0f64.to_bits());
         assert_eq!((-1e4f64).exp_lane().to_bits(), 0.0f64.to_bits());
@@ -198,7 +201,8 @@ mod tests {
 
     #[test]
     fn columns_and_rows_shift_alike() {
-        let tile = ndarray::Array2::from_shape_fn((5, 37), |(i, j)| ((i * 7 + j) % 11) as f64 * 0.3 - 1.0);
+        let tile =
+            ndarray::Array2::from_shape_fn((5, 37), |(i, j)| ((i * 7 + j) % 11) as f64 * 0.3 - 1.0);
         let shift: Vec<f64> = (0..37).map(|j| j as f64 * 0.1).collect();
         let (mut columns, mut rows) = (tile.clone(), tile.t().as_standard_layout().into_owned());
         exp_columns(columns.view_mut(), &shift);
@@ -215,7 +219,10 @@ mod tests {
             assert_eq!(row_max(&row).to_bits(), want_max.to_bits());
             let want: f64 = row.iter().map(|x| (x - want_max).exp()).sum();
             let mut got = row.clone();
-            assert!((row_exp_sum(&mut got, want_max) - want).abs() <= 4.0 * f64::EPSILON * want * (n as f64));
+            assert!(
+                (row_exp_sum(&mut got, want_max) - want).abs()
+                    <= 4.0 * f64::EPSILON * want * (n as f64)
+            );
         }
     }
 }

@@ -10,11 +10,18 @@ pub use super::product_kernels::{Multiply, Product};
 
 /// c = alpha a b + beta c on the calling thread; with beta = 0, c is not read.
 ///
-/// An entry of c has the same bits whichever rows and columns are computed with it, so a product may be cut among threads.
-/// Where ndarray multiplies, that holds for pieces of at least two columns.
+/// An entry of c has the same bits whichever rows and columns are computed with it, so a product
+/// may be cut among threads. Where ndarray multiplies, that holds for pieces of at least two
+/// columns.
 ///
 /// Shapes: a `m x k`, b `k x n`, c `m x n`. Disagreeing shapes are an internal error and panic.
-pub fn multiply<T: Real>(alpha: T, a: &ArrayView2<T>, b: &ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>) {
+pub fn multiply<T: Real>(
+    alpha: T,
+    a: &ArrayView2<T>,
+    b: &ArrayView2<T>,
+    beta: T,
+    c: &mut ArrayViewMut2<T>,
+) {
     let shapes_agree = b.nrows() == a.ncols() && c.dim() == (a.nrows(), b.ncols());
     assert!(shapes_agree, "shapes of a product");
     multiply_product(Product { alpha, a: a.view(), b: b.view(), beta, c: c.view_mut() });
@@ -38,15 +45,19 @@ fn multiply_product<T: Real>(product: Product<'_, T>) {
     }
 }
 
-/// A single row or column of c, computed twice: the kernels sum a matrix-vector product in an order that depends on where
-/// the numbers lie in memory.
+/// A single row or column of c, computed twice: the kernels sum a matrix-vector product in an order
+/// that depends on where the numbers lie in memory.
 fn multiply_widened<T: Real>(product: Product<'_, T>, summation: Summation) {
     let Product { alpha, a, b, beta, mut c } = product;
     let (m, k, n) = (a.nrows(), a.ncols(), b.ncols());
     let (rows, columns) = (m.max(2), n.max(2));
-    let repeated = (a.broadcast((rows, k)), b.broadcast((k, columns)), c.broadcast((rows, columns)));
-    let (Some(a), Some(b), Some(start)) = repeated else { panic!("a single row or column is repeated") };
-    let mut wide = if beta == T::zero() { Array2::zeros((rows, columns)) } else { start.to_owned() };
+    let repeated =
+        (a.broadcast((rows, k)), b.broadcast((k, columns)), c.broadcast((rows, columns)));
+    let (Some(a), Some(b), Some(start)) = repeated else {
+        panic!("a single row or column is repeated")
+    };
+    let mut wide =
+        if beta == T::zero() { Array2::zeros((rows, columns)) } else { start.to_owned() };
     T::multiply_by_kernel(Product { alpha, a, b, beta, c: wide.view_mut() }, summation);
     c.assign(&wide.slice(ndarray::s![..m, ..n]));
 }
@@ -54,7 +65,13 @@ fn multiply_widened<T: Real>(product: Product<'_, T>, summation: Summation) {
 /// c = a b + beta c, with the multiply-adds added to `cost`.
 ///
 /// Shapes: a `m x k`, b `k x n`, c `m x n`. Disagreeing shapes are an internal error and panic.
-pub fn product_into<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, beta: T, c: &mut ArrayViewMut2<T>, cost: &mut Cost) {
+pub fn product_into<T: Real>(
+    a: ArrayView2<T>,
+    b: ArrayView2<T>,
+    beta: T,
+    c: &mut ArrayViewMut2<T>,
+    cost: &mut Cost,
+) {
     cost.product(a.nrows(), a.ncols(), b.ncols());
     multiply(T::one(), &a, &b, beta, c);
 }
@@ -78,9 +95,13 @@ pub fn parallel_product<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, cost: &mut 
     c
 }
 
-/// a^T b, with the sum over rows taken in fixed groups added in order, so that the result does not depend
-/// on the number of threads.
-pub fn parallel_transposed_product<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, cost: &mut Cost) -> Array2<T> {
+/// a^T b, with the sum over rows taken in fixed groups added in order, so that the result does not
+/// depend on the number of threads.
+pub fn parallel_transposed_product<T: Real>(
+    a: ArrayView2<T>,
+    b: ArrayView2<T>,
+    cost: &mut Cost,
+) -> Array2<T> {
     use ndarray::{Axis, parallel::prelude::*};
     cost.product(a.ncols(), a.nrows(), b.ncols());
     let shape = (a.ncols(), b.ncols());
@@ -103,9 +124,9 @@ pub fn parallel_transposed_product<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, 
 
 /// c = alpha a b + beta c on rayon's threads.
 ///
-/// The longer side of c is cut into tasks, never the sum: every entry adds its terms in the same order
-/// whatever the number of threads, so the result is bit-identical. Transposed views are passed as they are
-/// (the kernel packs its operands), so no transposed copy is made.
+/// The longer side of c is cut into tasks, never the sum: every entry adds its terms in the same
+/// order whatever the number of threads, so the result is bit-identical. Transposed views are
+/// passed as they are (the kernel packs its operands), so no transposed copy is made.
 ///
 /// Shapes: a `m x k`, b `k x n`, c `m x n`. Disagreeing shapes are an internal error and panic.
 pub fn parallel_product_into<T: Real>(
@@ -127,18 +148,24 @@ pub fn parallel_product_into<T: Real>(
 
 /// The product in equal shares for that many threads; 0 is one task.
 ///
-/// The last quarter of a large share is a task of its own, for whoever is free first: a thread that other programs slow down
-/// then keeps the rest waiting for less (up to 3% of X W^T and dY W). Not so in dY^T X, where each task packs X again.
+/// The last quarter of a large share is a task of its own, for whoever is free first: a thread that
+/// other programs slow down then keeps the rest waiting for less (up to 3% of X W^T and dY W). Not
+/// so in dY^T X, where each task packs X again.
 fn multiply_in_shares<T: Real>(product: Product<'_, T>, by_rows: bool, threads: usize) {
     let extent = if by_rows { product.c.nrows() } else { product.c.ncols() };
     let terms_lie_together = product.a.strides()[1] == 1;
     let (at, shares) = match threads {
-        2.. if extent > TASK_TILE => ((extent * (threads / 2)).div_ceil(threads), [threads / 2, threads.div_ceil(2)]),
+        2.. if extent > TASK_TILE => {
+            ((extent * (threads / 2)).div_ceil(threads), [threads / 2, threads.div_ceil(2)])
+        }
         1.. if terms_lie_together && extent >= 4 * TASK_TILE => (extent - extent / 4, [0, 0]),
         _ => return multiply_product(product),
     };
     let (first, second) = product.split(by_rows, at.next_multiple_of(16).max(TASK_TILE));
-    rayon::join(|| multiply_in_shares(first, by_rows, shares[0]), || multiply_in_shares(second, by_rows, shares[1]));
+    rayon::join(
+        || multiply_in_shares(first, by_rows, shares[0]),
+        || multiply_in_shares(second, by_rows, shares[1]),
+    );
 }
 
 /// Products below this many multiply-adds run on the calling thread.
@@ -159,16 +186,26 @@ mod tests {
     #[test]
     fn the_number_of_threads_does_not_change_a_bit() {
         let value = |i: usize, j: usize| ((i * 131 + j * 37) as f32 * 0.7131).sin();
-        for (m, k, n) in [(401, 300, 37), (9, 513, 407), (300, 45, 300), (5, 6, 7), (2100, 40, 24), (40, 24, 1700)] {
+        for (m, k, n) in [
+            (401, 300, 37),
+            (9, 513, 407),
+            (300, 45, 300),
+            (5, 6, 7),
+            (2100, 40, 24),
+            (40, 24, 1700),
+        ] {
             let a = Array2::from_shape_fn((k, m), |(i, j)| value(i, j));
             let rows = a.t().as_standard_layout().into_owned();
             let b = Array2::from_shape_fn((k, n), |(i, j)| value(j, i + 3));
             for a in [a.t(), rows.view()] {
                 let run = |threads: usize| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let pool =
+                        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                     let mut c = Array2::from_shape_fn((m, n), |(i, j)| value(i + 1, j));
                     let mut cost = Cost::default();
-                    pool.install(|| parallel_product_into(0.5, a, b.view(), 1.0, &mut c.view_mut(), &mut cost));
+                    pool.install(|| {
+                        parallel_product_into(0.5, a, b.view(), 1.0, &mut c.view_mut(), &mut cost)
+                    });
                     assert_eq!(cost.multiply_adds, (m * k * n) as u64);
                     c
                 };
@@ -177,7 +214,8 @@ mod tests {
                     let same = one.iter().zip(&several).all(|(x, y)| x.to_bits() == y.to_bits());
                     assert!(same, "{m} x {k} x {n}");
                 }
-                let want: f32 = value(1, 0) + (0..k).map(|l| 0.5 * a[[0, l]] * b[[l, 0]]).sum::<f32>();
+                let want: f32 =
+                    value(1, 0) + (0..k).map(|l| 0.5 * a[[0, l]] * b[[l, 0]]).sum::<f32>();
                 assert!((one[[0, 0]] - want).abs() < 1e-4, "{} against {want}", one[[0, 0]]);
             }
         }
@@ -201,7 +239,10 @@ mod tests {
             (6, 300, 1, false),
             (1, 40, 1, true),
         ] {
-            let stored = Array2::from_shape_fn(if transposed { (k, m) } else { (m, k) }, |(i, j)| value(i, j));
+            let stored =
+                Array2::from_shape_fn(if transposed { (k, m) } else { (m, k) }, |(i, j)| {
+                    value(i, j)
+                });
             let a = if transposed { stored.t() } else { stored.view() };
             let b = Array2::from_shape_fn((k, n), |(i, j)| value(j, i + 3));
             // The same numbers with rows or columns in one piece.
@@ -234,11 +275,15 @@ mod tests {
                             multiply(alpha, &a, &b, beta, &mut c);
                         }
                     }
-                    let same = pieces.iter().zip(&whole).all(|(x, y)| x.widen().to_bits() == y.widen().to_bits());
+                    let same = pieces
+                        .iter()
+                        .zip(&whole)
+                        .all(|(x, y)| x.widen().to_bits() == y.widen().to_bits());
                     assert!(same, "{} {m} x {k} x {n} in pieces of {size}", T::NAME);
                 }
-                let want = (0..k).map(|l| (alpha * a[[m - 1, l]] * b[[l, n - 1]]).widen()).sum::<f64>()
-                    + (beta * start[[m - 1, n - 1]]).widen();
+                let want =
+                    (0..k).map(|l| (alpha * a[[m - 1, l]] * b[[l, n - 1]]).widen()).sum::<f64>()
+                        + (beta * start[[m - 1, n - 1]]).widen();
                 assert!((whole[[m - 1, n - 1]].widen() - want).abs() < 1e-4, "{want}");
             }
         }
@@ -248,7 +293,8 @@ mod tests {
     #[test]
     fn a_product_in_pieces_has_the_bits_of_the_whole() {
         // Elsewhere, and without AVX2, single columns go through another routine of ndarray.
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        {
             pieces_have_the_bits_of_the_whole::<f32>();
             pieces_have_the_bits_of_the_whole::<f64>();
         }
@@ -257,7 +303,13 @@ mod tests {
     #[test]
     fn a_sum_of_no_terms_scales_what_is_there() {
         let mut c = Array2::<f64>::ones((2, 3));
-        multiply(1.0, &Array2::zeros((2, 0)).view(), &Array2::zeros((0, 3)).view(), 0.5, &mut c.view_mut());
+        multiply(
+            1.0,
+            &Array2::zeros((2, 0)).view(),
+            &Array2::zeros((0, 3)).view(),
+            0.5,
+            &mut c.view_mut(),
+        );
         assert!(c.iter().all(|x| x.to_bits() == 0.5f64.to_bits()));
     }
 

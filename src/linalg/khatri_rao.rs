@@ -7,8 +7,9 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// Row i of `out` becomes the Kronecker product of the row [a_i | last_i] and b_i:
 /// `out[i, p * b.ncols() + q] = a'[i, p] * b[i, q]`.
 ///
-/// Shapes: a `n x p`, last `n`, b `n x q`, out `n x ((p + 1) q)`; the rows of all must be contiguous. It turns
-/// an element-wise product of two low-rank matrices into one: (A B^T) o (C D^T) = (A * C)(B * D)^T.
+/// Shapes: a `n x p`, last `n`, b `n x q`, out `n x ((p + 1) q)`; the rows of all must be
+/// contiguous. It turns an element-wise product of two low-rank matrices into one: (A B^T) o (C
+/// D^T) = (A * C)(B * D)^T.
 ///
 /// ```
 /// use ndarray::{array, Array2};
@@ -20,7 +21,12 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 ///
 /// # Panics
 /// If shapes disagree or a row is not contiguous: an internal error.
-pub fn face_splitting_into<T: Real>(a: ArrayView2<T>, last: &[T], b: ArrayView2<T>, out: ArrayViewMut2<T>) {
+pub fn face_splitting_into<T: Real>(
+    a: ArrayView2<T>,
+    last: &[T],
+    b: ArrayView2<T>,
+    out: ArrayViewMut2<T>,
+) {
     assert_eq!(out.dim(), (a.nrows(), (a.ncols() + 1) * b.ncols()));
     assert!(last.len() == a.nrows() && b.nrows() == a.nrows());
     if !out.is_empty() {
@@ -58,7 +64,12 @@ impl<T: Real> Kernel for FaceSplitting<'_, T> {
 ///
 /// # Panics
 /// As [`face_splitting_into`].
-pub fn contract_into<T: Real>(a: ArrayView2<T>, last: &[T], sums: ArrayView2<T>, out: ArrayViewMut2<T>) {
+pub fn contract_into<T: Real>(
+    a: ArrayView2<T>,
+    last: &[T],
+    sums: ArrayView2<T>,
+    out: ArrayViewMut2<T>,
+) {
     assert_eq!(sums.dim(), (a.nrows(), (a.ncols() + 1) * out.ncols()));
     assert!(last.len() == a.nrows() && out.nrows() == a.nrows());
     if !out.is_empty() {
@@ -131,6 +142,9 @@ mod tests {
         face_splitting_into(a.view(), &last, b.view(), product.view_mut());
         let mut contracted = Array2::zeros((6, 2));
         contract_into(a.view(), &last, sums.view(), contracted.view_mut());
-        assert_eq!((product * &sums).sum_axis(ndarray::Axis(1)), (contracted * &b).sum_axis(ndarray::Axis(1)));
+        assert_eq!(
+            (product * &sums).sum_axis(ndarray::Axis(1)),
+            (contracted * &b).sum_axis(ndarray::Axis(1))
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! One door to matrix products, element-wise kernels, decompositions, norms and Khatri-Rao products.
+//! One door to matrix products, element-wise kernels, decompositions, norms and Khatri-Rao
+//! products.
 
 pub mod attention_tile;
 pub mod decompositions;

@@ -31,7 +31,10 @@ pub fn frobenius<T: Real, D: Dimension>(a: &ArrayView<T, D>) -> f64 {
 }
 
 /// ||got - want||_F / ||want||_F; if `want` is zero, ||got||_F.
-pub fn relative_frobenius<T: Real, U: Real, D: Dimension>(got: &ArrayView<T, D>, want: &ArrayView<U, D>) -> f64 {
+pub fn relative_frobenius<T: Real, U: Real, D: Dimension>(
+    got: &ArrayView<T, D>,
+    want: &ArrayView<U, D>,
+) -> f64 {
     let gap = ndarray::Zip::from(got).and(want).map_collect(|g, w| g.widen() - w.widen());
     let reference = frobenius(want);
     let gap = frobenius(&gap.view());
@@ -49,7 +52,11 @@ pub fn max_row_norm<T: Real>(a: ArrayView2<T>) -> f64 {
 }
 
 /// Refuses NaN and infinity, naming the tensor and the first bad position.
-pub fn require_finite<T: Real, D: Dimension>(op: &'static str, tensor: &str, a: &ArrayView<T, D>) -> Result<()>
+pub fn require_finite<T: Real, D: Dimension>(
+    op: &'static str,
+    tensor: &str,
+    a: &ArrayView<T, D>,
+) -> Result<()>
 where
     D::Pattern: NdIndex<D>,
 {

@@ -1,4 +1,5 @@
-//! Randomly pivoted partial Cholesky factorization of a positive semidefinite matrix given by its columns.
+//! Randomly pivoted partial Cholesky factorization of a positive semidefinite matrix given by its
+//! columns.
 
 use super::gemm::parallel_product_into;
 use crate::cost::Cost;
@@ -20,13 +21,14 @@ pub struct PivotedCholesky {
 /// Proposals of one round: enough for the products to be products of matrices.
 const BLOCK: usize = 32;
 
-/// At most `rank` pivots, each drawn with probability proportional to the diagonal of the residual (RPCholesky,
-/// arXiv 2207.06503). O(n k^2) multiply-adds and n k numbers, without forming M.
+/// At most `rank` pivots, each drawn with probability proportional to the diagonal of the residual
+/// (RPCholesky, arXiv 2207.06503). O(n k^2) multiply-adds and n k numbers, without forming M.
 ///
-/// A round proposes a block of pivots from the residual at its start and accepts each with the ratio of its present
-/// to that residual, which leaves the distribution of one-by-one sampling unchanged and makes nearly all work products
-/// of matrices. `columns` gives the rows of M with the given indices, `b x n`. Ends early when every residual is at most
-/// `tolerance` times its own diagonal entry. Double precision: the residual is a difference of near numbers.
+/// A round proposes a block of pivots from the residual at its start and accepts each with the
+/// ratio of its present to that residual, which leaves the distribution of one-by-one sampling
+/// unchanged and makes nearly all work products of matrices. `columns` gives the rows of M with the
+/// given indices, `b x n`. Ends early when every residual is at most `tolerance` times its own
+/// diagonal entry. Double precision: the residual is a difference of near numbers.
 pub fn randomly_pivoted_cholesky(
     diagonal: &[f64],
     columns: impl Fn(&[usize]) -> Array2<f64>,
@@ -119,7 +121,14 @@ mod tests {
     fn factorize(m: &Array2<f64>, rank: usize, seed: u64) -> PivotedCholesky {
         let columns = |rows: &[usize]| m.select(ndarray::Axis(0), rows);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        randomly_pivoted_cholesky(&m.diag().to_vec(), columns, rank, 1e-14, &mut rng, &mut Cost::default())
+        randomly_pivoted_cholesky(
+            &m.diag().to_vec(),
+            columns,
+            rank,
+            1e-14,
+            &mut rng,
+            &mut Cost::default(),
+        )
     }
 
     #[test]
@@ -134,7 +143,10 @@ mod tests {
             }
             for (t, &p) in c.pivots.iter().enumerate() {
                 assert!(gap.row(p).iter().all(|x| x.abs() < 1e-12));
-                assert!(c.pivots[..t].iter().all(|&q| c.transposed_factor[[t, q]].abs() < 1e-300), "triangular");
+                assert!(
+                    c.pivots[..t].iter().all(|&q| c.transposed_factor[[t, q]].abs() < 1e-300),
+                    "triangular"
+                );
             }
         }
     }
@@ -152,7 +164,8 @@ mod tests {
         assert!(gap.iter().all(|x| x.abs() < 1e-13));
     }
 
-    /// The first two pivots of a diagonal matrix are drawn with the probabilities of one-by-one sampling.
+    /// The first two pivots of a diagonal matrix are drawn with the probabilities of one-by-one
+    /// sampling.
     #[test]
     fn blocks_do_not_change_the_distribution() {
         let weights = [1.0, 2.0, 3.0, 4.0];
@@ -165,7 +178,8 @@ mod tests {
         }
         for i in 0..4 {
             for j in 0..4 {
-                let p = if i == j { 0.0 } else { weights[i] / 10.0 * weights[j] / (10.0 - weights[i]) };
+                let p =
+                    if i == j { 0.0 } else { weights[i] / 10.0 * weights[j] / (10.0 - weights[i]) };
                 let deviation = (p * (1.0 - p) / f64::from(trials)).sqrt();
                 let got = f64::from(seen[i][j]) / f64::from(trials);
                 assert!((got - p).abs() <= 4.5 * deviation, "({i}, {j}): {got} against {p}");

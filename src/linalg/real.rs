@@ -11,7 +11,9 @@ use std::iter::Sum;
 /// fn exact_eighth<T: Real>() -> bool { (T::of(0.125)).widen().to_bits() == 0.125f64.to_bits() }
 /// assert!(exact_eighth::<f32>() && exact_eighth::<f64>());
 /// ```
-pub trait Real: NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes + super::gemm::Multiply {
+pub trait Real:
+    NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes + super::gemm::Multiply
+{
     /// Name used in files, tables and command lines.
     const NAME: &'static str;
 
@@ -23,13 +25,13 @@ pub trait Real: NdFloat + FromPrimitive + Sum + Default + super::lanes::Lanes + 
 
     /// Exponential written so that a loop over a slice becomes vector instructions.
     ///
-    /// Below -87 (f32) or -708 (f64) the result is 0, above 88 or 709 it is infinity; NaN stays NaN.
-    /// Between, the relative error is below 2 units in the last place (tested against the standard
-    /// library on a dense grid).
+    /// Below -87 (f32) or -708 (f64) the result is 0, above 88 or 709 it is infinity; NaN stays
+    /// NaN. Between, the relative error is below 2 units in the last place (tested against the
+    /// standard library on a dense grid).
     fn exp_lane(self) -> Self;
 
-    /// [`Real::exp_lane`] for arguments that are at most a rounding error above 0, where it needs fewer instructions
-    /// (the scores of a softmax less their maximum or log-sum-exp).
+    /// [`Real::exp_lane`] for arguments that are at most a rounding error above 0, where it needs
+    /// fewer instructions (the scores of a softmax less their maximum or log-sum-exp).
     fn exp_nonpositive_lane(self) -> Self;
 }
 
@@ -59,7 +61,8 @@ impl Real for f32 {
 
     #[inline(always)]
     fn exp_lane(self) -> Self {
-        // Neither bound swallows a NaN: `a > b ? a : b` is b when either is NaN, as in the vector instruction.
+        // Neither bound swallows a NaN: `a > b ? a : b` is b when either is NaN, as in the vector
+        // instruction.
         let x = if LOWEST_F32 > self { LOWEST_F32 } else { self };
         let x = if HIGHEST_F32 < x { HIGHEST_F32 } else { x };
         let y = exp_inside_f32(x);
@@ -80,8 +83,8 @@ const HIGHEST_F32: f32 = 88.0;
 /// e^x for |x| <= 88; NaN stays NaN.
 #[inline(always)]
 fn exp_inside_f32(x: f32) -> f32 {
-    // x = n ln 2 + r. Adding 1.5 * 2^23, whose unit in the last place is 1, rounds to the integer n; the
-    // further 127 leaves n + 127, the exponent field of 2^n, in the low bits.
+    // x = n ln 2 + r. Adding 1.5 * 2^23, whose unit in the last place is 1, rounds to the integer
+    // n; the further 127 leaves n + 127, the exponent field of 2^n, in the low bits.
     const SHIFT: f32 = 12_582_912.0 + 127.0;
     // ln 2 split so that n * LN2_HIGH is exact for |n| < 2^9.
     const LN2_HIGH: f32 = 0.693_359_4;
@@ -90,7 +93,8 @@ fn exp_inside_f32(x: f32) -> f32 {
     let n = shifted - SHIFT;
     let r = (-n).mul_add(LN2_LOW, (-n).mul_add(LN2_HIGH, x));
     // 1 + r + r^2 q(r), with q of degree 4 through the Chebyshev nodes of |r| <= ln 2 / 2 for
-    // (e^r - 1 - r) / r^2: relative error 1.1e-8 of f32's 6e-8, one multiply-add less than Taylor's series.
+    // (e^r - 1 - r) / r^2: relative error 1.1e-8 of f32's 6e-8, one multiply-add less than Taylor's
+    // series.
     let mut p = 1.392_621_3e-3;
     p = r.mul_add(p, 8.363_203e-3);
     p = r.mul_add(p, 4.166_655_6e-2);

@@ -7,8 +7,9 @@ use ndarray::{Array2, Axis, parallel::prelude::*};
 
 /// Sum over items of an accumulator that `work` fills for each, starting from zero.
 ///
-/// One accumulator a thread; they are added to the total in the order of the items, so that neither the
-/// number of threads nor their timing changes a bit. `work` may also write outputs that its item owns.
+/// One accumulator a thread; they are added to the total in the order of the items, so that neither
+/// the number of threads nor their timing changes a bit. `work` may also write outputs that its
+/// item owns.
 ///
 /// # Errors
 /// The error of the first item, in order, whose `work` fails.
@@ -39,12 +40,14 @@ pub fn ordered_sum<T: Real, I: Send>(
         }
         // Rows are independent; within a row the items are added in order.
         let in_order = &accumulators[..round.len()];
-        total.axis_chunks_iter_mut(Axis(0), MERGE_ROWS).into_par_iter().enumerate().for_each(|(chunk, mut rows)| {
-            let start = chunk * MERGE_ROWS;
-            for accumulator in in_order {
-                rows += &accumulator.slice(ndarray::s![start..start + rows.nrows(), ..]);
-            }
-        });
+        total.axis_chunks_iter_mut(Axis(0), MERGE_ROWS).into_par_iter().enumerate().for_each(
+            |(chunk, mut rows)| {
+                let start = chunk * MERGE_ROWS;
+                for accumulator in in_order {
+                    rows += &accumulator.slice(ndarray::s![start..start + rows.nrows(), ..]);
+                }
+            },
+        );
     }
     cost.release(threads * size);
     Ok(total)
@@ -58,7 +61,9 @@ pub fn tile_groups(length: usize, tile: usize, groups: usize) -> Vec<std::ops::R
     let tiles = length.div_ceil(tile.max(1));
     let groups = groups.min(tiles).max(1);
     (0..groups)
-        .map(|g| (g * tiles / groups * tile).min(length)..((g + 1) * tiles / groups * tile).min(length))
+        .map(|g| {
+            (g * tiles / groups * tile).min(length)..((g + 1) * tiles / groups * tile).min(length)
+        })
         .filter(|range| !range.is_empty())
         .collect()
 }
@@ -73,24 +78,38 @@ mod tests {
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
-                ordered_sum::<f32, usize>((0..23).collect(), (301, 3), &mut Cost::default(), |item, a, _| {
-                    a.indexed_iter_mut().for_each(|((i, j), x)| *x = ((*item * 31 + i * 7 + j) as f32).sin());
-                    Ok(())
-                })
+                ordered_sum::<f32, usize>(
+                    (0..23).collect(),
+                    (301, 3),
+                    &mut Cost::default(),
+                    |item, a, _| {
+                        a.indexed_iter_mut()
+                            .for_each(|((i, j), x)| *x = ((*item * 31 + i * 7 + j) as f32).sin());
+                        Ok(())
+                    },
+                )
                 .unwrap()
             })
         };
         let one = run(1);
         for threads in [2, 3, 8] {
-            assert!(run(threads).iter().zip(&one).all(|(a, b)| a.to_bits() == b.to_bits()), "{threads} threads");
+            assert!(
+                run(threads).iter().zip(&one).all(|(a, b)| a.to_bits() == b.to_bits()),
+                "{threads} threads"
+            );
         }
     }
 
     #[test]
     fn the_first_failing_item_is_reported() {
-        let outcome = ordered_sum::<f64, usize>((0..9).collect(), (1, 1), &mut Cost::default(), |item, _, _| {
-            if *item >= 4 { Err(Error::invalid("item", *item, "below 4")) } else { Ok(()) }
-        });
+        let outcome = ordered_sum::<f64, usize>(
+            (0..9).collect(),
+            (1, 1),
+            &mut Cost::default(),
+            |item, _, _| {
+                if *item >= 4 { Err(Error::invalid("item", *item, "below 4")) } else { Ok(()) }
+            },
+        );
         assert!(matches!(outcome, Err(Error::InvalidParam { value, .. }) if value == "4"));
     }
 

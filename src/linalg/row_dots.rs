@@ -4,10 +4,11 @@ use super::Real;
 use super::elementwise::{Kernel, lane_total, vectorized};
 use ndarray::ArrayView2;
 
-/// `out[i]` = a_i . b_i, in independent lanes: the bits depend on the rows alone, where they lie in one piece each.
+/// `out[i]` = a_i . b_i, in independent lanes: the bits depend on the rows alone, where they lie in
+/// one piece each.
 ///
-/// Shapes: a and b `n x d`, out `n`. Disagreeing shapes are an internal error and panic. Of the softmax's backward this is
-/// delta_i = G_i . O_i (design.md 2.1).
+/// Shapes: a and b `n x d`, out `n`. Disagreeing shapes are an internal error and panic. Of the
+/// softmax's backward this is delta_i = G_i . O_i (design.md 2.1).
 ///
 /// ```
 /// use ndarray::array;
@@ -65,11 +66,13 @@ mod tests {
     use super::*;
     use ndarray::{Array2, s};
 
-    /// Small integers, whose sums are exact, in rows of every length around a register's, in one piece and strided.
+    /// Small integers, whose sums are exact, in rows of every length around a register's, in one
+    /// piece and strided.
     #[test]
     fn every_length_and_layout_agrees_with_plain_sums() {
         for columns in 0..70 {
-            let a = Array2::from_shape_fn((3, columns), |(i, j)| ((i * 5 + j * 3) % 11) as f64 - 5.0);
+            let a =
+                Array2::from_shape_fn((3, columns), |(i, j)| ((i * 5 + j * 3) % 11) as f64 - 5.0);
             let wide = Array2::from_shape_fn((3, 2 * columns), |(i, j)| ((i + j) % 7) as f64 - 3.0);
             for b in [wide.slice(s![.., ..columns]), wide.slice(s![.., ..;2])] {
                 let mut out = [f64::NAN; 3];

@@ -1,14 +1,15 @@
-//! Buffers that are handed out again, so that a training step does not ask the system for the same memory anew.
+//! Buffers that are handed out again, so that a training step does not ask the system for the same
+//! memory anew.
 
 use super::Real;
 use ndarray::Array2;
 use rayon::prelude::*;
 
-/// Free buffers by size. A fresh allocation of many megabytes costs a page fault per 4 kB and a pass that zeroes
-/// it; a step that reuses the last step's buffers pays neither.
+/// Free buffers by size. A fresh allocation of many megabytes costs a page fault per 4 kB and a
+/// pass that zeroes it; a step that reuses the last step's buffers pays neither.
 ///
-/// Buffers that a whole step left unused are released by [`Scratch::next_step`], so the memory held between
-/// steps is at most that of one step.
+/// Buffers that a whole step left unused are released by [`Scratch::next_step`], so the memory held
+/// between steps is at most that of one step.
 ///
 /// ```
 /// use peft_limits::linalg::scratch::Scratch;
@@ -40,8 +41,8 @@ impl<T> Clone for Scratch<T> {
 }
 
 impl<T: Real> Scratch<T> {
-    /// An array with arbitrary contents, to be overwritten. With debug assertions it holds NaN, so that a test
-    /// sees an entry that was not.
+    /// An array with arbitrary contents, to be overwritten. With debug assertions it holds NaN, so
+    /// that a test sees an entry that was not.
     pub fn array(&mut self, shape: (usize, usize)) -> Array2<T> {
         let length = shape.0 * shape.1;
         let found = self.free.iter().rposition(|(_, buffer)| buffer.len() == length);

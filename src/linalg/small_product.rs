@@ -1,14 +1,16 @@
-//! Matrix products of a few thousand multiply-adds, with the bits of [`super::gemm::multiply`]'s large ones.
+//! Matrix products of a few thousand multiply-adds, with the bits of [`super::gemm::multiply`]'s
+//! large ones.
 //!
-//! faer hands such products to another kernel, whose sums have other bits; a piece at the edge of a large product would then
-//! differ from the whole.
+//! faer hands such products to another kernel, whose sums have other bits; a piece at the edge of a
+//! large product would then differ from the whole.
 
 use super::Real;
 use super::elementwise::{Kernel, vectorized};
 use super::product_kernels::Product;
 use std::ops::Range;
 
-/// Most multiply-adds of a product that is computed here: those for which faer leaves its own kernel.
+/// Most multiply-adds of a product that is computed here: those for which faer leaves its own
+/// kernel.
 pub(super) const SMALL: usize = 16 * 16 * 16;
 
 /// The product; the sums of the `ranges` of terms are added to c one after the other.
@@ -17,7 +19,8 @@ pub(super) fn small_product<T: Real, R: Iterator<Item = Range<usize>>>(
     ranges: &impl Fn() -> R,
 ) {
     let Product { alpha, a, b, beta, c } = product;
-    // The longer side of c along registers, c^T = b^T a^T, where a lies in memory for it or the other fills none.
+    // The longer side of c along registers, c^T = b^T a^T, where a lies in memory for it or the
+    // other fills none.
     let product = if c.ncols() < c.nrows() && (a.strides()[0] == 1 || c.ncols() < 4) {
         Product { alpha, a: b.reversed_axes(), b: a.reversed_axes(), beta, c: c.reversed_axes() }
     } else {
@@ -38,7 +41,8 @@ impl<T: Real, R: Iterator<Item = Range<usize>>, F: Fn() -> R> Kernel for Small<'
     fn run(mut self) {
         let columns = self.product.c.ncols();
         let mut first = 0;
-        // Sums of whole registers where columns are left for them; how many are summed together changes no bit.
+        // Sums of whole registers where columns are left for them; how many are summed together
+        // changes no bit.
         while first < columns {
             first += match columns - first {
                 16.. => self.columns::<16>(first),

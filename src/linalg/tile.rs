@@ -1,13 +1,15 @@
 //! Products with a tile straight from its rows, for the tiled passes of attention.
 //!
-//! A general GEMM first copies (packs) both operands so that its inner loop reads them in order. In a tiled pass
-//! one operand is a tile just computed, used with few columns before it is overwritten: with 8 or 16 columns the
-//! copy costs as much as the arithmetic. These kernels keep a block of the result in registers and read both
-//! operands where they lie: a row of one as whole registers, an entry of the other as a broadcast. They took the
-//! streaming gradient at L = 4096, d = 64, r = 8 from 97 to 80 ms on one thread. Products with more than [`SKINNY`]
-//! columns go to the general GEMM, which was 7% faster there.
+//! A general GEMM first copies (packs) both operands so that its inner loop reads them in order. In
+//! a tiled pass one operand is a tile just computed, used with few columns before it is
+//! overwritten: with 8 or 16 columns the copy costs as much as the arithmetic. These kernels keep a
+//! block of the result in registers and read both operands where they lie: a row of one as whole
+//! registers, an entry of the other as a broadcast. They took the streaming gradient at L = 4096,
+//! d = 64, r = 8 from 97 to 80 ms on one thread. Products with more than [`SKINNY`] columns go to
+//! the general GEMM, which was 7% faster there.
 //!
-//! Sums run in an order that depends on the shapes alone, not on the instruction set or the number of threads.
+//! Sums run in an order that depends on the shapes alone, not on the instruction set or the number
+//! of threads.
 
 use super::Real;
 use super::gemm::multiply;
@@ -20,8 +22,8 @@ pub const SKINNY: usize = 32;
 
 /// out += left^T tile.
 ///
-/// Shapes: left `q x c`, tile `q x k`, both contiguous; out `c x k` with contiguous rows (it may be a block of
-/// columns of a wider array). Anything else is an internal error and panics.
+/// Shapes: left `q x c`, tile `q x k`, both contiguous; out `c x k` with contiguous rows (it may be
+/// a block of columns of a wider array). Anything else is an internal error and panics.
 pub fn add_transposed_times_tile<T: Real>(
     left: ArrayView2<T>,
     tile: ArrayView2<T>,
@@ -29,7 +31,10 @@ pub fn add_transposed_times_tile<T: Real>(
     cost: &mut Cost,
 ) {
     let (columns, width) = (left.ncols(), tile.ncols());
-    assert!(left.nrows() == tile.nrows() && out.dim() == (columns, width), "shapes of a tile product");
+    assert!(
+        left.nrows() == tile.nrows() && out.dim() == (columns, width),
+        "shapes of a tile product"
+    );
     cost.product(columns, left.nrows(), width);
     if columns > SKINNY {
         return multiply(T::one(), &left.t(), &tile, T::one(), &mut out);
@@ -79,7 +84,8 @@ fn rows<T, const N: usize>(block: ArrayViewMut2<'_, T>) -> [&'_ mut [T]; N] {
     std::array::from_fn(|_| {
         let (row, tail) = rest.take().map(|r| r.split_at(Axis(0), 1)).unzip();
         rest = tail;
-        row.and_then(|row| row.into_slice()).unwrap_or_else(|| panic!("tile products write contiguous rows"))
+        row.and_then(|row| row.into_slice())
+            .unwrap_or_else(|| panic!("tile products write contiguous rows"))
     })
 }
 
@@ -94,8 +100,18 @@ struct TransposedTimes<'a, T, const N: usize> {
 }
 
 impl<T: Real, const N: usize> TransposedTimes<'_, T, N> {
-    fn run((left, left_columns, first, tile, width): (&[T], usize, usize, &[T], usize), out: ArrayViewMut2<T>) {
-        Arch::new().dispatch(TransposedTimes::<T, N> { left, left_columns, first, tile, width, out: rows(out) });
+    fn run(
+        (left, left_columns, first, tile, width): (&[T], usize, usize, &[T], usize),
+        out: ArrayViewMut2<T>,
+    ) {
+        Arch::new().dispatch(TransposedTimes::<T, N> {
+            left,
+            left_columns,
+            first,
+            tile,
+            width,
+            out: rows(out),
+        });
     }
 
     /// Adds to the columns from `at` on, V registers wide.
@@ -170,7 +186,8 @@ pub struct Padded<T> {
 }
 
 impl<T: Real> Padded<T> {
-    /// Rows come in multiples of this many entries: whole registers on every instruction set, f32 and f64.
+    /// Rows come in multiples of this many entries: whole registers on every instruction set, f32
+    /// and f64.
     const STEP: usize = 16;
 
     /// A padded copy.
@@ -196,10 +213,11 @@ impl<T: Real> Padded<T> {
     }
 }
 
-/// out = tile right (+ out, when accumulating), with the rows `range` and the first columns of `right`.
+/// out = tile right (+ out, when accumulating), with the rows `range` and the first columns of
+/// `right`.
 ///
-/// Shapes: tile `q x k` contiguous, `range` of length k, out `q x c` contiguous with c at most the columns of
-/// `right`. Anything else is an internal error and panics.
+/// Shapes: tile `q x k` contiguous, `range` of length k, out `q x c` contiguous with c at most the
+/// columns of `right`. Anything else is an internal error and panics.
 pub fn tile_times<T: Real>(
     tile: ArrayView2<T>,
     right: &Padded<T>,
@@ -210,11 +228,20 @@ pub fn tile_times<T: Real>(
 ) {
     let (rows, width) = tile.dim();
     let columns = out.ncols();
-    assert!(range.len() == width && out.nrows() == rows && columns <= right.columns, "shapes of a tile product");
+    assert!(
+        range.len() == width && out.nrows() == rows && columns <= right.columns,
+        "shapes of a tile product"
+    );
     cost.product(rows, width, columns);
     if width.min(columns) > SKINNY {
         let beta = if accumulate { T::one() } else { T::zero() };
-        return multiply(T::one(), &tile, &right.entries.slice(s![range, ..columns]), beta, &mut out);
+        return multiply(
+            T::one(),
+            &tile,
+            &right.entries.slice(s![range, ..columns]),
+            beta,
+            &mut out,
+        );
     }
     let Some(out) = out.as_slice_mut() else { panic!("tile products write contiguous tiles") };
     if width == 0 && !accumulate {
@@ -241,7 +268,13 @@ struct TileTimes<'a, T> {
 impl<T: Real> TileTimes<'_, T> {
     /// V registers of N rows of the product, from column `at` on.
     #[inline(always)]
-    fn block<S: Simd, const N: usize, const V: usize>(&self, simd: S, tile: &[T], out: &mut [T], at: usize) {
+    fn block<S: Simd, const N: usize, const V: usize>(
+        &self,
+        simd: S,
+        tile: &[T],
+        out: &mut [T],
+        at: usize,
+    ) {
         let lanes = T::lanes::<S>();
         let rows: [&[T]; N] = std::array::from_fn(|n| &tile[n * self.width..][..self.width]);
         let mut sums = [[T::splat(simd, T::zero()); V]; N];
@@ -258,10 +291,16 @@ impl<T: Real> TileTimes<'_, T> {
             for (&sum, out) in sums.iter().zip(out[at..].chunks_mut(lanes)) {
                 let one = T::splat(simd, T::one());
                 match T::split_mut::<S>(out) {
-                    ([out], _) if self.accumulate => *out = T::fused_multiply_add(simd, one, sum, *out),
+                    ([out], _) if self.accumulate => {
+                        *out = T::fused_multiply_add(simd, one, sum, *out)
+                    }
                     ([out], _) => *out = sum,
                     (_, part) => {
-                        let before = if self.accumulate { T::load_part(simd, part) } else { T::splat(simd, T::zero()) };
+                        let before = if self.accumulate {
+                            T::load_part(simd, part)
+                        } else {
+                            T::splat(simd, T::zero())
+                        };
                         T::store_part(simd, part, T::fused_multiply_add(simd, one, sum, before));
                     }
                 }
@@ -312,7 +351,8 @@ mod tests {
         ((i * 7 + j * 3) % 11) as f64 - 5.0
     }
 
-    /// Small integers: every partial sum is exact, so both kernels equal naive loops to the last bit.
+    /// Small integers: every partial sum is exact, so both kernels equal naive loops to the last
+    /// bit.
     fn agree<T: Real>(rows: usize, width: usize, columns: usize) {
         let tile = Array2::from_shape_fn((rows, width), |(i, j)| T::of(value(i, j)));
         let left = Array2::from_shape_fn((rows, columns), |(i, j)| T::of(value(i + 2, 5 * j)));
@@ -320,7 +360,12 @@ mod tests {
         let mut cost = Cost::default();
         // Columns 2.. of a wider accumulator, as the key side of a query tile uses it.
         let mut key_side = Array2::from_elem((columns, width + 4), T::of(2.0));
-        add_transposed_times_tile(left.view(), tile.view(), key_side.slice_mut(s![.., 2..width + 2]), &mut cost);
+        add_transposed_times_tile(
+            left.view(),
+            tile.view(),
+            key_side.slice_mut(s![.., 2..width + 2]),
+            &mut cost,
+        );
         for ((c, k), &x) in key_side.indexed_iter() {
             let sum: f64 = match k.checked_sub(2).filter(|&k| k < width) {
                 Some(k) => (0..rows).map(|q| left[[q, c]].widen() * tile[[q, k]].widen()).sum(),
@@ -335,8 +380,12 @@ mod tests {
         }
         for q in 0..rows {
             for c in 0..columns {
-                let sum: f64 = (0..width).map(|k| tile[[q, k]].widen() * right[[k + 3, c]].widen()).sum();
-                assert!((out[[q, c]].widen() - 2.0 * sum).abs() < 0.5, "{rows} x {width}, {columns} columns");
+                let sum: f64 =
+                    (0..width).map(|k| tile[[q, k]].widen() * right[[k + 3, c]].widen()).sum();
+                assert!(
+                    (out[[q, c]].widen() - 2.0 * sum).abs() < 0.5,
+                    "{rows} x {width}, {columns} columns"
+                );
             }
         }
         assert_eq!(cost.multiply_adds, 3 * (rows * width * columns) as u64);

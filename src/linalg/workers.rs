@@ -6,16 +6,19 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 /// Whether threads without work stay awake; see [`keep_awake`].
 static KEEP_AWAKE: AtomicBool = AtomicBool::new(false);
 
-/// From now on threads that wait for work during a step stay awake, as those of OpenMP's runtimes do for a while: waking one
-/// takes 50 to 75 µs, and at the end of each of a step's some 600 loops some thread waits.
+/// From now on threads that wait for work during a step stay awake, as those of OpenMP's runtimes
+/// do for a while: waking one takes 50 to 75 µs, and at the end of each of a step's some 600 loops
+/// some thread waits.
 ///
-/// It burns what other work on the machine could use, so it is for a program that owns rayon's threads, never for a library.
+/// It burns what other work on the machine could use, so it is for a program that owns rayon's
+/// threads, never for a library.
 pub fn keep_awake() {
     KEEP_AWAKE.store(true, Relaxed);
 }
 
-/// Runs `task` on one of rayon's threads and waits for it. On a rayon thread already, `task` is simply called. The result is
-/// the same. A loop begun on any other thread would put that thread to sleep and wake it afterwards.
+/// Runs `task` on one of rayon's threads and waits for it. On a rayon thread already, `task` is
+/// simply called. The result is the same. A loop begun on any other thread would put that thread to
+/// sleep and wake it afterwards.
 pub fn on_workers<R: Send>(task: impl FnOnce() -> R + Send) -> R {
     if rayon::current_thread_index().is_some() {
         return task();
@@ -32,8 +35,9 @@ pub fn on_workers<R: Send>(task: impl FnOnce() -> R + Send) -> R {
     })
 }
 
-/// Work for a thread that has none: looks for other work once, lets other programs run if there is none, and puts itself back.
-/// It never waits, so that a thread which meets it while it waits for something else is not held up.
+/// Work for a thread that has none: looks for other work once, lets other programs run if there is
+/// none, and puts itself back. It never waits, so that a thread which meets it while it waits for
+/// something else is not held up.
 fn stay_awake<'a>(scope: &Scope<'a>, over: &'a AtomicBool) {
     if rayon::yield_now() != Some(Yield::Executed) {
         std::thread::yield_now();
@@ -43,7 +47,8 @@ fn stay_awake<'a>(scope: &Scope<'a>, over: &'a AtomicBool) {
     }
 }
 
-/// Sets what it holds when dropped, also by a panic of the task: the scope would otherwise wait forever.
+/// Sets what it holds when dropped, also by a panic of the task: the scope would otherwise wait
+/// forever.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -74,10 +79,13 @@ mod tests {
     #[test]
     fn tasks_of_several_threads_with_loops_of_their_own_all_end() {
         keep_awake();
-        let total = |n: u64| on_workers(|| (0..200).map(|i| (0..n + i).into_par_iter().sum::<u64>()).sum::<u64>());
+        let total = |n: u64| {
+            on_workers(|| (0..200).map(|i| (0..n + i).into_par_iter().sum::<u64>()).sum::<u64>())
+        };
         let want = |n: u64| (0..200).map(|i| (n + i) * (n + i - 1) / 2).sum::<u64>();
         std::thread::scope(|threads| {
-            let running: Vec<_> = (1..9).map(|n| (n, threads.spawn(move || total(1000 * n)))).collect();
+            let running: Vec<_> =
+                (1..9).map(|n| (n, threads.spawn(move || total(1000 * n)))).collect();
             for (n, thread) in running {
                 assert_eq!(thread.join().ok(), Some(want(1000 * n)));
             }

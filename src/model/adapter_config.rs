@@ -23,7 +23,8 @@ pub(super) struct AdapterConfig {
     ranks: ByPattern,
     alphas: ByPattern,
     targets: Targets,
-    /// Whether the factors were initialised by changing the base: the weights beside which they act are no checkpoint's.
+    /// Whether the factors were initialised by changing the base: the weights beside which they act
+    /// are no checkpoint's.
     pub moves_base: Option<String>,
     /// `modules_to_save`: modules that are trained whole.
     pub saved: Vec<String>,
@@ -46,7 +47,8 @@ pub(super) enum Biases {
 }
 
 impl Biases {
-    const ALL: [(Self, &'static str); 3] = [(Self::None, "none"), (Self::Adapted, "lora_only"), (Self::All, "all")];
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::None, "none"), (Self::Adapted, "lora_only"), (Self::All, "all")];
 
     fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|(_, known)| *known == name).map(|(biases, _)| biases)
@@ -80,8 +82,8 @@ const READ: [&str; 19] = [
     "fan_in_fan_out",
 ];
 
-/// Keys that change nothing about a step once the adapter's tensors are there: where things come from, how factors
-/// were initialised, settings of what [`UNSUPPORTED`] refuses.
+/// Keys that change nothing about a step once the adapter's tensors are there: where things come
+/// from, how factors were initialised, settings of what [`UNSUPPORTED`] refuses.
 const PASSED: [&str; 16] = [
     "task_type",
     "auto_mapping",
@@ -164,13 +166,18 @@ impl AdapterConfig {
     }
 
     fn of_object(path: &Path, map: &Map<String, Value>) -> Result<Self> {
-        let wrong = |field: String, expected: &str, found: String| Error::format(path, field, expected, found);
+        let wrong = |field: String, expected: &str, found: String| {
+            Error::format(path, field, expected, found)
+        };
         let key = |key: &str, expected: &str| {
             let found = map.get(key).map_or("nothing".into(), Value::to_string);
             wrong(format!("key {key}"), expected, found)
         };
         let flag = |name: &str| map.get(name).and_then(Value::as_bool).unwrap_or(false);
-        let kind = map.get("peft_type").and_then(Value::as_str).and_then(|t| AdapterKind::of(t, flag("use_dora")));
+        let kind = map
+            .get("peft_type")
+            .and_then(Value::as_str)
+            .and_then(|t| AdapterKind::of(t, flag("use_dora")));
         let known = "LORA, MOSLORA, PACA or S2FT (SLICE is an update: see `peft-limits adapter`)";
         let kind = kind.ok_or_else(|| key("peft_type", known))?;
         for (name, what) in UNSUPPORTED {
@@ -179,20 +186,24 @@ impl AdapterConfig {
             }
         }
         let known = |name: &str| READ.contains(&name) || PASSED.contains(&name);
-        if let Some((name, _)) = map.iter().find(|(name, value)| !known(name) && !is_off(Some(value))) {
+        if let Some((name, _)) =
+            map.iter().find(|(name, value)| !known(name) && !is_off(Some(value)))
+        {
             return Err(key(name, "no such key, or null: what it would change is not known"));
         }
         let biases = match map.get("bias") {
             None | Some(Value::Null) => Some(Biases::None),
             Some(value) => value.as_str().and_then(Biases::named),
         };
-        let biases = biases
-            .filter(|&biases| kind.is_peft() || biases == Biases::None)
-            .ok_or_else(|| key("bias", "\"none\" or, for LoRA and DoRA, \"lora_only\" or \"all\""))?;
+        let biases =
+            biases.filter(|&biases| kind.is_peft() || biases == Biases::None).ok_or_else(|| {
+                key("bias", "\"none\" or, for LoRA and DoRA, \"lora_only\" or \"all\"")
+            })?;
         let names = |name: &str| match map.get(name) {
             None | Some(Value::Null) => Ok(Vec::new()),
             Some(Value::Array(list)) => {
-                let names: Option<Vec<String>> = list.iter().map(|name| name.as_str().map(String::from)).collect();
+                let names: Option<Vec<String>> =
+                    list.iter().map(|name| name.as_str().map(String::from)).collect();
                 names.ok_or_else(|| key(name, "a list of names"))
             }
             Some(_) => Err(key(name, "a list of names")),
@@ -208,7 +219,10 @@ impl AdapterConfig {
                 Some(rank) if rank > 0 => rank as usize,
                 _ => return Err(key("r", "a positive integer")),
             };
-            spec.alpha = map.get("lora_alpha").and_then(Value::as_f64).ok_or_else(|| key("lora_alpha", "a number"))?;
+            spec.alpha = map
+                .get("lora_alpha")
+                .and_then(Value::as_f64)
+                .ok_or_else(|| key("lora_alpha", "a number"))?;
         }
         let by_pattern = |name: &str| -> Result<ByPattern> {
             let entries = match map.get(name) {
@@ -216,24 +230,37 @@ impl AdapterConfig {
                 Some(Value::Object(entries)) => entries,
                 Some(_) => return Err(key(name, "numbers by module name")),
             };
-            let numbers = entries.iter().map(|(k, v)| v.as_f64().map(|v| (k.as_str(), v))).collect::<Option<Vec<_>>>();
+            let numbers = entries
+                .iter()
+                .map(|(k, v)| v.as_f64().map(|v| (k.as_str(), v)))
+                .collect::<Option<Vec<_>>>();
             let numbers = numbers.ok_or_else(|| key(name, "numbers by module name"))?;
-            ByPattern::new(numbers.into_iter()).map_err(|e| key(name, &format!("regular expressions ({e})")))
+            ByPattern::new(numbers.into_iter())
+                .map_err(|e| key(name, &format!("regular expressions ({e})")))
         };
         let modules = |name: &str, text: &str| match text {
             // PEFT's word for every linear layer but the output projection.
             "all-linear" => Ok(Names::AllLinear),
-            _ => whole(text).map(Names::Pattern).map_err(|e| key(name, &format!("a regular expression ({e})"))),
+            _ => whole(text)
+                .map(Names::Pattern)
+                .map_err(|e| key(name, &format!("a regular expression ({e})"))),
         };
         let parameters = names("target_parameters")?;
         let targets = match map.get("target_modules") {
             Some(Value::Array(_)) => Names::List(names("target_modules")?),
             Some(Value::String(text)) => modules("target_modules", text)?,
             None | Some(Value::Null) if !parameters.is_empty() => Names::List(Vec::new()),
-            _ => return Err(key("target_modules", "a list of module names, a regular expression or all-linear")),
+            _ => {
+                return Err(key(
+                    "target_modules",
+                    "a list of module names, a regular expression or all-linear",
+                ));
+            }
         };
         let excluded = match map.get("exclude_modules") {
-            Some(Value::String(text)) if !text.is_empty() => Some(modules("exclude_modules", text)?),
+            Some(Value::String(text)) if !text.is_empty() => {
+                Some(modules("exclude_modules", text)?)
+            }
             Some(Value::String(_)) => None,
             _ => Some(Names::List(names("exclude_modules")?)),
         };
@@ -252,7 +279,8 @@ impl AdapterConfig {
             Some(Value::String(name)) => vec![name.clone()],
             _ => names("layers_pattern")?,
         };
-        let regular = |name: &'static str| move |e| key(name, &format!("regular expressions ({e})"));
+        let regular =
+            |name: &'static str| move |e| key(name, &format!("regular expressions ({e})"));
         let targets = Targets {
             modules: targets,
             excluded,
@@ -296,7 +324,8 @@ impl AdapterConfig {
         let wanted = if p.of_experts() && self.kind.is_peft() {
             self.targets.parameter(&name)
         } else {
-            !(p.of_experts() && matches!(self.targets.modules, Names::AllLinear)) && self.targets.module(&name)
+            !(p.of_experts() && matches!(self.targets.modules, Names::AllLinear))
+                && self.targets.module(&name)
         };
         wanted.then(|| self.settings(&name))
     }
@@ -320,7 +349,8 @@ impl AdapterConfig {
         self.saved.iter().any(|saved| self.saves_by(saved, module))
     }
 
-    /// Whether one of its names does: PEFT takes any end of a module's name for it, `norm` for `q_norm` too.
+    /// Whether one of its names does: PEFT takes any end of a module's name for it, `norm` for
+    /// `q_norm` too.
     pub fn saves_by(&self, saved: &str, module: &str) -> bool {
         let full = format!("{PREFIX}.{module}");
         let ends = full.match_indices('.').map(|(at, _)| at).chain([full.len()]);
@@ -330,13 +360,20 @@ impl AdapterConfig {
     /// A target that nothing of the model has, if there is one, and the key that names it.
     pub fn unknown_target(&self, config: &ModelConfig) -> Option<(&'static str, String)> {
         let all: Vec<(bool, String)> = (0..config.num_hidden_layers)
-            .flat_map(|l| config.projections(l).into_iter().map(move |p| (p.of_experts(), peft_name(config, l, p))))
+            .flat_map(|l| {
+                config
+                    .projections(l)
+                    .into_iter()
+                    .map(move |p| (p.of_experts(), peft_name(config, l, p)))
+            })
             .collect();
-        let [embedding, head] = [Outside::Embedding, Outside::Head].map(|module| config.options.outside(module));
+        let [embedding, head] =
+            [Outside::Embedding, Outside::Head].map(|module| config.options.outside(module));
         let outside = [embedding, head, HEAD_IN_MEMORY];
         let unknown = |names: &[String], of_modules: bool| {
             let known = |target: &String| {
-                all.iter().any(|(experts, name)| (of_modules || *experts) && ends_with(name, target))
+                all.iter()
+                    .any(|(experts, name)| (of_modules || *experts) && ends_with(name, target))
                     || of_modules && outside.iter().any(|name| ends_with(name, target))
             };
             names.iter().find(|target| !known(target)).cloned()
@@ -345,7 +382,9 @@ impl AdapterConfig {
             Names::List(names) => unknown(names, true).map(|name| ("target_modules", name)),
             _ => None,
         };
-        modules.or_else(|| unknown(&self.targets.parameters, false).map(|name| ("target_parameters", name)))
+        modules.or_else(|| {
+            unknown(&self.targets.parameters, false).map(|name| ("target_parameters", name))
+        })
     }
 }
 
@@ -366,9 +405,9 @@ impl PeftSettings {
     /// Reads the configuration of an adapter that is still to be trained on a model of these sizes.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming the key: as [`super::Model::read_adapter`], and whatever a new adapter
-    /// cannot have here: dropout, another initialisation, ranks, scalings or targets that differ between layers, what is
-    /// trained outside the projections of layers.
+    /// [`Error::Io`]; [`Error::Format`] naming the key: as [`super::Model::read_adapter`], and
+    /// whatever a new adapter cannot have here: dropout, another initialisation, ranks, scalings or
+    /// targets that differ between layers, what is trained outside the projections of layers.
     pub fn read(path: &Path, model: &ModelConfig) -> Result<Self> {
         let (config, keys) = (AdapterConfig::read(path)?, read_object(path)?);
         let wrong = |name: &str, expected: &str| {
@@ -381,10 +420,15 @@ impl PeftSettings {
         if let Some((key, _)) = config.unknown_target(model) {
             return Err(wrong(key, "modules of this model"));
         }
-        let plain_start = matches!(keys.get("init_lora_weights"), None | Some(Value::Null | Value::Bool(true)));
+        let plain_start =
+            matches!(keys.get("init_lora_weights"), None | Some(Value::Null | Value::Bool(true)));
         let dropout = keys.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0);
-        let outside = [Outside::Embedding, Outside::Head].map(|module| model.options.outside(module));
-        let outside = outside.into_iter().chain([HEAD_IN_MEMORY]).any(|name| config.spec_outside(name).is_some());
+        let outside =
+            [Outside::Embedding, Outside::Head].map(|module| model.options.outside(module));
+        let outside = outside
+            .into_iter()
+            .chain([HEAD_IN_MEMORY])
+            .any(|name| config.spec_outside(name).is_some());
         let refused = [
             (!plain_start, "init_lora_weights", "true: a new adapter starts with B = 0"),
             (dropout.abs() > 0.0, "lora_dropout", "0: training without dropout"),
@@ -415,7 +459,8 @@ impl PeftSettings {
         let wanted = |p: &Projection| given.get(p).is_some_and(|there| there.contains(&true));
         let options = &model.options;
         // A short name must mean nothing else.
-        let whole = |kind: &str| given.keys().filter(|p| options.module_kind(**p) == kind).all(wanted);
+        let whole =
+            |kind: &str| given.keys().filter(|p| options.module_kind(**p) == kind).all(wanted);
         let name = |p: &Projection| match options.module_kind(*p) {
             kind if whole(&kind) => kind,
             _ => options.path(*p).to_string(),
@@ -430,11 +475,14 @@ impl PeftSettings {
     }
 }
 
-/// The name under which PEFT knows a projection: a module's, or a parameter's where experts stand in one tensor.
+/// The name under which PEFT knows a projection: a module's, or a parameter's where experts stand
+/// in one tensor.
 pub(super) fn peft_name(config: &ModelConfig, layer: usize, p: Projection) -> String {
     let options = &config.options;
     match p {
-        Projection::ExpertGateUp(_) | Projection::ExpertDown(_) => format!("{}.{}", options.layer(layer), p.path()),
+        Projection::ExpertGateUp(_) | Projection::ExpertDown(_) => {
+            format!("{}.{}", options.layer(layer), p.path())
+        }
         Projection::Router => format!("{}.weight", options.module(layer, p)),
         _ => options.module(layer, p),
     }
@@ -451,16 +499,22 @@ impl Template {
         beside: &Beside,
     ) -> bool {
         let config = &self.config;
-        let settings = kind == config.kind && (kind != AdapterKind::Dora || config.true_derivative == dora);
-        let mut places =
-            (0..model.num_hidden_layers).flat_map(|l| model.projections(l).into_iter().map(move |p| (l, p)));
+        let settings =
+            kind == config.kind && (kind != AdapterKind::Dora || config.true_derivative == dora);
+        let mut places = (0..model.num_hidden_layers)
+            .flat_map(|l| model.projections(l).into_iter().map(move |p| (l, p)));
         let given: BTreeMap<_, _> = entries.iter().map(|&(l, p, spec)| ((l, p), spec)).collect();
         let outside = [model.options.outside(Outside::Embedding), HEAD_IN_MEMORY];
-        let same_outside = outside.iter().all(|name| config.spec_outside(name) == beside.adapted.get(*name).copied());
+        let same_outside = outside
+            .iter()
+            .all(|name| config.spec_outside(name) == beside.adapted.get(*name).copied());
         let saved = |name: &String| config.saves(name) == beside.saved.contains(name);
         let same_outside = same_outside && all_modules(model).iter().all(saved);
-        let same = config.biases == beside.biases && config.own_bias == beside.own_bias && same_outside;
-        settings && same && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
+        let same =
+            config.biases == beside.biases && config.own_bias == beside.own_bias && same_outside;
+        settings
+            && same
+            && places.all(|(l, p)| config.spec_of(model, l, p) == given.get(&(l, p)).copied())
     }
 }
 
@@ -479,8 +533,8 @@ pub(super) struct Beside {
     pub own_bias: bool,
 }
 
-/// The text of an `adapter_config.json`; `entries` are the adapted projections. Keys of `like` that are not set
-/// here are kept; its text is returned as it is if it says the same.
+/// The text of an `adapter_config.json`; `entries` are the adapted projections. Keys of `like` that
+/// are not set here are kept; its text is returned as it is if it says the same.
 pub(super) fn compose(
     kind: AdapterKind,
     entries: &[(usize, Projection, LoraSpec)],
@@ -495,13 +549,15 @@ pub(super) fn compose(
         return like.text.clone();
     }
     let module_name = |l, p| peft_name(model, l, p);
-    let (own, linear): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, p, _)| kind.is_peft() && p.of_experts());
+    let (own, linear): (Vec<_>, Vec<_>) =
+        entries.iter().partition(|(_, p, _)| kind.is_peft() && p.of_experts());
     let modules: BTreeSet<Projection> = linear.iter().map(|&(_, p, _)| p).collect();
     let kinds: BTreeSet<String> = modules.iter().map(|&p| model.options.module_kind(p)).collect();
     // A short name must mean nothing else.
     let named = |p: Projection| kinds.contains(&model.options.module_kind(p));
-    let meant =
-        (0..model.num_hidden_layers).flat_map(|l| model.projections(l)).filter(|&p| !p.of_experts() && named(p));
+    let meant = (0..model.num_hidden_layers)
+        .flat_map(|l| model.projections(l))
+        .filter(|&p| !p.of_experts() && named(p));
     let mut targets: Vec<String> = if linear.len() == meant.count() {
         kinds.into_iter().collect()
     } else {
@@ -509,11 +565,15 @@ pub(super) fn compose(
     };
     targets.extend(beside.adapted.keys().cloned());
     let parameters: BTreeSet<String> = own.iter().map(|&(l, p, _)| module_name(l, p)).collect();
-    let main =
-        entries.first().map(|&(_, _, spec)| spec).or(beside.adapted.values().next().copied()).unwrap_or_default();
+    let main = entries
+        .first()
+        .map(|&(_, _, spec)| spec)
+        .or(beside.adapted.values().next().copied())
+        .unwrap_or_default();
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
     let named = entries.iter().map(|&(l, p, spec)| (module_name(l, p), spec));
-    for (name, spec) in named.chain(beside.adapted.iter().map(|(name, spec)| (name.clone(), *spec))) {
+    for (name, spec) in named.chain(beside.adapted.iter().map(|(name, spec)| (name.clone(), *spec)))
+    {
         if spec.rank != main.rank {
             ranks.insert(name.clone(), json!(spec.rank));
         }

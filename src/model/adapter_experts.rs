@@ -36,15 +36,22 @@ impl ExpertPart {
     }
 }
 
-/// Where PEFT keeps the factors of a layer's experts: it wraps their module once for each parameter, in the order of the
-/// parameters, and the last wrapper has the shortest name.
-pub(super) fn stack_prefix(config: &ModelConfig, layer: usize, part: ExpertPart, parts: usize) -> String {
+/// Where PEFT keeps the factors of a layer's experts: it wraps their module once for each
+/// parameter, in the order of the parameters, and the last wrapper has the shortest name.
+pub(super) fn stack_prefix(
+    config: &ModelConfig,
+    layer: usize,
+    part: ExpertPart,
+    parts: usize,
+) -> String {
     let inner = if part == ExpertPart::GateUp && parts == 2 { ".base_layer" } else { "" };
     format!("{}.mlp.experts{inner}", layer_prefix(config, layer))
 }
 
 /// The experts' parameters that an adapter acts on, each with its settings and number of experts.
-pub(super) fn expert_stacks(wanted: &[(Projection, LoraSpec)]) -> BTreeMap<ExpertPart, (LoraSpec, usize)> {
+pub(super) fn expert_stacks(
+    wanted: &[(Projection, LoraSpec)],
+) -> BTreeMap<ExpertPart, (LoraSpec, usize)> {
     let mut stacks = BTreeMap::new();
     for &(p, spec) in wanted {
         if let Some((part, _)) = ExpertPart::of_projection(p) {
@@ -64,7 +71,9 @@ pub(super) fn write_stacks<T: Real>(
     let mut factors: BTreeMap<ExpertPart, Vec<&Lora<T>>> = BTreeMap::new();
     let mut entries = Vec::new();
     for (p, projection) in layer.projections() {
-        if let (Some((part, _)), Method::Lora(lora)) = (ExpertPart::of_projection(p), &projection.method) {
+        if let (Some((part, _)), Method::Lora(lora)) =
+            (ExpertPart::of_projection(p), &projection.method)
+        {
             factors.entry(part).or_default().push(lora);
             entries.push((number, p, lora.spec));
         }
@@ -74,7 +83,11 @@ pub(super) fn write_stacks<T: Real>(
         let prefix = stack_prefix(config, number, *part, factors.len());
         if loras.len() != experts || loras.iter().any(|lora| lora.spec != loras[0].spec) {
             let requirement = "PEFT adapts all experts of a layer alike";
-            return Err(Error::invalid(prefix, format!("{} of {experts} experts", loras.len()), requirement));
+            return Err(Error::invalid(
+                prefix,
+                format!("{} of {experts} experts", loras.len()),
+                requirement,
+            ));
         }
         let ((rank, input), out) = (loras[0].a.dim(), loras[0].b.nrows());
         let mut a = Array2::zeros((experts * rank, input));

@@ -1,5 +1,5 @@
-//! Modules of layers, norms and learned positions that an adapter trains whole: PEFT's `modules_to_save`. Embedding and output
-//! projection are read with their updates.
+//! Modules of layers, norms and learned positions that an adapter trains whole: PEFT's
+//! `modules_to_save`. Embedding and output projection are read with their updates.
 
 use super::adapter_config::AdapterConfig;
 use super::adapter_experts::ExpertPart;
@@ -21,7 +21,11 @@ use std::collections::BTreeMap;
 
 /// The module that holds a projection's parameters in memory; experts share one.
 pub(super) fn module_of(options: &Options, layer: usize, p: Projection) -> String {
-    if p.is_expert() { format!("{}.mlp.experts", options.layer(layer)) } else { options.module(layer, p) }
+    if p.is_expert() {
+        format!("{}.mlp.experts", options.layer(layer))
+    } else {
+        options.module(layer, p)
+    }
 }
 
 /// The module that holds a layer's sinks.
@@ -36,13 +40,17 @@ fn norm_module(options: &Options, layer: usize, norm: Norm) -> String {
 /// Every module that holds parameters, by its name in memory.
 pub(super) fn all_modules(config: &ModelConfig) -> Vec<String> {
     let options = &config.options;
-    let outside = [Outside::Embedding, Outside::Positions, Outside::FinalNorm].map(|m| options.outside(m).to_string());
+    let outside = [Outside::Embedding, Outside::Positions, Outside::FinalNorm]
+        .map(|m| options.outside(m).to_string());
     let mut all: Vec<String> = outside.into_iter().filter(|name| !name.is_empty()).collect();
     all.push(HEAD_IN_MEMORY.into());
     for l in 0..config.num_hidden_layers {
         all.extend(config.projections(l).into_iter().map(|p| module_of(options, l, p)));
         all.extend(
-            Norm::ALL.into_iter().filter(|&n| options.norm_name(n).is_some()).map(|n| norm_module(options, l, n)),
+            Norm::ALL
+                .into_iter()
+                .filter(|&n| options.norm_name(n).is_some())
+                .map(|n| norm_module(options, l, n)),
         );
     }
     all.dedup();
@@ -62,13 +70,21 @@ fn stack_names(options: &Options, layer: usize, part: ExpertPart) -> [String; 2]
 }
 
 impl<T: Real> Stacks<T> {
-    fn read(reader: &mut Reader<'_>, config: &ModelConfig, layer: usize, experts: usize) -> Result<Self> {
+    fn read(
+        reader: &mut Reader<'_>,
+        config: &ModelConfig,
+        layer: usize,
+        experts: usize,
+    ) -> Result<Self> {
         let mut stacks = Self { weights: BTreeMap::new(), biases: BTreeMap::new() };
         for part in [ExpertPart::GateUp, ExpertPart::Down] {
             let (out, input) = config.projection_shape(part.of(0));
             let [weight, bias] = stack_names(&config.options, layer, part);
-            let shape =
-                if config.options.family == Family::GptOss { [experts, input, out] } else { [experts, out, input] };
+            let shape = if config.options.family == Family::GptOss {
+                [experts, input, out]
+            } else {
+                [experts, out, input]
+            };
             stacks.weights.insert(part, reader.stack(&weight, &shape)?);
             if config.options.has_bias(part.of(0)) {
                 stacks.biases.insert(part, reader.stack(&bias, &[experts, out])?);
@@ -83,7 +99,11 @@ impl<T: Real> Stacks<T> {
         let (out, input) = config.projection_shape(p);
         let own = self.weights.get(&part)?.chunks_exact(out * input).nth(expert)?.to_vec();
         let weight = if config.options.family == Family::GptOss {
-            Array2::from_shape_vec((input, out), own).ok()?.reversed_axes().as_standard_layout().into_owned()
+            Array2::from_shape_vec((input, out), own)
+                .ok()?
+                .reversed_axes()
+                .as_standard_layout()
+                .into_owned()
         } else {
             Array2::from_shape_vec((out, input), own).ok()?
         };
@@ -94,17 +114,25 @@ impl<T: Real> Stacks<T> {
 
 impl<T: Real> Model<T> {
     /// Puts the modules that an adapter trains whole in place of the base's.
-    pub(super) fn read_saved(&mut self, reader: &mut Reader<'_>, config: &AdapterConfig) -> Result<()> {
+    pub(super) fn read_saved(
+        &mut self,
+        reader: &mut Reader<'_>,
+        config: &AdapterConfig,
+    ) -> Result<()> {
         if config.saved.is_empty() {
             return Ok(());
         }
         let own = self.config.clone();
         let options = &own.options;
-        let refuse = |expected: &str, found: &str| Error::format(&config.path, "key modules_to_save", expected, found);
+        let refuse = |expected: &str, found: &str| {
+            Error::format(&config.path, "key modules_to_save", expected, found)
+        };
         let all = all_modules(&own);
         // A name that no module has trains nothing; PEFT's files hold one only where it does.
         let unknown = |saved: &&String| !all.iter().any(|module| config.saves_by(saved, module));
-        if let Some(other) = config.saved.iter().filter(unknown).find(|saved| reader.holds_module(saved)) {
+        if let Some(other) =
+            config.saved.iter().filter(unknown).find(|saved| reader.holds_module(saved))
+        {
             return Err(refuse("modules of this model (it has no such one)", other));
         }
         for (l, layer) in self.layers.iter_mut().enumerate() {
@@ -124,19 +152,26 @@ impl<T: Real> Model<T> {
                         Some(read) => read,
                         None => Stacks::<T>::read(reader, &own, l, experts)?,
                     };
-                    let found = read.of(&own, p).ok_or_else(|| refuse("experts of this model", &module))?;
+                    let found =
+                        read.of(&own, p).ok_or_else(|| refuse("experts of this model", &module))?;
                     stacks = Some(read);
                     found
                 } else {
                     let (out, input) = projection.shape();
                     let name = format!("{PREFIX}.{module}.weight");
                     let weight = if options.transposed {
-                        reader.matrix::<T>(name, (input, out))?.reversed_axes().as_standard_layout().into_owned()
+                        reader
+                            .matrix::<T>(name, (input, out))?
+                            .reversed_axes()
+                            .as_standard_layout()
+                            .into_owned()
                     } else {
                         reader.matrix(name, (out, input))?
                     };
-                    let bias =
-                        projection.bias.as_ref().map(|_| reader.numbers(&format!("{PREFIX}.{module}.bias"), out));
+                    let bias = projection
+                        .bias
+                        .as_ref()
+                        .map(|_| reader.numbers(&format!("{PREFIX}.{module}.bias"), out));
                     (weight, bias.transpose()?)
                 };
                 projection.base = BaseWeight::Dense(weight);
@@ -157,7 +192,10 @@ impl<T: Real> Model<T> {
             self.trainable.positions = true;
         }
         let layers = 0..self.layers.len();
-        let with_sinks = layers.clone().filter(|&l| options.sinks && config.saves(&of_sinks(options, l))).count();
+        let with_sinks = layers
+            .clone()
+            .filter(|&l| options.sinks && config.saves(&of_sinks(options, l)))
+            .count();
         if with_sinks > 0 {
             if with_sinks < self.layers.len() {
                 let found = format!("{with_sinks} of {} layers' attention", self.layers.len());
@@ -165,20 +203,23 @@ impl<T: Real> Model<T> {
             }
             for (l, layer) in self.layers.iter_mut().enumerate() {
                 if let Some(sinks) = &mut layer.sinks {
-                    *sinks = reader.numbers(&format!("{PREFIX}.{}", options.sinks_name(l)), sinks.len())?;
+                    *sinks = reader
+                        .numbers(&format!("{PREFIX}.{}", options.sinks_name(l)), sinks.len())?;
                 }
             }
             self.trainable.sinks = true;
         }
         // Where biases are trained too, PEFT writes those of the modules that the copies stand for.
-        reader.pass(|file, name| name.contains(".original_module.") || is_written_twice(file, name));
+        reader
+            .pass(|file, name| name.contains(".original_module.") || is_written_twice(file, name));
         Ok(())
     }
 
     /// Writes what is trained whole, embedding and output projection apart; the modules' names.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a weight that is trained without its bias, or experts of which some are.
+    /// [`Error::InvalidParam`] for a weight that is trained without its bias, or experts of which
+    /// some are.
     pub(super) fn write_saved(&self, writer: &mut TensorWriter) -> Result<Vec<String>> {
         let (options, mut saved) = (&self.config.options, Vec::new());
         for (l, layer) in self.layers.iter().enumerate() {
@@ -201,16 +242,21 @@ impl<T: Real> Model<T> {
             }
             for norm in Norm::ALL {
                 let whole = layer.norm(norm).filter(|norm| norm.whole);
-                saved.extend(whole.map(|vectors| write_norm(writer, norm_module(options, l, norm), vectors)));
+                saved.extend(
+                    whole.map(|vectors| write_norm(writer, norm_module(options, l, norm), vectors)),
+                );
             }
             if let Some(sinks) = layer.sinks.as_ref().filter(|_| self.trainable.sinks) {
                 // Sinks are a parameter of attention itself: with them all of it is saved.
                 let attention = of_sinks(options, l);
                 let inside = |name: &String| name.starts_with(&attention);
-                let held = all_modules(&self.config).into_iter().filter(inside).all(|name| saved.contains(&name));
+                let held = all_modules(&self.config)
+                    .into_iter()
+                    .filter(inside)
+                    .all(|name| saved.contains(&name));
                 if !held {
-                    let requirement =
-                        "trained beside an adapter, all of the attention must be (PEFT saves whole modules)";
+                    let requirement = "trained beside an adapter, all of the attention must be \
+                                       (PEFT saves whole modules)";
                     return Err(Error::invalid(options.sinks_name(l), "trained", requirement));
                 }
                 write_vector(writer, &options.sinks_name(l), sinks);
@@ -218,7 +264,9 @@ impl<T: Real> Model<T> {
             }
         }
         let last = Some(&self.final_norm).filter(|norm| norm.whole);
-        saved.extend(last.map(|norm| write_norm(writer, options.outside(Outside::FinalNorm).into(), norm)));
+        saved.extend(
+            last.map(|norm| write_norm(writer, options.outside(Outside::FinalNorm).into(), norm)),
+        );
         if let Some(table) = self.positions.as_ref().filter(|_| self.trainable.positions) {
             let module = options.outside(Outside::Positions);
             writer.matrix(&format!("{PREFIX}.{module}.weight"), table.view());
@@ -231,15 +279,21 @@ impl<T: Real> Model<T> {
         let experts: Vec<(Projection, &AdaptedLinear<T>)> =
             layer.projections().filter(|(p, _)| p.is_expert()).collect();
         if let Some((p, of)) = experts.iter().find(|(_, projection)| !projection.whole) {
-            let requirement = "one tensor holds all experts of a layer: all are trained whole or none";
-            return Err(Error::invalid(self.config.options.module(l, *p), of.method.name(), requirement));
+            let requirement =
+                "one tensor holds all experts of a layer: all are trained whole or none";
+            return Err(Error::invalid(
+                self.config.options.module(l, *p),
+                of.method.name(),
+                requirement,
+            ));
         }
         let turned = self.config.options.family == Family::GptOss;
         for part in [ExpertPart::GateUp, ExpertPart::Down] {
             let [name, bias_name] = stack_names(&self.config.options, l, part);
             let (mut weights, mut biases, mut shape) = (Vec::new(), Vec::new(), (0, 0));
-            let of_part =
-                experts.iter().filter(|(p, _)| ExpertPart::of_projection(*p).is_some_and(|(own, _)| own == part));
+            let of_part = experts
+                .iter()
+                .filter(|(p, _)| ExpertPart::of_projection(*p).is_some_and(|(own, _)| own == part));
             for (_, projection) in of_part {
                 let weight = projection.base.read()?;
                 let weight = if turned { weight.t() } else { weight.view() };

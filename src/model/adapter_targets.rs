@@ -27,7 +27,8 @@ pub(super) fn whole(text: &str) -> Result<Regex, String> {
     pattern(&format!("^(?:{text})$"))
 }
 
-/// Whether a pattern matches. One that gives up does not: what it would have named is then left over in the file.
+/// Whether a pattern matches. One that gives up does not: what it would have named is then left
+/// over in the file.
 fn matches(pattern: &Regex, name: &str) -> bool {
     pattern.is_match(name).unwrap_or(false)
 }
@@ -58,7 +59,8 @@ pub(super) fn ends_with(name: &str, target: &str) -> bool {
     name == target || name.strip_suffix(target).is_some_and(|head| head.ends_with('.'))
 }
 
-/// `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`, `target_parameters`.
+/// `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`,
+/// `target_parameters`.
 #[derive(Debug, Clone)]
 pub(super) struct Targets {
     pub modules: Names,
@@ -70,7 +72,8 @@ pub(super) struct Targets {
     pub layers: Option<Vec<usize>>,
     /// How a name tells its layer, in the group `idx`.
     pub layer_patterns: Vec<Regex>,
-    /// Parameters that are not a module's weight, as experts are. Of all the rules only their names act on them.
+    /// Parameters that are not a module's weight, as experts are. Of all the rules only their names
+    /// act on them.
     pub parameters: Vec<String>,
 }
 
@@ -78,17 +81,22 @@ impl Targets {
     /// Whether a module is adapted.
     pub fn module(&self, name: &str) -> bool {
         let excluded = self.excluded.as_ref().is_some_and(|names| names.has(name));
-        if excluded || self.saved.iter().any(|saved| matches(saved, name)) || !self.modules.has(name) {
+        if excluded
+            || self.saved.iter().any(|saved| matches(saved, name))
+            || !self.modules.has(name)
+        {
             return false;
         }
         let Names::List(names) = &self.modules else { return true };
         let Some(layers) = &self.layers else { return true };
         // A list that gives the whole name means it whatever the layers are.
-        names.iter().any(|target| target == name) || self.layer_of(name).is_some_and(|layer| layers.contains(&layer))
+        names.iter().any(|target| target == name)
+            || self.layer_of(name).is_some_and(|layer| layers.contains(&layer))
     }
 
     fn layer_of(&self, name: &str) -> Option<usize> {
-        let found = self.layer_patterns.iter().find_map(|pattern| pattern.captures(name).ok().flatten())?;
+        let found =
+            self.layer_patterns.iter().find_map(|pattern| pattern.captures(name).ok().flatten())?;
         found.name("idx")?.as_str().parse().ok()
     }
 
@@ -114,7 +122,8 @@ pub(super) fn layer_patterns(names: &[String]) -> Result<Vec<Regex>, String> {
     names.iter().map(|name| pattern(&format!(r"^(?:|.*?\.)(?:{name})\.(?P<idx>\d+)\."))).collect()
 }
 
-/// Values by pattern, of `rank_pattern` and `alpha_pattern`: the first that matches counts, in the order of the file.
+/// Values by pattern, of `rank_pattern` and `alpha_pattern`: the first that matches counts, in the
+/// order of the file.
 #[derive(Debug, Clone, Default)]
 pub(super) struct ByPattern(Vec<(Regex, f64)>);
 
@@ -124,7 +133,8 @@ impl ByPattern {
     /// # Errors
     /// As [`pattern`].
     pub fn new<'a>(entries: impl Iterator<Item = (&'a str, f64)>) -> Result<Self, String> {
-        let entries = entries.map(|(key, value)| Ok((pattern(&format!(r"^(?:.*\.)?(?:{key})$"))?, value)));
+        let entries =
+            entries.map(|(key, value)| Ok((pattern(&format!(r"^(?:.*\.)?(?:{key})$"))?, value)));
         Ok(Self(entries.collect::<Result<_, String>>()?))
     }
 
@@ -161,15 +171,23 @@ mod tests {
     #[test]
     fn names_and_their_ends() {
         let t = targets(list(&["q_proj", "model.layers.1.mlp.up_proj"]));
-        assert!(t.module("model.layers.0.self_attn.q_proj") && t.module("model.layers.1.mlp.up_proj"));
-        assert!(!t.module("model.layers.0.mlp.up_proj") && !t.module("model.layers.0.self_attn.xq_proj"));
+        assert!(
+            t.module("model.layers.0.self_attn.q_proj") && t.module("model.layers.1.mlp.up_proj")
+        );
+        assert!(
+            !t.module("model.layers.0.mlp.up_proj")
+                && !t.module("model.layers.0.self_attn.xq_proj")
+        );
     }
 
     #[test]
     fn layers_limit_the_ends_only() {
         let mut t = targets(list(&["q_proj", "lm_head", "model.layers.2.mlp.up_proj"]));
         t.layers = Some(vec![1]);
-        assert!(t.module("model.layers.1.self_attn.q_proj") && !t.module("model.layers.2.self_attn.q_proj"));
+        assert!(
+            t.module("model.layers.1.self_attn.q_proj")
+                && !t.module("model.layers.2.self_attn.q_proj")
+        );
         assert!(t.outside("lm_head") && t.module("model.layers.2.mlp.up_proj"));
         t.layer_patterns = layer_patterns(&["blocks".into(), "layers".into()]).unwrap();
         assert!(t.module("model.layers.1.self_attn.q_proj"));
@@ -182,20 +200,31 @@ mod tests {
         let mut t = targets(Names::AllLinear);
         t.excluded = Some(Names::Pattern(whole(r".*\.1\..*").unwrap()));
         t.saved = vec![whole(r"(?:.*\.)?down_proj(?:\..*)?").unwrap()];
-        assert!(t.module("model.layers.0.self_attn.q_proj") && !t.module("model.layers.1.self_attn.q_proj"));
+        assert!(
+            t.module("model.layers.0.self_attn.q_proj")
+                && !t.module("model.layers.1.self_attn.q_proj")
+        );
         assert!(!t.module("model.layers.0.mlp.down_proj") && !t.outside("lm_head"));
     }
 
     #[test]
     fn look_around_is_python_s() {
-        let t = targets(Names::Pattern(whole(r"model(?=\.).*(?<!k)_proj(?!.)|(?!.*layers).*").unwrap()));
-        assert!(t.module("model.layers.0.self_attn.v_proj") && !t.module("model.layers.0.self_attn.k_proj"));
+        let t = targets(Names::Pattern(
+            whole(r"model(?=\.).*(?<!k)_proj(?!.)|(?!.*layers).*").unwrap(),
+        ));
+        assert!(
+            t.module("model.layers.0.self_attn.v_proj")
+                && !t.module("model.layers.0.self_attn.k_proj")
+        );
         assert!(t.outside("lm_head"));
     }
 
     #[test]
     fn the_first_pattern_of_the_file_counts() {
-        let ranks = ByPattern::new([(r"layers\.1\..*", 2.0), ("q_proj", 6.0), ("^lm_head", 3.0)].into_iter()).unwrap();
+        let ranks = ByPattern::new(
+            [(r"layers\.1\..*", 2.0), ("q_proj", 6.0), ("^lm_head", 3.0)].into_iter(),
+        )
+        .unwrap();
         assert_eq!(ranks.of("model.layers.1.self_attn.q_proj"), Some(2.0));
         assert_eq!(ranks.of("model.layers.0.self_attn.q_proj"), Some(6.0));
         assert_eq!((ranks.of("lm_head"), ranks.of("model.embed_tokens")), (Some(3.0), None));

@@ -14,8 +14,8 @@ use crate::linalg::Real;
 use rand::Rng;
 use std::collections::BTreeSet;
 
-/// A method with its settings, before it meets a weight. S2FT ties projections together and is attached by
-/// [`Model::attach_s2ft`].
+/// A method with its settings, before it meets a weight. S2FT ties projections together and is
+/// attached by [`Model::attach_s2ft`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MethodSpec {
     /// Not trained.
@@ -58,7 +58,12 @@ impl AdapterPlan {
     }
 
     /// Adds an entry for some layers.
-    pub fn and(mut self, layers: std::ops::Range<usize>, projections: &[Projection], method: MethodSpec) -> Self {
+    pub fn and(
+        mut self,
+        layers: std::ops::Range<usize>,
+        projections: &[Projection],
+        method: MethodSpec,
+    ) -> Self {
         self.entries.push((Some(layers), projections.to_vec(), method));
         self
     }
@@ -68,8 +73,9 @@ impl<T: Real> Model<T> {
     /// Attaches methods; projections that no entry names keep theirs.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for layers that do not exist, a merged projection, a selection rule that needs
-    /// calibration (see [`Model::attach_with_scores`]), or settings that do not fit a weight.
+    /// [`Error::InvalidParam`] for layers that do not exist, a merged projection, a selection rule
+    /// that needs calibration (see [`Model::attach_with_scores`]), or settings that do not fit a
+    /// weight.
     pub fn attach(&mut self, plan: &AdapterPlan, rng: &mut impl Rng) -> Result<()> {
         self.attach_with_scores(plan, None, rng)
     }
@@ -103,10 +109,13 @@ impl<T: Real> Model<T> {
                     }
                 }
             }
-            // A mixture may have a projection in some layers only; one that no layer has is a mistake.
-            if let Some(&p) = projections.iter().find(|p| !layers.is_empty() && !placed.contains(p)) {
+            // A mixture may have a projection in some layers only; one that no layer has is a
+            // mistake.
+            if let Some(&p) = projections.iter().find(|p| !layers.is_empty() && !placed.contains(p))
+            {
                 let known = self.config.all_projections();
-                let known: BTreeSet<String> = known.iter().map(|&p| self.config.options.module_kind(p)).collect();
+                let known: BTreeSet<String> =
+                    known.iter().map(|&p| self.config.options.module_kind(p)).collect();
                 let known: Vec<String> = known.into_iter().collect();
                 let requirement = format!("the layers of this model have {}", known.join(", "));
                 return Err(Error::invalid("target module", p.module(), requirement));
@@ -124,7 +133,11 @@ pub(super) fn attach_one<T: Real>(
     rng: &mut impl Rng,
 ) -> Result<()> {
     if projection.is_merged() {
-        return Err(Error::invalid("projection", "merged", "unmerge before attaching another method"));
+        return Err(Error::invalid(
+            "projection",
+            "merged",
+            "unmerge before attaching another method",
+        ));
     }
     let shape = projection.shape();
     projection.method = match spec {
@@ -137,8 +150,12 @@ pub(super) fn attach_one<T: Real>(
         MethodSpec::Dora { spec, true_derivative } => {
             Method::Dora(Dora::init(spec, true_derivative, projection.base.dense().view(), rng)?)
         }
-        MethodSpec::Moslora { spec, mixer } => Method::Moslora(Moslora::init(spec, mixer, shape, rng)?),
-        MethodSpec::Paca(spec) => Method::Paca(Paca::init(spec, &mut projection.base, scores, rng)?),
+        MethodSpec::Moslora { spec, mixer } => {
+            Method::Moslora(Moslora::init(spec, mixer, shape, rng)?)
+        }
+        MethodSpec::Paca(spec) => {
+            Method::Paca(Paca::init(spec, &mut projection.base, scores, rng)?)
+        }
         MethodSpec::Spft(spec) => Method::Spft(Spft::init(spec, &mut projection.base, rng)?),
     };
     Ok(())

@@ -41,8 +41,9 @@ fn squares<T: Real>(a: ArrayView2<T>, axis: Axis) -> Vec<f64> {
 }
 
 impl<T: Real> Model<T> {
-    /// Measures the norms with every projection trainable, in the model's present order of heads and channels.
-    /// Costs full fine-tuning's time and memory for each batch, and a copy of the model; nothing is trained.
+    /// Measures the norms with every projection trainable, in the model's present order of heads
+    /// and channels. Costs full fine-tuning's time and memory for each batch, and a copy of the
+    /// model; nothing is trained.
     ///
     /// # Errors
     /// As [`Model::loss_and_gradients`].
@@ -58,7 +59,8 @@ impl<T: Real> Model<T> {
             }
         }
         let mut gradients = probe.zero_gradients();
-        let mut inputs: Vec<BTreeMap<Projection, Vec<f64>>> = vec![Default::default(); self.layers.len()];
+        let mut inputs: Vec<BTreeMap<Projection, Vec<f64>>> =
+            vec![Default::default(); self.layers.len()];
         for batch in batches {
             let pass = probe.forward(batch, &StepOptions::default(), &mut gradients, cost)?;
             for (l, sums) in inputs.iter_mut().enumerate() {

@@ -44,10 +44,15 @@ impl Shards {
             return Ok(Self { files: vec![file], place, changed: BTreeSet::new() });
         }
         let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| Error::format(&index, "file", "a JSON object", e.to_string()))?;
+        let value: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| Error::format(&index, "file", "a JSON object", e.to_string()))?;
         let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
-            return Err(Error::format(&index, "key weight_map", "an object of tensor: file", "nothing such"));
+            return Err(Error::format(
+                &index,
+                "key weight_map",
+                "an object of tensor: file",
+                "nothing such",
+            ));
         };
         let mut names = BTreeSet::new();
         for (tensor, file) in map {
@@ -56,17 +61,28 @@ impl Shards {
                 Some(name) => names.insert(name.to_string()),
                 None => {
                     let field = format!("weight_map.{tensor}");
-                    return Err(Error::format(&index, field, "a file that is in the same folder", file.to_string()));
+                    return Err(Error::format(
+                        &index,
+                        field,
+                        "a file that is in the same folder",
+                        file.to_string(),
+                    ));
                 }
             };
         }
         let names: Vec<String> = names.into_iter().collect();
-        let files = names.iter().map(|name| TensorFile::open_on_disk(folder.join(name))).collect::<Result<Vec<_>>>()?;
+        let files = names
+            .iter()
+            .map(|name| TensorFile::open_on_disk(folder.join(name)))
+            .collect::<Result<Vec<_>>>()?;
         let mut place = BTreeMap::new();
         for (tensor, file) in map {
-            let at = names.iter().position(|name| Some(name.as_str()) == file.as_str()).unwrap_or(0);
+            let at =
+                names.iter().position(|name| Some(name.as_str()) == file.as_str()).unwrap_or(0);
             if !files[at].contains(tensor) {
-                return Err(files[at].missing(tensor, format!("{} says it is here", index.display())));
+                return Err(
+                    files[at].missing(tensor, format!("{} says it is here", index.display()))
+                );
             }
             place.insert(tensor.clone(), at);
         }
@@ -90,10 +106,13 @@ impl Shards {
         &self.files[self.place.get(name).copied().unwrap_or(0)]
     }
 
-    /// The name by which a tensor is there: hubs hold some models without what stands before the first dot.
+    /// The name by which a tensor is there: hubs hold some models without what stands before the
+    /// first dot.
     pub(super) fn actual<'a>(&self, name: &'a str) -> &'a str {
         match name.split_once('.') {
-            Some((_, rest)) if !self.place.contains_key(name) && self.place.contains_key(rest) => rest,
+            Some((_, rest)) if !self.place.contains_key(name) && self.place.contains_key(rest) => {
+                rest
+            }
             _ => name,
         }
     }
@@ -102,7 +121,9 @@ impl Shards {
     pub(super) fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
         let name = self.actual(name);
         let file = self.file(name);
-        let Some(shape) = file.shape(name) else { return Err(file.missing(name, "config.json asks for it")) };
+        let Some(shape) = file.shape(name) else {
+            return Err(file.missing(name, "config.json asks for it"));
+        };
         if shape == expected {
             return Ok(());
         }
@@ -110,19 +131,27 @@ impl Shards {
             [rows, columns] => format!("({rows}, {columns})"),
             _ => format!("{shape:?}"),
         };
-        let (expected, found) = (format!("shape {} (from config.json)", text(expected)), text(shape));
+        let (expected, found) =
+            (format!("shape {} (from config.json)", text(expected)), text(shape));
         Err(file.malformed(format!("tensor {name}"), expected, found))
     }
 
     /// Rows of a tensor that was checked, whose leading axes count as one.
-    pub(super) fn rows<T: Real>(&self, name: &str, rows: Range<usize>, into: &mut [T]) -> Result<()> {
+    pub(super) fn rows<T: Real>(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        into: &mut [T],
+    ) -> Result<()> {
         let name = self.actual(name);
         self.file(name).rows(name, "config.json asks for it", rows, into)
     }
 
     /// Whether two tables are both there, of one shape, and not the same.
     fn differ(&self, names: &[String; 2], (rows, width): (usize, usize)) -> Result<bool> {
-        if !names.iter().all(|name| self.place.contains_key(self.actual(name)) && !quantized::is_packed(self, name)) {
+        if !names.iter().all(|name| {
+            self.place.contains_key(self.actual(name)) && !quantized::is_packed(self, name)
+        }) {
             return Ok(false);
         }
         for name in names {
@@ -143,14 +172,19 @@ impl Shards {
         Ok(false)
     }
 
-    pub(super) fn matrix<T: Real>(&self, name: &str, expected: (usize, usize)) -> Result<Array2<T>> {
+    pub(super) fn matrix<T: Real>(
+        &self,
+        name: &str,
+        expected: (usize, usize),
+    ) -> Result<Array2<T>> {
         let name = self.actual(name);
         let file = self.file(name);
         let array = file.matrix::<T>(name, "config.json asks for it")?;
         if array.dim() == expected {
             return Ok(array);
         }
-        let (expected, found) = (format!("shape {expected:?} (from config.json)"), format!("{:?}", array.dim()));
+        let (expected, found) =
+            (format!("shape {expected:?} (from config.json)"), format!("{:?}", array.dim()));
         Err(file.malformed(format!("tensor {name}"), expected, found))
     }
 
@@ -182,24 +216,26 @@ impl Shards {
         if array.len() == expected {
             return Ok(array);
         }
-        let (expected, found) = (format!("shape ({expected},) (from config.json)"), format!("({},)", array.len()));
+        let (expected, found) =
+            (format!("shape ({expected},) (from config.json)"), format!("({},)", array.len()));
         Err(file.malformed(format!("tensor {name}"), expected, found))
     }
 }
 
 impl<T: Real> Model<T> {
-    /// Reads a checkpoint folder; weights of f64, f32, f16 and bf16 are converted to `T`, those of bitsandbytes' NF4 and int8
-    /// stay packed. Everything is frozen.
+    /// Reads a checkpoint folder; weights of f64, f32, f16 and bf16 are converted to `T`, those of
+    /// bitsandbytes' NF4 and int8 stay packed. Everything is frozen.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming file and key or tensor (wrong shape, NaN, a tensor that no part of
-    /// the model takes); [`Error::MissingTensor`].
+    /// [`Error::Io`]; [`Error::Format`] naming file and key or tensor (wrong shape, NaN, a tensor
+    /// that no part of the model takes); [`Error::MissingTensor`].
     pub fn read(folder: &Path) -> Result<Self> {
         Self::read_or_open(folder, false)
     }
 
-    /// As [`Model::read`], but weights of projections, embedding and output projection stay on the disk and are read each time
-    /// a step needs them. Norms, biases and learned positions are read now.
+    /// As [`Model::read`], but weights of projections, embedding and output projection stay on the
+    /// disk and are read each time a step needs them. Norms, biases and learned positions are read
+    /// now.
     ///
     /// # Errors
     /// As [`Model::read`], what is read later excepted: that is an error of the step.
@@ -214,7 +250,8 @@ impl<T: Real> Model<T> {
         let table = (config.vocab_size, width);
         if config.tie_word_embeddings {
             // As Transformers does it: two tables that differ stay two, whatever the config says.
-            let names = [Outside::Embedding, Outside::Head].map(|m| config.options.outside_tensor(m, "weight"));
+            let names = [Outside::Embedding, Outside::Head]
+                .map(|m| config.options.outside_tensor(m, "weight"));
             config.tie_word_embeddings = !shards.differ(&names, table)?;
         }
         let options = &config.options;
@@ -231,24 +268,28 @@ impl<T: Real> Model<T> {
             Ok((stored.read()?, None))
         };
         let (embedding, stored_embedding) = of_table(Outside::Embedding)?;
-        let mut known: BTreeSet<String> = [Outside::Embedding, Outside::Head].map(|m| outside(m, "weight")).into();
+        let mut known: BTreeSet<String> =
+            [Outside::Embedding, Outside::Head].map(|m| outside(m, "weight")).into();
         let positions = match options.positions {
             Some(offset) => {
                 let name = outside(Outside::Positions, "weight");
-                let table = shards.matrix(&name, (config.max_position_embeddings + offset, width))?;
+                let table =
+                    shards.matrix(&name, (config.max_position_embeddings + offset, width))?;
                 known.insert(name);
                 Some(table)
             }
             None => None,
         };
-        // Not sized in advance: the config's number of layers is a claim until their tensors are found.
+        // Not sized in advance: the config's number of layers is a claim until their tensors are
+        // found.
         let mut layers = Vec::new();
         for l in 0..config.num_hidden_layers {
             let projections = read_projections(&shards, &config, l, later, &mut known)?;
             let mut norms = [const { None }; 6];
             for norm in Norm::ALL {
                 if let (Some(_), Some(width)) = (options.norm_name(norm), config.norm_width(norm)) {
-                    let names = ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+                    let names =
+                        ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
                     norms[norm as usize] = Some(shards.norm(names, width, options, &mut known)?);
                 }
             }
@@ -261,7 +302,8 @@ impl<T: Real> Model<T> {
                 None
             };
             layers.push(Layer::new(projections, norms, sinks));
-            // Old checkpoints carry the rotary frequencies and the causal mask, which follow from the config.
+            // Old checkpoints carry the rotary frequencies and the causal mask, which follow from
+            // the config.
             let attention = match options.family {
                 Family::Gpt2 => "attn",
                 Family::GptNeoX => "attention",
@@ -278,19 +320,34 @@ impl<T: Real> Model<T> {
             (lm_head, stored_head) = (stored.is_none().then_some(own), stored);
         }
         let known: BTreeSet<&str> = known.iter().map(|name| shards.actual(name)).collect();
-        let belongs =
-            |name: &str| known.contains(name) || quantized::weight_of(name).is_some_and(|w| known.contains(w.as_str()));
+        let belongs = |name: &str| {
+            known.contains(name)
+                || quantized::weight_of(name).is_some_and(|w| known.contains(w.as_str()))
+        };
         if let Some(extra) = shards.place.keys().find(|name| !belongs(name)) {
             let family = config.options.family.model_type();
             let expected = format!("the tensors of a {}-layer {family}", config.num_hidden_layers);
-            return Err(shards.file(extra).malformed(format!("tensor {extra}"), expected, "an unknown name"));
+            return Err(shards.file(extra).malformed(
+                format!("tensor {extra}"),
+                expected,
+                "an unknown name",
+            ));
         }
-        let packed = layers.iter().flat_map(|layer| layer.projections()).any(|(_, p)| p.base.is_packed());
+        let packed =
+            layers.iter().flat_map(|layer| layer.projections()).any(|(_, p)| p.base.is_packed());
         if packed != config.options.quantization.is_some() {
             let says = config.options.quantization.map_or("nothing", Quantization::name);
-            let found = format!("{says}, and {} weights", if packed { "quantized" } else { "no quantized" });
+            let found = format!(
+                "{says}, and {} weights",
+                if packed { "quantized" } else { "no quantized" }
+            );
             let expected = "what the weights are stored in";
-            return Err(Error::format(folder.join("config.json"), "key quantization_config", expected, found));
+            return Err(Error::format(
+                folder.join("config.json"),
+                "key quantization_config",
+                expected,
+                found,
+            ));
         }
         Ok(Self {
             config,
@@ -305,22 +362,25 @@ impl<T: Real> Model<T> {
         })
     }
 
-    /// Restores every packed weight in a format, so that it can be looked at and changed; what they were packed in, by place.
+    /// Restores every packed weight in a format, so that it can be looked at and changed; what they
+    /// were packed in, by place.
     ///
-    /// With `later` they stay packed and are restored each time they are read.
-    /// The codec's own format does not matter: bitsandbytes restores a weight in that of the activations.
+    /// With `later` they stay packed and are restored each time they are read. The codec's own
+    /// format does not matter: bitsandbytes restores a weight in that of the activations.
     pub fn unpack_in(&mut self, format: Precision, later: bool) -> PackedPlaces<T> {
         let mut places = Vec::new();
         for (l, layer) in self.layers.iter_mut().enumerate() {
             let linears = layer.projections_mut();
-            let packed = linears.filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format, later)?)));
+            let packed = linears
+                .filter_map(|(p, linear)| Some(((l, p), linear.base.unpack_in(format, later)?)));
             places.extend(packed);
         }
         places
     }
 
-    /// Writes a checkpoint folder that Transformers reads, with every adapter folded into its weight and every
-    /// co-permutation undone; the model itself is left as it is. Files appear whole or not at all.
+    /// Writes a checkpoint folder that Transformers reads, with every adapter folded into its
+    /// weight and every co-permutation undone; the model itself is left as it is. Files appear
+    /// whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`]; as [`crate::adapters::AdaptedLinear::effective_weight`].
@@ -334,7 +394,9 @@ impl<T: Real> Model<T> {
         };
         let tied = self.lm_head.is_none();
         if tied && (self.adapters.head.is_some() || self.adapters.embedding.is_some()) {
-            let requirement = "embedding and output projection are one tensor: merging an update into it would change both; keep the adapter apart, or untie the model first";
+            let requirement = "embedding and output projection are one tensor: merging an update \
+                               into it would change both; keep the adapter apart, or untie the \
+                               model first";
             return Err(Error::invalid("tie_word_embeddings", true, requirement));
         }
         writer.matrix(&outside(Outside::Embedding, "weight"), self.acting_embedding()?.view());
@@ -351,7 +413,11 @@ impl<T: Real> Model<T> {
             write_projections(&mut writer, layer, &self.config, l)?;
             for of in Norm::ALL {
                 if let Some(vectors) = layer.checkpoint_norm(of, &self.config) {
-                    norm(&mut writer, ["weight", "bias"].map(|tensor| options.norm_tensor(l, of, tensor)), &vectors);
+                    norm(
+                        &mut writer,
+                        ["weight", "bias"].map(|tensor| options.norm_tensor(l, of, tensor)),
+                        &vectors,
+                    );
                 }
             }
             if let Some(sinks) = layer.checkpoint_sinks(&self.config) {

@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// Sizes and constants of a decoder, and what its layers compute ([`Options`]). Defaults are LLaMA's; a family's own are
-/// those of Transformers.
+/// Sizes and constants of a decoder, and what its layers compute ([`Options`]). Defaults are
+/// LLaMA's; a family's own are those of Transformers.
 ///
 /// | field | default | purpose | range |
 /// |---|---|---|---|
@@ -51,12 +51,12 @@ pub struct ModelConfig {
     pub options: Options,
 }
 
-/// Most weights of a model: 2^40, some 10^12. Beyond it sizes are taken for a damaged file, before anything is
-/// allocated for them.
+/// Most weights of a model: 2^40, some 10^12. Beyond it sizes are taken for a damaged file, before
+/// anything is allocated for them.
 const MOST_PARAMETERS: u128 = 1 << 40;
 
-/// Most layers. The deepest published decoders have some hundreds. Beyond this a small file could ask for any amount
-/// of memory, since every layer has its own bookkeeping.
+/// Most layers. The deepest published decoders have some hundreds. Beyond this a small file could
+/// ask for any amount of memory, since every layer has its own bookkeeping.
 const MOST_LAYERS: usize = 1024;
 
 /// The keys of a file, or of an object inside it.
@@ -146,21 +146,28 @@ impl<'a> Keys<'a> {
     fn factors(&self, key: &str) -> Result<Vec<f64>> {
         let wrong = || self.wrong(key, "a list of positive numbers");
         let Some(Value::Array(list)) = self.value(key) else { return Err(wrong()) };
-        list.iter().map(|v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()).ok_or_else(wrong)).collect()
+        list.iter()
+            .map(|v| v.as_f64().filter(|x| *x > 0.0 && x.is_finite()).ok_or_else(wrong))
+            .collect()
     }
 
     /// The scaling of an object `rope_parameters` or `rope_scaling`, and its base.
     pub fn scaling(&self, theta: f64, sizes: &Sizes) -> Result<(Scaling, f64)> {
         let theta = self.positive("rope_theta", theta)?;
         let key = if self.value("rope_type").is_some() { "rope_type" } else { "type" };
-        let original = || self.size("original_max_position_embeddings", Some(sizes.max_position_embeddings));
+        let original =
+            || self.size("original_max_position_embeddings", Some(sizes.max_position_embeddings));
         let kind = self.value(key).and_then(Value::as_str).unwrap_or("default");
         let scaling = match kind {
             "default" => Scaling::None,
             "linear" => Scaling::Linear { factor: self.needed("factor")? },
-            "dynamic" => Scaling::Dynamic { factor: self.needed("factor")?, original: sizes.max_position_embeddings },
+            "dynamic" => Scaling::Dynamic {
+                factor: self.needed("factor")?,
+                original: sizes.max_position_embeddings,
+            },
             "llama3" => {
-                let (low, high) = (self.needed("low_freq_factor")?, self.needed("high_freq_factor")?);
+                let (low, high) =
+                    (self.needed("low_freq_factor")?, self.needed("high_freq_factor")?);
                 if !(high > low) {
                     return Err(self.wrong("high_freq_factor", "more than low_freq_factor"));
                 }
@@ -183,7 +190,10 @@ impl<'a> Keys<'a> {
                 short: self.factors("short_factor")?,
                 long: self.factors("long_factor")?,
                 original: original()?,
-                factor: self.positive("factor", sizes.max_position_embeddings as f64 / original()? as f64)?,
+                factor: self.positive(
+                    "factor",
+                    sizes.max_position_embeddings as f64 / original()? as f64,
+                )?,
                 attention: self.optional("attention_factor", None)?,
             },
             _ => return Err(self.wrong(key, "default, linear, dynamic, llama3, yarn or longrope")),
@@ -196,9 +206,10 @@ impl ModelConfig {
     /// Reads `config.json`.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming the file and the key for JSON that is broken, a key that is missing
-    /// or out of range, an unknown family, heads that do not divide the width, and features that are not implemented
-    /// (another activation, a rotary embedding of a part of the head, a quantization other than bitsandbytes' NF4 and int8).
+    /// [`Error::Io`]; [`Error::Format`] naming the file and the key for JSON that is broken, a key
+    /// that is missing or out of range, an unknown family, heads that do not divide the width, and
+    /// features that are not implemented (another activation, a rotary embedding of a part of the
+    /// head, a quantization other than bitsandbytes' NF4 and int8).
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         Self::from_json(path, &text)
@@ -209,46 +220,60 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Format`].
     pub fn from_json(path: &Path, text: &str) -> Result<Self> {
-        let value: Value =
-            serde_json::from_str(text).map_err(|e| Error::format(path, "file", "a JSON object", e.to_string()))?;
+        let value: Value = serde_json::from_str(text)
+            .map_err(|e| Error::format(path, "file", "a JSON object", e.to_string()))?;
         let Value::Object(map) = value else {
             return Err(Error::format(path, "file", "a JSON object", "another JSON value"));
         };
         let keys = Keys { path, inside: "", map: &map };
         let family = match keys.value("model_type") {
             None => Family::Llama,
-            Some(value) => Family::ALL.into_iter().find(|f| value == f.model_type()).ok_or_else(|| {
-                keys.wrong("model_type", &format!("one of {}", Family::ALL.map(Family::model_type).join(", ")))
-            })?,
+            Some(value) => {
+                Family::ALL.into_iter().find(|f| value == f.model_type()).ok_or_else(|| {
+                    keys.wrong(
+                        "model_type",
+                        &format!("one of {}", Family::ALL.map(Family::model_type).join(", ")),
+                    )
+                })?
+            }
         };
         let size = |key: &'static str, default: Option<usize>| match (family.key(key), default) {
             (None, Some(default)) => Ok(default),
             (own, default) => keys.size(own.unwrap_or(key), default),
         };
         let (hidden_size, heads) = (size("hidden_size", None)?, size("num_attention_heads", None)?);
-        let head_dim =
-            match (keys.value("head_dim").filter(|_| family.key("head_dim").is_some()), family.default_head_dim()) {
-                (Some(_), _) => keys.size("head_dim", None)?,
-                (None, Some(width)) => width,
-                (None, None) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
-                (None, None) => {
-                    let expected = format!("a divisor of hidden_size = {hidden_size}");
-                    return Err(keys.wrong("num_attention_heads", &expected));
-                }
-            };
+        let head_dim = match (
+            keys.value("head_dim").filter(|_| family.key("head_dim").is_some()),
+            family.default_head_dim(),
+        ) {
+            (Some(_), _) => keys.size("head_dim", None)?,
+            (None, Some(width)) => width,
+            (None, None) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            (None, None) => {
+                let expected = format!("a divisor of hidden_size = {hidden_size}");
+                return Err(keys.wrong("num_attention_heads", &expected));
+            }
+        };
         let layers = size("num_hidden_layers", None)?;
         if layers > MOST_LAYERS {
-            return Err(keys
-                .wrong(family.key("num_hidden_layers").unwrap_or_default(), &format!("at most {MOST_LAYERS} layers")));
+            return Err(keys.wrong(
+                family.key("num_hidden_layers").unwrap_or_default(),
+                &format!("at most {MOST_LAYERS} layers"),
+            ));
         }
-        let max_position_embeddings =
-            size("max_position_embeddings", Some(if family == Family::Gpt2 { 1024 } else { 2048 }))?;
+        let max_position_embeddings = size(
+            "max_position_embeddings",
+            Some(if family == Family::Gpt2 { 1024 } else { 2048 }),
+        )?;
         let sizes = Sizes { hidden_size, layers, max_position_embeddings };
         let (options, rope_theta) = Options::resolve(family, &keys, &sizes)?;
         let config = Self {
             vocab_size: keys.size("vocab_size", None)?,
             hidden_size,
-            intermediate_size: size("intermediate_size", (family == Family::Gpt2).then_some(4 * hidden_size))?,
+            intermediate_size: size(
+                "intermediate_size",
+                (family == Family::Gpt2).then_some(4 * hidden_size),
+            )?,
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: size("num_key_value_heads", Some(heads))?,
@@ -263,7 +288,10 @@ impl ModelConfig {
             options,
         };
         if !heads.is_multiple_of(config.num_key_value_heads) {
-            return Err(keys.wrong("num_key_value_heads", &format!("a divisor of num_attention_heads = {heads}")));
+            return Err(keys.wrong(
+                "num_key_value_heads",
+                &format!("a divisor of num_attention_heads = {heads}"),
+            ));
         }
         if !config.head_dim.is_multiple_of(2) {
             let expected = "an even head width (hidden_size / num_attention_heads when absent)";
@@ -274,7 +302,12 @@ impl ModelConfig {
             n => {
                 let found = n.map_or("more than 2^128".into(), |n| n.to_string());
                 let expected = format!("sizes of at most {MOST_PARAMETERS} weights in all");
-                Err(Error::format(path, "hidden_size, intermediate_size, vocab_size, ...", expected, found))
+                Err(Error::format(
+                    path,
+                    "hidden_size, intermediate_size, vocab_size, ...",
+                    expected,
+                    found,
+                ))
             }
         }
     }
@@ -287,7 +320,8 @@ impl ModelConfig {
         Self::from_json(Path::new("config"), &self.to_json("float32")).map(|_| ())
     }
 
-    /// The `config.json` that Transformers reads; `dtype` is the precision of the tensors beside it.
+    /// The `config.json` that Transformers reads; `dtype` is the precision of the tensors beside
+    /// it.
     pub fn to_json(&self, dtype: &str) -> String {
         if let Some(source) = self.options.source() {
             let mut map = source.clone();
@@ -306,7 +340,8 @@ impl ModelConfig {
             // What is written is not quantized.
             map.remove("quantization_config");
             map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
-            for key in ["dtype", "torch_dtype"].into_iter().filter(|key| source.contains_key(*key)) {
+            for key in ["dtype", "torch_dtype"].into_iter().filter(|key| source.contains_key(*key))
+            {
                 map.insert(key.into(), json!(dtype));
             }
             return format!("{:#}\n", Value::Object(map));
@@ -342,7 +377,8 @@ impl ModelConfig {
 
     /// Every projection that some layer has.
     pub fn all_projections(&self) -> Vec<Projection> {
-        let mut all: Vec<Projection> = (0..self.num_hidden_layers).flat_map(|l| self.projections(l)).collect();
+        let mut all: Vec<Projection> =
+            (0..self.num_hidden_layers).flat_map(|l| self.projections(l)).collect();
         all.sort_unstable();
         all.dedup();
         all
@@ -352,8 +388,10 @@ impl ModelConfig {
     pub fn projection_shape(&self, projection: Projection) -> (usize, usize) {
         use Projection::*;
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let (query, key) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
-        let (experts, expert) = self.options.experts.as_ref().map_or((0, 0), |e| (e.count, e.inner));
+        let (query, key) =
+            (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let (experts, expert) =
+            self.options.experts.as_ref().map_or((0, 0), |e| (e.count, e.inner));
         match projection {
             Query => (query, hidden),
             Key | Value => (key, hidden),
@@ -390,14 +428,18 @@ impl ModelConfig {
         let [hidden, vocabulary] = [self.hidden_size, self.vocab_size].map(|n| n as u128);
         let product = |a: usize, b: usize| (a as u128).checked_mul(b as u128);
         // Sizes are below 2^40, so that sums of a few of them stay below 2^64.
-        let mut total = hidden.checked_mul(vocabulary)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
+        let mut total = hidden
+            .checked_mul(vocabulary)?
+            .checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
         let norm = |width: usize| width as u128 * if self.options.layer_norm { 2 } else { 1 };
         total = total.checked_add(norm(self.hidden_size))?;
         if let Some(offset) = self.options.positions {
-            total = total.checked_add(product(self.max_position_embeddings + offset, self.hidden_size)?)?;
+            total = total
+                .checked_add(product(self.max_position_embeddings + offset, self.hidden_size)?)?;
         }
         let layer = |l: usize| -> Option<u128> {
-            let mut sum: u128 = Norm::ALL.iter().filter_map(|&of| self.norm_width(of)).map(norm).sum();
+            let mut sum: u128 =
+                Norm::ALL.iter().filter_map(|&of| self.norm_width(of)).map(norm).sum();
             sum += if self.options.sinks { self.num_attention_heads as u128 } else { 0 };
             for p in self.projections(l) {
                 let (out, input) = self.projection_shape(p);
@@ -408,7 +450,8 @@ impl ModelConfig {
         };
         // Layers are of at most two kinds: count one of each.
         for dense in [true, false] {
-            let mut of_kind = (0..self.num_hidden_layers).filter(|&l| self.options.experts_of(l).is_none() == dense);
+            let mut of_kind = (0..self.num_hidden_layers)
+                .filter(|&l| self.options.experts_of(l).is_none() == dense);
             if let Some(first) = of_kind.next() {
                 let times = 1 + of_kind.count() as u128;
                 total = total.checked_add(layer(first)?.checked_mul(times)?)?;
@@ -432,10 +475,16 @@ mod tests {
     #[test]
     fn defaults_are_those_of_transformers() {
         let config = ModelConfig::from_json(Path::new("c.json"), &text(|_| {})).unwrap();
-        assert_eq!((config.num_key_value_heads, config.head_dim, config.max_position_embeddings), (4, 8, 2048));
-        assert!((config.rms_norm_eps - 1e-6).abs() < 1e-20 && (config.rope_theta - 1e4).abs() < 1e-9);
+        assert_eq!(
+            (config.num_key_value_heads, config.head_dim, config.max_position_embeddings),
+            (4, 8, 2048)
+        );
+        assert!(
+            (config.rms_norm_eps - 1e-6).abs() < 1e-20 && (config.rope_theta - 1e4).abs() < 1e-9
+        );
         assert!(!config.tie_word_embeddings);
-        let again = ModelConfig::from_json(Path::new("d.json"), &config.to_json("float64")).unwrap();
+        let again =
+            ModelConfig::from_json(Path::new("d.json"), &config.to_json("float64")).unwrap();
         assert_eq!(again, config);
     }
 
@@ -452,8 +501,16 @@ mod tests {
             ("rope_theta", json!("big"), "positive number"),
             ("rope_scaling", json!({"type": "yarn"}), "rope_parameters.factor"),
             ("rope_scaling", json!({"type": "spiral", "factor": 4.0}), "longrope"),
-            ("rope_parameters", json!({"rope_type": "llama3", "factor": 8.0}), "rope_parameters.low_freq_factor"),
-            ("rope_parameters", json!({"rope_type": "longrope", "short_factor": [1.0]}), "long_factor"),
+            (
+                "rope_parameters",
+                json!({"rope_type": "llama3", "factor": 8.0}),
+                "rope_parameters.low_freq_factor",
+            ),
+            (
+                "rope_parameters",
+                json!({"rope_type": "longrope", "short_factor": [1.0]}),
+                "long_factor",
+            ),
             ("rope_parameters", json!({"partial_rotary_factor": 0.5}), "1 for this family"),
             ("rope_parameters", json!(3), "an object"),
             ("hidden_act", json!("gelu"), "silu"),
@@ -463,7 +520,11 @@ mod tests {
             ("quantization_config", json!({"bits": 4}), "load_in_4bit"),
             ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "quant_method"),
             ("quantization_config", json!({"load_in_4bit": true}), "bnb_4bit_quant_type"),
-            ("quantization_config", json!({"load_in_8bit": true, "llm_int8_has_fp16_weight": true}), "fp16_weight"),
+            (
+                "quantization_config",
+                json!({"load_in_8bit": true, "llm_int8_has_fp16_weight": true}),
+                "fp16_weight",
+            ),
             ("model_type", json!("bloom"), "gemma3_text, olmo2, granite, smollm3"),
             ("tie_word_embeddings", json!("yes"), "true or false"),
         ];
@@ -471,9 +532,17 @@ mod tests {
             let broken = text(|map| {
                 map.insert(key.into(), value);
             });
-            let message = ModelConfig::from_json(Path::new("some/config.json"), &broken).unwrap_err().to_string();
-            assert!(message.contains("some/config.json") && message.contains(expected), "{message}");
-            assert!(message.contains(key) || message.contains("rope_parameters"), "{key}: {message}");
+            let message = ModelConfig::from_json(Path::new("some/config.json"), &broken)
+                .unwrap_err()
+                .to_string();
+            assert!(
+                message.contains("some/config.json") && message.contains(expected),
+                "{message}"
+            );
+            assert!(
+                message.contains(key) || message.contains("rope_parameters"),
+                "{key}: {message}"
+            );
         }
         for (family, key, value, expected) in [
             ("mistral", "sliding_window", json!(0), "a positive integer"),
@@ -487,7 +556,8 @@ mod tests {
                 map.insert("model_type".into(), json!(family));
                 map.insert(key.into(), value);
             });
-            let message = ModelConfig::from_json(Path::new("c.json"), &broken).unwrap_err().to_string();
+            let message =
+                ModelConfig::from_json(Path::new("c.json"), &broken).unwrap_err().to_string();
             assert!(message.contains(key) && message.contains(expected), "{message}");
         }
         let deep = text(|map| {
@@ -505,6 +575,11 @@ mod tests {
         });
         let message = ModelConfig::from_json(Path::new("c.json"), &huge).unwrap_err().to_string();
         assert!(message.contains("1099511627776 weights"), "{message}");
-        assert!(ModelConfig::from_json(Path::new("c.json"), "[1]").unwrap_err().to_string().contains("JSON object"));
+        assert!(
+            ModelConfig::from_json(Path::new("c.json"), "[1]")
+                .unwrap_err()
+                .to_string()
+                .contains("JSON object")
+        );
     }
 }

@@ -1,11 +1,12 @@
-//! A mixture of experts in place of an MLP: a router scores them, each row goes to the best few, and their outputs add up
-//! with weights.
+//! A mixture of experts in place of an MLP: a router scores them, each row goes to the best few,
+//! and their outputs add up with weights.
 //!
-//! A weight multiplies the input of its expert's down projection. That is the same number as at its output, and its
-//! gradient then needs no output: it is the product of that input's gradient with the input before the weight.
+//! A weight multiplies the input of its expert's down projection. That is the same number as at its
+//! output, and its gradient then needs no output: it is the product of that input's gradient with
+//! the input before the weight.
 //!
-//! An expert's matrices have as many rows as the batch happens to send it: they are dropped, not kept for the next step, which
-//! will ask for other sizes.
+//! An expert's matrices have as many rows as the batch happens to send it: they are dropped, not
+//! kept for the next step, which will ask for other sizes.
 
 use super::instruments::Point;
 use super::layer::{LayerNeeds, take};
@@ -41,10 +42,21 @@ impl<E: Ops> ExpertsCacheOn<E> {
         };
         let mut all = vec![("experts.routing".to_string(), E::routing_elements(&self.routing))];
         for expert in self.experts.iter().flatten() {
-            let (gate, up) = expert.gate_and_up.as_ref().map_or((None, None), |(gate, up)| (Some(gate), Some(up)));
-            let parts =
-                [("seen", expert.seen.as_ref()), ("gate", gate), ("up", up), ("gated", expert.weighted.as_ref())];
-            all.extend(parts.into_iter().filter_map(|(name, x)| Some((format!("experts.{name}"), size(x?)))));
+            let (gate, up) = expert
+                .gate_and_up
+                .as_ref()
+                .map_or((None, None), |(gate, up)| (Some(gate), Some(up)));
+            let parts = [
+                ("seen", expert.seen.as_ref()),
+                ("gate", gate),
+                ("up", up),
+                ("gated", expert.weighted.as_ref()),
+            ];
+            all.extend(
+                parts
+                    .into_iter()
+                    .filter_map(|(name, x)| Some((format!("experts.{name}"), size(x?)))),
+            );
         }
         all
     }
@@ -71,7 +83,8 @@ pub(super) fn experts_forward<E: Ops>(
     wanted: bool,
     e: &mut E,
 ) -> Result<(E::Matrix, ExpertsCacheOn<E>)> {
-    let (context, layer, activation) = (project.context, project.layer, project.context.config.options.activation);
+    let (context, layer, activation) =
+        (project.context, project.layer, project.context.config.options.activation);
     let mut scores = project.run(Projection::Router, normed, None, e)?;
     context.tap(Point::Router, &mut scores);
     let choice = Choice { per_token: experts.per_token, renormalise: experts.renormalise };
@@ -84,7 +97,8 @@ pub(super) fn experts_forward<E: Ops>(
             kept.push(None);
             continue;
         }
-        let (first, last) = (Projection::ExpertGateUp(expert as u16), Projection::ExpertDown(expert as u16));
+        let (first, last) =
+            (Projection::ExpertGateUp(expert as u16), Projection::ExpertDown(expert as u16));
         let seen = e.dispatch(normed, &routing, expert)?;
         let joined = project.run(first, &seen, None, e)?;
         let ([mut gate, mut up], _) = split_parts(joined, [experts.inner; 2], pieces(experts), e);
@@ -100,7 +114,9 @@ pub(super) fn experts_forward<E: Ops>(
             y = e.product_with(&weights, &bias, Some(y));
         }
         sum = e.combine(sum, y, &routing, expert)?;
-        let whole = |p| project.save && layer.get(p).is_some_and(|l| l.method.input_need() == InputNeed::Whole);
+        let whole = |p| {
+            project.save && layer.get(p).is_some_and(|l| l.method.input_need() == InputNeed::Whole)
+        };
         let retain = |wanted: bool, x: E::Matrix| wanted.then_some(x);
         let (seen, weighted) = (retain(whole(first), seen), retain(whole(last), weighted));
         let gate_and_up = match (retain(wanted, gate), retain(wanted, up)) {
@@ -133,7 +149,8 @@ pub(super) fn experts_backward<E: Ops>(
             dweights.push(weights);
             continue;
         };
-        let (first, last) = (Projection::ExpertGateUp(expert as u16), Projection::ExpertDown(expert as u16));
+        let (first, last) =
+            (Projection::ExpertGateUp(expert as u16), Projection::ExpertDown(expert as u16));
         let dy = e.dispatch(dout, &routing, expert)?;
         let bias = project.layer.get(last).and_then(|projection| projection.bias.as_ref());
         if let Some(sink) = project.biases.get_mut(&last) {

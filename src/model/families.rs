@@ -107,7 +107,8 @@ impl Family {
         matches!(self, Self::Gpt2 | Self::Opt | Self::GptNeoX)
     }
 
-    /// The name that a `config.json` of this family has for a size; `None` where the family has no such key.
+    /// The name that a `config.json` of this family has for a size; `None` where the family has no
+    /// such key.
     pub(super) fn key(self, key: &'static str) -> Option<&'static str> {
         Some(match (self, key) {
             (Self::Gpt2, "hidden_size") => "n_embd",
@@ -119,7 +120,9 @@ impl Family {
             (Self::GptNeoX, "rms_norm_eps") => "layer_norm_eps",
             (Self::Opt, "intermediate_size") => "ffn_dim",
             (Self::Opt, "rms_norm_eps") => return None,
-            (Self::Gpt2 | Self::Opt | Self::GptNeoX, "num_key_value_heads" | "head_dim") => return None,
+            (Self::Gpt2 | Self::Opt | Self::GptNeoX, "num_key_value_heads" | "head_dim") => {
+                return None;
+            }
             _ => key,
         })
     }
@@ -142,7 +145,13 @@ impl Family {
     /// Constant of the norms where the file does not say.
     pub(super) fn default_eps(self) -> f64 {
         match self {
-            Self::Olmo2 | Self::Phi3 | Self::Mixtral | Self::GptOss | Self::Gpt2 | Self::Opt | Self::GptNeoX => 1e-5,
+            Self::Olmo2
+            | Self::Phi3
+            | Self::Mixtral
+            | Self::GptOss
+            | Self::Gpt2
+            | Self::Opt
+            | Self::GptNeoX => 1e-5,
             _ => 1e-6,
         }
     }
@@ -190,10 +199,13 @@ impl Options {
         };
         match family {
             Family::Gemma2 | Family::Gemma3 => {
-                options.attention_scale = Some(1.0 / keys.positive("query_pre_attn_scalar", 256.0)?.sqrt());
+                options.attention_scale =
+                    Some(1.0 / keys.positive("query_pre_attn_scalar", 256.0)?.sqrt());
                 let gemma2 = family == Family::Gemma2;
-                options.attention_cap = keys.optional("attn_logit_softcapping", gemma2.then_some(50.0))?;
-                options.logit_cap = keys.optional("final_logit_softcapping", gemma2.then_some(30.0))?;
+                options.attention_cap =
+                    keys.optional("attn_logit_softcapping", gemma2.then_some(50.0))?;
+                options.logit_cap =
+                    keys.optional("final_logit_softcapping", gemma2.then_some(30.0))?;
             }
             Family::Granite => {
                 options.attention_scale = Some(keys.positive("attention_multiplier", 1.0)?);
@@ -204,8 +216,13 @@ impl Options {
             _ => {}
         }
         stored(family, keys, &mut options)?;
-        options.experts = if family.is_mixture() { Some(experts(family, keys, sizes)?) } else { None };
-        if options.experts.as_ref().is_some_and(|experts| experts.count == experts.dense_layers.len()) {
+        options.experts =
+            if family.is_mixture() { Some(experts(family, keys, sizes)?) } else { None };
+        if options
+            .experts
+            .as_ref()
+            .is_some_and(|experts| experts.count == experts.dense_layers.len())
+        {
             options.experts = None;
         }
         options.windows = windows(family, keys, sizes.layers)?;
@@ -275,7 +292,9 @@ fn stored(family: Family, keys: &Keys<'_>, options: &mut Options) -> Result<()> 
 
 /// The experts of a family that has some.
 fn experts(family: Family, keys: &Keys<'_>, sizes: &Sizes) -> Result<Experts> {
-    let either = |names: [&'static str; 2]| names.into_iter().find(|key| keys.value(key).is_some()).unwrap_or(names[0]);
+    let either = |names: [&'static str; 2]| {
+        names.into_iter().find(|key| keys.value(key).is_some()).unwrap_or(names[0])
+    };
     let (count, per_token, inner, renormalise) = match family {
         Family::Qwen3Moe => (128, 8, "moe_intermediate_size", keys.flag("norm_topk_prob", false)?),
         Family::GptOss => (128, 4, "intermediate_size", true),
@@ -297,15 +316,25 @@ fn experts(family: Family, keys: &Keys<'_>, sizes: &Sizes) -> Result<Experts> {
         let named = match keys.value("mlp_only_layers") {
             None => Vec::new(),
             Some(value) => {
-                let list = value.as_array().and_then(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
+                let list = value
+                    .as_array()
+                    .and_then(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
                 list.ok_or_else(|| keys.wrong("mlp_only_layers", "a list of layer numbers"))?
             }
         };
-        dense_layers =
-            (0..sizes.layers).filter(|&l| named.contains(&(l as u64)) || !(l + 1).is_multiple_of(step)).collect();
+        dense_layers = (0..sizes.layers)
+            .filter(|&l| named.contains(&(l as u64)) || !(l + 1).is_multiple_of(step))
+            .collect();
     }
     let inner = keys.size(inner, if family == Family::Qwen3Moe { Some(768) } else { None })?;
-    Ok(Experts { count, per_token, inner, renormalise, interleaved: family == Family::GptOss, dense_layers })
+    Ok(Experts {
+        count,
+        per_token,
+        inner,
+        renormalise,
+        interleaved: family == Family::GptOss,
+        dense_layers,
+    })
 }
 
 fn activation(family: Family, keys: &Keys<'_>) -> Result<Activation> {
@@ -333,17 +362,21 @@ fn activation(family: Family, keys: &Keys<'_>) -> Result<Activation> {
             ("relu", Activation::Relu),
         ],
         Family::Opt => &[("relu", Activation::Relu), ("gelu", Activation::Gelu)],
-        Family::GptNeoX => {
-            &[("gelu", Activation::Gelu), ("gelu_new", Activation::GeluTanh), ("relu", Activation::Relu)]
-        }
+        Family::GptNeoX => &[
+            ("gelu", Activation::Gelu),
+            ("gelu_new", Activation::GeluTanh),
+            ("relu", Activation::Relu),
+        ],
         _ => &[("silu", Activation::Silu)],
     };
     match keys.value(key) {
         None => Ok(known[0].1),
-        Some(value) => known.iter().find(|(name, _)| value == name).map(|(_, a)| *a).ok_or_else(|| {
-            let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
-            keys.wrong(key, &names.join(" or "))
-        }),
+        Some(value) => {
+            known.iter().find(|(name, _)| value == name).map(|(_, a)| *a).ok_or_else(|| {
+                let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+                keys.wrong(key, &names.join(" or "))
+            })
+        }
     }
 }
 
@@ -351,23 +384,32 @@ fn activation(family: Family, keys: &Keys<'_>) -> Result<Activation> {
 fn windows(family: Family, keys: &Keys<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
     let always = matches!(
         family,
-        Family::Mistral | Family::Gemma2 | Family::Gemma3 | Family::Phi3 | Family::Mixtral | Family::GptOss
+        Family::Mistral
+            | Family::Gemma2
+            | Family::Gemma3
+            | Family::Phi3
+            | Family::Mixtral
+            | Family::GptOss
     );
     let default = match family {
         Family::Mistral | Family::Gemma2 | Family::Gemma3 => Some(4096),
         Family::GptOss => Some(128),
         _ => None,
     };
-    // A key that is null says that there is no window; one that is absent, that it is the family's own.
+    // A key that is null says that there is no window; one that is absent, that it is the family's
+    // own.
     let declared = match keys.map.get("sliding_window") {
         None => default,
         Some(Value::Null) => None,
         Some(_) => Some(keys.size("sliding_window", None)?),
     };
-    let switched = matches!(family, Family::Qwen2 | Family::Qwen3 | Family::SmolLm3 | Family::Qwen3Moe);
+    let switched =
+        matches!(family, Family::Qwen2 | Family::Qwen3 | Family::SmolLm3 | Family::Qwen3Moe);
     let used = match family {
         _ if always => declared,
-        _ if switched => declared.filter(|_| keys.value("use_sliding_window") == Some(&Value::Bool(true))),
+        _ if switched => {
+            declared.filter(|_| keys.value("use_sliding_window") == Some(&Value::Bool(true)))
+        }
         _ => {
             if declared.is_some() {
                 return Err(keys.wrong("sliding_window", "null for this family"));
@@ -381,7 +423,10 @@ fn windows(family: Family, keys: &Keys<'_>, layers: usize) -> Result<Vec<Option<
             let kind = |value: &Value| match value.as_str() {
                 Some("sliding_attention") => Ok(true),
                 Some("full_attention") => Ok(false),
-                _ => Err(keys.wrong("layer_types", "sliding_attention or full_attention for each layer")),
+                _ => {
+                    Err(keys
+                        .wrong("layer_types", "sliding_attention or full_attention for each layer"))
+                }
             };
             let kinds = kinds.iter().map(kind).collect::<Result<Vec<bool>>>()?;
             if kinds.len() != layers {
@@ -392,7 +437,10 @@ fn windows(family: Family, keys: &Keys<'_>, layers: usize) -> Result<Vec<Option<
         Some(_) => return Err(keys.wrong("layer_types", "a list")),
         None => {
             let above = keys.size("max_window_layers", Some(28))?;
-            let every = keys.size("sliding_window_pattern", Some(keys.size("_sliding_window_pattern", Some(6))?))?;
+            let every = keys.size(
+                "sliding_window_pattern",
+                Some(keys.size("_sliding_window_pattern", Some(6))?),
+            )?;
             let slides = |l: usize| match family {
                 Family::Gemma2 | Family::GptOss => l.is_multiple_of(2),
                 Family::Gemma3 => !(l + 1).is_multiple_of(every),
@@ -417,7 +465,9 @@ fn rotary(family: Family, keys: &Keys<'_>, sizes: &Sizes, options: &mut Options)
     let theta = keys.positive(base, family.default_theta())?;
     let (main, local) = match keys.value("rope_parameters").or(keys.value("rope_scaling")) {
         None => (None, None),
-        Some(Value::Object(map)) if map.contains_key("full_attention") || map.contains_key("sliding_attention") => {
+        Some(Value::Object(map))
+            if map.contains_key("full_attention") || map.contains_key("sliding_attention") =>
+        {
             (map.get("full_attention"), map.get("sliding_attention"))
         }
         Some(value) => (Some(value), None),
@@ -441,7 +491,8 @@ fn rotary(family: Family, keys: &Keys<'_>, sizes: &Sizes, options: &mut Options)
             let factor = inside.positive("partial_rotary_factor", share)?;
             let shared = matches!(family, Family::GptNeoX | Family::Phi3);
             if factor > 1.0 || (!shared && factor < 1.0) {
-                let expected = if shared { "a share of the head, at most 1" } else { "1 for this family" };
+                let expected =
+                    if shared { "a share of the head, at most 1" } else { "1 for this family" };
                 return Err(inside.wrong("partial_rotary_factor", expected));
             }
             factor

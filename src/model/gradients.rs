@@ -51,7 +51,8 @@ pub struct GradientsOn<E: Ops> {
 pub type LayerGradients<T> = LayerGradientsOn<Cpu<T>>;
 
 /// Sinks of a model on the processor, and the working memory of its steps. They accumulate until
-/// [`Gradients::fill_zero`]; keep one value over the steps of a training, so that each step reuses the buffers of the last.
+/// [`Gradients::fill_zero`]; keep one value over the steps of a training, so that each step reuses
+/// the buffers of the last.
 pub type Gradients<T> = GradientsOn<Cpu<T>>;
 
 impl<E: Ops> GradientsOn<E> {
@@ -80,17 +81,29 @@ impl<E: Ops> GradientsOn<E> {
                     .projections()
                     .filter(|(_, projection)| projection.is_trainable())
                     .map(|(p, projection)| {
-                        (p, projection.trainable_shapes().into_iter().map(|shape| engine.sink(shape)).collect())
+                        (
+                            p,
+                            projection
+                                .trainable_shapes()
+                                .into_iter()
+                                .map(|shape| engine.sink(shape))
+                                .collect(),
+                        )
                     })
                     .collect(),
-                names: layer.projections().map(|(p, of)| (p, of.method.trainable_names())).collect(),
+                names: layer
+                    .projections()
+                    .map(|(p, of)| (p, of.method.trainable_names()))
+                    .collect(),
             })
             .collect();
         let table = |wanted: bool, table: Option<&E::Matrix>| {
             table.filter(|_| wanted).map(|table| engine.sink(E::shape(table)))
         };
-        let (embedding, lm_head) =
-            (table(parts.embedding, Some(&model.embedding)), table(parts.lm_head, model.lm_head.as_ref()));
+        let (embedding, lm_head) = (
+            table(parts.embedding, Some(&model.embedding)),
+            table(parts.lm_head, model.lm_head.as_ref()),
+        );
         let positions = table(parts.positions, model.positions.as_ref());
         let final_norm = norm(Some(&model.final_norm), Some(config.hidden_size));
         let outside = model.adapters.sinks(&engine);
@@ -117,13 +130,17 @@ impl<E: Ops> GradientsOn<E> {
             for (&p, names) in &layer.names {
                 let module = options.module(l, p);
                 let sinks = layer.projections.get(&p).into_iter().flatten();
-                all.extend(names.iter().zip(sinks).map(|(name, g)| (format!("{module}.{name}"), g)));
+                all.extend(
+                    names.iter().zip(sinks).map(|(name, g)| (format!("{module}.{name}"), g)),
+                );
                 all.extend(layer.biases.get(&p).map(|g| (format!("{module}.bias"), g)));
             }
             all.extend(layer.sinks.as_ref().map(|g| (options.sinks_name(l), g)));
             all.extend(Norm::ALL[1..].iter().flat_map(|&of| norm(of)));
         }
-        all.extend(self.final_norm.gain.as_ref().map(|g| (outside(Outside::FinalNorm, "weight"), g)));
+        all.extend(
+            self.final_norm.gain.as_ref().map(|g| (outside(Outside::FinalNorm, "weight"), g)),
+        );
         all.extend(self.final_norm.bias.as_ref().map(|g| (outside(Outside::FinalNorm, "bias"), g)));
         all.extend(self.lm_head.as_ref().map(|g| (outside(Outside::Head, "weight"), g)));
         let names = outside_names(Outside::Head).map(|name| outside(Outside::Head, name));
@@ -143,7 +160,9 @@ impl<E: Ops> GradientsOn<E> {
                 layer.biases.get_mut(p).into_iter().for_each(&mut change);
             }
             layer.sinks.iter_mut().for_each(&mut change);
-            rest.iter_mut().flat_map(|n| n.gain.iter_mut().chain(&mut n.bias)).for_each(&mut change);
+            rest.iter_mut()
+                .flat_map(|n| n.gain.iter_mut().chain(&mut n.bias))
+                .for_each(&mut change);
         }
         let last = &mut self.final_norm;
         last.gain.iter_mut().chain(&mut last.bias).chain(&mut self.lm_head).for_each(&mut change);

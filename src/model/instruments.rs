@@ -1,5 +1,5 @@
-//! Looking into a step, and changing it, at named points: how validation records hidden states, imitates the rounding
-//! of a trainer's precision, and computes what a known fault would give.
+//! Looking into a step, and changing it, at named points: how validation records hidden states,
+//! imitates the rounding of a trainer's precision, and computes what a known fault would give.
 
 use super::projection::Projection;
 use crate::blocks::causal_attention::ScoreErrors;
@@ -65,9 +65,14 @@ pub type TapOn<'a, E> = &'a dyn Fn(Place, &mut <E as Ops>::Matrix);
 /// A tap on the processor.
 pub type Tap<'a, T> = TapOn<'a, Cpu<T>>;
 
-/// `(engine, (layer, projection), x, y)`: adds to the output y, `N x out`, of a projection with input x, `N x in`.
-pub type AddToOutput<'a, E> =
-    &'a dyn Fn(&mut E, (usize, Projection), &<E as Ops>::Matrix, &mut <E as Ops>::Matrix) -> Result<()>;
+/// `(engine, (layer, projection), x, y)`: adds to the output y, `N x out`, of a projection with
+/// input x, `N x in`.
+pub type AddToOutput<'a, E> = &'a dyn Fn(
+    &mut E,
+    (usize, Projection),
+    &<E as Ops>::Matrix,
+    &mut <E as Ops>::Matrix,
+) -> Result<()>;
 
 /// Where a dropout mask acts on an adapter's input x, or on what backward makes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,9 +85,10 @@ pub enum Masked {
     InputGradient,
 }
 
-/// `((layer, projection), where, rest, tensor)`: multiplies the tensor, `N x in`, by the projection's mask m, or by 1 - m if
-/// `rest`; false if the projection has none.
-pub type MaskOn<'a, E> = &'a dyn Fn((usize, Projection), Masked, bool, &mut <E as Ops>::Matrix) -> bool;
+/// `((layer, projection), where, rest, tensor)`: multiplies the tensor, `N x in`, by the
+/// projection's mask m, or by 1 - m if `rest`; false if the projection has none.
+pub type MaskOn<'a, E> =
+    &'a dyn Fn((usize, Projection), Masked, bool, &mut <E as Ops>::Matrix) -> bool;
 
 /// Deviations of a step from the ordinary one; the default deviates in nothing.
 pub struct InstrumentsOn<'a, E: Ops> {
@@ -147,7 +153,13 @@ impl<E: Ops> InstrumentsOn<'_, E> {
         self.lowest.max(self.first())
     }
 
-    pub(super) fn tap(&self, layer: Option<usize>, point: Point, gradient: bool, tensor: &mut E::Matrix) {
+    pub(super) fn tap(
+        &self,
+        layer: Option<usize>,
+        point: Point,
+        gradient: bool,
+        tensor: &mut E::Matrix,
+    ) {
         if let Some(tap) = self.tap {
             tap(Place { layer, point, gradient }, tensor);
         }
@@ -156,6 +168,9 @@ impl<E: Ops> InstrumentsOn<'_, E> {
 
 impl<E: Ops> fmt::Debug for InstrumentsOn<'_, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Instruments").field("scale", &self.scale).field("ahead", &self.ahead).finish_non_exhaustive()
+        f.debug_struct("Instruments")
+            .field("scale", &self.scale)
+            .field("ahead", &self.ahead)
+            .finish_non_exhaustive()
     }
 }

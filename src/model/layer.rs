@@ -34,9 +34,12 @@ pub type Layer<T> = LayerOn<Cpu<T>>;
 impl<T: Real> Layer<T> {
     /// Numbers of norms, biases and sinks.
     pub(crate) fn vectors(&self) -> usize {
-        let norm = |norm: &NormOn<Cpu<T>>| norm.gain.len() + norm.bias.as_ref().map_or(0, |bias| bias.len());
+        let norm = |norm: &NormOn<Cpu<T>>| {
+            norm.gain.len() + norm.bias.as_ref().map_or(0, |bias| bias.len())
+        };
         let norms: usize = self.norms.iter().flatten().map(norm).sum();
-        let biases: usize = self.projections.values().filter_map(|p| p.bias.as_ref()).map(|bias| bias.len()).sum();
+        let biases: usize =
+            self.projections.values().filter_map(|p| p.bias.as_ref()).map(|bias| bias.len()).sum();
         norms + biases + self.sinks.as_ref().map_or(0, |sinks| sinks.len())
     }
 }
@@ -102,9 +105,11 @@ impl<E: Ops> LayerOn<E> {
         self.projections().any(|(p, projection)| p.input() == input && projection.is_trainable())
     }
 
-    /// Whether an input of projections must be kept whole. Experts keep the rows that they see themselves.
+    /// Whether an input of projections must be kept whole. Experts keep the rows that they see
+    /// themselves.
     fn needs_whole(&self, input: Input) -> bool {
-        let own = |p: Projection| matches!(p, Projection::ExpertGateUp(_) | Projection::ExpertDown(_));
+        let own =
+            |p: Projection| matches!(p, Projection::ExpertGateUp(_) | Projection::ExpertDown(_));
         let whole = |projection: &LinearOn<E>| projection.method.input_need() == InputNeed::Whole;
         self.projections().any(|(p, projection)| p.input() == input && !own(p) && whole(projection))
     }
@@ -156,7 +161,8 @@ pub(super) struct Context<'a, E: Ops> {
 impl<E: Ops> Context<'_, E> {
     fn scoring(&self) -> Scoring {
         let options = &self.config.options;
-        let usual = || options.attention_scale.unwrap_or(1.0 / (self.config.head_dim as f64).sqrt());
+        let usual =
+            || options.attention_scale.unwrap_or(1.0 / (self.config.head_dim as f64).sqrt());
         Scoring {
             scale: self.instruments.scale.unwrap_or_else(usual),
             cap: options.attention_cap,
@@ -166,7 +172,8 @@ impl<E: Ops> Context<'_, E> {
         }
     }
 
-    /// A copy of x under the dropout mask of a projection's adapter, or under what the mask takes away; `None` without mask.
+    /// A copy of x under the dropout mask of a projection's adapter, or under what the mask takes
+    /// away; `None` without mask.
     pub fn masked(
         &self,
         place: (usize, Projection),
@@ -183,12 +190,15 @@ impl<E: Ops> Context<'_, E> {
     /// Rows of one head each where a norm is of heads.
     fn norm_rows(&self, norm: Norm, x: E::Matrix, e: &mut E) -> E::Matrix {
         match (self.config.norm_width(norm), E::shape(&x)) {
-            (Some(width), (rows, columns)) if width != columns => e.reshape(x, (rows * columns / width, width)),
+            (Some(width), (rows, columns)) if width != columns => {
+                e.reshape(x, (rows * columns / width, width))
+            }
             _ => x,
         }
     }
 
-    /// The normalised rows, and what backward needs if `save`; x itself where the layer has no such norm.
+    /// The normalised rows, and what backward needs if `save`; x itself where the layer has no such
+    /// norm.
     pub fn norm(
         &self,
         layer: &LayerOn<E>,
@@ -205,7 +215,8 @@ impl<E: Ops> Context<'_, E> {
         Ok((y, keep(save, x, rest, e)))
     }
 
-    /// The gradient of a norm's input from that of its output; dy itself where the layer has no such norm.
+    /// The gradient of a norm's input from that of its output; dy itself where the layer has no
+    /// such norm.
     fn norm_backward(
         &self,
         layer: &LayerOn<E>,
@@ -220,11 +231,13 @@ impl<E: Ops> Context<'_, E> {
         let dy = self.norm_rows(norm, dy, e);
         let dx = e.zeros(E::shape(&dy));
         let saved = take(saved[norm as usize].take(), "a norm's input")?;
-        let dx = norm_backward(dy, saved, vectors, self.config, &mut sinks[norm as usize], Some(dx), e)?;
+        let dx =
+            norm_backward(dy, saved, vectors, self.config, &mut sinks[norm as usize], Some(dx), e)?;
         Ok(e.reshape(take(dx, "a norm's gradient")?, shape))
     }
 
-    /// The gradient of a residual branch that is normalised or scaled before it joins; `None` where it is dx.
+    /// The gradient of a residual branch that is normalised or scaled before it joins; `None` where
+    /// it is dx.
     fn branch_backward(
         &self,
         layer: &LayerOn<E>,
@@ -243,7 +256,8 @@ impl<E: Ops> Context<'_, E> {
         self.norm_backward(layer, norm, dbranch, saved, sinks, e).map(Some)
     }
 
-    /// dx + the gradient that comes through the norm before a branch; without it if it is not wanted.
+    /// dx + the gradient that comes through the norm before a branch; without it if it is not
+    /// wanted.
     fn enter_backward(
         &self,
         layer: &LayerOn<E>,
@@ -261,7 +275,10 @@ impl<E: Ops> Context<'_, E> {
             norm_backward(dnormed, saved, vectors, self.config, sinks, None, e)?;
             return Ok(dx);
         }
-        take(norm_backward(dnormed, saved, vectors, self.config, sinks, Some(dx), e)?, "a norm's gradient")
+        take(
+            norm_backward(dnormed, saved, vectors, self.config, sinks, Some(dx), e)?,
+            "a norm's gradient",
+        )
     }
 
     /// Shows a tensor that has just been computed.
@@ -303,7 +320,8 @@ pub struct LayerCacheOn<E: Ops> {
 pub type LayerCache<T> = LayerCacheOn<Cpu<T>>;
 
 /// Names of the norms' inputs among what is saved.
-const NORM_INPUTS: [&str; 6] = ["input", "query_rows", "key_rows", "attention_branch", "middle", "mlp_branch"];
+const NORM_INPUTS: [&str; 6] =
+    ["input", "query_rows", "key_rows", "attention_branch", "middle", "mlp_branch"];
 
 impl<E: Ops> LayerCacheOn<E> {
     /// (name, numbers) of every saved tensor.
@@ -312,7 +330,9 @@ impl<E: Ops> LayerCacheOn<E> {
             let (rows, columns) = E::shape(x);
             rows * columns
         };
-        let norm = |norm: Norm| (NORM_INPUTS[norm as usize], self.norms[norm as usize].as_ref().map(|(x, _)| size(x)));
+        let norm = |norm: Norm| {
+            (NORM_INPUTS[norm as usize], self.norms[norm as usize].as_ref().map(|(x, _)| size(x)))
+        };
         let mut named: Vec<(&str, Option<usize>)> =
             vec![norm(Norm::BeforeAttention), norm(Norm::Query), norm(Norm::Key)];
         named.push(("normed_input", self.normed_input.as_ref().map(size)));
@@ -325,10 +345,16 @@ impl<E: Ops> LayerCacheOn<E> {
         named.push(("up", self.mlp.up.as_ref().map(size)));
         named.push(("gated", self.mlp.gated.as_ref().map(size)));
         named.push(norm(Norm::AfterMlp));
-        let mut all: Vec<(String, usize)> =
-            named.into_iter().filter_map(|(name, numbers)| Some((name.to_string(), numbers?))).collect();
+        let mut all: Vec<(String, usize)> = named
+            .into_iter()
+            .filter_map(|(name, numbers)| Some((name.to_string(), numbers?)))
+            .collect();
         for (name, saved) in NORM_INPUTS.iter().zip(&self.norms) {
-            all.extend(saved.as_ref().map(|(_, stats)| (format!("{name}_inverse_rms"), E::stats_length(stats))));
+            all.extend(
+                saved
+                    .as_ref()
+                    .map(|(_, stats)| (format!("{name}_inverse_rms"), E::stats_length(stats))),
+            );
         }
         for (p, (name, saved)) in &self.projections {
             all.extend(saved.as_ref().map(|x| (format!("{}.{name}", p.module()), size(x))));
@@ -347,7 +373,8 @@ fn retain<E: Ops>(wanted: bool, x: E::Matrix, e: &mut E) -> Option<E::Matrix> {
     None
 }
 
-/// The input of a branch: its norm's output and what is left of the norm, or a copy of x where it has none.
+/// The input of a branch: its norm's output and what is left of the norm, or a copy of x where it
+/// has none.
 fn enter<E: Ops>(
     layer: &LayerOn<E>,
     norm: Norm,
@@ -356,7 +383,9 @@ fn enter<E: Ops>(
     e: &mut E,
 ) -> Result<(E::Matrix, Option<Rest<E>>)> {
     match layer.norm(norm) {
-        Some(vectors) => norm_forward(x, vectors, config, e).map(|(normed, rest)| (normed, Some(rest))),
+        Some(vectors) => {
+            norm_forward(x, vectors, config, e).map(|(normed, rest)| (normed, Some(rest)))
+        }
         None => Ok((e.copy(x), None)),
     }
 }
@@ -405,13 +434,15 @@ pub(super) fn layer_forward<E: Ops>(
     let (input, residual) = fork(keep(|n| n.normed_input), x, rest, e);
     // In parallel with attention, the MLP reads the layer's input.
     let beside = options.parallel.then(|| e.copy(&residual));
-    let joining = Joining { p: Projection::Output, norm: Norm::AfterAttention, wanted: keep(|n| n.middle) };
+    let joining =
+        Joining { p: Projection::Output, norm: Norm::AfterAttention, wanted: keep(|n| n.middle) };
     let (mut middle, attention_branch) = project.join(&joining, &attended, residual, e)?;
     context.tap(Point::Middle, &mut middle);
     let keep_output = attention.is_some() || (save && layer.needs_whole(Input::Attended));
     let attention_output = retain(keep_output, attended, e);
 
-    let (mut normed, rest) = enter(layer, Norm::BeforeMlp, beside.as_ref().unwrap_or(&middle), config, e)?;
+    let (mut normed, rest) =
+        enter(layer, Norm::BeforeMlp, beside.as_ref().unwrap_or(&middle), config, e)?;
     context.tap(Point::NormedMiddle, &mut normed);
     let wants_middle = keep(|n| n.normed_middle);
     let (read, residual) = match beside {
@@ -428,7 +459,8 @@ pub(super) fn layer_forward<E: Ops>(
     let (mut out, normed_middle, mlp_branch);
     if let Some(of) = options.experts_of(context.layer) {
         let plain = options.plain_branch(Norm::AfterMlp);
-        let (onto, aside) = if plain { (residual, None) } else { (e.zeros(E::shape(&residual)), Some(residual)) };
+        let (onto, aside) =
+            if plain { (residual, None) } else { (e.zeros(E::shape(&residual)), Some(residual)) };
         let (sum, kept) = experts_forward(&mut project, of, &normed, onto, wants_gated, e)?;
         experts = Some(kept);
         normed_middle = retain(keep_middle, normed, e);
@@ -441,7 +473,10 @@ pub(super) fn layer_forward<E: Ops>(
         normed_middle = retain(keep_middle, normed, e);
         let joining = Joining { p: Projection::Down, norm: Norm::AfterMlp, wanted: wants_any };
         (out, mlp_branch) = project.join(&joining, &gated, residual, e)?;
-        mlp = MlpCacheOn { gated: retain(save && layer.needs_whole(Input::Gated), gated, e), ..cache };
+        mlp = MlpCacheOn {
+            gated: retain(save && layer.needs_whole(Input::Gated), gated, e),
+            ..cache
+        };
     }
     context.tap(Point::Output, &mut out);
     if !wants_any {
@@ -470,7 +505,11 @@ fn query_key_value<E: Ops>(
     let config = project.context.config;
     if config.options.query_key_value == super::options::QkvStorage::Separate {
         let query = project.run(Query, normed, None, e)?;
-        return Ok([query, project.run(Key, normed, None, e)?, project.run(Value, normed, None, e)?]);
+        return Ok([
+            query,
+            project.run(Key, normed, None, e)?,
+            project.run(Value, normed, None, e)?,
+        ]);
     }
     let joined = project.run(QueryKeyValue, normed, None, e)?;
     let widths = [Query, Key, Value].map(|p| config.projection_shape(p).0);
@@ -488,8 +527,8 @@ pub(super) fn take<M>(field: Option<M>, name: &str) -> Result<M> {
     field.ok_or_else(|| Error::invalid(name, "absent", "the layer's forward must save it"))
 }
 
-/// The layer's backward, in the reverse order of [`layer_forward`]. `dout` is the gradient of the output; the
-/// result is that of the input, or `None` when nothing below is trained.
+/// The layer's backward, in the reverse order of [`layer_forward`]. `dout` is the gradient of the
+/// output; the result is that of the input, or `None` when nothing below is trained.
 pub(super) fn layer_backward<E: Ops>(
     layer: &LayerOn<E>,
     cache: LayerCacheOn<E>,
@@ -500,9 +539,12 @@ pub(super) fn layer_backward<E: Ops>(
     e: &mut E,
 ) -> Result<Option<E::Matrix>> {
     let (mut norms, options) = (cache.norms, &context.config.options);
-    let LayerGradientsOn { projections, norms: norm_sinks, biases, sinks: attention_sinks, .. } = sinks;
-    let mut project = Unprojecting { layer, context, saved: cache.projections, sinks: projections, biases };
-    // The gradient of h starts as that of the output (residual path) and collects the rest in place.
+    let LayerGradientsOn { projections, norms: norm_sinks, biases, sinks: attention_sinks, .. } =
+        sinks;
+    let mut project =
+        Unprojecting { layer, context, saved: cache.projections, sinks: projections, biases };
+    // The gradient of h starts as that of the output (residual path) and collects the rest in
+    // place.
     let mut dx = dout;
     let beside = options.parallel.then(|| e.copy(&dx));
 
@@ -527,10 +569,18 @@ pub(super) fn layer_backward<E: Ops>(
     }
     // h = x + o(attended), the branch perhaps normalised and scaled
     let upstream = beside.as_ref().unwrap_or(&dx);
-    let own = context.branch_backward(layer, Norm::AfterAttention, upstream, &mut norms, norm_sinks, e)?;
+    let own = context.branch_backward(
+        layer,
+        Norm::AfterAttention,
+        upstream,
+        &mut norms,
+        norm_sinks,
+        e,
+    )?;
     let upstream = own.as_ref().unwrap_or(upstream);
     let wanted = InputGradient::fresh_if(needs.attention);
-    let dattended = project.run(Projection::Output, upstream, cache.attention_output.as_ref(), wanted, e)?;
+    let dattended =
+        project.run(Projection::Output, upstream, cache.attention_output.as_ref(), wanted, e)?;
     [own, beside].into_iter().flatten().for_each(|x| e.release(x));
     let Some(mut dattended) = dattended else { return Ok(None) };
     context.tap_gradient(Point::Attended, &mut dattended);
@@ -549,20 +599,30 @@ pub(super) fn layer_backward<E: Ops>(
         dquery = e.rotate(dquery, context.inputs, kind, true)?;
         dkey = e.rotate(dkey, context.inputs, kind, true)?;
     }
-    let mut dquery = context.norm_backward(layer, Norm::Query, dquery, &mut norms, norm_sinks, e)?;
+    let mut dquery =
+        context.norm_backward(layer, Norm::Query, dquery, &mut norms, norm_sinks, e)?;
     let mut dkey = context.norm_backward(layer, Norm::Key, dkey, &mut norms, norm_sinks, e)?;
     context.tap_gradient(Point::Query, &mut dquery);
     context.tap_gradient(Point::Key, &mut dkey);
     // q, k, v = projections of normed
     let normed = cache.normed_input;
     let wanted = InputGradient::fresh_if(needs.normed_input);
-    let dnormed = query_key_value_backward(&mut project, [dquery, dkey, dvalue], normed.as_ref(), wanted, e)?;
+    let dnormed =
+        query_key_value_backward(&mut project, [dquery, dkey, dvalue], normed.as_ref(), wanted, e)?;
     normed.into_iter().for_each(|x| e.release(x));
     // normed = norm(x)
     if let Some(mut dnormed) = dnormed {
         context.tap_gradient(Point::NormedInput, &mut dnormed);
         let state = (&mut norms, &mut *norm_sinks);
-        dx = context.enter_backward(layer, Norm::BeforeAttention, dnormed, dx, needs.input, state, e)?;
+        dx = context.enter_backward(
+            layer,
+            Norm::BeforeAttention,
+            dnormed,
+            dx,
+            needs.input,
+            state,
+            e,
+        )?;
     }
     Ok(needs.input.then_some(dx))
 }
@@ -580,7 +640,9 @@ fn query_key_value_backward<E: Ops>(
     let groups = match config.options.query_key_value {
         super::options::QkvStorage::Separate => {
             for (p, dy) in [Query, Key, Value].into_iter().zip(&gradients) {
-                wanted = project.run(p, dy, normed, wanted, e)?.map_or(InputGradient::Skip, InputGradient::AddTo);
+                wanted = project
+                    .run(p, dy, normed, wanted, e)?
+                    .map_or(InputGradient::Skip, InputGradient::AddTo);
             }
             gradients.into_iter().for_each(|dy| e.release(dy));
             return Ok(match wanted {

@@ -1,5 +1,5 @@
-//! How a family's checkpoint holds the weights of a layer's projections: one tensor each, transposed, or experts by number or
-//! in one stack.
+//! How a family's checkpoint holds the weights of a layer's projections: one tensor each,
+//! transposed, or experts by number or in one stack.
 
 use super::checkpoint::Shards;
 use super::config::ModelConfig;
@@ -43,8 +43,10 @@ impl Place {
 fn expert_names(config: &ModelConfig, layer: usize, expert: u16) -> [String; 3] {
     let layer = config.options.layer(layer);
     match config.options.family {
-        Family::Mixtral => ["w1", "w3", "w2"].map(|w| format!("{layer}.block_sparse_moe.experts.{expert}.{w}.weight")),
-        _ => ["gate_proj", "up_proj", "down_proj"].map(|w| format!("{layer}.mlp.experts.{expert}.{w}.weight")),
+        Family::Mixtral => ["w1", "w3", "w2"]
+            .map(|w| format!("{layer}.block_sparse_moe.experts.{expert}.{w}.weight")),
+        _ => ["gate_proj", "up_proj", "down_proj"]
+            .map(|w| format!("{layer}.mlp.experts.{expert}.{w}.weight")),
     }
 }
 
@@ -103,7 +105,9 @@ impl InCheckpoint {
         match &self.place {
             Place::Own(name) if self.transposed => self.shards.check(name, &[input, out]),
             Place::Own(name) => self.shards.check(name, &[out, input]),
-            Place::TwoHalves(names) => names.iter().try_for_each(|name| self.shards.check(name, &[out / 2, input])),
+            Place::TwoHalves(names) => {
+                names.iter().try_for_each(|name| self.shards.check(name, &[out / 2, input]))
+            }
             Place::Stack(name) => self.shards.check(name, &[self.expert.1, input, out]),
         }
     }
@@ -125,7 +129,9 @@ impl<T: Real> WeightSource<T> for InCheckpoint {
     fn read_rows(&self, rows: Range<usize>, into: &mut Array2<T>) -> Result<()> {
         let half = self.shape.0 / 2;
         match &self.place {
-            Place::Own(name) if self.transposed => into.assign(&self.turned(name, 0)?.t().slice(s![rows, ..])),
+            Place::Own(name) if self.transposed => {
+                into.assign(&self.turned(name, 0)?.t().slice(s![rows, ..]))
+            }
             Place::Own(name) => self.shards.rows(name, rows, numbers_mut(into))?,
             Place::Stack(name) => {
                 let first = self.expert.0 * self.shape.1;
@@ -144,15 +150,20 @@ impl<T: Real> WeightSource<T> for InCheckpoint {
 }
 
 /// A table outside the layers.
-pub(super) fn table<T: Real>(shards: &Arc<Shards>, name: &str, shape: (usize, usize)) -> Result<StoredWeight<T>> {
+pub(super) fn table<T: Real>(
+    shards: &Arc<Shards>,
+    name: &str,
+    shape: (usize, usize),
+) -> Result<StoredWeight<T>> {
     let place = Place::Own(name.to_string());
-    let source = InCheckpoint { shards: shards.clone(), place, shape, transposed: false, expert: (0, 1) };
+    let source =
+        InCheckpoint { shards: shards.clone(), place, shape, transposed: false, expert: (0, 1) };
     source.check()?;
     Ok(StoredWeight::elsewhere(Arc::new(source)))
 }
 
-/// The projections of a layer, their weights read now or, if `later`, each time they are needed; adds the names of their
-/// tensors to those that are known.
+/// The projections of a layer, their weights read now or, if `later`, each time they are needed;
+/// adds the names of their tensors to those that are known.
 pub(super) fn read_projections<T: Real>(
     shards: &Arc<Shards>,
     config: &ModelConfig,
@@ -172,7 +183,9 @@ pub(super) fn read_projections<T: Real>(
         let place = place(config, layer, p);
         // Name of the bias, and which row of it where experts have theirs in one.
         let bias = match &place {
-            Place::Own(name) => name.strip_suffix("weight").map(|module| (format!("{module}bias"), None)),
+            Place::Own(name) => {
+                name.strip_suffix("weight").map(|module| (format!("{module}bias"), None))
+            }
             Place::TwoHalves(_) => None,
             Place::Stack(name) => Some((format!("{name}_bias"), Some(expert))),
         };
@@ -180,8 +193,13 @@ pub(super) fn read_projections<T: Real>(
         let base = if place.names().iter().any(|name| quantized::is_packed(shards, name)) {
             packed(shards, &place, shape)?
         } else {
-            let source =
-                InCheckpoint { shards: shards.clone(), place, shape, transposed: config.options.transposed, expert };
+            let source = InCheckpoint {
+                shards: shards.clone(),
+                place,
+                shape,
+                transposed: config.options.transposed,
+                expert,
+            };
             source.check()?;
             let stored = StoredWeight::elsewhere(Arc::new(source));
             if later { BaseWeight::Stored(stored) } else { BaseWeight::Dense(stored.read()?) }
@@ -204,7 +222,8 @@ pub(super) fn read_projections<T: Real>(
     Ok(all)
 }
 
-/// A quantized weight, which is small enough to be kept as it is; that of an expert in halves is restored.
+/// A quantized weight, which is small enough to be kept as it is; that of an expert in halves is
+/// restored.
 ///
 /// It is stored out x in whatever the family's own layout.
 fn packed<T: Real>(shards: &Shards, place: &Place, shape: (usize, usize)) -> Result<BaseWeight<T>> {
@@ -212,15 +231,21 @@ fn packed<T: Real>(shards: &Shards, place: &Place, shape: (usize, usize)) -> Res
     match place {
         Place::Own(name) => quantized::read(shards, name, shape),
         Place::TwoHalves(names) => {
-            let half = |name: &String| Ok(quantized::read(shards, name, (out / 2, input))?.dense().into_owned());
+            let half = |name: &String| {
+                Ok(quantized::read(shards, name, (out / 2, input))?.dense().into_owned())
+            };
             let halves: Vec<Array2<T>> = names.iter().map(half).collect::<Result<_>>()?;
             let views: Vec<_> = halves.iter().map(|half| half.view()).collect();
             let joined = concatenate(Axis(0), &views);
-            joined.map(BaseWeight::Dense).map_err(|e| Error::invalid("experts", "unequal halves", e.to_string()))
+            joined
+                .map(BaseWeight::Dense)
+                .map_err(|e| Error::invalid("experts", "unequal halves", e.to_string()))
         }
-        Place::Stack(name) => {
-            Err(Error::invalid(name, "quantized", "stacks of experts are read in full precision only"))
-        }
+        Place::Stack(name) => Err(Error::invalid(
+            name,
+            "quantized",
+            "stacks of experts are read in full precision only",
+        )),
     }
 }
 
@@ -264,7 +289,12 @@ pub(super) fn write_projections<T: Real>(
                 if let Some(bias) = bias {
                     add(&mut stacks, format!("{name}_bias"), vec![experts, out], bias.to_vec());
                 }
-                add(&mut stacks, name, vec![experts, input, out], weight.t().iter().copied().collect());
+                add(
+                    &mut stacks,
+                    name,
+                    vec![experts, input, out],
+                    weight.t().iter().copied().collect(),
+                );
             }
         }
     }

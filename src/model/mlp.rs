@@ -40,7 +40,8 @@ pub(super) fn mlp_forward<E: Ops>(
         }
         MlpKind::GatedInOne => {
             let joined = project.run(Projection::GateUp, normed, None, e)?;
-            let ([gate, up], joined) = split_parts(joined, [context.config.intermediate_size; 2], 1, e);
+            let ([gate, up], joined) =
+                split_parts(joined, [context.config.intermediate_size; 2], 1, e);
             e.release(joined);
             (Some(gate), up)
         }

@@ -1,5 +1,5 @@
-//! Decoders with hand-written backward, built from [`crate::blocks`] and [`crate::adapters`]. What a family computes is a row of
-//! [`options`]; the step is one.
+//! Decoders with hand-written backward, built from [`crate::blocks`] and [`crate::adapters`]. What
+//! a family computes is a row of [`options`]; the step is one.
 //!
 //! # One training step
 //!
@@ -30,13 +30,14 @@
 //! # Ok::<(), peft_limits::Error>(())
 //! ```
 //!
-//! Gradients accumulate until [`Gradients::fill_zero`]. For gradient accumulation over micro-batches set
-//! [`StepOptions::divisor`] to the number of counted positions of the whole batch (each micro-batch's own is
-//! [`Batch::counted`]): the sums then equal those of one large batch. [`Model::forward`] and
-//! [`Model::backward`] are the two halves, for a caller that wants to look at [`Pass::saved_bytes_by_name`].
+//! Gradients accumulate until [`Gradients::fill_zero`]. For gradient accumulation over
+//! micro-batches set [`StepOptions::divisor`] to the number of counted positions of the whole batch
+//! (each micro-batch's own is [`Batch::counted`]): the sums then equal those of one large batch.
+//! [`Model::forward`] and [`Model::backward`] are the two halves, for a caller that wants to look
+//! at [`Pass::saved_bytes_by_name`].
 //!
-//! Nothing is saved and no backward runs below the first trainable tensor; inside a layer each tensor is kept
-//! only if some trainable tensor's gradient needs it.
+//! Nothing is saved and no backward runs below the first trainable tensor; inside a layer each
+//! tensor is kept only if some trainable tensor's gradient needs it.
 
 mod adapter_config;
 mod adapter_experts;
@@ -76,7 +77,9 @@ pub use calibration::{Calibration, ProjectionStatistics};
 pub use config::ModelConfig;
 pub use experts::ExpertsCacheOn;
 pub use gradients::{Gradients, GradientsOn, LayerGradients, LayerGradientsOn};
-pub use instruments::{AddToOutput, Instruments, InstrumentsOn, MaskOn, Masked, Place, Point, Tap, TapOn};
+pub use instruments::{
+    AddToOutput, Instruments, InstrumentsOn, MaskOn, Masked, Place, Point, Tap, TapOn,
+};
 pub use layer::{Layer, LayerCache, LayerCacheOn, LayerOn};
 pub use mlp::MlpCacheOn;
 pub use names::Outside;

@@ -73,7 +73,9 @@ impl Options {
             (Family::GptNeoX, Projection::Up) => "mlp.dense_h_to_4h",
             (Family::GptNeoX, Projection::Down) => "mlp.dense_4h_to_h",
             (Family::GptOss, Projection::Router) => "mlp.router",
-            (_, Projection::ExpertGateUp(e)) => return format!("mlp.experts.{e}.gate_up_proj").into(),
+            (_, Projection::ExpertGateUp(e)) => {
+                return format!("mlp.experts.{e}.gate_up_proj").into();
+            }
             (_, Projection::ExpertDown(e)) => return format!("mlp.experts.{e}.down_proj").into(),
             _ => p.path(),
         };

@@ -1,7 +1,7 @@
 //! The norms of a decoder on an engine: root-mean-square norms, and layer norms made of them.
 //!
-//! A layer norm is a root-mean-square norm of x less its mean, with a bias. Its backward passes through the same
-//! subtraction, which is its own transpose.
+//! A layer norm is a root-mean-square norm of x less its mean, with a bias. Its backward passes
+//! through the same subtraction, which is its own transpose.
 
 use super::config::ModelConfig;
 use crate::error::Result;
@@ -102,7 +102,12 @@ pub(super) fn fork<E: Ops>(
 }
 
 /// What backward needs if it is wanted; x is given up.
-pub(super) fn keep<E: Ops>(wanted: bool, x: E::Matrix, (stats, centered): Rest<E>, e: &mut E) -> Option<NormInput<E>> {
+pub(super) fn keep<E: Ops>(
+    wanted: bool,
+    x: E::Matrix,
+    (stats, centered): Rest<E>,
+    e: &mut E,
+) -> Option<NormInput<E>> {
     let input = match centered {
         Some(centered) => {
             e.release(x);

@@ -48,8 +48,14 @@ pub enum Norm {
 
 impl Norm {
     /// In the order in which a layer stores them.
-    pub const ALL: [Self; 6] =
-        [Self::BeforeAttention, Self::Query, Self::Key, Self::AfterAttention, Self::BeforeMlp, Self::AfterMlp];
+    pub const ALL: [Self; 6] = [
+        Self::BeforeAttention,
+        Self::Query,
+        Self::Key,
+        Self::AfterAttention,
+        Self::BeforeMlp,
+        Self::AfterMlp,
+    ];
 }
 
 /// Where a layer normalises its residual branches.
@@ -172,7 +178,8 @@ pub struct Options {
     pub(super) source: Source,
 }
 
-/// The keys of a file. What they say of the computation is in the options; the rest makes no difference.
+/// The keys of a file. What they say of the computation is in the options; the rest makes no
+/// difference.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Source(pub(super) Option<Map<String, Value>>);
 

@@ -1,4 +1,5 @@
-//! Low-rank updates of the embedding and the output projection, which stand outside the layers, also with DoRA's magnitudes.
+//! Low-rank updates of the embedding and the output projection, which stand outside the layers,
+//! also with DoRA's magnitudes.
 
 use super::gradients::GradientsOn;
 use super::names::Outside;
@@ -14,11 +15,11 @@ use std::borrow::Cow;
 /// An update outside the layers.
 #[derive(Debug, Clone)]
 pub struct OutsideAdapter<E: Ops> {
-    /// Factors. Of the output projection A is `r x D` and B `V x r`; of the embedding A is `r x V` and B `D x r`: a token
-    /// adds s B times its column of A.
+    /// Factors. Of the output projection A is `r x D` and B `V x r`; of the embedding A is `r x V`
+    /// and B `D x r`: a token adds s B times its column of A.
     pub lora: LoraOn<E>,
-    /// DoRA's magnitudes, `1 x V` of the output projection, `1 x D` of the embedding. The norms beside them are constants
-    /// in backward, as in PEFT.
+    /// DoRA's magnitudes, `1 x V` of the output projection, `1 x D` of the embedding. The norms
+    /// beside them are constants in backward, as in PEFT.
     pub magnitude: Option<E::Matrix>,
 }
 
@@ -99,7 +100,11 @@ impl<E: Ops> OutsideAdapters<E> {
     /// Sinks of zeros.
     pub(super) fn sinks(&self, engine: &E) -> OutsideSinks<E> {
         let of = |adapter: &Option<OutsideAdapter<E>>| {
-            adapter.iter().flat_map(OutsideAdapter::tensors).map(|t| engine.sink(E::shape(t))).collect()
+            adapter
+                .iter()
+                .flat_map(OutsideAdapter::tensors)
+                .map(|t| engine.sink(E::shape(t)))
+                .collect()
         };
         OutsideSinks { head: of(&self.head), embedding: of(&self.embedding) }
     }
@@ -120,7 +125,8 @@ impl<E: Ops> OutsideAdapters<E> {
 }
 
 impl<E: Ops> ModelOn<E> {
-    /// The output projection with its update; formed whole, so that logits stay one product a chunk.
+    /// The output projection with its update; formed whole, so that logits stay one product a
+    /// chunk.
     ///
     /// # Errors
     /// [`crate::Error::InvalidParam`] for a row of norm zero under DoRA.
@@ -130,9 +136,14 @@ impl<E: Ops> ModelOn<E> {
         adapter.acting(e, head).map(Some)
     }
 
-    /// The gradients of the head's factors from that of the projection with its update. Under DoRA, with D_j = W'_j / ||W'_j||
-    /// and c_j = P_j . D_j for the gradient P: dm_j = c_j, dW'_j = m_j / ||W'_j|| P_j.
-    pub(super) fn head_factors_backward(&self, whole: E::Matrix, gradients: &mut GradientsOn<E>) -> Result<()> {
+    /// The gradients of the head's factors from that of the projection with its update. Under DoRA,
+    /// with D_j = W'_j / ||W'_j|| and c_j = P_j . D_j for the gradient P: dm_j = c_j, dW'_j = m_j /
+    /// ||W'_j|| P_j.
+    pub(super) fn head_factors_backward(
+        &self,
+        whole: E::Matrix,
+        gradients: &mut GradientsOn<E>,
+    ) -> Result<()> {
         let head = self.adapters.head.as_ref().map(|_| gradients.engine.copy(self.head()));
         let GradientsOn { outside, engine: e, .. } = gradients;
         let (Some(adapter), Some(head)) = (&self.adapters.head, head) else { return Ok(()) };
@@ -140,7 +151,9 @@ impl<E: Ops> ModelOn<E> {
         if adapter.magnitude.is_some() {
             let (merged, norms) = adapter.merged(e, head)?;
             let factor = adapter.factor(e, norms.as_ref());
-            if let (Some(norms), Some(factor), Some(sink)) = (norms, factor, outside.head.get_mut(2)) {
+            if let (Some(norms), Some(factor), Some(sink)) =
+                (norms, factor, outside.head.get_mut(2))
+            {
                 let direction = e.scale_rows(merged, &norms, true);
                 let along = e.row_dots(&whole, &direction);
                 e.accumulate(sink, 1.0, &along);
@@ -167,7 +180,12 @@ impl<E: Ops> ModelOn<E> {
     }
 
     /// x with the embedding's update added.
-    pub(super) fn embedding_update(&self, x: E::Matrix, inputs: &E::Inputs, e: &mut E) -> Result<E::Matrix> {
+    pub(super) fn embedding_update(
+        &self,
+        x: E::Matrix,
+        inputs: &E::Inputs,
+        e: &mut E,
+    ) -> Result<E::Matrix> {
         let Some(adapter) = &self.adapters.embedding else { return Ok(x) };
         let x = Self::embedding_sum(adapter, x, inputs, e)?;
         let norms = self.embedding_norms(adapter, e)?;
@@ -178,15 +196,21 @@ impl<E: Ops> ModelOn<E> {
     }
 
     /// x plus what the factors add.
-    fn embedding_sum(adapter: &OutsideAdapter<E>, x: E::Matrix, inputs: &E::Inputs, e: &mut E) -> Result<E::Matrix> {
+    fn embedding_sum(
+        adapter: &OutsideAdapter<E>,
+        x: E::Matrix,
+        inputs: &E::Inputs,
+        e: &mut E,
+    ) -> Result<E::Matrix> {
         let turned = e.transposed(&adapter.lora.a)?;
         let columns = e.embed(inputs, &turned)?;
         let columns = e.scale(columns, adapter.lora.scaling);
         Ok(e.product_with(&columns, &adapter.lora.b, Some(x)))
     }
 
-    /// The gradients of the embedding's factors from that of its output. Under DoRA column j of the output is m_j / n_j
-    /// times the sum z, so dm_j = dx_j . z_j / n_j, and the rest sees dx_j m_j / n_j.
+    /// The gradients of the embedding's factors from that of its output. Under DoRA column j of the
+    /// output is m_j / n_j times the sum z, so dm_j = dx_j . z_j / n_j, and the rest sees dx_j
+    /// m_j / n_j.
     pub(super) fn embedding_factors_backward(
         &self,
         dx: &E::Matrix,
@@ -194,7 +218,9 @@ impl<E: Ops> ModelOn<E> {
         outside: &mut OutsideSinks<E>,
         e: &mut E,
     ) -> Result<()> {
-        let (Some(adapter), [a, b, magnitude @ ..]) = (&self.adapters.embedding, &mut outside.embedding[..]) else {
+        let (Some(adapter), [a, b, magnitude @ ..]) =
+            (&self.adapters.embedding, &mut outside.embedding[..])
+        else {
             return Ok(());
         };
         let norms = self.embedding_norms(adapter, e)?;
@@ -243,7 +269,9 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// [`crate::Error::InvalidParam`] for a column of norm zero under DoRA.
     pub fn acting_embedding(&self) -> Result<Cow<'_, Array2<T>>> {
-        let Some(adapter) = &self.adapters.embedding else { return Ok(Cow::Borrowed(&self.embedding)) };
+        let Some(adapter) = &self.adapters.embedding else {
+            return Ok(Cow::Borrowed(&self.embedding));
+        };
         let turned = self.embedding.t().as_standard_layout().into_owned();
         let acting = adapter.acting(&mut Cpu::default(), turned)?;
         Ok(Cow::Owned(acting.t().as_standard_layout().into_owned()))

@@ -150,7 +150,8 @@ impl<E: Ops> ModelOn<E> {
         }
     }
 
-    /// Ends full fine-tuning: the weights stay as they are and nothing but adapters is trained from now on.
+    /// Ends full fine-tuning: the weights stay as they are and nothing but adapters is trained from
+    /// now on.
     pub fn freeze(&mut self) {
         self.trainable = TrainableParts::default();
         for layer in &mut self.layers {
@@ -180,7 +181,10 @@ impl<E: Ops> ModelOn<E> {
     }
 
     fn norms_mut(&mut self) -> impl Iterator<Item = &mut NormOn<E>> {
-        self.layers.iter_mut().flat_map(|layer| layer.norms.iter_mut().flatten()).chain([&mut self.final_norm])
+        self.layers
+            .iter_mut()
+            .flat_map(|layer| layer.norms.iter_mut().flatten())
+            .chain([&mut self.final_norm])
     }
 
     /// Number of trained numbers.
@@ -196,27 +200,42 @@ impl<E: Ops> ModelOn<E> {
             parts.of_norm(norm).into_iter().filter(|trained| *trained).count() * width
         };
         let in_layer = |layer: &LayerOn<E>| -> usize {
-            layer.norms.iter().zip(widths).filter_map(|(norm, width)| Some(of_norm((norm.as_ref()?, width)))).sum()
+            layer
+                .norms
+                .iter()
+                .zip(widths)
+                .filter_map(|(norm, width)| Some(of_norm((norm.as_ref()?, width))))
+                .sum()
         };
-        let mut numbers =
-            self.layers.iter().map(in_layer).sum::<usize>() + of_norm((&self.final_norm, config.hidden_size));
-        let biased = self.layers.iter().flat_map(|layer| layer.projections()).filter(|(p, of)| parts.bias_of(*p, of));
+        let mut numbers = self.layers.iter().map(in_layer).sum::<usize>()
+            + of_norm((&self.final_norm, config.hidden_size));
+        let biased = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.projections())
+            .filter(|(p, of)| parts.bias_of(*p, of));
         numbers += biased.map(|(_, p)| p.shape().0).sum::<usize>();
-        numbers += if parts.sinks && options.sinks { self.layers.len() * config.num_attention_heads } else { 0 };
+        numbers += if parts.sinks && options.sinks {
+            self.layers.len() * config.num_attention_heads
+        } else {
+            0
+        };
         numbers += if parts.embedding { elements(&self.embedding) } else { 0 };
         numbers += if parts.positions { self.positions.as_ref().map_or(0, elements) } else { 0 };
         numbers += if parts.lm_head { self.lm_head.as_ref().map_or(0, elements) } else { 0 };
         numbers += self.adapters.tensors().map(elements).sum::<usize>();
         let projections = self.layers.iter().flat_map(|layer| layer.projections());
-        numbers +=
-            projections.flat_map(|(_, p)| p.trainable_shapes()).map(|(rows, columns)| rows * columns).sum::<usize>();
+        numbers += projections
+            .flat_map(|(_, p)| p.trainable_shapes())
+            .map(|(rows, columns)| rows * columns)
+            .sum::<usize>();
         numbers
     }
 
     /// Calls `change` on every trainable tensor by name and puts the result in effect.
     ///
-    /// Order: embedding; per layer the first gain, projections in the order of [`Projection::ALL`], the second
-    /// gain; last gain; output projection.
+    /// Order: embedding; per layer the first gain, projections in the order of [`Projection::ALL`],
+    /// the second gain; last gain; output projection.
     ///
     /// # Errors
     /// What `change` returns.
@@ -233,9 +252,8 @@ impl<E: Ops> ModelOn<E> {
                 e.put_row(gain, row);
                 outcome
             }
-            Trained::Projection(projection) => {
-                projection.update_on(e, &mut |tensor, values| change(&format!("{name}.{tensor}"), values))
-            }
+            Trained::Projection(projection) => projection
+                .update_on(e, &mut |tensor, values| change(&format!("{name}.{tensor}"), values)),
         })
     }
 
@@ -254,7 +272,8 @@ impl<E: Ops> ModelOn<E> {
             see(e, &outside(Outside::Positions, "weight"), Trained::Matrix(table))?;
         }
         for (l, layer) in self.layers.iter_mut().enumerate() {
-            let names = |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+            let names =
+                |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
             let [first, rest @ ..] = &mut layer.norms;
             if let Some(first) = first {
                 see_norm(e, see, parts, first, names(Norm::BeforeAttention))?;
@@ -301,27 +320,42 @@ impl<E: Ops> ModelOn<E> {
             all.push((outside(Outside::Embedding, "weight"), self.embedding.clone()));
         }
         let adapter = |module: Outside| {
-            let tensors = self.adapters.of(module).into_iter().flat_map(|adapter| adapter.tensors());
-            tensors.zip(outside_names(module)).map(move |(tensor, name)| (outside(module, name), tensor.clone()))
+            let tensors =
+                self.adapters.of(module).into_iter().flat_map(|adapter| adapter.tensors());
+            tensors
+                .zip(outside_names(module))
+                .map(move |(tensor, name)| (outside(module, name), tensor.clone()))
         };
         all.extend(adapter(Outside::Embedding));
         if parts.positions {
-            all.extend(self.positions.as_ref().map(|table| (outside(Outside::Positions, "weight"), table.clone())));
+            all.extend(
+                self.positions
+                    .as_ref()
+                    .map(|table| (outside(Outside::Positions, "weight"), table.clone())),
+            );
         }
         let norm = |e: &mut E, norm: Option<&NormOn<E>>, names: [String; 2]| {
-            let ([gain, bias], trained) = (names, norm.map_or([false; 2], |norm| parts.of_norm(norm)));
+            let ([gain, bias], trained) =
+                (names, norm.map_or([false; 2], |norm| parts.of_norm(norm)));
             let gain = norm.filter(|_| trained[0]).map(|norm| (gain, e.row(&norm.gain)));
-            let bias = norm.filter(|_| trained[1]).and_then(|norm| Some((bias, e.row(norm.bias.as_ref()?))));
+            let bias = norm
+                .filter(|_| trained[1])
+                .and_then(|norm| Some((bias, e.row(norm.bias.as_ref()?))));
             gain.into_iter().chain(bias)
         };
         for (l, layer) in self.layers.iter().enumerate() {
-            let names = |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
+            let names =
+                |norm: Norm| ["weight", "bias"].map(|tensor| options.norm_tensor(l, norm, tensor));
             all.extend(norm(e, layer.norm(Norm::BeforeAttention), names(Norm::BeforeAttention)));
             for (p, projection) in layer.projections() {
                 let module = options.module(l, p);
                 let named = projection.method.trainable_names().iter().zip(values(projection, e));
                 all.extend(named.map(|(name, values)| (format!("{module}.{name}"), values)));
-                let bias = projection.bias.as_ref().filter(|_| parts.bias_of(p, projection)).map(|bias| e.row(bias));
+                let bias = projection
+                    .bias
+                    .as_ref()
+                    .filter(|_| parts.bias_of(p, projection))
+                    .map(|bias| e.row(bias));
                 all.extend(bias.map(|bias| (format!("{module}.bias"), bias)));
             }
             let sinks = layer.sinks.as_ref().filter(|_| parts.sinks);
@@ -333,23 +367,31 @@ impl<E: Ops> ModelOn<E> {
         let names = ["weight", "bias"].map(|tensor| outside(Outside::FinalNorm, tensor));
         all.extend(norm(e, Some(&self.final_norm), names));
         if parts.lm_head {
-            all.extend(self.lm_head.as_ref().map(|head| (outside(Outside::Head, "weight"), head.clone())));
+            all.extend(
+                self.lm_head.as_ref().map(|head| (outside(Outside::Head, "weight"), head.clone())),
+            );
         }
         all.extend(adapter(Outside::Head));
         all
     }
 
-    /// Copies of the trained values as they act. PaCA's are taken from the weight itself: its stored tensor is the
-    /// weight over a scaling, and a division followed by a product need not return the same bits.
+    /// Copies of the trained values as they act. PaCA's are taken from the weight itself: its
+    /// stored tensor is the weight over a scaling, and a division followed by a product need not
+    /// return the same bits.
     pub fn acting_values_on(&self, e: &mut E) -> Vec<(String, E::Matrix)> {
         self.trained_copies(e, |projection, e| projection.acting_values(e))
     }
 
-    /// Puts values as [`ModelOn::acting_values_on`] gives them; `read` gets each tensor's name and shape.
+    /// Puts values as [`ModelOn::acting_values_on`] gives them; `read` gets each tensor's name and
+    /// shape.
     ///
     /// # Errors
     /// What `read` returns.
-    pub fn put_acting_values_on(&mut self, e: &mut E, read: &mut ReadValuesOn<'_, E>) -> Result<()> {
+    pub fn put_acting_values_on(
+        &mut self,
+        e: &mut E,
+        read: &mut ReadValuesOn<'_, E>,
+    ) -> Result<()> {
         self.visit(e, &mut |e, name, tensor| {
             match tensor {
                 Trained::Matrix(values) => *values = read(name, E::shape(values))?,
@@ -360,7 +402,8 @@ impl<E: Ops> ModelOn<E> {
                 Trained::Projection(projection) => {
                     let names = projection.method.trainable_names().iter();
                     let named = names.zip(projection.trainable_shapes());
-                    let values = named.map(|(tensor, shape)| read(&format!("{name}.{tensor}"), shape));
+                    let values =
+                        named.map(|(tensor, shape)| read(&format!("{name}.{tensor}"), shape));
                     let values = values.collect::<Result<Vec<_>>>()?;
                     projection.put_acting(e, values)?;
                 }
@@ -369,8 +412,8 @@ impl<E: Ops> ModelOn<E> {
         })
     }
 
-    /// Whether anything strictly below layer `index` is trained in a step that begins at layer `first`, so that the gradient
-    /// of the layer's input is needed.
+    /// Whether anything strictly below layer `index` is trained in a step that begins at layer
+    /// `first`, so that the gradient of the layer's input is needed.
     pub(crate) fn trained_below(&self, index: usize, first: usize) -> bool {
         let parts = self.trainable;
         let outside = parts.embedding || parts.positions || self.adapters.embedding.is_some();
@@ -378,12 +421,15 @@ impl<E: Ops> ModelOn<E> {
         (first == 0 && outside)
             || (index > first && vectors)
             || self.layers[first..index].iter().any(LayerOn::has_whole_norm)
-            || self.layers[first..index].iter().any(|l| l.projections().any(|(_, p)| p.is_trainable()))
+            || self.layers[first..index]
+                .iter()
+                .any(|l| l.projections().any(|(_, p)| p.is_trainable()))
     }
 }
 
 impl<T: Real> Model<T> {
-    /// Normal weights of deviation 0.02 (the two that end a residual branch divided by sqrt(2 layers)), gains one.
+    /// Normal weights of deviation 0.02 (the two that end a residual branch divided by sqrt(2
+    /// layers)), gains one.
     ///
     /// # Errors
     /// As [`ModelConfig::check`]; [`Error::TooLarge`] beyond 2^33 weights.
@@ -391,7 +437,12 @@ impl<T: Real> Model<T> {
         config.check()?;
         let (needed, limit) = (config.parameters() as u128, 1 << 33);
         if needed > limit {
-            return Err(Error::TooLarge { what: "a model with random weights".into(), needed, limit, unit: "weights" });
+            return Err(Error::TooLarge {
+                what: "a model with random weights".into(),
+                needed,
+                limit,
+                unit: "weights",
+            });
         }
         let residual = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
         let mut normal = |shape: (usize, usize), deviation: f64| {
@@ -424,9 +475,12 @@ impl<T: Real> Model<T> {
                 Layer::new(projections, Norm::ALL.map(|of| config.norm_width(of).map(norm)), sinks)
             })
             .collect();
-        let positions = options.positions.map(|offset| normal((config.max_position_embeddings + offset, width), 0.02));
+        let positions = options
+            .positions
+            .map(|offset| normal((config.max_position_embeddings + offset, width), 0.02));
         let final_norm = norm(width);
-        let lm_head = (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
+        let lm_head =
+            (!config.tie_word_embeddings).then(|| normal((config.vocab_size, width), 0.02));
         Ok(Self {
             config,
             embedding,
@@ -445,18 +499,24 @@ impl<T: Real> Model<T> {
         Gradients::zeros(self, Cpu::default())
     }
 
-    /// Calls `change` on every trainable tensor by name, as a contiguous array, and writes the result back.
+    /// Calls `change` on every trainable tensor by name, as a contiguous array, and writes the
+    /// result back.
     ///
     /// # Errors
     /// As [`ModelOn::for_each_trainable_on`].
-    pub fn for_each_trainable(&mut self, change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>) -> Result<()> {
+    pub fn for_each_trainable(
+        &mut self,
+        change: &mut dyn FnMut(&str, &mut Array2<T>) -> Result<()>,
+    ) -> Result<()> {
         self.for_each_trainable_on(&mut Cpu::default(), change)
     }
 
-    /// As [`Model::for_each_trainable`], each tensor with its gradient: the interface of an optimizer.
+    /// As [`Model::for_each_trainable`], each tensor with its gradient: the interface of an
+    /// optimizer.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors; what `change` returns.
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors; what
+    /// `change` returns.
     pub fn update(
         &mut self,
         gradients: &Gradients<T>,
@@ -464,7 +524,8 @@ impl<T: Real> Model<T> {
     ) -> Result<()> {
         let tensors = gradients.sinks();
         let mut sinks = tensors.iter();
-        let wrong = |name: &str| Error::invalid("gradients", name, "were made for other trainable tensors");
+        let wrong =
+            |name: &str| Error::invalid("gradients", name, "were made for other trainable tensors");
         self.for_each_trainable(&mut |name, values| match sinks.next() {
             Some((found, gradient)) if found == name && gradient.dim() == values.dim() => {
                 change(Trainable { name, values, gradient })
@@ -489,7 +550,10 @@ impl<T: Real> Model<T> {
         let nothing = |projection: &LinearOn<Cpu<T>>, _: &mut Cpu<T>| {
             projection.method.trainable_names().iter().map(|_| Array2::default((0, 0))).collect()
         };
-        self.trained_copies(&mut Cpu::default(), nothing).into_iter().map(|(name, _)| name).collect()
+        self.trained_copies(&mut Cpu::default(), nothing)
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect()
     }
 
     /// As [`ModelOn::acting_values_on`].
@@ -517,6 +581,9 @@ impl<T: Real> Model<T> {
         let projections = || self.layers.iter().flat_map(|l| l.projections());
         let weights: usize = projections().map(|(_, p)| p.base.bytes()).sum();
         let factors: usize = self.adapters.tensors().map(Array2::len).sum();
-        (outside * single + weights, (factors + projections().map(|(_, p)| p.held()).sum::<usize>()) * single)
+        (
+            outside * single + weights,
+            (factors + projections().map(|(_, p)| p.held()).sum::<usize>()) * single,
+        )
     }
 }

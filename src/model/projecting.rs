@@ -1,4 +1,5 @@
-//! The projections of a layer under way: forward with what their methods keep, backward with their sinks.
+//! The projections of a layer under way: forward with what their methods keep, backward with their
+//! sinks.
 
 use super::instruments::Masked;
 use super::layer::{Context, LayerOn};
@@ -30,7 +31,13 @@ fn absent(p: Projection) -> Error {
 
 impl<E: Ops> Projecting<'_, '_, E> {
     /// y = the projection of x, or added to a matrix.
-    pub fn run(&mut self, p: Projection, x: &E::Matrix, add_to: Option<E::Matrix>, e: &mut E) -> Result<E::Matrix> {
+    pub fn run(
+        &mut self,
+        p: Projection,
+        x: &E::Matrix,
+        add_to: Option<E::Matrix>,
+        e: &mut E,
+    ) -> Result<E::Matrix> {
         let y = self.without_bias(p, x, add_to, e)?;
         Ok(match self.layer.get(p).and_then(|projection| projection.bias.as_ref()) {
             Some(bias) => e.add_row(y, bias),
@@ -68,7 +75,8 @@ impl<E: Ops> Projecting<'_, '_, E> {
         Ok(y)
     }
 
-    /// The last projection of a branch, joined to the residual path: in place, or after a norm and a factor.
+    /// The last projection of a branch, joined to the residual path: in place, or after a norm and
+    /// a factor.
     pub fn join(
         &mut self,
         joining: &Joining,
@@ -155,8 +163,8 @@ impl<E: Ops> Unprojecting<'_, '_, E> {
     }
 }
 
-/// The parts of rows that hold several of them side by side, once or in each of `groups` pieces; and the rows themselves, in
-/// another shape.
+/// The parts of rows that hold several of them side by side, once or in each of `groups` pieces;
+/// and the rows themselves, in another shape.
 pub(super) fn split_parts<E: Ops, const N: usize>(
     joined: E::Matrix,
     widths: [usize; N],
@@ -164,7 +172,8 @@ pub(super) fn split_parts<E: Ops, const N: usize>(
     e: &mut E,
 ) -> ([E::Matrix; N], E::Matrix) {
     let (rows, columns) = E::shape(&joined);
-    let joined = if groups > 1 { e.reshape(joined, (rows * groups, columns / groups)) } else { joined };
+    let joined =
+        if groups > 1 { e.reshape(joined, (rows * groups, columns / groups)) } else { joined };
     let mut start = 0;
     let parts = widths.map(|width| {
         let range = start..start + width / groups;
@@ -176,7 +185,11 @@ pub(super) fn split_parts<E: Ops, const N: usize>(
 }
 
 /// The reverse of [`split_parts`].
-pub(super) fn join_parts<E: Ops>(parts: Vec<E::Matrix>, groups: usize, e: &mut E) -> Result<E::Matrix> {
+pub(super) fn join_parts<E: Ops>(
+    parts: Vec<E::Matrix>,
+    groups: usize,
+    e: &mut E,
+) -> Result<E::Matrix> {
     let rows = parts.first().map_or(0, |part| E::shape(part).0);
     let piece = |part: E::Matrix, e: &mut E| {
         let width = E::shape(&part).1;

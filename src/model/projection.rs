@@ -57,9 +57,11 @@ impl Projection {
     ];
 
     /// Those that are known by name beyond [`Projection::ALL`].
-    const JOINED: [Projection; 3] = [Projection::QueryKeyValue, Projection::GateUp, Projection::Router];
+    const JOINED: [Projection; 3] =
+        [Projection::QueryKeyValue, Projection::GateUp, Projection::Router];
 
-    /// Path inside a layer in LLaMA's way of naming; a family's own is [`super::options::Options::path`].
+    /// Path inside a layer in LLaMA's way of naming; a family's own is
+    /// [`super::options::Options::path`].
     pub fn path(self) -> &'static str {
         match self {
             Projection::Query => "self_attn.q_proj",
@@ -96,7 +98,9 @@ impl Projection {
     /// What it reads.
     pub fn input(self) -> Input {
         match self {
-            Projection::Query | Projection::Key | Projection::Value | Projection::QueryKeyValue => Input::Normed,
+            Projection::Query | Projection::Key | Projection::Value | Projection::QueryKeyValue => {
+                Input::Normed
+            }
             Projection::Output => Input::Attended,
             Projection::Gate | Projection::Up | Projection::GateUp => Input::NormedMiddle,
             Projection::Router | Projection::ExpertGateUp(_) => Input::NormedMiddle,
@@ -109,7 +113,8 @@ impl Projection {
         matches!(self, Projection::ExpertGateUp(_) | Projection::ExpertDown(_))
     }
 
-    /// Whether it belongs to the experts of a mixture, which PEFT takes for parameters, not modules.
+    /// Whether it belongs to the experts of a mixture, which PEFT takes for parameters, not
+    /// modules.
     pub fn of_experts(self) -> bool {
         self == Projection::Router || self.is_expert()
     }

@@ -1,15 +1,17 @@
-//! S2FT on a layer: co-permutation of coupled structures, so that what is trained is a dense slice (\[S2FT\]).
+//! S2FT on a layer: co-permutation of coupled structures, so that what is trained is a dense slice
+//! (\[S2FT\]).
 //!
-//! Two structures of a layer are coupled. A key/value head with its group of query heads ties rows of q, k, v to
-//! columns of o; a feed-forward channel ties a row of gate and up to a column of down. Reordering heads or
-//! channels on both sides leaves the function unchanged. The order after the co-permutation is
+//! Two structures of a layer are coupled. A key/value head with its group of query heads ties rows
+//! of q, k, v to columns of o; a feed-forward channel ties a row of gate and up to a column of
+//! down. Reordering heads or channels on both sides leaves the function unchanged. The order after
+//! the co-permutation is
 //!
 //! ```text
 //! rows only | rows and columns | columns only | the rest
 //! ```
 //!
-//! where "rows" are the units chosen for q, k, v (or gate, up) and "columns" those chosen for o (or down), as in
-//! the official code: each trained part is then one contiguous range.
+//! where "rows" are the units chosen for q, k, v (or gate, up) and "columns" those chosen for o (or
+//! down), as in the official code: each trained part is then one contiguous range.
 
 use super::calibration::Calibration;
 use super::config::ModelConfig;
@@ -28,7 +30,8 @@ use ndarray::{Array1, Array2, Axis};
 use rand::Rng;
 use std::ops::Range;
 
-/// Order of heads and channels relative to the checkpoint: entry i is the original index of what now stands at i.
+/// Order of heads and channels relative to the checkpoint: entry i is the original index of what
+/// now stands at i.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerOrder {
     /// Key/value heads, each with its group of query heads.
@@ -38,7 +41,8 @@ pub struct LayerOrder {
 }
 
 impl LayerOrder {
-    /// The original row (or column, for o and down) of what now stands at each place of a projection.
+    /// The original row (or column, for o and down) of what now stands at each place of a
+    /// projection.
     pub fn lines(&self, p: Projection, config: &ModelConfig) -> Vec<usize> {
         lines(p, self.of(p), config)
     }
@@ -52,7 +56,8 @@ impl LayerOrder {
 /// Over what a share is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scope {
-    /// The best units of all layers together, as in the official code; layers may get different numbers.
+    /// The best units of all layers together, as in the official code; layers may get different
+    /// numbers.
     #[default]
     AllLayers,
     /// The same number in every layer.
@@ -102,7 +107,11 @@ impl S2ftSpec {
     /// [`Error::InvalidParam`] for a projection that S2FT does not slice.
     pub fn set_ratio(&mut self, p: Projection, ratio: f64) -> Result<()> {
         let Some(i) = p.index() else {
-            return Err(Error::invalid("method.ratios", p.module(), "s2ft slices q, k, v, o, gate, up, down only"));
+            return Err(Error::invalid(
+                "method.ratios",
+                p.module(),
+                "s2ft slices q, k, v, o, gate, up, down only",
+            ));
         };
         self.ratios[i] = ratio;
         Ok(())
@@ -167,7 +176,8 @@ fn is_of_channels(p: Projection) -> bool {
 
 /// Rows (or columns, for o and down) of a projection in an order of its units.
 fn lines(p: Projection, order: &[usize], config: &ModelConfig) -> Vec<usize> {
-    let after = |start: usize, width: usize| expand(order, width).into_iter().map(move |i| start + i);
+    let after =
+        |start: usize, width: usize| expand(order, width).into_iter().map(move |i| start + i);
     match p {
         Projection::QueryKeyValue if config.options.query_key_value == QkvStorage::PerHead => {
             expand(order, 3 * config.head_dim)
@@ -186,8 +196,13 @@ fn lines(p: Projection, order: &[usize], config: &ModelConfig) -> Vec<usize> {
     }
 }
 
-/// Original row or column of a projection that now stands at each place; `None` in the checkpoint's order.
-pub(super) fn original_places(order: Option<&LayerOrder>, p: Projection, config: &ModelConfig) -> Option<Vec<usize>> {
+/// Original row or column of a projection that now stands at each place; `None` in the checkpoint's
+/// order.
+pub(super) fn original_places(
+    order: Option<&LayerOrder>,
+    p: Projection,
+    config: &ModelConfig,
+) -> Option<Vec<usize>> {
     order.map(|order| order.lines(p, config))
 }
 
@@ -209,15 +224,25 @@ fn inverse(order: &[usize]) -> Vec<usize> {
     inverse
 }
 
-fn reorder<T: Real>(weight: &Array2<T>, p: Projection, order: &[usize], config: &ModelConfig) -> Array2<T> {
+fn reorder<T: Real>(
+    weight: &Array2<T>,
+    p: Projection,
+    order: &[usize],
+    config: &ModelConfig,
+) -> Array2<T> {
     let axis = if side_of(p) == Side::Output { Axis(0) } else { Axis(1) };
-    // Selecting columns can leave a matrix column-major; products and checkpoints want it row-major.
+    // Selecting columns can leave a matrix column-major; products and checkpoints want it
+    // row-major.
     weight.select(axis, &lines(p, order, config)).as_standard_layout().into_owned()
 }
 
 impl<T: Real> Layer<T> {
     /// The effective weight of a projection in the checkpoint's order of heads and channels.
-    pub(super) fn checkpoint_weight(&self, p: Projection, config: &ModelConfig) -> Result<Array2<T>> {
+    pub(super) fn checkpoint_weight(
+        &self,
+        p: Projection,
+        config: &ModelConfig,
+    ) -> Result<Array2<T>> {
         let weight = self.projection(p).effective_weight()?;
         Ok(match &self.order {
             Some(order) if !p.of_experts() => reorder(&weight, p, &inverse(order.of(p)), config),
@@ -237,7 +262,11 @@ impl<T: Real> Layer<T> {
     }
 
     /// A norm in the checkpoint's order of heads.
-    pub(super) fn checkpoint_norm(&self, norm: Norm, config: &ModelConfig) -> Option<NormOn<Cpu<T>>> {
+    pub(super) fn checkpoint_norm(
+        &self,
+        norm: Norm,
+        config: &ModelConfig,
+    ) -> Option<NormOn<Cpu<T>>> {
         let mut vectors = self.norm(norm)?.clone();
         if let (Some(order), Some(p)) = (&self.order, normalised_heads(norm, config)) {
             vectors.gain = vectors.gain.select(Axis(0), &lines(p, &inverse(&order.groups), config));
@@ -263,7 +292,9 @@ impl<T: Real> Layer<T> {
         }
         if !identity(&next.groups) {
             for norm in [Norm::Query, Norm::Key] {
-                if let (Some(p), Some(vectors)) = (normalised_heads(norm, config), &mut self.norms[norm as usize]) {
+                if let (Some(p), Some(vectors)) =
+                    (normalised_heads(norm, config), &mut self.norms[norm as usize])
+                {
                     vectors.gain = vectors.gain.select(Axis(0), &lines(p, &next.groups, config));
                 }
             }
@@ -282,7 +313,9 @@ impl<T: Real> Layer<T> {
                 return Err(Error::invalid(p.path(), projection.method.name(), requirement));
             }
             let (order_of_lines, config_of) = (order.to_vec(), config.clone());
-            projection.base.change("s2ft", move |weight| *weight = reorder(weight, p, &order_of_lines, &config_of))?;
+            projection.base.change("s2ft", move |weight| {
+                *weight = reorder(weight, p, &order_of_lines, &config_of)
+            })?;
             if side_of(p) == Side::Output
                 && let Some(bias) = &mut projection.bias
             {
@@ -301,28 +334,43 @@ impl<T: Real> Layer<T> {
     }
 
     /// Puts a slice on a projection of an already reordered layer.
-    pub(super) fn slice(&mut self, p: Projection, units: Range<usize>, config: &ModelConfig) -> Result<()> {
+    pub(super) fn slice(
+        &mut self,
+        p: Projection,
+        units: Range<usize>,
+        config: &ModelConfig,
+    ) -> Result<()> {
         let width = unit_width(p, config);
         let projection = self.projection_mut(p);
         let BaseWeight::Dense(weight) = &projection.base else {
-            return Err(Error::invalid("method", "s2ft", "trains the base weight, which is packed"));
+            return Err(Error::invalid(
+                "method",
+                "s2ft",
+                "trains the base weight, which is packed",
+            ));
         };
-        let slice = S2ftSlice::new(side_of(p), units.start * width..units.end * width, weight.view())?;
+        let slice =
+            S2ftSlice::new(side_of(p), units.start * width..units.end * width, weight.view())?;
         projection.method = Method::S2ft(slice);
         Ok(())
     }
 }
 
 /// rows only | both | columns only | rest, with the ranges of rows and columns.
-fn arrange(rows: &[usize], columns: &[usize], units: usize) -> (Vec<usize>, Range<usize>, Range<usize>) {
+fn arrange(
+    rows: &[usize],
+    columns: &[usize],
+    units: usize,
+) -> (Vec<usize>, Range<usize>, Range<usize>) {
     let is_in = |list: &[usize]| {
         let mut flags = vec![false; units];
         list.iter().for_each(|&i| flags[i] = true);
         flags
     };
     let (in_rows, in_columns) = (is_in(rows), is_in(columns));
-    let pick =
-        |r: bool, c: bool| -> Vec<usize> { (0..units).filter(|&i| (r, c) == (in_rows[i], in_columns[i])).collect() };
+    let pick = |r: bool, c: bool| -> Vec<usize> {
+        (0..units).filter(|&i| (r, c) == (in_rows[i], in_columns[i])).collect()
+    };
     let mut order = pick(true, false);
     let rows_only = order.len();
     order.extend(pick(true, true));
@@ -336,11 +384,12 @@ fn arrange(rows: &[usize], columns: &[usize], units: usize) -> (Vec<usize>, Rang
 impl<T: Real> Model<T> {
     /// Chooses units, co-permutes every layer that has some, and makes their slices trainable.
     ///
-    /// Returns (layer, projection, number of units) of each slice. The model's function does not change.
+    /// Returns (layer, projection, number of units) of each slice. The model's function does not
+    /// change.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for ratios outside 0..=1, unequal within q, k, v or gate, up, all zero; a rule that
-    /// needs calibration without any; projections that already carry a method.
+    /// [`Error::InvalidParam`] for ratios outside 0..=1, unequal within q, k, v or gate, up, all
+    /// zero; a rule that needs calibration without any; projections that already carry a method.
     pub fn attach_s2ft(
         &mut self,
         spec: &S2ftSpec,
@@ -349,16 +398,28 @@ impl<T: Real> Model<T> {
     ) -> Result<Vec<(usize, Projection, usize)>> {
         for (p, ratio) in Projection::ALL.into_iter().zip(spec.ratios) {
             if !(0.0..=1.0).contains(&ratio) {
-                return Err(Error::invalid(format!("ratio of {}", p.module()), ratio, "must be in 0..=1"));
+                return Err(Error::invalid(
+                    format!("ratio of {}", p.module()),
+                    ratio,
+                    "must be in 0..=1",
+                ));
             }
         }
         if spec.rule.needs_calibration() && calibration.is_none() {
-            return Err(Error::invalid("calibration", "absent", "this selection needs Model::calibrate first"));
+            return Err(Error::invalid(
+                "calibration",
+                "absent",
+                "this selection needs Model::calibrate first",
+            ));
         }
         if let Some(calibration) = calibration
             && calibration.layers.len() != self.layers.len()
         {
-            return Err(Error::invalid("calibration", calibration.layers.len(), "made for another number of layers"));
+            return Err(Error::invalid(
+                "calibration",
+                calibration.layers.len(),
+                "made for another number of layers",
+            ));
         }
         let mut there = self.config.all_projections();
         there.retain(|&p| self.layers.iter().all(|layer| layer.get(p).is_some()));
@@ -367,23 +428,37 @@ impl<T: Real> Model<T> {
         for p in Projection::ALL.into_iter().filter(|p| !there.contains(p)) {
             if spec.ratio(p) > 0.0 && !usual {
                 let family = self.config.options.family.model_type();
-                let requirement =
-                    format!("{family} has no such projection to slice: experts and weights stored as one are not");
+                let requirement = format!(
+                    "{family} has no such projection to slice: experts and weights stored as one \
+                     are not"
+                );
                 return Err(Error::invalid("method.ratios", p.module(), requirement));
             }
             spec.set_ratio(p, 0.0)?;
         }
         let spec = &spec;
         for structure in [Structure::Heads, Structure::Channels] {
-            let coupled =
-                || structure.rows().iter().copied().chain([structure.columns()]).filter(|p| there.contains(p));
+            let coupled = || {
+                structure
+                    .rows()
+                    .iter()
+                    .copied()
+                    .chain([structure.columns()])
+                    .filter(|p| there.contains(p))
+            };
             if coupled().all(|p| spec.ratio(p).abs() < f64::MIN_POSITIVE) {
                 continue;
             }
-            for (layer, p) in self.layers.iter().flat_map(|layer| coupled().map(move |p| (layer, p))) {
+            for (layer, p) in
+                self.layers.iter().flat_map(|layer| coupled().map(move |p| (layer, p)))
+            {
                 if layer.projection(p).is_trainable() {
                     let requirement = "already adapted; S2FT reorders weights, so attach it first";
-                    return Err(Error::invalid(p.path(), layer.projection(p).method.name(), requirement));
+                    return Err(Error::invalid(
+                        p.path(),
+                        layer.projection(p).method.name(),
+                        requirement,
+                    ));
                 }
             }
         }
@@ -394,19 +469,29 @@ impl<T: Real> Model<T> {
         let mut plans = Vec::new();
         for structure in [Structure::Heads, Structure::Channels] {
             let units = structure.units(&config);
-            let trained: Vec<Projection> = structure.rows().iter().copied().filter(|&p| spec.ratio(p) > 0.0).collect();
+            let trained: Vec<Projection> =
+                structure.rows().iter().copied().filter(|&p| spec.ratio(p) > 0.0).collect();
             let ratio = trained.first().map_or(0.0, |&p| spec.ratio(p));
             if trained.iter().any(|&p| (spec.ratio(p) - ratio).abs() > 0.0) {
-                let requirement = "q, k, v share one set of heads and gate, up one of channels: equal where not zero";
+                let requirement = "q, k, v share one set of heads and gate, up one of channels: \
+                                   equal where not zero";
                 return Err(Error::invalid("ratios", format!("{:?}", spec.ratios), requirement));
             }
             let column = structure.columns();
             let rows = self.choose(spec, structure, &trained, ratio, calibration, rng)?;
-            let columns = self.choose(spec, structure, &[column], spec.ratio(column), calibration, rng)?;
+            let columns =
+                self.choose(spec, structure, &[column], spec.ratio(column), calibration, rng)?;
             plans.push((trained, column, rows, columns, units));
         }
-        if plans.iter().all(|(_, _, rows, columns, _)| rows.iter().chain(columns).all(Vec::is_empty)) {
-            return Err(Error::invalid("ratios", format!("{:?}", spec.ratios), "at least one must be above zero"));
+        if plans
+            .iter()
+            .all(|(_, _, rows, columns, _)| rows.iter().chain(columns).all(Vec::is_empty))
+        {
+            return Err(Error::invalid(
+                "ratios",
+                format!("{:?}", spec.ratios),
+                "at least one must be above zero",
+            ));
         }
         for l in 0..layers {
             let mut order = LayerOrder {
@@ -418,7 +503,8 @@ impl<T: Real> Model<T> {
                 let (units_order, row_range, column_range) = arrange(&rows[l], &columns[l], *units);
                 slices.extend(trained.iter().map(|&p| (p, row_range.clone())));
                 slices.push((*column, column_range));
-                *(if structure == 0 { &mut order.groups } else { &mut order.channels }) = units_order;
+                *(if structure == 0 { &mut order.groups } else { &mut order.channels }) =
+                    units_order;
             }
             slices.retain(|(_, range)| !range.is_empty());
             if slices.is_empty() {
@@ -452,10 +538,12 @@ impl<T: Real> Model<T> {
         let scores = (0..layers)
             .map(|l| self.unit_scores(spec.rule.score, structure, projections, l, calibration))
             .collect::<Result<Vec<_>>>()?;
-        let take = |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
+        let take =
+            |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
         match spec.scope {
             Scope::AllLayers => {
-                let joined: Option<Vec<f64>> = scores.into_iter().collect::<Option<Vec<_>>>().map(|s| s.concat());
+                let joined: Option<Vec<f64>> =
+                    scores.into_iter().collect::<Option<Vec<_>>>().map(|s| s.concat());
                 for i in rank(joined, layers * units, spec.rule.order, take(layers * units), rng)? {
                     chosen[i / units].push(i % units);
                 }
@@ -480,9 +568,13 @@ impl<T: Real> Model<T> {
     ) -> Result<Option<Vec<f64>>> {
         let units = structure.units(&self.config);
         let statistics = || {
-            calibration
-                .map(|c| &c.layers[l])
-                .ok_or_else(|| Error::invalid("calibration", "absent", "this selection needs Model::calibrate first"))
+            calibration.map(|c| &c.layers[l]).ok_or_else(|| {
+                Error::invalid(
+                    "calibration",
+                    "absent",
+                    "this selection needs Model::calibrate first",
+                )
+            })
         };
         let of = |p: Projection| {
             let missing = || Error::invalid("calibration", p.module(), "was not measured");
@@ -500,13 +592,16 @@ impl<T: Real> Model<T> {
             for &p in projections {
                 let dense = self.layers[l].projection(p).base.dense();
                 let axis = if side_of(p) == Side::Output { Axis(0) } else { Axis(1) };
-                let squares =
-                    dense.axis_iter(axis).map(|v| v.iter().map(|x| x.widen() * x.widen()).sum()).collect::<Vec<f64>>();
+                let squares = dense
+                    .axis_iter(axis)
+                    .map(|v| v.iter().map(|x| x.widen() * x.widen()).sum())
+                    .collect::<Vec<f64>>();
                 fold(&mut total, p, squares);
             }
             total
         };
-        let square = |values: &[T]| values.iter().map(|x| x.widen() * x.widen()).collect::<Vec<f64>>();
+        let square =
+            |values: &[T]| values.iter().map(|x| x.widen() * x.widen()).collect::<Vec<f64>>();
         let activation = || -> Result<Vec<f64>> {
             let mut total = vec![0.0; units];
             let p = structure.columns();
@@ -518,15 +613,16 @@ impl<T: Real> Model<T> {
             Score::Random => None,
             Score::Weight => root(weight()),
             Score::Activation => root(activation()?),
-            Score::WeightActivation => {
-                root(weight().into_iter().zip(activation()?).map(|(w, a)| w * a).collect::<Vec<f64>>())
-            }
+            Score::WeightActivation => root(
+                weight().into_iter().zip(activation()?).map(|(w, a)| w * a).collect::<Vec<f64>>(),
+            ),
             Score::Gradient => {
                 let mut total = vec![0.0; units];
                 for &p in projections {
                     let statistics = of(p)?;
                     let rows = side_of(p) == Side::Output;
-                    let values = if rows { &statistics.gradient_rows } else { &statistics.gradient_columns };
+                    let values =
+                        if rows { &statistics.gradient_rows } else { &statistics.gradient_columns };
                     fold(&mut total, p, square(values));
                 }
                 root(total)

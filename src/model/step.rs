@@ -65,7 +65,12 @@ impl<E: Ops> PassOn<E> {
                 Kept::Nothing => {}
                 Kept::Input(x) => all.push((format!("{prefix}.checkpoint"), size(x))),
                 Kept::Cache(cache) => {
-                    all.extend(cache.saved_by_name().into_iter().map(|(name, n)| (format!("{prefix}.{name}"), n)));
+                    all.extend(
+                        cache
+                            .saved_by_name()
+                            .into_iter()
+                            .map(|(name, n)| (format!("{prefix}.{name}"), n)),
+                    );
                 }
             }
         }
@@ -79,12 +84,21 @@ impl<E: Ops> PassOn<E> {
 }
 
 impl<E: Ops> ModelOn<E> {
-    fn context<'a>(&'a self, inputs: &'a E::Inputs, instruments: &InstrumentsOn<'a, E>) -> Context<'a, E> {
+    fn context<'a>(
+        &'a self,
+        inputs: &'a E::Inputs,
+        instruments: &InstrumentsOn<'a, E>,
+    ) -> Context<'a, E> {
         Context { layer: 0, config: &self.config, inputs, instruments: *instruments }
     }
 
     /// The input of the first layer that runs.
-    fn start(&self, e: &mut E, inputs: &E::Inputs, instruments: &InstrumentsOn<'_, E>) -> Result<E::Matrix> {
+    fn start(
+        &self,
+        e: &mut E,
+        inputs: &E::Inputs,
+        instruments: &InstrumentsOn<'_, E>,
+    ) -> Result<E::Matrix> {
         if let Some((layer, x)) = instruments.from {
             if layer > self.layers.len() {
                 let requirement = format!("the model has {} layers", self.layers.len());
@@ -105,7 +119,9 @@ impl<E: Ops> ModelOn<E> {
         };
         let x = self.embedding_update(x, inputs, e)?;
         let x = self.multiplied(x, self.config.options.embedding_multiplier, e);
-        let (Some(table), Some(offset)) = (&self.positions, self.config.options.positions) else { return Ok(x) };
+        let (Some(table), Some(offset)) = (&self.positions, self.config.options.positions) else {
+            return Ok(x);
+        };
         let positions = e.embed_positions(inputs, table, offset)?;
         Ok(e.add(x, positions, 1.0))
     }
@@ -115,8 +131,8 @@ impl<E: Ops> ModelOn<E> {
         if factor.to_bits() == 1f64.to_bits() { x } else { e.scale(x, factor) }
     }
 
-    /// Embedding and layers without saving anything, then the last norm: `N x D`. The output of the layer after which
-    /// the forward ends, if there is one.
+    /// Embedding and layers without saving anything, then the last norm: `N x D`. The output of the
+    /// layer after which the forward ends, if there is one.
     pub(crate) fn hidden_on(
         &self,
         e: &mut E,
@@ -138,8 +154,8 @@ impl<E: Ops> ModelOn<E> {
         Ok(normed)
     }
 
-    /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
-    /// so the output projection's sink is filled here.
+    /// The forward half of a step. The loss and the gradient of its logits are formed together,
+    /// chunk by chunk, so the output projection's sink is filled here.
     ///
     /// # Errors
     /// The engine's; [`Error::InvalidParam`] for an id outside the vocabulary.
@@ -191,10 +207,20 @@ impl<E: Ops> ModelOn<E> {
         let mut whole = head.as_ref().map(|head| e.sink(E::shape(head)));
         let own = if self.lm_head.is_some() { lm_head } else { embedding };
         let sink = whole.as_mut().or(own.as_mut());
-        let observe = |gradient: bool, logits: &mut E::Matrix| instruments.tap(None, Point::Logits, gradient, logits);
+        let observe = |gradient: bool, logits: &mut E::Matrix| {
+            instruments.tap(None, Point::Logits, gradient, logits)
+        };
         let (loss, mut dnormed) = match self.stored_head() {
             Some(head) => e.loss_through(&normed, head, &inputs, cap, wanted, &observe)?,
-            None => e.loss(&normed, head.as_ref().unwrap_or(self.head()), &inputs, sink, cap, wanted, &observe)?,
+            None => e.loss(
+                &normed,
+                head.as_ref().unwrap_or(self.head()),
+                &inputs,
+                sink,
+                cap,
+                wanted,
+                &observe,
+            )?,
         };
         if let Some(dnormed) = &mut dnormed {
             instruments.tap(None, Point::FinalNorm, true, dnormed);
@@ -211,11 +237,12 @@ impl<E: Ops> ModelOn<E> {
         Ok(PassOn { loss, inputs, layers, last, dnormed })
     }
 
-    /// The backward half: consumes the pass, releasing each saved tensor after its last use. Layers whose input alone was
-    /// kept run again as in `forward`, the model of the pass.
+    /// The backward half: consumes the pass, releasing each saved tensor after its last use. Layers
+    /// whose input alone was kept run again as in `forward`, the model of the pass.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the
+    /// pass.
     pub(crate) fn backward_on(
         &self,
         forward: &Self,
@@ -225,14 +252,34 @@ impl<E: Ops> ModelOn<E> {
     ) -> Result<E::Loss> {
         let PassOn { loss, inputs, layers, last, dnormed } = pass;
         let (Some((x, stats)), Some(dnormed)) = (last, dnormed) else { return Ok(loss) };
-        let GradientsOn { embedding, positions, layers: layer_sinks, final_norm, outside, engine: e, .. } = gradients;
+        let GradientsOn {
+            embedding,
+            positions,
+            layers: layer_sinks,
+            final_norm,
+            outside,
+            engine: e,
+            ..
+        } = gradients;
         if layer_sinks.len() != self.layers.len() {
-            return Err(Error::invalid("gradients", layer_sinks.len(), "made for another number of layers"));
+            return Err(Error::invalid(
+                "gradients",
+                layer_sinks.len(),
+                "made for another number of layers",
+            ));
         }
         let mut context = self.context(&inputs, instruments);
         let dnormed = self.multiplied(dnormed, self.config.options.logit_multiplier, e);
         let dx = e.zeros(E::shape(&x));
-        let mut upstream = norm_backward(dnormed, (x, stats), &self.final_norm, &self.config, final_norm, Some(dx), e)?;
+        let mut upstream = norm_backward(
+            dnormed,
+            (x, stats),
+            &self.final_norm,
+            &self.config,
+            final_norm,
+            Some(dx),
+            e,
+        )?;
         for (l, kept) in layers.into_iter().enumerate().rev() {
             let Some(mut dout) = upstream.take() else { break };
             context.layer = l;
@@ -243,7 +290,8 @@ impl<E: Ops> ModelOn<E> {
                 Kept::Cache(cache) => *cache,
                 Kept::Input(input) => {
                     let context = Context { config: &forward.config, ..context };
-                    let (out, cache) = layer_forward(&forward.layers[l], input, &context, Some(needs), e)?;
+                    let (out, cache) =
+                        layer_forward(&forward.layers[l], input, &context, Some(needs), e)?;
                     e.release(out);
                     match cache {
                         Some(cache) => cache,
@@ -289,7 +337,12 @@ impl<T: Real> Pass<T> {
 
 impl<T: Real> Model<T> {
     /// The batch as the processor's operations read it.
-    fn inputs(&self, batch: &Batch, targets: Vec<(usize, usize)>, divisor: f64) -> Result<CpuInputs<T>> {
+    fn inputs(
+        &self,
+        batch: &Batch,
+        targets: Vec<(usize, usize)>,
+        divisor: f64,
+    ) -> Result<CpuInputs<T>> {
         Ok(CpuInputs {
             ids: batch.input_ids.iter().copied().collect(),
             mask: batch.attention_mask.clone(),
@@ -302,12 +355,17 @@ impl<T: Real> Model<T> {
         })
     }
 
-    /// Hidden rows after the last norm, or the output of the layer after which the instruments end the forward: `N x D`,
-    /// saving nothing.
+    /// Hidden rows after the last norm, or the output of the layer after which the instruments end
+    /// the forward: `N x D`, saving nothing.
     ///
     /// # Errors
     /// As [`Model::forward`].
-    pub(crate) fn hidden(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+    pub(crate) fn hidden(
+        &self,
+        batch: &Batch,
+        instruments: &Instruments<'_, T>,
+        cost: &mut Cost,
+    ) -> Result<Array2<T>> {
         let inputs = self.inputs(batch, Vec::new(), 1.0)?;
         counted(&mut Cpu::default(), cost, |e| self.hidden_on(e, &inputs, instruments))
     }
@@ -325,7 +383,12 @@ impl<T: Real> Model<T> {
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for an id outside the vocabulary.
-    pub fn batch_logits(&self, batch: &Batch, instruments: &Instruments<'_, T>, cost: &mut Cost) -> Result<Array2<T>> {
+    pub fn batch_logits(
+        &self,
+        batch: &Batch,
+        instruments: &Instruments<'_, T>,
+        cost: &mut Cost,
+    ) -> Result<Array2<T>> {
         let mut logits = self.project(self.hidden(batch, instruments, cost)?.view(), cost)?;
         self.config.options.cap_logits(&mut logits);
         instruments.tap(None, Point::Logits, false, &mut logits);
@@ -337,11 +400,14 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// As [`Model::forward`].
     pub fn loss(&self, batch: &Batch, cost: &mut Cost) -> Result<f64> {
-        let loss = on_workers(|| self.loss_with(batch, &StepOptions::default(), &Instruments::default(), cost))?;
+        let loss = on_workers(|| {
+            self.loss_with(batch, &StepOptions::default(), &Instruments::default(), cost)
+        })?;
         loss.ok_or_else(|| Error::invalid("loss", "absent", "the forward ends before it"))
     }
 
-    /// Loss of a batch without gradients, saving nothing; `None` where the instruments end the forward before it.
+    /// Loss of a batch without gradients, saving nothing; `None` where the instruments end the
+    /// forward before it.
     ///
     /// # Errors
     /// As [`Model::forward`].
@@ -363,16 +429,19 @@ impl<T: Real> Model<T> {
         let divisor = (divisor(options, targets.len())?, self.config.options.logit_cap);
         let own = self.acting_head()?;
         let head = self.stored_head().map_or_else(|| Head::Whole(own.view()), Head::of);
-        let observe = |gradient: bool, logits: &mut Array2<T>| instruments.tap(None, Point::Logits, gradient, logits);
-        cross_entropy_through(hidden.view(), &head, &targets, divisor, None, &observe, cost).map(Some)
+        let observe = |gradient: bool, logits: &mut Array2<T>| {
+            instruments.tap(None, Point::Logits, gradient, logits)
+        };
+        cross_entropy_through(hidden.view(), &head, &targets, divisor, None, &observe, cost)
+            .map(Some)
     }
 
-    /// The forward half of a step. The loss and the gradient of its logits are formed together, chunk by chunk,
-    /// so the output projection's sink is filled here.
+    /// The forward half of a step. The loss and the gradient of its logits are formed together,
+    /// chunk by chunk, so the output projection's sink is filled here.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for an id or a label outside the vocabulary, or a batch in which no position
-    /// counts; [`Error::NonFinite`] if the loss is NaN or infinite.
+    /// [`Error::InvalidParam`] for an id or a label outside the vocabulary, or a batch in which no
+    /// position counts; [`Error::NonFinite`] if the loss is NaN or infinite.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -410,13 +479,19 @@ impl<T: Real> Model<T> {
     /// The backward half: consumes the pass, releasing each saved tensor after its last use.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the pass.
-    pub fn backward(&self, pass: Pass<T>, gradients: &mut Gradients<T>, cost: &mut Cost) -> Result<StepOutput> {
+    /// [`Error::InvalidParam`] if the gradients were made for other trainable tensors than the
+    /// pass.
+    pub fn backward(
+        &self,
+        pass: Pass<T>,
+        gradients: &mut Gradients<T>,
+        cost: &mut Cost,
+    ) -> Result<StepOutput> {
         on_workers(|| self.backward_with(self, pass, &Instruments::default(), gradients, cost))
     }
 
-    /// As [`Model::backward`], with the instruments of the forward, and its model, from which layers that kept nothing but
-    /// their input run again.
+    /// As [`Model::backward`], with the instruments of the forward, and its model, from which
+    /// layers that kept nothing but their input run again.
     ///
     /// # Errors
     /// As [`Model::backward`].
@@ -452,7 +527,10 @@ impl<T: Real> Model<T> {
 }
 
 /// Sequences, tokens and heads of a batch.
-pub(crate) fn attention_shape(config: &ModelConfig, (batch, length): (usize, usize)) -> AttentionShape {
+pub(crate) fn attention_shape(
+    config: &ModelConfig,
+    (batch, length): (usize, usize),
+) -> AttentionShape {
     AttentionShape {
         batch,
         length,
@@ -463,7 +541,10 @@ pub(crate) fn attention_shape(config: &ModelConfig, (batch, length): (usize, usi
 }
 
 /// Angles of a batch's positions, by kind of rotary embedding.
-pub(crate) fn rope_tables<T: Real>(config: &ModelConfig, batch: &Batch) -> Result<Vec<RopeTable<T>>> {
+pub(crate) fn rope_tables<T: Real>(
+    config: &ModelConfig,
+    batch: &Batch,
+) -> Result<Vec<RopeTable<T>>> {
     // Rows of the same positions share a table.
     let positions: Vec<u32> = match &batch.position_ids {
         Some(positions) => positions.iter().copied().collect(),
@@ -473,14 +554,15 @@ pub(crate) fn rope_tables<T: Real>(config: &ModelConfig, batch: &Batch) -> Resul
     config.options.rotaries.iter().map(table).collect()
 }
 
-/// Position of every token. Where none are given they count from 0 in each row; OPT counts from the first token that is not
-/// padding.
+/// Position of every token. Where none are given they count from 0 in each row; OPT counts from the
+/// first token that is not padding.
 fn positions_of(config: &ModelConfig, batch: &Batch) -> Vec<u32> {
     let (rows, length) = batch.input_ids.dim();
     if let Some(positions) = &batch.position_ids {
         return positions.iter().copied().collect();
     }
-    let Some(mask) = batch.attention_mask.as_ref().filter(|_| config.options.family == Family::Opt) else {
+    let Some(mask) = batch.attention_mask.as_ref().filter(|_| config.options.family == Family::Opt)
+    else {
         return (0..rows).flat_map(|_| 0..length as u32).collect();
     };
     let mut all = Vec::with_capacity(rows * length);

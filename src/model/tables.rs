@@ -1,4 +1,5 @@
-//! Embedding and output projection that several models share, or that are read when they are needed.
+//! Embedding and output projection that several models share, or that are read when they are
+//! needed.
 
 use super::parameters::{Model, ModelOn};
 use crate::adapters::BaseWeight;
@@ -10,7 +11,8 @@ use crate::linalg::Real;
 use crate::ops::Ops;
 use ndarray::{Array2, ArrayView2};
 
-/// Tables that stand in place of a model's own, which are then of no rows. They are frozen and have no adapter.
+/// Tables that stand in place of a model's own, which are then of no rows. They are frozen and have
+/// no adapter.
 #[derive(Debug, Clone)]
 pub struct Tables<E: Ops> {
     /// The embedding, `V x D`.
@@ -37,7 +39,8 @@ impl<E: Ops> ModelOn<E> {
 }
 
 impl<T: Real> Model<T> {
-    /// Logits of rows of the last norm's result through the output projection as it acts, without cap: `N x V`.
+    /// Logits of rows of the last norm's result through the output projection as it acts, without
+    /// cap: `N x V`.
     ///
     /// # Errors
     /// Those of reading a stored projection.
@@ -53,7 +56,9 @@ impl<T: Real> Model<T> {
     /// # Errors
     /// Those of reading.
     pub(crate) fn own_trained_tables(&mut self) -> Result<()> {
-        let own = |table: Option<BaseWeight<T>>| table.map(|table| table.read().map(|t| t.into_owned())).transpose();
+        let own = |table: Option<BaseWeight<T>>| {
+            table.map(|table| table.read().map(|t| t.into_owned())).transpose()
+        };
         let tied = self.is_tied();
         let (parts, adapters) = (self.trainable, &self.adapters);
         let head = adapters.head.is_some() || (parts.lm_head && !tied);
@@ -67,7 +72,8 @@ impl<T: Real> Model<T> {
         Ok(())
     }
 
-    /// Gives up its own frozen arrays to shared ones, so that a clone of this model costs what its adapters take.
+    /// Gives up its own frozen arrays to shared ones, so that a clone of this model costs what its
+    /// adapters take.
     pub(crate) fn share_frozen(&mut self) {
         let none = || Array2::zeros((0, self.config.hidden_size));
         let share = |table: &mut Array2<T>, left: Array2<T>| {

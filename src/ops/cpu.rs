@@ -4,7 +4,8 @@ use super::{BesideWeight, Choice, InputGradient, ObserveLogits, Ops, Scoring, Si
 use crate::blocks::attention_sinks;
 use crate::blocks::base_weight::BaseWeight;
 use crate::blocks::causal_attention::{
-    AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward, causal_attention_forward,
+    AttentionCache, AttentionShape, Scores, Visibility, causal_attention_backward,
+    causal_attention_forward,
 };
 use crate::blocks::cross_entropy::{CrossEntropySinks, Head, cross_entropy_through};
 use crate::blocks::embedding::{embedding_backward, embedding_forward};
@@ -13,7 +14,9 @@ use crate::blocks::linear::linear_backward_weight;
 use crate::blocks::low_rank::{InputSink, LowRank};
 use crate::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
 use crate::blocks::rope::{RopeTable, rope_backward, rope_forward};
-use crate::blocks::swiglu::{Activation, activation_backward, activation_forward, gated_backward, gated_forward};
+use crate::blocks::swiglu::{
+    Activation, activation_backward, activation_forward, gated_backward, gated_forward,
+};
 use crate::blocks::{numbers, numbers_mut};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -99,7 +102,12 @@ impl<T: Real> Cpu<T> {
         }
     }
 
-    fn multiply(&mut self, a: ArrayView2<T>, b: ArrayView2<T>, add_to: Option<Array2<T>>) -> Array2<T> {
+    fn multiply(
+        &mut self,
+        a: ArrayView2<T>,
+        b: ArrayView2<T>,
+        add_to: Option<Array2<T>>,
+    ) -> Array2<T> {
         let (mut y, beta) = self.target((a.nrows(), b.ncols()), add_to);
         parallel_product_into(T::one(), a, b, beta, &mut y.view_mut(), &mut self.cost);
         y
@@ -117,9 +125,18 @@ impl<T: Real> Cpu<T> {
     ) -> Result<(f64, Option<Array2<T>>)> {
         let mut dhidden = self.scratch.zeros(hidden.dim());
         let mut view = dhidden.view_mut();
-        let sinks = CrossEntropySinks { dhidden: &mut view, dweight: sink.map(|sink| sink.view_mut()) };
+        let sinks =
+            CrossEntropySinks { dhidden: &mut view, dweight: sink.map(|sink| sink.view_mut()) };
         let (targets, divisor) = (&inputs.targets, (inputs.divisor, cap));
-        let loss = cross_entropy_through(hidden.view(), head, targets, divisor, Some(sinks), observe, &mut self.cost)?;
+        let loss = cross_entropy_through(
+            hidden.view(),
+            head,
+            targets,
+            divisor,
+            Some(sinks),
+            observe,
+            &mut self.cost,
+        )?;
         if wanted {
             return Ok((loss, Some(dhidden)));
         }
@@ -239,7 +256,9 @@ impl<T: Real> Ops for Cpu<T> {
 
     fn embed_from(&mut self, inputs: &CpuInputs<T>, table: &BaseWeight<T>) -> Result<Array2<T>> {
         match table {
-            BaseWeight::Stored(stored) if stored.in_memory().is_none() => stored.gather(&inputs.ids),
+            BaseWeight::Stored(stored) if stored.in_memory().is_none() => {
+                stored.gather(&inputs.ids)
+            }
             _ => embedding_forward(&inputs.ids, table.dense().view()),
         }
     }
@@ -269,7 +288,12 @@ impl<T: Real> Ops for Cpu<T> {
         embedding_backward(&inputs.ids, dx.view(), &mut sink.view_mut())
     }
 
-    fn embed_positions(&mut self, inputs: &CpuInputs<T>, table: &Array2<T>, offset: usize) -> Result<Array2<T>> {
+    fn embed_positions(
+        &mut self,
+        inputs: &CpuInputs<T>,
+        table: &Array2<T>,
+        offset: usize,
+    ) -> Result<Array2<T>> {
         let rows = inputs.table_rows(offset);
         if let Some(&row) = rows.iter().find(|&&row| row as usize >= table.nrows()) {
             let requirement = format!("the model has {} learned positions", table.nrows() - offset);
@@ -329,7 +353,12 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(all)
     }
 
-    fn rms_norm(&mut self, x: &Array2<T>, gain: &Array1<T>, eps: f64) -> Result<(Array2<T>, Vec<T>)> {
+    fn rms_norm(
+        &mut self,
+        x: &Array2<T>,
+        gain: &Array1<T>,
+        eps: f64,
+    ) -> Result<(Array2<T>, Vec<T>)> {
         rms_norm_forward(x.view(), entries(gain)?, eps, &mut self.scratch, &mut self.cost)
     }
 
@@ -343,31 +372,66 @@ impl<T: Real> Ops for Cpu<T> {
     ) -> Result<()> {
         let sink = sink.map(numbers_mut);
         let mut dx = dx.map(|dx| dx.view_mut());
-        rms_norm_backward(dy.view(), x.view(), &inverse_rms, entries(gain)?, sink, dx.as_mut(), &mut self.cost)?;
+        rms_norm_backward(
+            dy.view(),
+            x.view(),
+            &inverse_rms,
+            entries(gain)?,
+            sink,
+            dx.as_mut(),
+            &mut self.cost,
+        )?;
         self.scratch.keep(dy);
         self.scratch.keep(x);
         Ok(())
     }
 
-    fn product(&mut self, x: &Array2<T>, weight: &BaseWeight<T>, add_to: Option<Array2<T>>) -> Array2<T> {
+    fn product(
+        &mut self,
+        x: &Array2<T>,
+        weight: &BaseWeight<T>,
+        add_to: Option<Array2<T>>,
+    ) -> Array2<T> {
         self.multiply(x.view(), weight.dense().t(), add_to)
     }
 
-    fn product_backward(&mut self, dy: &Array2<T>, weight: &BaseWeight<T>, add_to: Option<Array2<T>>) -> Array2<T> {
+    fn product_backward(
+        &mut self,
+        dy: &Array2<T>,
+        weight: &BaseWeight<T>,
+        add_to: Option<Array2<T>>,
+    ) -> Array2<T> {
         self.multiply(dy.view(), weight.dense().view(), add_to)
     }
 
-    fn product_with(&mut self, x: &Array2<T>, weight: &Array2<T>, add_to: Option<Array2<T>>) -> Array2<T> {
+    fn product_with(
+        &mut self,
+        x: &Array2<T>,
+        weight: &Array2<T>,
+        add_to: Option<Array2<T>>,
+    ) -> Array2<T> {
         self.multiply(x.view(), weight.t(), add_to)
     }
 
-    fn product_with_backward(&mut self, dy: &Array2<T>, weight: &Array2<T>, add_to: Option<Array2<T>>) -> Array2<T> {
+    fn product_with_backward(
+        &mut self,
+        dy: &Array2<T>,
+        weight: &Array2<T>,
+        add_to: Option<Array2<T>>,
+    ) -> Array2<T> {
         self.multiply(dy.view(), weight.view(), add_to)
     }
 
     fn outer(&mut self, dy: &Array2<T>, x: &Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((dy.ncols(), x.ncols()));
-        parallel_product_into(T::one(), dy.t(), x.view(), T::zero(), &mut y.view_mut(), &mut self.cost);
+        parallel_product_into(
+            T::one(),
+            dy.t(),
+            x.view(),
+            T::zero(),
+            &mut y.view_mut(),
+            &mut self.cost,
+        );
         y
     }
 
@@ -386,7 +450,11 @@ impl<T: Real> Ops for Cpu<T> {
         linear_backward_weight(T::of(scaling), dy, x.view(), &mut sink.view_mut(), &mut self.cost)
     }
 
-    fn small_product(&mut self, (a, turn_a): (&Array2<T>, bool), (b, turn_b): (&Array2<T>, bool)) -> Array2<T> {
+    fn small_product(
+        &mut self,
+        (a, turn_a): (&Array2<T>, bool),
+        (b, turn_b): (&Array2<T>, bool),
+    ) -> Array2<T> {
         let a = if turn_a { a.t() } else { a.view() };
         let b = if turn_b { b.t() } else { b.view() };
         parallel_product(a, b, &mut self.cost)
@@ -425,14 +493,25 @@ impl<T: Real> Ops for Cpu<T> {
     fn merged(&mut self, beside: &BesideWeight<'_, Self>) -> Array2<T> {
         let mut weight = beside.weight.dense().into_owned();
         let (a, b) = (beside.a.view(), beside.b.view());
-        parallel_product_into(T::of(beside.scaling), b, a, T::one(), &mut weight.view_mut(), &mut self.cost);
+        parallel_product_into(
+            T::of(beside.scaling),
+            b,
+            a,
+            T::one(),
+            &mut weight.view_mut(),
+            &mut self.cost,
+        );
         weight
     }
 
     fn row_norms(&mut self, x: &Array2<T>) -> Result<Array2<T>> {
         let norms = self.row_dots(x, x).mapv_into(T::sqrt);
         match norms.iter().position(|n| !(*n > T::zero())) {
-            Some(row) => Err(Error::invalid(format!("norm of row {row}"), norms[[0, row]], "DoRA needs nonzero rows")),
+            Some(row) => Err(Error::invalid(
+                format!("norm of row {row}"),
+                norms[[0, row]],
+                "DoRA needs nonzero rows",
+            )),
             None => Ok(norms),
         }
     }
@@ -456,7 +535,10 @@ impl<T: Real> Ops for Cpu<T> {
     fn row_dots(&mut self, a: &Array2<T>, b: &Array2<T>) -> Array2<T> {
         self.cost.elementwise += 2 * a.len() as u64;
         let mut dots = Array2::zeros((1, a.nrows()));
-        numbers_mut(&mut dots).par_iter_mut().enumerate().for_each(|(j, dot)| *dot = a.row(j).dot(&b.row(j)));
+        numbers_mut(&mut dots)
+            .par_iter_mut()
+            .enumerate()
+            .for_each(|(j, dot)| *dot = a.row(j).dot(&b.row(j)));
         dots
     }
 
@@ -515,11 +597,13 @@ impl<T: Real> Ops for Cpu<T> {
         let mut columns = Array2::zeros((x.nrows(), rank));
         let (to, from) = (numbers_mut(&mut columns), numbers(&x));
         let task = crate::blocks::ROWS_PER_TASK;
-        to.par_chunks_mut(task * rank.max(1)).zip(from.par_chunks(task * width.max(1))).for_each(|(to, from)| {
-            for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(width)) {
-                to.iter_mut().zip(index).for_each(|(to, &i)| *to = from[i]);
-            }
-        });
+        to.par_chunks_mut(task * rank.max(1)).zip(from.par_chunks(task * width.max(1))).for_each(
+            |(to, from)| {
+                for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(width)) {
+                    to.iter_mut().zip(index).for_each(|(to, &i)| *to = from[i]);
+                }
+            },
+        );
         columns
     }
 
@@ -555,11 +639,19 @@ impl<T: Real> Ops for Cpu<T> {
         weight.dense().into_owned()
     }
 
-    fn dense_mut<'a>(weight: &'a mut BaseWeight<T>, method: &'static str) -> Result<&'a mut Array2<T>> {
+    fn dense_mut<'a>(
+        weight: &'a mut BaseWeight<T>,
+        method: &'static str,
+    ) -> Result<&'a mut Array2<T>> {
         weight.dense_mut(method)
     }
 
-    fn put_entries(&mut self, weight: &mut Array2<T>, index: &Vec<usize>, values: &Array2<T>) -> Result<()> {
+    fn put_entries(
+        &mut self,
+        weight: &mut Array2<T>,
+        index: &Vec<usize>,
+        values: &Array2<T>,
+    ) -> Result<()> {
         let width = weight.ncols();
         for (&i, &x) in index.iter().zip(values) {
             weight[[i / width, i % width]] = x;
@@ -575,7 +667,13 @@ impl<T: Real> Ops for Cpu<T> {
         vector.assign(&row.row(0));
     }
 
-    fn rotate(&mut self, mut x: Array2<T>, inputs: &CpuInputs<T>, kind: usize, back: bool) -> Result<Array2<T>> {
+    fn rotate(
+        &mut self,
+        mut x: Array2<T>,
+        inputs: &CpuInputs<T>,
+        kind: usize,
+        back: bool,
+    ) -> Result<Array2<T>> {
         let turn = if back { rope_backward } else { rope_forward };
         turn(&mut x.view_mut(), &inputs.angles[kind], &mut self.cost)?;
         Ok(x)
@@ -638,7 +736,12 @@ impl<T: Real> Ops for Cpu<T> {
         sinks: &Array1<T>,
         inputs: &CpuInputs<T>,
     ) -> Result<(Array2<T>, SavedAttention<T>)> {
-        attention_sinks::add_sinks(&mut output, &mut saved.log_sum_exp, entries(sinks)?, &inputs.shape)?;
+        attention_sinks::add_sinks(
+            &mut output,
+            &mut saved.log_sum_exp,
+            entries(sinks)?,
+            &inputs.shape,
+        )?;
         Ok((output, saved))
     }
 
@@ -651,7 +754,13 @@ impl<T: Real> Ops for Cpu<T> {
         sink: &mut Array2<T>,
     ) -> Result<()> {
         let lse = saved.log_sum_exp.view();
-        let d = attention_sinks::sinks_backward(doutput.view(), output.view(), lse, entries(sinks)?, &inputs.shape)?;
+        let d = attention_sinks::sinks_backward(
+            doutput.view(),
+            output.view(),
+            lse,
+            entries(sinks)?,
+            &inputs.shape,
+        )?;
         sink.iter_mut().zip(d).for_each(|(sink, d)| *sink += d);
         Ok(())
     }
@@ -660,7 +769,12 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(activation_forward(activation, x.view(), &mut self.scratch, &mut self.cost))
     }
 
-    fn activated_backward(&mut self, activation: Activation, da: &Array2<T>, mut x: Array2<T>) -> Result<Array2<T>> {
+    fn activated_backward(
+        &mut self,
+        activation: Activation,
+        da: &Array2<T>,
+        mut x: Array2<T>,
+    ) -> Result<Array2<T>> {
         activation_backward(activation, da.view(), &mut x, &mut self.cost)?;
         Ok(x)
     }
@@ -671,7 +785,11 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(routing)
     }
 
-    fn route_backward(&mut self, routing: &Routing<T>, dweights: Vec<Array2<T>>) -> Result<Array2<T>> {
+    fn route_backward(
+        &mut self,
+        routing: &Routing<T>,
+        dweights: Vec<Array2<T>>,
+    ) -> Result<Array2<T>> {
         let dweights: Vec<Vec<T>> = dweights.into_iter().map(|d| d.into_iter().collect()).collect();
         Ok(experts::route_backward(routing, &dweights))
     }
@@ -684,14 +802,25 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(Array1::from(routing.weights[expert].clone()).insert_axis(Axis(0)))
     }
 
-    fn dispatch(&mut self, x: &Array2<T>, routing: &Routing<T>, expert: usize) -> Result<Array2<T>> {
+    fn dispatch(
+        &mut self,
+        x: &Array2<T>,
+        routing: &Routing<T>,
+        expert: usize,
+    ) -> Result<Array2<T>> {
         let rows = &routing.rows[expert];
         let mut seen = self.scratch.array((rows.len(), x.ncols()));
         seen.rows_mut().into_iter().zip(rows).for_each(|(mut to, &i)| to.assign(&x.row(i)));
         Ok(seen)
     }
 
-    fn combine(&mut self, mut sum: Array2<T>, y: Array2<T>, routing: &Routing<T>, expert: usize) -> Result<Array2<T>> {
+    fn combine(
+        &mut self,
+        mut sum: Array2<T>,
+        y: Array2<T>,
+        routing: &Routing<T>,
+        expert: usize,
+    ) -> Result<Array2<T>> {
         self.cost.elementwise += y.len() as u64;
         y.rows().into_iter().zip(&routing.rows[expert]).for_each(|(y, &i)| {
             let mut row = sum.row_mut(i);
@@ -700,7 +829,12 @@ impl<T: Real> Ops for Cpu<T> {
         Ok(sum)
     }
 
-    fn gated(&mut self, activation: Activation, gate: &Array2<T>, up: &Array2<T>) -> Result<Array2<T>> {
+    fn gated(
+        &mut self,
+        activation: Activation,
+        gate: &Array2<T>,
+        up: &Array2<T>,
+    ) -> Result<Array2<T>> {
         gated_forward(activation, gate.view(), up.view(), &mut self.scratch, &mut self.cost)
     }
 

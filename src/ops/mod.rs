@@ -1,7 +1,7 @@
 //! The operations of a training step, and the engines that carry them out.
 //!
-//! The layer, the model, every adaptation method and partial backpropagation are written once, over [`Ops`]. An engine
-//! says what a matrix is and how it is multiplied:
+//! The layer, the model, every adaptation method and partial backpropagation are written once, over
+//! [`Ops`]. An engine says what a matrix is and how it is multiplied:
 //!
 //! | engine | a matrix is | used for |
 //! |---|---|---|
@@ -91,8 +91,8 @@ fn lacking(what: &str) -> Error {
 
 /// Carries out the operations of a step.
 ///
-/// Rows are tokens; a weight is `out x in`. A matrix that is handed over by value is reused where that is possible: give
-/// back what is no longer needed by [`Ops::release`].
+/// Rows are tokens; a weight is `out x in`. A matrix that is handed over by value is reused where
+/// that is possible: give back what is no longer needed by [`Ops::release`].
 pub trait Ops: Clone + Debug + Sized {
     /// An activation, its gradient, a table or an adapter tensor.
     type Matrix: Clone + Debug;
@@ -147,7 +147,8 @@ pub trait Ops: Clone + Debug + Sized {
     /// sink += factor x.
     fn accumulate(&mut self, sink: &mut Self::Sink, factor: f64, x: &Self::Matrix);
 
-    /// The weight in memory: itself, or what is read now. [`Ops::give_back`] takes it when it is no longer needed.
+    /// The weight in memory: itself, or what is read now. [`Ops::give_back`] takes it when it is no
+    /// longer needed.
     ///
     /// # Errors
     /// Those of reading.
@@ -160,7 +161,11 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// As there; those of reading.
-    fn embed_from(&mut self, _inputs: &Self::Inputs, _table: &Self::Weight) -> Result<Self::Matrix> {
+    fn embed_from(
+        &mut self,
+        _inputs: &Self::Inputs,
+        _table: &Self::Weight,
+    ) -> Result<Self::Matrix> {
         Err(lacking("a stored embedding"))
     }
     /// As [`Ops::loss`], with a weight for the output projection, which is frozen.
@@ -187,7 +192,8 @@ pub trait Ops: Clone + Debug + Sized {
     /// Rows of the table by position, from its row `offset` on.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidParam`] for a position outside the table, or an engine without this operation.
+    /// [`crate::Error::InvalidParam`] for a position outside the table, or an engine without this
+    /// operation.
     fn embed_positions(
         &mut self,
         _inputs: &Self::Inputs,
@@ -224,7 +230,12 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`]; [`crate::Error::InvalidParam`] unless eps is positive.
-    fn rms_norm(&mut self, x: &Self::Matrix, gain: &Self::Vector, eps: f64) -> Result<(Self::Matrix, Self::RowStats)>;
+    fn rms_norm(
+        &mut self,
+        x: &Self::Matrix,
+        gain: &Self::Vector,
+        eps: f64,
+    ) -> Result<(Self::Matrix, Self::RowStats)>;
     /// dx += the gradient of the input, if wanted; the gain's goes to the sink. `dy` is given up.
     ///
     /// # Errors
@@ -249,7 +260,12 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// As [`Ops::center`].
-    fn add_matrix_row(&mut self, _y: Self::Matrix, _row: &Self::Matrix, _s: f64) -> Result<Self::Matrix> {
+    fn add_matrix_row(
+        &mut self,
+        _y: Self::Matrix,
+        _row: &Self::Matrix,
+        _s: f64,
+    ) -> Result<Self::Matrix> {
         Err(lacking("biases of adapters"))
     }
     /// The sum of the rows, `1 x n`.
@@ -282,7 +298,12 @@ pub trait Ops: Clone + Debug + Sized {
     }
 
     /// y = x W^T, or added to a matrix.
-    fn product(&mut self, x: &Self::Matrix, weight: &Self::Weight, add_to: Option<Self::Matrix>) -> Self::Matrix;
+    fn product(
+        &mut self,
+        x: &Self::Matrix,
+        weight: &Self::Weight,
+        add_to: Option<Self::Matrix>,
+    ) -> Self::Matrix;
     /// dx = dy W, or added to a matrix.
     fn product_backward(
         &mut self,
@@ -291,7 +312,12 @@ pub trait Ops: Clone + Debug + Sized {
         add_to: Option<Self::Matrix>,
     ) -> Self::Matrix;
     /// As [`Ops::product`], with a matrix of this engine for the weight.
-    fn product_with(&mut self, x: &Self::Matrix, weight: &Self::Matrix, add_to: Option<Self::Matrix>) -> Self::Matrix;
+    fn product_with(
+        &mut self,
+        x: &Self::Matrix,
+        weight: &Self::Matrix,
+        add_to: Option<Self::Matrix>,
+    ) -> Self::Matrix;
     /// As [`Ops::product_backward`], with a matrix of this engine for the weight.
     fn product_with_backward(
         &mut self,
@@ -314,7 +340,8 @@ pub trait Ops: Clone + Debug + Sized {
         sink: &mut Self::Sink,
     ) -> Result<()>;
     /// a b of two small matrices, each transposed on request.
-    fn small_product(&mut self, a: (&Self::Matrix, bool), b: (&Self::Matrix, bool)) -> Self::Matrix;
+    fn small_product(&mut self, a: (&Self::Matrix, bool), b: (&Self::Matrix, bool))
+    -> Self::Matrix;
 
     /// (y, z) with z = x A^T, y = x W^T + s z B^T, added to a matrix on request.
     fn low_rank(
@@ -337,7 +364,8 @@ pub trait Ops: Clone + Debug + Sized {
     /// Euclidean norms of the rows, `1 x rows`.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidParam`] for a row of norm zero, on an engine whose numbers can be looked at.
+    /// [`crate::Error::InvalidParam`] for a row of norm zero, on an engine whose numbers can be
+    /// looked at.
     fn row_norms(&mut self, x: &Self::Matrix) -> Result<Self::Matrix>;
     /// Entries of a `1 x n` matrix divided by those of another.
     fn divided(&mut self, a: &Self::Matrix, by: &Self::Matrix) -> Self::Matrix;
@@ -346,7 +374,12 @@ pub trait Ops: Clone + Debug + Sized {
     /// a_j . b_j, `1 x rows`.
     fn row_dots(&mut self, a: &Self::Matrix, b: &Self::Matrix) -> Self::Matrix;
     /// Row j less c_j times row j of d.
-    fn subtract_rows(&mut self, x: Self::Matrix, c: &Self::Matrix, d: &Self::Matrix) -> Self::Matrix;
+    fn subtract_rows(
+        &mut self,
+        x: Self::Matrix,
+        c: &Self::Matrix,
+        d: &Self::Matrix,
+    ) -> Self::Matrix;
     /// The same numbers in another shape.
     fn reshape(&mut self, x: Self::Matrix, shape: (usize, usize)) -> Self::Matrix;
     /// s x, in place.
@@ -389,12 +422,20 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// [`crate::Error::InvalidParam`] for a packed weight.
-    fn dense_mut<'a>(weight: &'a mut Self::Weight, method: &'static str) -> Result<&'a mut Self::Matrix>;
+    fn dense_mut<'a>(
+        weight: &'a mut Self::Weight,
+        method: &'static str,
+    ) -> Result<&'a mut Self::Matrix>;
     /// Writes values, `1 x n`, to entries (row x columns + column) of a weight.
     ///
     /// # Errors
     /// [`crate::Error::InvalidParam`] for an engine without this operation.
-    fn put_entries(&mut self, _weight: &mut Self::Matrix, _index: &Self::Index, _values: &Self::Matrix) -> Result<()> {
+    fn put_entries(
+        &mut self,
+        _weight: &mut Self::Matrix,
+        _index: &Self::Index,
+        _values: &Self::Matrix,
+    ) -> Result<()> {
         Err(lacking("writes of single entries"))
     }
     /// A gain as a `1 x D` matrix, a copy.
@@ -406,7 +447,13 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
-    fn rotate(&mut self, x: Self::Matrix, inputs: &Self::Inputs, kind: usize, back: bool) -> Result<Self::Matrix>;
+    fn rotate(
+        &mut self,
+        x: Self::Matrix,
+        inputs: &Self::Inputs,
+        kind: usize,
+        back: bool,
+    ) -> Result<Self::Matrix>;
     /// softmax(scale Q K^T + mask) V for every sequence and head.
     ///
     /// # Errors
@@ -490,7 +537,11 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// As [`Ops::route`].
-    fn route_backward(&mut self, _routing: &Self::Routing, _dweights: Vec<Self::Matrix>) -> Result<Self::Matrix> {
+    fn route_backward(
+        &mut self,
+        _routing: &Self::Routing,
+        _dweights: Vec<Self::Matrix>,
+    ) -> Result<Self::Matrix> {
         Err(lacking("experts"))
     }
     /// Numbers that a routing holds for backward.
@@ -501,14 +552,23 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// As [`Ops::route`].
-    fn routing_weights(&mut self, _routing: &Self::Routing, _expert: usize) -> Result<Self::Matrix> {
+    fn routing_weights(
+        &mut self,
+        _routing: &Self::Routing,
+        _expert: usize,
+    ) -> Result<Self::Matrix> {
         Err(lacking("experts"))
     }
     /// The rows of x that an expert sees.
     ///
     /// # Errors
     /// As [`Ops::route`].
-    fn dispatch(&mut self, _x: &Self::Matrix, _routing: &Self::Routing, _expert: usize) -> Result<Self::Matrix> {
+    fn dispatch(
+        &mut self,
+        _x: &Self::Matrix,
+        _routing: &Self::Routing,
+        _expert: usize,
+    ) -> Result<Self::Matrix> {
         Err(lacking("experts"))
     }
     /// Adds an expert's rows to those of a sum; y is given up.
@@ -529,7 +589,12 @@ pub trait Ops: Clone + Debug + Sized {
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
-    fn gated(&mut self, activation: Activation, gate: &Self::Matrix, up: &Self::Matrix) -> Result<Self::Matrix>;
+    fn gated(
+        &mut self,
+        activation: Activation,
+        gate: &Self::Matrix,
+        up: &Self::Matrix,
+    ) -> Result<Self::Matrix>;
     /// (dgate, dup).
     ///
     /// # Errors
@@ -542,11 +607,13 @@ pub trait Ops: Clone + Debug + Sized {
         up: Self::Matrix,
     ) -> Result<(Self::Matrix, Self::Matrix)>;
 
-    /// The loss of the inputs' targets with logits hidden W^T, capped on request, the gradient of the hidden rows if `wanted`, and that of W
-    /// added to the sink. Logits exist for a chunk of positions at a time.
+    /// The loss of the inputs' targets with logits hidden W^T, capped on request, the gradient of
+    /// the hidden rows if `wanted`, and that of W added to the sink. Logits exist for a chunk of
+    /// positions at a time.
     ///
     /// # Errors
-    /// [`crate::Error::NonFinite`] for a loss that is NaN or infinite, on an engine whose numbers can be looked at.
+    /// [`crate::Error::NonFinite`] for a loss that is NaN or infinite, on an engine whose numbers
+    /// can be looked at.
     fn loss(
         &mut self,
         hidden: &Self::Matrix,

@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Buffers by size, as [`crate::linalg::Scratch`] hands them out, and what is held in all; sizes in numbers.
+/// Buffers by size, as [`crate::linalg::Scratch`] hands them out, and what is held in all; sizes in
+/// numbers.
 #[derive(Debug, Default)]
 struct Pool {
     free: BTreeMap<usize, Vec<u64>>,
@@ -86,7 +87,8 @@ pub struct Sizes {
     pool: Rc<RefCell<Pool>>,
 }
 
-/// Numbers live while the loss is formed: rows, their logits and gradients, one chunk at a time, and the targets.
+/// Numbers live while the loss is formed: rows, their logits and gradients, one chunk at a time,
+/// and the targets.
 pub(crate) fn loss_chunk(rows: usize, width: usize, vocabulary: usize, bytes: usize) -> usize {
     LOGIT_ROWS.min(rows) * (2 * width + vocabulary) + 16 * rows / bytes.max(1)
 }
@@ -241,7 +243,12 @@ impl Ops for Sizes {
         Ok(self.fresh((inputs.shape.batch * inputs.shape.length, table.shape.1)))
     }
 
-    fn embed_backward(&mut self, _: &SizeInputs, _: &Buffer, _: (&mut Buffer, (usize, usize))) -> Result<()> {
+    fn embed_backward(
+        &mut self,
+        _: &SizeInputs,
+        _: &Buffer,
+        _: (&mut Buffer, (usize, usize)),
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -249,7 +256,13 @@ impl Ops for Sizes {
         self.embed(inputs, table)
     }
 
-    fn embed_positions_backward(&mut self, _: &SizeInputs, _: &Buffer, _: usize, _: &mut Buffer) -> Result<()> {
+    fn embed_positions_backward(
+        &mut self,
+        _: &SizeInputs,
+        _: &Buffer,
+        _: usize,
+        _: &mut Buffer,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -278,7 +291,12 @@ impl Ops for Sizes {
         Ok(self.take((rows, parts.iter().map(|part| part.shape.1).sum())))
     }
 
-    fn add_sinks(&mut self, attended: (Buffer, Saved), _: &Buffer, _: &SizeInputs) -> Result<(Buffer, Saved)> {
+    fn add_sinks(
+        &mut self,
+        attended: (Buffer, Saved),
+        _: &Buffer,
+        _: &SizeInputs,
+    ) -> Result<(Buffer, Saved)> {
         Ok(attended)
     }
 
@@ -352,7 +370,12 @@ impl Ops for Sizes {
         y
     }
 
-    fn product_backward(&mut self, dy: &Buffer, weight: &SizedWeight, add_to: Option<Buffer>) -> Buffer {
+    fn product_backward(
+        &mut self,
+        dy: &Buffer,
+        weight: &SizedWeight,
+        add_to: Option<Buffer>,
+    ) -> Buffer {
         let dx = self.or_take(add_to, (dy.shape.0, weight.dense.shape.1));
         self.decode(weight);
         dx
@@ -362,7 +385,12 @@ impl Ops for Sizes {
         self.or_take(add_to, (x.shape.0, weight.shape.0))
     }
 
-    fn product_with_backward(&mut self, dy: &Buffer, weight: &Buffer, add_to: Option<Buffer>) -> Buffer {
+    fn product_with_backward(
+        &mut self,
+        dy: &Buffer,
+        weight: &Buffer,
+        add_to: Option<Buffer>,
+    ) -> Buffer {
         self.or_take(add_to, (dy.shape.0, weight.shape.1))
     }
 
@@ -370,17 +398,33 @@ impl Ops for Sizes {
         self.fresh((dy.shape.1, x.shape.1))
     }
 
-    fn add_outer(&mut self, _: f64, _: &Buffer, _: Option<Range<usize>>, _: &Buffer, _: &mut Buffer) -> Result<()> {
+    fn add_outer(
+        &mut self,
+        _: f64,
+        _: &Buffer,
+        _: Option<Range<usize>>,
+        _: &Buffer,
+        _: &mut Buffer,
+    ) -> Result<()> {
         Ok(())
     }
 
-    fn small_product(&mut self, (a, turn_a): (&Buffer, bool), (b, turn_b): (&Buffer, bool)) -> Buffer {
+    fn small_product(
+        &mut self,
+        (a, turn_a): (&Buffer, bool),
+        (b, turn_b): (&Buffer, bool),
+    ) -> Buffer {
         let rows = if turn_a { a.shape.1 } else { a.shape.0 };
         let columns = if turn_b { b.shape.0 } else { b.shape.1 };
         self.fresh((rows, columns))
     }
 
-    fn low_rank(&mut self, beside: &BesideWeight<'_, Self>, x: &Buffer, add_to: Option<Buffer>) -> (Buffer, Buffer) {
+    fn low_rank(
+        &mut self,
+        beside: &BesideWeight<'_, Self>,
+        x: &Buffer,
+        add_to: Option<Buffer>,
+    ) -> (Buffer, Buffer) {
         let y = self.product(x, beside.weight, add_to);
         (y, self.fresh((x.shape.0, beside.a.shape.0)))
     }
@@ -470,7 +514,13 @@ impl Ops for Sizes {
         self.fresh(side.shape(weight.dense.shape, &range))
     }
 
-    fn put_slice(&mut self, weight: &mut SizedWeight, _: Side, _: Range<usize>, _: Buffer) -> Result<()> {
+    fn put_slice(
+        &mut self,
+        weight: &mut SizedWeight,
+        _: Side,
+        _: Range<usize>,
+        _: Buffer,
+    ) -> Result<()> {
         Self::dense_mut(weight, "s2ft").map(|_| ())
     }
 
@@ -480,7 +530,11 @@ impl Ops for Sizes {
 
     fn dense_mut<'a>(weight: &'a mut SizedWeight, method: &'static str) -> Result<&'a mut Buffer> {
         if weight.packed {
-            return Err(Error::invalid("method", method, "writes into the base weight, which is packed (quantized)"));
+            return Err(Error::invalid(
+                "method",
+                method,
+                "writes into the base weight, which is packed (quantized)",
+            ));
         }
         Ok(&mut weight.dense)
     }
@@ -531,7 +585,13 @@ impl Ops for Sizes {
         Ok(self.take(gate.shape))
     }
 
-    fn gated_backward(&mut self, _: Activation, _: &Buffer, gate: Buffer, up: Buffer) -> Result<(Buffer, Buffer)> {
+    fn gated_backward(
+        &mut self,
+        _: Activation,
+        _: &Buffer,
+        gate: Buffer,
+        up: Buffer,
+    ) -> Result<(Buffer, Buffer)> {
         Ok((gate, up))
     }
 

@@ -83,7 +83,9 @@ impl Axis {
     /// The extent of the usable values in scale units, without margin.
     pub(super) fn extent(&self, values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
         let usable = values.map(|v| self.scale.forward(v)).filter(|u| u.is_finite());
-        usable.fold(None, |range, u| Some(range.map_or((u, u), |(lo, hi): (f64, f64)| (lo.min(u), hi.max(u)))))
+        usable.fold(None, |range, u| {
+            Some(range.map_or((u, u), |(lo, hi): (f64, f64)| (lo.min(u), hi.max(u))))
+        })
     }
 
     /// The mapping to [0, 1] for data of this extent.
@@ -107,7 +109,11 @@ impl Axis {
     }
 
     /// Ticks inside the mapping, about `count` of them, and unlabelled minor ticks; in [0, 1].
-    pub(super) fn tick_marks(&self, mapping: &Mapping, count: usize) -> (Vec<(f64, String)>, Vec<f64>) {
+    pub(super) fn tick_marks(
+        &self,
+        mapping: &Mapping,
+        count: usize,
+    ) -> (Vec<(f64, String)>, Vec<f64>) {
         let inside = |f: f64| (-1e-9..=1.0 + 1e-9).contains(&f);
         if let Some(ticks) = &self.ticks {
             let placed = ticks.iter().map(|(v, text)| (mapping.fraction(*v), text.clone()));
@@ -148,7 +154,11 @@ impl Mapping {
 fn nice_step(span: f64, count: usize) -> f64 {
     let rough = span / count.max(1) as f64;
     let decade = 10f64.powf(rough.log10().floor());
-    [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * decade).find(|s| *s >= rough * (1.0 - 1e-9)).unwrap_or(rough)
+    [1.0, 2.0, 5.0, 10.0]
+        .into_iter()
+        .map(|m| m * decade)
+        .find(|s| *s >= rough * (1.0 - 1e-9))
+        .unwrap_or(rough)
 }
 
 fn linear_ticks(low: f64, high: f64, count: usize) -> Vec<(f64, String)> {
@@ -175,7 +185,10 @@ fn log10_ticks(low: f64, high: f64, count: usize) -> (Vec<(f64, String)>, Vec<f6
     let decades = last - first + 1;
     let within = |v: &f64| (low - 1e-9..=high + 1e-9).contains(&v.log10());
     let multiples = |ms: &[i32]| -> Vec<f64> {
-        (first - 1..=last).flat_map(|k| ms.iter().map(move |m| f64::from(*m) * 10f64.powi(k))).filter(within).collect()
+        (first - 1..=last)
+            .flat_map(|k| ms.iter().map(move |m| f64::from(*m) * 10f64.powi(k)))
+            .filter(within)
+            .collect()
     };
     if decades >= 3 {
         let step = (decades as usize).div_ceil(count.max(2)).max(1);
@@ -192,7 +205,9 @@ fn log10_ticks(low: f64, high: f64, count: usize) -> (Vec<(f64, String)>, Vec<f6
     let choices: [&[i32]; 4] = [&[1], &[1, 3], &[1, 2, 5], &[1, 2, 3, 4, 6, 8]];
     let fits = |ms: &&[i32]| (3..=count.max(4)).contains(&multiples(ms).len());
     match choices.iter().rev().copied().find(fits) {
-        Some(ms) => (multiples(ms).into_iter().map(|v| (v, plain_or_power(v))).collect(), multiples(&dense)),
+        Some(ms) => {
+            (multiples(ms).into_iter().map(|v| (v, plain_or_power(v))).collect(), multiples(&dense))
+        }
         None => {
             // Less than about half a decade: even steps read better than powers.
             let even = linear_ticks(10f64.powf(low), 10f64.powf(high), count.min(4));
@@ -204,12 +219,18 @@ fn log10_ticks(low: f64, high: f64, count: usize) -> (Vec<(f64, String)>, Vec<f6
 fn log2_ticks(low: f64, high: f64, count: usize) -> Vec<(f64, String)> {
     let (first, last) = ((low - 1e-9).ceil() as i32, (high + 1e-9).floor() as i32);
     if last - first < 1 {
-        let even = linear_ticks(Scale::Log2.backward(low), Scale::Log2.backward(high), count.min(4));
+        let even =
+            linear_ticks(Scale::Log2.backward(low), Scale::Log2.backward(high), count.min(4));
         return even.into_iter().filter(|(v, _)| *v > 0.0).collect();
     }
     let step = ((last - first + 1) as usize).div_ceil(count.max(2)).max(1) as i32;
-    let text = |k: i32| if (-3..=16).contains(&k) { format!("{}", f64::from(k).exp2()) } else { power("2", k) };
-    (first..=last).filter(|k| (k - first) % step == 0).map(|k| (f64::from(k).exp2(), text(k))).collect()
+    let text = |k: i32| {
+        if (-3..=16).contains(&k) { format!("{}", f64::from(k).exp2()) } else { power("2", k) }
+    };
+    (first..=last)
+        .filter(|k| (k - first) % step == 0)
+        .map(|k| (f64::from(k).exp2(), text(k)))
+        .collect()
 }
 
 fn plain_or_power(v: f64) -> String {
@@ -218,14 +239,21 @@ fn plain_or_power(v: f64) -> String {
         return format!("{:.*}", (-exponent).max(0) as usize, v);
     }
     let mantissa = (v / 10f64.powi(exponent)).round() as i64;
-    if mantissa == 1 { power("10", exponent) } else { format!("{mantissa}×{}", power("10", exponent)) }
+    if mantissa == 1 {
+        power("10", exponent)
+    } else {
+        format!("{mantissa}×{}", power("10", exponent))
+    }
 }
 
 /// `base` with a superscript exponent.
 pub(super) fn power(base: &str, exponent: i32) -> String {
     const DIGITS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
-    let raised =
-        exponent.to_string().chars().map(|c| c.to_digit(10).map_or('⁻', |d| DIGITS[d as usize])).collect::<String>();
+    let raised = exponent
+        .to_string()
+        .chars()
+        .map(|c| c.to_digit(10).map_or('⁻', |d| DIGITS[d as usize]))
+        .collect::<String>();
     format!("{base}{raised}")
 }
 
@@ -245,10 +273,16 @@ mod tests {
 
     #[test]
     fn ticks_read_well() {
-        assert_eq!(texts(&Axis::linear(""), &[0.0, 1.0], 5), ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
+        assert_eq!(
+            texts(&Axis::linear(""), &[0.0, 1.0], 5),
+            ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+        );
         assert_eq!(texts(&Axis::linear(""), &[-1.0, 1.0], 4), ["−1.0", "−0.5", "0", "0.5", "1.0"]);
         assert_eq!(texts(&Axis::linear(""), &[0.0, 3e7], 3), ["0", "1×10⁷", "2×10⁷", "3×10⁷"]);
-        assert_eq!(texts(&Axis::log10(""), &[1e-12, 1.0], 5), ["10⁻¹²", "10⁻⁹", "10⁻⁶", "10⁻³", "10⁰"]);
+        assert_eq!(
+            texts(&Axis::log10(""), &[1e-12, 1.0], 5),
+            ["10⁻¹²", "10⁻⁹", "10⁻⁶", "10⁻³", "10⁰"]
+        );
         assert_eq!(texts(&Axis::log10(""), &[1.0, 20.0], 6), ["1", "2", "5", "10", "20"]);
         assert_eq!(texts(&Axis::log2(""), &[128.0, 1024.0], 6), ["128", "256", "512", "1024"]);
         assert_eq!(texts(&Axis::log2(""), &[65536.0, 262144.0], 6), ["65536", "2¹⁷", "2¹⁸"]);
@@ -260,7 +294,9 @@ mod tests {
         let axis = Axis::log10("").range(-1.0, 5.0);
         for values in [vec![], vec![f64::NAN, f64::INFINITY, 0.0, -3.0], vec![7.0]] {
             let mapping = axis.mapping(axis.extent(values.iter().copied()), 0.05);
-            assert!(mapping.low < mapping.high && mapping.low.is_finite() && mapping.high.is_finite());
+            assert!(
+                mapping.low < mapping.high && mapping.low.is_finite() && mapping.high.is_finite()
+            );
             assert!(axis.tick_marks(&mapping, 5).0.len() >= 2, "{values:?}");
         }
     }

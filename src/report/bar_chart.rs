@@ -80,15 +80,22 @@ impl BarChart {
         if !self.stacks() {
             return Some((0.0, value));
         }
-        let below: f64 = self.series[..series].iter().filter_map(height).filter(|v| v.is_finite()).sum();
+        let below: f64 =
+            self.series[..series].iter().filter_map(height).filter(|v| v.is_finite()).sum();
         Some((below, below + value))
     }
 
     fn mapping(&self) -> Mapping {
         let linear = self.y.scale == Scale::Linear;
-        let every = (0..self.series.len()).flat_map(|s| (0..self.groups.len()).map(move |g| (s, g)));
+        let every =
+            (0..self.series.len()).flat_map(|s| (0..self.groups.len()).map(move |g| (s, g)));
         let tops = every.filter_map(|(s, g)| self.span(s, g)).map(|(_, top)| top);
-        let intervals = self.series.iter().flat_map(|s| &s.bars).filter_map(|b| b.interval).flat_map(|(a, b)| [a, b]);
+        let intervals = self
+            .series
+            .iter()
+            .flat_map(|s| &s.bars)
+            .filter_map(|b| b.interval)
+            .flat_map(|(a, b)| [a, b]);
         let zero = linear.then_some(0.0);
         let mut mapping = self.y.mapping(self.y.extent(tops.chain(intervals).chain(zero)), 0.08);
         if linear && self.y.range.is_none() {
@@ -103,9 +110,16 @@ impl BarChart {
 
     fn sides(&self, height: f64) -> (Side, Side) {
         let n = self.groups.len().max(1) as f64;
-        let ticks = self.groups.iter().enumerate().map(|(g, name)| ((g as f64 + 0.5) / n, name.clone())).collect();
-        let bottom = Side { label: self.group_label.clone(), ticks, categories: true, ..Side::default() };
-        let (ticks, minor) = self.y.tick_marks(&self.mapping(), ((height / 50.0) as usize).clamp(2, 8));
+        let ticks = self
+            .groups
+            .iter()
+            .enumerate()
+            .map(|(g, name)| ((g as f64 + 0.5) / n, name.clone()))
+            .collect();
+        let bottom =
+            Side { label: self.group_label.clone(), ticks, categories: true, ..Side::default() };
+        let (ticks, minor) =
+            self.y.tick_marks(&self.mapping(), ((height / 50.0) as usize).clamp(2, 8));
         (bottom, Side { label: self.y.label.clone(), ticks, minor, grid: true, categories: false })
     }
 
@@ -139,16 +153,29 @@ impl BarChart {
         for g in 0..self.groups.len() {
             let last = self.series.len().saturating_sub(1);
             for s in if self.stacks() { last..self.series.len() } else { 0..self.series.len() } {
-                let (Some(rect), Some((_, top))) = (self.rect(s, g, frame), self.span(s, g)) else { continue };
+                let (Some(rect), Some((_, top))) = (self.rect(s, g, frame), self.span(s, g)) else {
+                    continue;
+                };
                 let text = short_value(top);
                 let interval = self.series[s].bars[g].interval.filter(|_| !self.stacks());
                 let raised = interval.map_or(rect.y0, |(_, hi)| {
                     let f = self.mapping().fraction(hi);
-                    if f.is_finite() { rect.y0.min(frame.y1 - f.clamp(0.0, 1.0) * frame.height()) } else { rect.y0 }
+                    if f.is_finite() {
+                        rect.y0.min(frame.y1 - f.clamp(0.0, 1.0) * frame.height())
+                    } else {
+                        rect.y0
+                    }
                 });
                 let at = ((rect.x0 + rect.x1) / 2.0, raised - 10.0);
-                let room = if self.stacks() { frame.width() / self.groups.len() as f64 } else { rect.width() + 4.0 };
-                if text_width(&text, SMALL, false) <= room && at.1 - SMALL / 2.0 > frame.y0 && top >= 0.0 {
+                let room = if self.stacks() {
+                    frame.width() / self.groups.len() as f64
+                } else {
+                    rect.width() + 4.0
+                };
+                if text_width(&text, SMALL, false) <= room
+                    && at.1 - SMALL / 2.0 > frame.y0
+                    && top >= 0.0
+                {
                     scene.text(Text::new(at, text, SMALL, Align::Centre));
                 }
             }
@@ -198,12 +225,19 @@ impl Plot for BarChart {
         for (s, series) in self.series.iter().enumerate() {
             for g in 0..self.groups.len() {
                 let Some(rect) = self.rect(s, g, frame) else { continue };
-                let whisker = series.bars[g].interval.map_or(f64::NAN, |(_, hi)| self.mapping().fraction(hi));
-                let top = rect.y0.min(if whisker.is_finite() { frame.y1 - whisker * frame.height() } else { rect.y0 });
+                let whisker =
+                    series.bars[g].interval.map_or(f64::NAN, |(_, hi)| self.mapping().fraction(hi));
+                let top = rect.y0.min(if whisker.is_finite() {
+                    frame.y1 - whisker * frame.height()
+                } else {
+                    rect.y0
+                });
                 let top = if self.values { top - 20.0 } else { top };
                 for i in 0..=20 {
                     let y = top + (rect.y1 - top) * f64::from(i) / 20.0;
-                    points.extend([0.0, 0.25, 0.5, 0.75, 1.0].map(|t| (rect.x0 + t * rect.width(), y)));
+                    points.extend(
+                        [0.0, 0.25, 0.5, 0.75, 1.0].map(|t| (rect.x0 + t * rect.width(), y)),
+                    );
                 }
             }
         }
@@ -234,8 +268,11 @@ impl Plot for BarChart {
                 if self.stacks() && rect.height() > 3.0 {
                     scene.line(&[(rect.x0, rect.y0), (rect.x1, rect.y0)], theme::PAPER, 1.0, &[]);
                 }
-                let ends = bar.interval.map(|(lo, hi)| (mapping.fraction(lo), mapping.fraction(hi)));
-                if let (Some((lo, hi)), false) = (ends.filter(|(lo, hi)| !lo.is_nan() && !hi.is_nan()), self.stacks()) {
+                let ends =
+                    bar.interval.map(|(lo, hi)| (mapping.fraction(lo), mapping.fraction(hi)));
+                if let (Some((lo, hi)), false) =
+                    (ends.filter(|(lo, hi)| !lo.is_nan() && !hi.is_nan()), self.stacks())
+                {
                     let x = frame.x0 + middle * frame.width();
                     let y = |f: f64| frame.y1 - f.clamp(0.0, 1.0) * frame.height();
                     whisker(scene, (x, y(lo)), (x, y(hi)), theme::INK);

@@ -29,7 +29,9 @@ impl PartialEq for Cell {
             (Cell::Missing, Cell::Missing) => true,
             (Cell::Text(a), Cell::Text(b)) => a == b,
             (Cell::Integer(a), Cell::Integer(b)) => a == b,
-            (Cell::Float(a), Cell::Float(b)) => a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()),
+            (Cell::Float(a), Cell::Float(b)) => {
+                a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+            }
             _ => false,
         }
     }
@@ -50,7 +52,9 @@ impl Cell {
     pub fn to_field(&self) -> String {
         match self {
             Cell::Missing => String::new(),
-            Cell::Text(t) if matches!(Self::from_field(t), Cell::Text(plain) if plain == *t) => t.clone(),
+            Cell::Text(t) if matches!(Self::from_field(t), Cell::Text(plain) if plain == *t) => {
+                t.clone()
+            }
             Cell::Text(t) => format!("'{t}"),
             Cell::Integer(i) => i.to_string(),
             Cell::Float(x) => format!("{x:?}"),

@@ -107,8 +107,12 @@ const MARGIN: f64 = 18.0;
 const PANEL_GAP: f64 = 22.0;
 
 impl Figure {
-    /// A figure of these panels: one of 960 x 600, two or four in two columns, others in up to three.
-    pub fn new<P: Into<Panel>>(title: impl Into<String>, panels: impl IntoIterator<Item = P>) -> Self {
+    /// A figure of these panels: one of 960 x 600, two or four in two columns, others in up to
+    /// three.
+    pub fn new<P: Into<Panel>>(
+        title: impl Into<String>,
+        panels: impl IntoIterator<Item = P>,
+    ) -> Self {
         let panels: Vec<Panel> = panels.into_iter().map(Into::into).collect();
         let (columns, panel_size) = match panels.len() {
             0 | 1 => (1, (924.0, 540.0)),
@@ -197,9 +201,11 @@ impl Figure {
                 entries.push(entry);
             }
         }
-        let title_end =
-            MARGIN + title.len() as f64 * FIGURE_TITLE * LINE_HEIGHT + if title.is_empty() { 0.0 } else { 6.0 };
-        let top = title_end + rows_height(&entries, inner) + if entries.is_empty() { 0.0 } else { 4.0 };
+        let title_end = MARGIN
+            + title.len() as f64 * FIGURE_TITLE * LINE_HEIGHT
+            + if title.is_empty() { 0.0 } else { 6.0 };
+        let top =
+            title_end + rows_height(&entries, inner) + if entries.is_empty() { 0.0 } else { 4.0 };
         let grid_end = top + h * rows as f64 + PANEL_GAP * (rows - 1) as f64;
         let caption_top = grid_end + if caption.is_empty() { 0.0 } else { 10.0 };
         let height = (caption_top + caption.len() as f64 * SMALL * LINE_HEIGHT + MARGIN).ceil();
@@ -213,8 +219,10 @@ impl Figure {
 
         let in_panels = !shared && self.legend != LegendPlace::Hidden;
         let outer = |i: usize| {
-            let (x0, y0) =
-                (MARGIN + (w + PANEL_GAP) * (i % columns) as f64, top + (h + PANEL_GAP) * (i / columns) as f64);
+            let (x0, y0) = (
+                MARGIN + (w + PANEL_GAP) * (i % columns) as f64,
+                top + (h + PANEL_GAP) * (i / columns) as f64,
+            );
             Rect { x0, y0, x1: x0 + w, y1: y0 + h }
         };
         let insets = aligned_insets(&plots, &styles, columns, (w, h), in_panels);
@@ -232,7 +240,8 @@ impl Figure {
             _ => None,
         };
         let has_data = |c: &LineChart| c.series.iter().any(|s| !s.points.is_empty());
-        let ends: Vec<_> = self.panels.iter().filter_map(lines).filter(has_data).map(|c| c.ends()).collect();
+        let ends: Vec<_> =
+            self.panels.iter().filter_map(lines).filter(has_data).map(|c| c.ends()).collect();
         let common = |axis: usize| {
             let low = ends.iter().map(|e| e[axis].0).fold(f64::INFINITY, f64::min);
             (low, ends.iter().map(|e| e[axis].1).fold(f64::NEG_INFINITY, f64::max))
@@ -280,7 +289,10 @@ fn aligned_insets(
     (w, h): (f64, f64),
     legends: bool,
 ) -> Vec<Insets> {
-    let mut all = vec![Insets { left: 0.15 * w, top: 0.08 * h, right: 0.05 * w, bottom: 0.15 * h }; plots.len()];
+    let mut all = vec![
+        Insets { left: 0.15 * w, top: 0.08 * h, right: 0.05 * w, bottom: 0.15 * h };
+        plots.len()
+    ];
     // What an axis needs depends on the frame it leaves; three rounds settle it.
     for _ in 0..3 {
         let own: Vec<Insets> = plots
@@ -290,7 +302,8 @@ fn aligned_insets(
                 let (fw, fh) = ((w - i.left - i.right).max(40.0), (h - i.top - i.bottom).max(40.0));
                 let mut insets = plot.insets(fw, fh);
                 let titles = title_lines(plot.as_ref(), w).len() as f64;
-                insets.top += if titles > 0.0 { titles * PANEL_TITLE * LINE_HEIGHT + 2.0 } else { 0.0 };
+                insets.top +=
+                    if titles > 0.0 { titles * PANEL_TITLE * LINE_HEIGHT + 2.0 } else { 0.0 };
                 let entries = plot.legend(styles);
                 let frame = Rect { x0: 0.0, y0: 0.0, x1: fw, y1: fh };
                 if legends && free_box(&entries, frame, &plot.obstacles(frame)).is_none() {
@@ -300,8 +313,12 @@ fn aligned_insets(
             })
             .collect();
         let joint = |i: usize| {
-            let column = (i % columns..own.len()).step_by(columns).fold(Insets::default(), |m, j| m.max(own[j]));
-            let row = (i / columns * columns..own.len()).take(columns).fold(Insets::default(), |m, j| m.max(own[j]));
+            let column = (i % columns..own.len())
+                .step_by(columns)
+                .fold(Insets::default(), |m, j| m.max(own[j]));
+            let row = (i / columns * columns..own.len())
+                .take(columns)
+                .fold(Insets::default(), |m, j| m.max(own[j]));
             Insets { left: column.left, right: column.right, top: row.top, bottom: row.bottom }
         };
         all = (0..own.len()).map(joint).collect();
@@ -309,7 +326,14 @@ fn aligned_insets(
     all
 }
 
-fn draw_panel(scene: &mut Scene, plot: &dyn Plot, outer: Rect, insets: Insets, styles: &Styles, legends: bool) {
+fn draw_panel(
+    scene: &mut Scene,
+    plot: &dyn Plot,
+    outer: Rect,
+    insets: Insets,
+    styles: &Styles,
+    legends: bool,
+) {
     let frame = Rect {
         x0: outer.x0 + insets.left,
         y0: outer.y0 + insets.top,
@@ -318,7 +342,9 @@ fn draw_panel(scene: &mut Scene, plot: &dyn Plot, outer: Rect, insets: Insets, s
     };
     let titles = title_lines(plot, outer.width());
     let like = Text::new((0.0, 0.0), "", PANEL_TITLE, Align::Centre).bold();
-    let half = titles.iter().map(|t| super::scene::text_width(t, PANEL_TITLE, true)).fold(0.0, f64::max) / 2.0;
+    let half =
+        titles.iter().map(|t| super::scene::text_width(t, PANEL_TITLE, true)).fold(0.0, f64::max)
+            / 2.0;
     // Over the frame, but inside the panel.
     let middle = ((frame.x0 + frame.x1) / 2.0).max(outer.x0 + half).min(outer.x1 - half);
     scene.lines_of_text(&titles, middle, outer.y0, &like);

@@ -1,6 +1,8 @@
 use super::*;
 use crate::report::scene::Shape;
-use crate::report::{Axis, Bar, BarSeries, ColourScale, Front, HeatAxis, LineStyle, Reference, ScatterGroup, Series};
+use crate::report::{
+    Axis, Bar, BarSeries, ColourScale, Front, HeatAxis, LineStyle, Reference, ScatterGroup, Series,
+};
 
 fn lengths() -> Vec<f64> {
     (7..=14).map(|k| f64::from(k).exp2()).collect()
@@ -54,7 +56,15 @@ fn heat(colours: ColourScale) -> HeatMap {
     let centres: Vec<f64> = (0..9).map(|i| 0.25 + 0.25 * f64::from(i)).collect();
     let values = (0..8)
         .map(|r| {
-            (0..9).map(|c| if r == 2 && c == 3 { f64::NAN } else { (f64::from(c) - 3.0) * 10f64.powi(r - 5) }).collect()
+            (0..9)
+                .map(|c| {
+                    if r == 2 && c == 3 {
+                        f64::NAN
+                    } else {
+                        (f64::from(c) - 3.0) * 10f64.powi(r - 5)
+                    }
+                })
+                .collect()
         })
         .collect();
     let mut map = HeatMap::new(
@@ -65,14 +75,20 @@ fn heat(colours: ColourScale) -> HeatMap {
         "relative error of the gradient",
     );
     map.colours = colours;
-    map.curves = vec![Series::prediction("predicted boundary", [(0.3, 128.0), (1.0, 1024.0), (2.1, 9000.0)])];
+    map.curves = vec![Series::prediction(
+        "predicted boundary",
+        [(0.3, 128.0), (1.0, 1024.0), (2.1, 9000.0)],
+    )];
     map
 }
 
 fn categorical_heat() -> HeatMap {
     let mut map = HeatMap::new(
         "Decision accuracy",
-        HeatAxis::categories("method", ["dense", "streaming", "taylor degree 4", "nystrom", "tensor-sketch"]),
+        HeatAxis::categories(
+            "method",
+            ["dense", "streaming", "taylor degree 4", "nystrom", "tensor-sketch"],
+        ),
         HeatAxis::categories("head", ["layer 0, head 7", "layer 3, head 10", "synthetic"]),
         vec![vec![1.0, 0.99, 0.5, 0.75, 0.1], vec![0.2, 0.4, f64::NAN, 0.83, 1.0], vec![0.0, 0.31]],
         "share of instances decided",
@@ -96,7 +112,11 @@ fn bars(stacked: bool) -> BarChart {
         group_label: "adaptation method".into(),
         groups: ["full", "LoRA r = 8", "PaCA r = 8", "S2FT"].map(String::from).to_vec(),
         y: Axis::linear("memory (MiB)"),
-        series: vec![series("weights", 40.0), series("activations", 61.5), series("optimizer", 25.0)],
+        series: vec![
+            series("weights", 40.0),
+            series("activations", 61.5),
+            series("optimizer", 25.0),
+        ],
         stacked,
         values: true,
     }
@@ -105,23 +125,31 @@ fn bars(stacked: bool) -> BarChart {
 /// Figures as experiments draw them.
 fn gallery() -> Vec<NamedFigure> {
     let names = ["dense", "streaming", "chained, taylor", "chained, nystrom"];
-    let caption = "Shaded: 95 % Student t interval over 5 seeds. Lines without markers are predictions; \
-                   the dashed verticals mark where the norm bound of the theorem is met with equality.";
+    let caption = "Shaded: 95 % Student t interval over 5 seeds. Lines without markers are \
+                   predictions; the dashed verticals mark where the norm bound of the theorem is \
+                   met with equality.";
     let mut single =
-        Figure::new("Cost of one LoRA gradient against sequence length", [cost_chart("", &names)]).caption(caption);
+        Figure::new("Cost of one LoRA gradient against sequence length", [cost_chart("", &names)])
+            .caption(caption);
     single.legend = LegendPlace::Auto;
     let mut many = Figure::new(
-        "A long figure title that says what is compared, over which range, and at which accuracy, on two lines at least",
+        "A long figure title that says what is compared, over which range, and at which accuracy, \
+         on two lines at least",
         ["c = 0.5", "c = 1", "c = 2", "c = 4", "c = 8"].map(|t| cost_chart(t, &names[..3])),
     );
     (many.share_x, many.share_y, many.palette) = (true, true, Palette::Ordered);
     let mut crowded = Figure::new("Crowded", [cost_chart("every corner taken", &names)]);
     if let Panel::Lines(chart) = &mut crowded.panels[0] {
-        let zigzag = (0..60).map(|i| (128.0 * 1.08f64.powi(i), if i % 2 == 0 { 1e-6 } else { 10.0 }));
+        let zigzag =
+            (0..60).map(|i| (128.0 * 1.08f64.powi(i), if i % 2 == 0 { 1e-6 } else { 10.0 }));
         chart.series.push(Series { line: LineStyle::Dotted, ..Series::new("zigzag", zigzag) });
     }
-    let mixed: Vec<Panel> =
-        vec![scatter().into(), heat(ColourScale::Log10).into(), bars(false).into(), categorical_heat().into()];
+    let mixed: Vec<Panel> = vec![
+        scatter().into(),
+        heat(ColourScale::Log10).into(),
+        bars(false).into(),
+        categorical_heat().into(),
+    ];
     let mut separate = Figure::new("Panels with their own legends", mixed.clone());
     separate.legend = LegendPlace::Panels;
     vec![
@@ -153,7 +181,12 @@ fn hostile() -> Vec<NamedFigure> {
         (0.0, 1.0),
     ];
     let good = |p: &[(f64, f64)]| p.to_vec();
-    let banded = vec![(1.0, 1.0, f64::NAN, 2.0), (2.0, 2.0, -inf, inf), (3.0, inf, 0.0, inf), (4.0, 1.0, 0.0, 2.0)];
+    let banded = vec![
+        (1.0, 1.0, f64::NAN, 2.0),
+        (2.0, 2.0, -inf, inf),
+        (3.0, inf, 0.0, inf),
+        (4.0, 1.0, 0.0, 2.0),
+    ];
     let kinds: Vec<(&str, Vec<(f64, f64)>)> = vec![
         ("empty", vec![]),
         ("bad", bad.clone()),
@@ -166,10 +199,19 @@ fn hostile() -> Vec<NamedFigure> {
     for (name, points) in kinds {
         let mut panels: Vec<Panel> = Vec::new();
         for axis in [Axis::linear, Axis::log10, Axis::log2] as [fn(&'static str) -> Axis; 3] {
-            let series = vec![Series::new("points", points.clone()), Series::new("banded", banded.clone())];
-            let references =
-                vec![Reference::Vertical(f64::NAN, "nowhere".into()), Reference::Horizontal(inf, "far".into())];
-            let chart = LineChart { x: axis("x (m)"), y: axis("y (s)"), series, references, ..Default::default() };
+            let series =
+                vec![Series::new("points", points.clone()), Series::new("banded", banded.clone())];
+            let references = vec![
+                Reference::Vertical(f64::NAN, "nowhere".into()),
+                Reference::Horizontal(inf, "far".into()),
+            ];
+            let chart = LineChart {
+                x: axis("x (m)"),
+                y: axis("y (s)"),
+                series,
+                references,
+                ..Default::default()
+            };
             panels.push(chart.into());
             panels.push(Panel::Scatter(ScatterChart {
                 x: axis("x (m)"),
@@ -184,7 +226,10 @@ fn hostile() -> Vec<NamedFigure> {
                 y: axis("y (s)"),
                 series: vec![
                     BarSeries::new("plain", ys.clone()),
-                    BarSeries::new("wide", ys.map(|y| Bar { value: y, interval: Some((-inf, f64::NAN)) })),
+                    BarSeries::new(
+                        "wide",
+                        ys.map(|y| Bar { value: y, interval: Some((-inf, f64::NAN)) }),
+                    ),
                     BarSeries::new::<f64>("none", []),
                 ],
                 stacked: panels.len() > 4,
@@ -212,8 +257,11 @@ fn hostile() -> Vec<NamedFigure> {
 
 /// Texts that leave the picture or touch each other.
 fn collisions(scene: &Scene) -> Vec<String> {
-    let texts: Vec<&Text> =
-        scene.shapes.iter().filter_map(|s| if let Shape::Text(t) = s { Some(t) } else { None }).collect();
+    let texts: Vec<&Text> = scene
+        .shapes
+        .iter()
+        .filter_map(|s| if let Shape::Text(t) = s { Some(t) } else { None })
+        .collect();
     let page = Rect { x0: 0.0, y0: 0.0, x1: scene.width, y1: scene.height };
     let mut found = Vec::new();
     for (i, text) in texts.iter().enumerate() {
@@ -275,15 +323,24 @@ fn every_figure_gives_valid_files_whatever_the_data() {
         assert_eq!(text.matches("<text").count(), text.matches("</text>").count(), "{name}");
         assert!(!text.contains("NaN") || name == "bad" || name == "part-bad", "{name}");
         let scene = figure.scene();
-        assert!(text.contains(&format!("width=\"{}\" height=\"{}\"", scene.width, scene.height)), "{name}");
+        assert!(
+            text.contains(&format!("width=\"{}\" height=\"{}\"", scene.width, scene.height)),
+            "{name}"
+        );
         let mut reader = png::Decoder::new(std::fs::File::open(png).unwrap()).read_info().unwrap();
         let mut pixels = vec![0; reader.output_buffer_size()];
         let info = reader.next_frame(&mut pixels).unwrap();
-        assert_eq!((f64::from(info.width), f64::from(info.height)), (2.0 * scene.width, 2.0 * scene.height));
+        assert_eq!(
+            (f64::from(info.width), f64::from(info.height)),
+            (2.0 * scene.width, 2.0 * scene.height)
+        );
         assert_eq!(pixels.iter().any(|p| *p != 255), name != "nothing", "{name}");
     }
     // Only the finished files are there.
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2 * (hostile().len() + gallery().len()));
+    assert_eq!(
+        std::fs::read_dir(folder.path()).unwrap().count(),
+        2 * (hostile().len() + gallery().len())
+    );
 }
 
 #[test]
@@ -292,8 +349,15 @@ fn data_and_names_reach_the_svg() {
     let figure = Figure::new("a < b & c", [cost_chart("", &["dense"])]);
     let [svg, _] = figure.write(folder.path(), "f").unwrap();
     let text = std::fs::read_to_string(svg).unwrap();
-    for part in ["a &lt; b &amp; c", "dense", "slope 2", "tokens", "Γ = √log L", "10⁻³", "DejaVu Sans, sans-serif"]
-    {
+    for part in [
+        "a &lt; b &amp; c",
+        "dense",
+        "slope 2",
+        "tokens",
+        "Γ = √log L",
+        "10⁻³",
+        "DejaVu Sans, sans-serif",
+    ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
     // Eight markers and one in the legend.
@@ -319,7 +383,9 @@ fn a_method_has_its_colour_in_every_figure() {
         figure.styles(&figure.plots()).of(name)
     };
     // Alone with other series or in another order: the same colour.
-    for names in [&["lora", "paca", "full"][..], &["s2ft", "full", "paca"], &["other", "paca", "dora"]] {
+    for names in
+        [&["lora", "paca", "full"][..], &["s2ft", "full", "paca"], &["other", "paca", "dora"]]
+    {
         assert_eq!(style(names, "paca").0, crate::report::theme::CATEGORICAL[2]);
     }
     // A variant shares the colour and differs in its marker; nobody else takes a colour in use.

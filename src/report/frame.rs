@@ -49,8 +49,9 @@ impl Styles {
         theme::series_style(self.palette, slot, self.names.len())
     }
 
-    /// Style of a series in a figure that compares methods (names at least two of them): a method's own colour, its
-    /// variants told apart by the marker; the colours that are left for other series.
+    /// Style of a series in a figure that compares methods (names at least two of them): a method's
+    /// own colour, its variants told apart by the marker; the colours that are left for other
+    /// series.
     fn among_methods(&self, slot: usize) -> Option<(RGBColor, theme::Marker)> {
         let slots: Vec<Option<usize>> = self.names.iter().map(|n| theme::method_slot(n)).collect();
         let used: Vec<usize> = slots.iter().flatten().copied().collect();
@@ -63,10 +64,17 @@ impl Styles {
         Some(match own {
             Some(method) => (theme::CATEGORICAL[method], marker(method + 3 * before(own))),
             None => {
-                let free: Vec<usize> = (0..theme::CATEGORICAL.len()).filter(|i| !used.contains(i)).collect();
+                let free: Vec<usize> =
+                    (0..theme::CATEGORICAL.len()).filter(|i| !used.contains(i)).collect();
                 let nth = before(None);
-                let colour = free.get(nth % free.len().max(1)).copied().unwrap_or(nth % theme::CATEGORICAL.len());
-                (theme::CATEGORICAL[colour], marker(theme::MARKERS.len() - 1 - nth % theme::MARKERS.len()))
+                let colour = free
+                    .get(nth % free.len().max(1))
+                    .copied()
+                    .unwrap_or(nth % theme::CATEGORICAL.len());
+                (
+                    theme::CATEGORICAL[colour],
+                    marker(theme::MARKERS.len() - 1 - nth % theme::MARKERS.len()),
+                )
             }
         })
     }
@@ -115,8 +123,11 @@ fn bottom_texts(side: &Side, width: f64) -> BottomTexts {
     let measure = |t: &str| text_width(t, SMALL, false);
     if side.categories {
         let slot = width / side.ticks.len().max(1) as f64 - 8.0;
-        let wrapped: Vec<Vec<String>> = side.ticks.iter().map(|(_, t)| wrap(t, SMALL, false, slot)).collect();
-        let fits = wrapped.iter().all(|lines| lines.len() <= 3 && lines.iter().all(|l| measure(l) <= slot));
+        let wrapped: Vec<Vec<String>> =
+            side.ticks.iter().map(|(_, t)| wrap(t, SMALL, false, slot)).collect();
+        let fits = wrapped
+            .iter()
+            .all(|lines| lines.len() <= 3 && lines.iter().all(|l| measure(l) <= slot));
         return if fits { BottomTexts::Wrapped(wrapped) } else { BottomTexts::Upright };
     }
     let clear = |stride: usize| {
@@ -128,7 +139,9 @@ fn bottom_texts(side: &Side, width: f64) -> BottomTexts {
             free
         })
     };
-    BottomTexts::Strided((1..side.ticks.len().max(2)).find(|s| clear(*s)).unwrap_or(side.ticks.len().max(1)))
+    BottomTexts::Strided(
+        (1..side.ticks.len().max(2)).find(|s| clear(*s)).unwrap_or(side.ticks.len().max(1)),
+    )
 }
 
 impl Side {
@@ -142,9 +155,13 @@ impl Side {
     /// Room under the frame for a horizontal axis.
     pub fn bottom_room(&self, width: f64) -> f64 {
         let ticks = match bottom_texts(self, width) {
-            BottomTexts::Wrapped(texts) => texts.iter().map(Vec::len).max().unwrap_or(0) as f64 * SMALL * LINE_HEIGHT,
+            BottomTexts::Wrapped(texts) => {
+                texts.iter().map(Vec::len).max().unwrap_or(0) as f64 * SMALL * LINE_HEIGHT
+            }
             BottomTexts::Strided(_) => SMALL * LINE_HEIGHT,
-            BottomTexts::Upright => self.ticks.iter().map(|(_, t)| text_width(t, SMALL, false)).fold(0.0, f64::max),
+            BottomTexts::Upright => {
+                self.ticks.iter().map(|(_, t)| text_width(t, SMALL, false)).fold(0.0, f64::max)
+            }
         };
         let label = wrap(&self.label, LABEL, false, width).len() as f64 * LABEL * LINE_HEIGHT;
         ticks + TICK + GAP + label
@@ -204,7 +221,8 @@ fn draw_bottom(scene: &mut Scene, frame: Rect, side: &Side) {
         }
     }
     let lines = wrap(&side.label, LABEL, false, frame.width());
-    let label_top = frame.y1 + side.bottom_room(frame.width()) - lines.len() as f64 * LABEL * LINE_HEIGHT;
+    let label_top =
+        frame.y1 + side.bottom_room(frame.width()) - lines.len() as f64 * LABEL * LINE_HEIGHT;
     let like = Text::new((0.0, 0.0), "", LABEL, Align::Centre);
     scene.lines_of_text(&lines, (frame.x0 + frame.x1) / 2.0, label_top, &like);
 }

@@ -69,7 +69,8 @@ pub(super) fn dashes(points: &[Point], dash: &[f64]) -> Vec<Vec<Point>> {
 pub(super) fn clip(a: Point, b: Point, rect: Rect) -> Option<(Point, Point)> {
     let (dx, dy) = (b.0 - a.0, b.1 - a.1);
     let (mut enter, mut leave) = (0.0f64, 1.0f64);
-    let sides = [(-dx, a.0 - rect.x0), (dx, rect.x1 - a.0), (-dy, a.1 - rect.y0), (dy, rect.y1 - a.1)];
+    let sides =
+        [(-dx, a.0 - rect.x0), (dx, rect.x1 - a.0), (-dy, a.1 - rect.y0), (dy, rect.y1 - a.1)];
     for (towards, room) in sides {
         if towards == 0.0 {
             if room < 0.0 {
@@ -81,7 +82,8 @@ pub(super) fn clip(a: Point, b: Point, rect: Rect) -> Option<(Point, Point)> {
             leave = leave.min(room / towards);
         }
     }
-    (enter <= leave).then_some(((a.0 + enter * dx, a.1 + enter * dy), (a.0 + leave * dx, a.1 + leave * dy)))
+    (enter <= leave)
+        .then_some(((a.0 + enter * dx, a.1 + enter * dy), (a.0 + leave * dx, a.1 + leave * dy)))
 }
 
 #[cfg(test)]
@@ -102,7 +104,11 @@ mod tests {
         let pieces = dashes(&[(0.0, 0.0), (10.0, 0.0), (10.0, 10.0)], &[6.0, 2.0]);
         assert_eq!(
             pieces,
-            [vec![(0.0, 0.0), (6.0, 0.0)], vec![(8.0, 0.0), (10.0, 0.0), (10.0, 4.0)], vec![(10.0, 6.0), (10.0, 10.0)],]
+            [
+                vec![(0.0, 0.0), (6.0, 0.0)],
+                vec![(8.0, 0.0), (10.0, 0.0), (10.0, 4.0)],
+                vec![(10.0, 6.0), (10.0, 10.0)],
+            ]
         );
     }
 }

@@ -31,8 +31,14 @@ pub enum HeatAxis {
 
 impl HeatAxis {
     /// Named cells.
-    pub fn categories<S: Into<String>>(label: impl Into<String>, names: impl IntoIterator<Item = S>) -> Self {
-        HeatAxis::Categories { label: label.into(), names: names.into_iter().map(Into::into).collect() }
+    pub fn categories<S: Into<String>>(
+        label: impl Into<String>,
+        names: impl IntoIterator<Item = S>,
+    ) -> Self {
+        HeatAxis::Categories {
+            label: label.into(),
+            names: names.into_iter().map(Into::into).collect(),
+        }
     }
 
     /// Cells around numbers.
@@ -54,7 +60,8 @@ impl HeatAxis {
             return (0..=self.len()).map(|i| i as f64).collect();
         };
         let at: Vec<f64> = centres.iter().map(|c| axis.scale.forward(*c)).collect();
-        if at.is_empty() || !at.iter().all(|u| u.is_finite()) || at.windows(2).any(|w| w[0] >= w[1]) {
+        if at.is_empty() || !at.iter().all(|u| u.is_finite()) || at.windows(2).any(|w| w[0] >= w[1])
+        {
             return Vec::new();
         }
         let inner: Vec<f64> = at.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect();
@@ -69,7 +76,8 @@ impl HeatAxis {
 
     fn mapping(&self) -> Mapping {
         let borders = self.borders();
-        let scale = if let HeatAxis::Numbers { axis, .. } = self { axis.scale } else { Scale::Linear };
+        let scale =
+            if let HeatAxis::Numbers { axis, .. } = self { axis.scale } else { Scale::Linear };
         match (borders.first(), borders.last()) {
             (Some(low), Some(high)) if low < high => Mapping { scale, low: *low, high: *high },
             _ => Mapping { scale, low: 0.0, high: 1.0 },
@@ -80,7 +88,11 @@ impl HeatAxis {
         match self {
             HeatAxis::Categories { label, names } => {
                 let n = names.len().max(1) as f64;
-                let ticks = names.iter().enumerate().map(|(i, t)| ((i as f64 + 0.5) / n, t.clone())).collect();
+                let ticks = names
+                    .iter()
+                    .enumerate()
+                    .map(|(i, t)| ((i as f64 + 0.5) / n, t.clone()))
+                    .collect();
                 Side { label: label.clone(), ticks, categories: true, ..Side::default() }
             }
             HeatAxis::Numbers { axis, .. } => {
@@ -169,14 +181,19 @@ impl HeatMap {
     /// `None` for a missing cell.
     fn colour(&self, mapping: &Mapping, value: f64) -> Option<RGBColor> {
         let t = mapping.fraction(value);
-        let map = if self.colours == ColourScale::Diverging { theme::diverging } else { theme::sequential };
+        let map = if self.colours == ColourScale::Diverging {
+            theme::diverging
+        } else {
+            theme::sequential
+        };
         let absent = t.is_nan() || (self.colours == ColourScale::Log10 && value <= 0.0);
         (!absent).then(|| map(t))
     }
 
     fn bar_ticks(&self, height: f64) -> Side {
-        let (ticks, minor) =
-            self.value_axis().tick_marks(&self.value_mapping(), ((height / 50.0) as usize).clamp(2, 7));
+        let (ticks, minor) = self
+            .value_axis()
+            .tick_marks(&self.value_mapping(), ((height / 50.0) as usize).clamp(2, 7));
         Side { label: self.value_label.clone(), ticks, minor, ..Side::default() }
     }
 
@@ -187,22 +204,31 @@ impl HeatMap {
         let py = |u: f64| frame.y1 - (u - my.low) / (my.high - my.low) * frame.height();
         for (row, y) in ys.windows(2).enumerate() {
             for (column, x) in xs.windows(2).enumerate() {
-                let value = self.values.get(row).and_then(|r| r.get(column)).copied().unwrap_or(f64::NAN);
+                let value =
+                    self.values.get(row).and_then(|r| r.get(column)).copied().unwrap_or(f64::NAN);
                 let cell = Rect { x0: px(x[0]), x1: px(x[1]), y0: py(y[1]), y1: py(y[0]) };
                 let Some(colour) = self.colour(&mapping, value) else {
                     scene.fill(cell, theme::ABSENT);
                     scene.line(&[(cell.x0, cell.y1), (cell.x1, cell.y0)], theme::MUTED, 1.0, &[]);
                     continue;
                 };
-                // The neighbours drawn later cover the excess; cells that only met would show seams in SVG.
+                // The neighbours drawn later cover the excess; cells that only met would show seams
+                // in SVG.
                 scene.fill(
-                    Rect { x1: (cell.x1 + 0.7).min(frame.x1), y0: (cell.y0 - 0.7).max(frame.y0), ..cell },
+                    Rect {
+                        x1: (cell.x1 + 0.7).min(frame.x1),
+                        y0: (cell.y0 - 0.7).max(frame.y0),
+                        ..cell
+                    },
                     colour,
                 );
                 let text = annotation(value);
-                if self.annotate && text_width(&text, SMALL, false) + 4.0 < cell.width() && cell.height() > SMALL * 1.2
+                if self.annotate
+                    && text_width(&text, SMALL, false) + 4.0 < cell.width()
+                    && cell.height() > SMALL * 1.2
                 {
-                    let ink = if theme::luminance(colour) > 0.5 { theme::INK } else { theme::PAPER };
+                    let ink =
+                        if theme::luminance(colour) > 0.5 { theme::INK } else { theme::PAPER };
                     let middle = ((cell.x0 + cell.x1) / 2.0, (cell.y0 + cell.y1) / 2.0);
                     scene.text(Text::new(middle, text, SMALL, Align::Centre).colour(ink));
                 }
@@ -212,7 +238,11 @@ impl HeatMap {
 
     fn draw_colour_bar(&self, scene: &mut Scene, frame: Rect) {
         let bar = Rect { x0: frame.x1 + BAR_GAP, x1: frame.x1 + BAR_GAP + BAR_WIDTH, ..frame };
-        let map = if self.colours == ColourScale::Diverging { theme::diverging } else { theme::sequential };
+        let map = if self.colours == ColourScale::Diverging {
+            theme::diverging
+        } else {
+            theme::sequential
+        };
         const STEPS: usize = 64;
         // From the top, each down to the bottom: strips that only met would show seams in SVG.
         for i in (0..STEPS).rev() {
@@ -229,14 +259,17 @@ impl HeatMap {
         let ticks = side.ticks.iter().map(|(_, t)| text_width(t, SMALL, false)).fold(0.0, f64::max);
         for (i, line) in wrap(&side.label, LABEL, false, frame.height()).iter().enumerate() {
             let x = bar.x1 + 14.0 + ticks + (i as f64 + 0.5) * LABEL * LINE_HEIGHT;
-            scene.text(Text::new((x, (frame.y0 + frame.y1) / 2.0), line, LABEL, Align::Centre).upright());
+            scene.text(
+                Text::new((x, (frame.y0 + frame.y1) / 2.0), line, LABEL, Align::Centre).upright(),
+            );
         }
     }
 
     fn draw_curves(&self, scene: &mut Scene, frame: Rect) {
         let (mx, my) = (self.x.mapping(), self.y.mapping());
-        let pixel =
-            |x: f64, y: f64| (frame.x0 + mx.fraction(x) * frame.width(), frame.y1 - my.fraction(y) * frame.height());
+        let pixel = |x: f64, y: f64| {
+            (frame.x0 + mx.fraction(x) * frame.width(), frame.y1 - my.fraction(y) * frame.height())
+        };
         for curve in &self.curves {
             let mut pieces: Vec<Vec<Point>> = Vec::new();
             for pair in curve.points.windows(2) {
@@ -251,7 +284,9 @@ impl HeatMap {
                 }
             }
             let dash = curve.line.dash().unwrap_or(&[]);
-            pieces.iter().for_each(|piece| scene.line(piece, theme::PAPER, 2.4 * SERIES_WIDTH, &[]));
+            pieces
+                .iter()
+                .for_each(|piece| scene.line(piece, theme::PAPER, 2.4 * SERIES_WIDTH, &[]));
             pieces.iter().for_each(|piece| scene.line(piece, theme::INK, SERIES_WIDTH, dash));
         }
     }
@@ -316,7 +351,10 @@ impl Plot for HeatMap {
     fn draw(&self, scene: &mut Scene, frame: Rect, _styles: &Styles) {
         self.draw_cells(scene, frame);
         self.draw_curves(scene, frame);
-        let (x, y) = (self.x.side((frame.width() / 75.0) as usize), self.y.side((frame.height() / 50.0) as usize));
+        let (x, y) = (
+            self.x.side((frame.width() / 75.0) as usize),
+            self.y.side((frame.height() / 50.0) as usize),
+        );
         draw_axes(scene, frame, &x, &y);
         draw_outline(scene, frame);
         self.draw_colour_bar(scene, frame);

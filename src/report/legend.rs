@@ -84,7 +84,11 @@ pub(super) fn draw_box(scene: &mut Scene, entries: &[LegendEntry], place: Rect) 
     scene.fill(place, theme::PAPER);
     scene.outline(place, theme::GRID, 1.0);
     for (i, entry) in entries.iter().enumerate() {
-        draw_entry(scene, entry, (place.x0 + PADDING, place.y0 + PADDING - 2.0 + (i as f64 + 0.5) * ROW));
+        draw_entry(
+            scene,
+            entry,
+            (place.x0 + PADDING, place.y0 + PADDING - 2.0 + (i as f64 + 0.5) * ROW),
+        );
     }
 }
 

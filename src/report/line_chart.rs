@@ -60,7 +60,8 @@ impl From<(f64, f64, f64, f64)> for PlotPoint {
 /// A named sequence of points.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Series {
-    /// Name in the legend; a series of the same name looks the same in every panel. Empty: no entry.
+    /// Name in the legend; a series of the same name looks the same in every panel. Empty: no
+    /// entry.
     pub name: String,
     /// Points in drawing order.
     pub points: Vec<PlotPoint>,
@@ -74,13 +75,19 @@ pub struct Series {
 
 impl Series {
     /// A solid line with markers.
-    pub fn new<P: Into<PlotPoint>>(name: impl Into<String>, points: impl IntoIterator<Item = P>) -> Self {
+    pub fn new<P: Into<PlotPoint>>(
+        name: impl Into<String>,
+        points: impl IntoIterator<Item = P>,
+    ) -> Self {
         let points = points.into_iter().map(Into::into).collect();
         Self { name: name.into(), points, line: LineStyle::Solid, markers: true, like: None }
     }
 
     /// A dashed line without markers: a prediction.
-    pub fn prediction<P: Into<PlotPoint>>(name: impl Into<String>, points: impl IntoIterator<Item = P>) -> Self {
+    pub fn prediction<P: Into<PlotPoint>>(
+        name: impl Into<String>,
+        points: impl IntoIterator<Item = P>,
+    ) -> Self {
         Self { line: LineStyle::Dashed, markers: false, ..Self::new(name, points) }
     }
 
@@ -158,7 +165,9 @@ impl LineChart {
             .references
             .iter()
             .filter_map(|r| match r {
-                Reference::Vertical(v, text) if inside(x.fraction(*v)) => Some((x.fraction(*v) * width, text)),
+                Reference::Vertical(v, text) if inside(x.fraction(*v)) => {
+                    Some((x.fraction(*v) * width, text))
+                }
                 _ => None,
             })
             .collect();
@@ -167,7 +176,10 @@ impl LineChart {
         for (at, text) in labels {
             let wide = text_width(text, SMALL, false);
             let centre = at.min(width - wide / 2.0).max(wide / 2.0);
-            let row = row_ends.iter().position(|end| centre - wide / 2.0 > end + 10.0).unwrap_or(row_ends.len());
+            let row = row_ends
+                .iter()
+                .position(|end| centre - wide / 2.0 > end + 10.0)
+                .unwrap_or(row_ends.len());
             if row == row_ends.len() {
                 row_ends.push(0.0);
             }
@@ -177,7 +189,8 @@ impl LineChart {
         placed
     }
 
-    /// Labels on the right: lines of text and the top of the first, moved down where they would touch.
+    /// Labels on the right: lines of text and the top of the first, moved down where they would
+    /// touch.
     fn labels_right(&self, y: &Mapping, height: f64) -> Vec<(Vec<String>, f64)> {
         let mut labels: Vec<(f64, Vec<String>)> = self
             .references
@@ -248,19 +261,34 @@ pub(super) fn place(frame: Rect, fx: f64, fy: f64) -> Option<(Point, Option<Mark
 }
 
 /// Draws one series; shared by charts of lines and of scattered points.
-fn draw_series(scene: &mut Scene, frame: Rect, x: &Mapping, y: &Mapping, series: &Series, styles: &Styles) {
+fn draw_series(
+    scene: &mut Scene,
+    frame: Rect,
+    x: &Mapping,
+    y: &Mapping,
+    series: &Series,
+    styles: &Styles,
+) {
     let (colour, marker) = styles.of(series.style_name());
     let fractions = |p: &PlotPoint| (x.fraction(p.x), y.fraction(p.y));
-    let pixel = |(fx, fy): (f64, f64)| (frame.x0 + fx * frame.width(), frame.y1 - fy * frame.height());
+    let pixel =
+        |(fx, fy): (f64, f64)| (frame.x0 + fx * frame.width(), frame.y1 - fy * frame.height());
     if let Some(dash) = series.line.dash() {
-        for run in series.points.split(|p| !fractions(p).0.is_finite() || !fractions(p).1.is_finite()) {
+        for run in
+            series.points.split(|p| !fractions(p).0.is_finite() || !fractions(p).1.is_finite())
+        {
             let mut piece: Vec<Point> = Vec::new();
             for pair in run.windows(2) {
                 let clipped = clip(pixel(fractions(&pair[0])), pixel(fractions(&pair[1])), frame);
                 match clipped {
                     Some((a, b)) if piece.last() == Some(&a) => piece.push(b),
                     Some((a, b)) => {
-                        scene.line(&std::mem::replace(&mut piece, vec![a, b]), colour, SERIES_WIDTH, dash);
+                        scene.line(
+                            &std::mem::replace(&mut piece, vec![a, b]),
+                            colour,
+                            SERIES_WIDTH,
+                            dash,
+                        );
                     }
                     None => {}
                 }
@@ -275,7 +303,9 @@ fn draw_series(scene: &mut Scene, frame: Rect, x: &Mapping, y: &Mapping, series:
             // A line that continues beyond a fixed range needs no arrow.
             (Some(_), _) if fy.is_finite() && series.line != LineStyle::None => continue,
             (Some(arrow), _) => scene.marker(at, arrow, colour, MARKER_RADIUS),
-            (None, Some((lo, hi))) if series.line == LineStyle::None || series.points.len() == 1 => {
+            (None, Some((lo, hi)))
+                if series.line == LineStyle::None || series.points.len() == 1 =>
+            {
                 let end = |v: f64| pixel((fx, y.fraction(v).clamp(0.0, 1.0)));
                 let (a, b) = (end(lo), end(hi));
                 if a.1.is_finite() && b.1.is_finite() {
@@ -302,7 +332,14 @@ pub(super) fn whisker(scene: &mut Scene, a: Point, b: Point, colour: plotters::s
 }
 
 /// Shades the interval along a line, one polygon per unbroken run.
-fn draw_band(scene: &mut Scene, frame: Rect, x: &Mapping, y: &Mapping, series: &Series, styles: &Styles) {
+fn draw_band(
+    scene: &mut Scene,
+    frame: Rect,
+    x: &Mapping,
+    y: &Mapping,
+    series: &Series,
+    styles: &Styles,
+) {
     if series.line == LineStyle::None {
         return;
     }
@@ -311,7 +348,8 @@ fn draw_band(scene: &mut Scene, frame: Rect, x: &Mapping, y: &Mapping, series: &
         (frame.x0 + fx * frame.width(), frame.y1 - fy * frame.height())
     };
     let usable = |p: &PlotPoint| {
-        let ends = p.interval.is_some_and(|(lo, hi)| !y.fraction(lo).is_nan() && !y.fraction(hi).is_nan());
+        let ends =
+            p.interval.is_some_and(|(lo, hi)| !y.fraction(lo).is_nan() && !y.fraction(hi).is_nan());
         ends && inside(x.fraction(p.x))
     };
     for run in series.points.split(|p| !usable(p)).filter(|run| run.len() > 1) {
@@ -343,9 +381,11 @@ impl Plot for LineChart {
     fn insets(&self, width: f64, height: f64) -> Insets {
         let (x, y) = self.sides(width, height);
         let (mx, my) = self.mappings();
-        let rows = self.labels_above(&mx, width).iter().map(|(_, _, row)| row + 1).max().unwrap_or(0);
+        let rows =
+            self.labels_above(&mx, width).iter().map(|(_, _, row)| row + 1).max().unwrap_or(0);
         let right = self.labels_right(&my, height);
-        let right = right.iter().flat_map(|(lines, _)| lines).map(|l| text_width(l, SMALL, false) + 10.0);
+        let right =
+            right.iter().flat_map(|(lines, _)| lines).map(|l| text_width(l, SMALL, false) + 10.0);
         Insets {
             left: y.left_room(height),
             top: if rows == 0 { 6.0 } else { rows as f64 * SMALL * LINE_HEIGHT + 10.0 },
@@ -363,13 +403,17 @@ impl Plot for LineChart {
                 values.extend(p.interval.into_iter().flat_map(|(lo, hi)| [lo, hi]));
                 values
             };
-            let placed = |p: &PlotPoint, v: f64| place(frame, x.fraction(p.x), y.fraction(v)).map(|(at, _)| at);
+            let placed = |p: &PlotPoint, v: f64| {
+                place(frame, x.fraction(p.x), y.fraction(v)).map(|(at, _)| at)
+            };
             for p in &series.points {
                 points.extend(heights(p).into_iter().filter_map(|v| placed(p, v)));
             }
             for pair in series.points.windows(2) {
                 for (v, w) in heights(&pair[0]).into_iter().zip(heights(&pair[1])) {
-                    let (Some(a), Some(b)) = (placed(&pair[0], v), placed(&pair[1], w)) else { continue };
+                    let (Some(a), Some(b)) = (placed(&pair[0], v), placed(&pair[1], w)) else {
+                        continue;
+                    };
                     points.extend((1..40).map(|i| {
                         let t = f64::from(i) / 40.0;
                         (a.0 + t * (b.0 - a.0), a.1 + t * (b.1 - a.1))
@@ -381,8 +425,12 @@ impl Plot for LineChart {
             let along = |i: i32| f64::from(i) / 60.0;
             let line = |fx: f64, fy: f64| place(frame, fx, fy).map(|(at, _)| at);
             match reference {
-                Reference::Vertical(v, _) => points.extend((0..=60).filter_map(|i| line(x.fraction(*v), along(i)))),
-                Reference::Horizontal(v, _) => points.extend((0..=60).filter_map(|i| line(along(i), y.fraction(*v)))),
+                Reference::Vertical(v, _) => {
+                    points.extend((0..=60).filter_map(|i| line(x.fraction(*v), along(i))))
+                }
+                Reference::Horizontal(v, _) => {
+                    points.extend((0..=60).filter_map(|i| line(along(i), y.fraction(*v))))
+                }
             }
         }
         points
@@ -396,7 +444,12 @@ impl Plot for LineChart {
         self.draw_references(scene, frame, &x, &y);
         draw_outline(scene, frame);
         self.series.iter().for_each(|s| draw_series(scene, frame, &x, &y, s, styles));
-        if !self.series.iter().flat_map(|s| &s.points).any(|p| !x.fraction(p.x).is_nan() && !y.fraction(p.y).is_nan()) {
+        if !self
+            .series
+            .iter()
+            .flat_map(|s| &s.points)
+            .any(|p| !x.fraction(p.x).is_nan() && !y.fraction(p.y).is_nan())
+        {
             draw_no_data(scene, frame);
         }
     }

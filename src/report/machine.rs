@@ -89,7 +89,8 @@ impl Sources {
 fn checkout_root(from: &Path) -> Option<PathBuf> {
     let own = concat!("name = \"", env!("CARGO_PKG_NAME"), "\"");
     let is_own = |folder: &&Path| {
-        std::fs::read_to_string(folder.join("Cargo.toml")).is_ok_and(|text| text.lines().any(|l| l.trim() == own))
+        std::fs::read_to_string(folder.join("Cargo.toml"))
+            .is_ok_and(|text| text.lines().any(|l| l.trim() == own))
     };
     from.ancestors().find(is_own).map(Path::to_path_buf)
 }
@@ -103,7 +104,8 @@ fn command_output(program: &str, args: &[&str], folder: &Path) -> Option<String>
 /// paths made relative to the current folder or cut to their last component.
 pub fn portable_command_line(arguments: impl IntoIterator<Item = String>) -> Vec<String> {
     let here = std::env::current_dir().unwrap_or_default();
-    let file_name = |p: &Path| p.file_name().map_or_else(|| "/".into(), |n| n.to_string_lossy().into_owned());
+    let file_name =
+        |p: &Path| p.file_name().map_or_else(|| "/".into(), |n| n.to_string_lossy().into_owned());
     let portable = |value: &str| {
         let path = Path::new(value);
         if !path.is_absolute() {
@@ -130,7 +132,14 @@ mod tests {
     fn command_lines_name_no_machine_path() {
         let here = std::env::current_dir().unwrap();
         let inside = here.join("figures/x").to_string_lossy().into_owned();
-        let given = ["/a/b/target/release/prog", "--out", &inside, "--out=/secret/home/y", "--seed=3", "rel/z"];
+        let given = [
+            "/a/b/target/release/prog",
+            "--out",
+            &inside,
+            "--out=/secret/home/y",
+            "--seed=3",
+            "rel/z",
+        ];
         let kept = portable_command_line(given.map(String::from));
         assert_eq!(kept, ["prog", "--out", "figures/x", "--out=y", "--seed=3", "rel/z"]);
     }

@@ -116,8 +116,8 @@ impl Manifest {
     /// [`Error::Io`].
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join("manifest.json");
-        let mut text =
-            serde_json::to_string_pretty(self).map_err(|e| Error::format(&path, "manifest", "JSON", e.to_string()))?;
+        let mut text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::format(&path, "manifest", "JSON", e.to_string()))?;
         text.push('\n');
         write_bytes(&path, text.as_bytes())
     }
@@ -133,9 +133,9 @@ impl Manifest {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io(&path, e)),
         };
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::format(&path, "manifest", "a manifest of this package's version", e.to_string()))
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| {
+            Error::format(&path, "manifest", "a manifest of this package's version", e.to_string())
+        })
     }
 }
 

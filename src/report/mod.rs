@@ -1,8 +1,8 @@
 //! Tables, manifests and figures: what an experiment leaves behind.
 //!
 //! A figure is a grid of panels, each a plain data struct ([`LineChart`], [`ScatterChart`],
-//! [`HeatMap`], [`BarChart`]); [`Figure::write`] draws it as SVG and PNG. Everything is written whole
-//! or not at all.
+//! [`HeatMap`], [`BarChart`]); [`Figure::write`] draws it as SVG and PNG. Everything is written
+//! whole or not at all.
 
 mod axis;
 mod bar_chart;

@@ -43,7 +43,9 @@ impl ScatterChart {
     /// coordinates (the first of equal points).
     pub fn pareto_front(&self, front: Front) -> Vec<(f64, f64)> {
         let good = |y: f64| if front == Front::MinimiseBoth { y } else { -y };
-        let usable = |(x, y): &(f64, f64)| self.x.scale.forward(*x).is_finite() && self.y.scale.forward(*y).is_finite();
+        let usable = |(x, y): &(f64, f64)| {
+            self.x.scale.forward(*x).is_finite() && self.y.scale.forward(*y).is_finite()
+        };
         let mut points: Vec<(f64, f64)> =
             self.groups.iter().flat_map(|g| g.points.iter().copied()).filter(usable).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0).then(good(a.1).total_cmp(&good(b.1))));
@@ -74,7 +76,11 @@ impl ScatterChart {
                 steps.push((x, y));
             }
             if steps.len() > 1 {
-                series.push(Series { line: LineStyle::Dotted, markers: false, ..Series::new(FRONT_NAME, steps) });
+                series.push(Series {
+                    line: LineStyle::Dotted,
+                    markers: false,
+                    ..Series::new(FRONT_NAME, steps)
+                });
             }
         }
         series.extend(self.groups.iter().map(group));
@@ -97,8 +103,19 @@ mod tests {
 
     #[test]
     fn the_front_holds_the_undominated_points() {
-        let points = vec![(1.0, 9.0), (2.0, 9.0), (2.0, 5.0), (3.0, 6.0), (4.0, 1.0), (4.0, 1.0), (f64::NAN, 0.0)];
-        let chart = ScatterChart { groups: vec![ScatterGroup { name: "a".into(), points }], ..Default::default() };
+        let points = vec![
+            (1.0, 9.0),
+            (2.0, 9.0),
+            (2.0, 5.0),
+            (3.0, 6.0),
+            (4.0, 1.0),
+            (4.0, 1.0),
+            (f64::NAN, 0.0),
+        ];
+        let chart = ScatterChart {
+            groups: vec![ScatterGroup { name: "a".into(), points }],
+            ..Default::default()
+        };
         assert_eq!(chart.pareto_front(Front::MinimiseBoth), [(1.0, 9.0), (2.0, 5.0), (4.0, 1.0)]);
         assert_eq!(chart.pareto_front(Front::MinimiseXMaximiseY), [(1.0, 9.0)]);
     }

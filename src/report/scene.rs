@@ -132,7 +132,11 @@ impl Scene {
 
     pub fn marker(&mut self, (x, y): Point, marker: Marker, colour: RGBColor, r: f64) {
         let fill = |scene: &mut Self, offsets: &[Point]| {
-            scene.polygon(offsets.iter().map(|(dx, dy)| (x + r * dx, y + r * dy)).collect(), colour, 1.0);
+            scene.polygon(
+                offsets.iter().map(|(dx, dy)| (x + r * dx, y + r * dy)).collect(),
+                colour,
+                1.0,
+            );
         };
         match marker {
             Marker::Circle => self.shapes.push(Shape::Circle { at: (x, y), radius: r, colour }),
@@ -145,9 +149,18 @@ impl Scene {
             Marker::TriangleUp => fill(self, &[(0.0, -1.2), (1.1, 0.8), (-1.1, 0.8)]),
             Marker::TriangleDown => fill(self, &[(0.0, 1.2), (1.1, -0.8), (-1.1, -0.8)]),
             Marker::Cross | Marker::Plus => {
-                let arms = if marker == Marker::Cross { [(0.9, 0.9), (0.9, -0.9)] } else { [(1.15, 0.0), (0.0, 1.15)] };
+                let arms = if marker == Marker::Cross {
+                    [(0.9, 0.9), (0.9, -0.9)]
+                } else {
+                    [(1.15, 0.0), (0.0, 1.15)]
+                };
                 for (dx, dy) in arms {
-                    self.line(&[(x - r * dx, y - r * dy), (x + r * dx, y + r * dy)], colour, 2.4, &[]);
+                    self.line(
+                        &[(x - r * dx, y - r * dy), (x + r * dx, y + r * dy)],
+                        colour,
+                        2.4,
+                        &[],
+                    );
                 }
             }
         }
@@ -157,7 +170,12 @@ impl Scene {
     pub fn to_svg(&self, path: &Path) -> Result<Vec<u8>> {
         let mut svg = String::new();
         let size = self.samples(SVG_SCALE);
-        self.play(&SVGBackend::with_string(&mut svg, size).into_drawing_area(), SVG_SCALE, false, path)?;
+        self.play(
+            &SVGBackend::with_string(&mut svg, size).into_drawing_area(),
+            SVG_SCALE,
+            false,
+            path,
+        )?;
         // The coordinates are finer than pixels; the picture is shown at its nominal size.
         let written = format!("width=\"{}\" height=\"{}\"", size.0, size.1);
         let nominal = format!("width=\"{}\" height=\"{}\"", self.width, self.height);
@@ -168,7 +186,12 @@ impl Scene {
     pub fn to_png(&self, path: &Path) -> Result<Vec<u8>> {
         let (w, h) = self.samples(PNG_SCALE);
         let mut samples = vec![255u8; w as usize * h as usize * 3];
-        self.play(&BitMapBackend::with_buffer(&mut samples, (w, h)).into_drawing_area(), PNG_SCALE, true, path)?;
+        self.play(
+            &BitMapBackend::with_buffer(&mut samples, (w, h)).into_drawing_area(),
+            PNG_SCALE,
+            true,
+            path,
+        )?;
         let (w, h, n) = (w as usize, h as usize, PNG_AVERAGE);
         let mut pixels = Vec::with_capacity(w * h * 3 / (n * n));
         for y in 0..h / n {
@@ -180,7 +203,8 @@ impl Scene {
                 }
             }
         }
-        let failed = |e: png::EncodingError| Error::Draw { path: path.into(), reason: e.to_string() };
+        let failed =
+            |e: png::EncodingError| Error::Draw { path: path.into(), reason: e.to_string() };
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, (w / n) as u32, (h / n) as u32);
         // Flat colours compress best without prediction.
@@ -230,7 +254,8 @@ fn play_shape<B: DrawingBackend>(
             let mut path: Vec<(i32, i32)> = points.iter().map(place).collect();
             path.dedup();
             let width = (width * scale).round().max(1.0);
-            let style = ShapeStyle { color: colour.to_rgba(), filled: false, stroke_width: width as u32 };
+            let style =
+                ShapeStyle { color: colour.to_rgba(), filled: false, stroke_width: width as u32 };
             if !bitmap {
                 return area.draw(&PathElement::new(path, style));
             }
@@ -239,22 +264,34 @@ fn play_shape<B: DrawingBackend>(
                 area.draw(&PathElement::new(pair.to_vec(), style))?;
             }
             for joint in path.iter().skip(1).take(path.len().saturating_sub(2)) {
-                area.draw(&plotters::element::Circle::new(*joint, (width / 2.0) as i32, colour.filled()))?;
+                area.draw(&plotters::element::Circle::new(
+                    *joint,
+                    (width / 2.0) as i32,
+                    colour.filled(),
+                ))?;
             }
             Ok(())
         }
-        Shape::Polygon { points, colour, alpha } => {
-            area.draw(&Polygon::new(points.iter().map(place).collect::<Vec<_>>(), colour.mix(*alpha).filled()))
-        }
-        Shape::Circle { at, radius, colour } => {
-            area.draw(&plotters::element::Circle::new(place(at), (radius * scale).round() as i32, colour.filled()))
-        }
+        Shape::Polygon { points, colour, alpha } => area.draw(&Polygon::new(
+            points.iter().map(place).collect::<Vec<_>>(),
+            colour.mix(*alpha).filled(),
+        )),
+        Shape::Circle { at, radius, colour } => area.draw(&plotters::element::Circle::new(
+            place(at),
+            (radius * scale).round() as i32,
+            colour.filled(),
+        )),
         Shape::Text(text) => {
-            // Both put the baseline 0.35 em under `at`: plotters' centred baselines lie 0.113 em (bitmap)
-            // and half an x-height, 0.27 em (SVG), under the position they are given.
-            let (size_per_em, drop) = if bitmap { (BITMAP_SIZE_PER_EM, 0.237) } else { (SVG_SIZE_PER_EM, 0.08) };
+            // Both put the baseline 0.35 em under `at`: plotters' centred baselines lie 0.113 em
+            // (bitmap) and half an x-height, 0.27 em (SVG), under the position they are given.
+            let (size_per_em, drop) =
+                if bitmap { (BITMAP_SIZE_PER_EM, 0.237) } else { (SVG_SIZE_PER_EM, 0.08) };
             let drop = drop * text.size;
-            let at = if text.upright { (text.at.0 + drop, text.at.1) } else { (text.at.0, text.at.1 + drop) };
+            let at = if text.upright {
+                (text.at.0 + drop, text.at.1)
+            } else {
+                (text.at.0, text.at.1 + drop)
+            };
             let horizontal = match text.align {
                 Align::Left => HPos::Left,
                 Align::Centre => HPos::Center,
@@ -262,7 +299,8 @@ fn play_shape<B: DrawingBackend>(
             };
             let turn = if text.upright { FontTransform::Rotate270 } else { FontTransform::None };
             let font = font(text.size * scale * size_per_em, text.bold).transform(turn);
-            let style = TextStyle::from(font).color(&text.colour).pos(Pos::new(horizontal, VPos::Center));
+            let style =
+                TextStyle::from(font).color(&text.colour).pos(Pos::new(horizontal, VPos::Center));
             area.draw(&plotters::element::Text::new(text.text.as_str(), place(&at), style))
         }
     }
@@ -276,9 +314,14 @@ fn font(size: f64, bold: bool) -> FontDesc<'static> {
 /// Width in pixels of a line of text of `size` pixels per em.
 pub(super) fn text_width(text: &str, size: f64, bold: bool) -> f64 {
     // Measured ten times larger, because plotters rounds to whole pixels.
-    let fine =
-        if theme::fonts_ready() { font(10.0 * size * BITMAP_SIZE_PER_EM, bold).layout_box(text).ok() } else { None };
-    fine.map_or(0.65 * size * text.chars().count() as f64, |((x0, _), (x1, _))| f64::from(x1 - x0) / 10.0)
+    let fine = if theme::fonts_ready() {
+        font(10.0 * size * BITMAP_SIZE_PER_EM, bold).layout_box(text).ok()
+    } else {
+        None
+    };
+    fine.map_or(0.65 * size * text.chars().count() as f64, |((x0, _), (x1, _))| {
+        f64::from(x1 - x0) / 10.0
+    })
 }
 
 /// Breaks a text at spaces so that lines fit `width` where words allow; keeps its line breaks.

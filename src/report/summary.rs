@@ -54,8 +54,8 @@ impl Summary {
         }
     }
 
-    /// The two-sided Student t interval of the mean at `level` (0.95 for 95 %):
-    /// mean -+ t_{n-1, (1 + level)/2} deviation / sqrt(n). `None` when `n < 2` or `level` is not in (0, 1).
+    /// The two-sided Student t interval of the mean at `level` (0.95 for 95 %): mean -+ t_{n-1,
+    /// (1 + level)/2} deviation / sqrt(n). `None` when `n < 2` or `level` is not in (0, 1).
     pub fn t_interval(&self, level: f64) -> Option<(f64, f64)> {
         if self.n < 2 || !(level > 0.0 && level < 1.0) {
             return None;
@@ -86,7 +86,10 @@ mod tests {
     #[test]
     fn against_hand_computation() {
         let s = Summary::of(&[4.0, 1.0, 3.0, 2.0]);
-        assert_eq!((s.min, s.lower_quartile, s.median, s.upper_quartile, s.max), (1.0, 1.75, 2.5, 3.25, 4.0));
+        assert_eq!(
+            (s.min, s.lower_quartile, s.median, s.upper_quartile, s.max),
+            (1.0, 1.75, 2.5, 3.25, 4.0)
+        );
         assert!((s.deviation - (5.0f64 / 3.0).sqrt()).abs() < 1e-15);
         // t_{3, 0.975} = 3.182446 (any table of Student's t).
         let (lo, hi) = s.t_interval(0.95).unwrap();

@@ -151,7 +151,9 @@ impl Table {
     /// # Errors
     /// [`Error::InvalidParam`] when there is no such column or a cell is a text.
     pub fn floats(&self, name: &str) -> Result<Vec<f64>> {
-        let number = |c: &Cell| c.as_f64().ok_or_else(|| Error::invalid(name, c, "this column must hold numbers"));
+        let number = |c: &Cell| {
+            c.as_f64().ok_or_else(|| Error::invalid(name, c, "this column must hold numbers"))
+        };
         self.column(name)?.into_iter().map(number).collect()
     }
 
@@ -179,7 +181,12 @@ impl Table {
 
     /// The rows for which `keep` holds.
     pub fn filter(&self, mut keep: impl FnMut(RowView<'_>) -> bool) -> Self {
-        let rows = self.rows.iter().filter(|cells| keep(RowView { columns: &self.columns, cells })).cloned().collect();
+        let rows = self
+            .rows
+            .iter()
+            .filter(|cells| keep(RowView { columns: &self.columns, cells }))
+            .cloned()
+            .collect();
         Self { columns: self.columns.clone(), rows }
     }
 
@@ -200,7 +207,10 @@ impl Table {
             let key: Vec<Cell> = indices.iter().map(|&i| cells[i].clone()).collect();
             match groups.iter_mut().find(|(k, _)| *k == key) {
                 Some((_, table)) => table.rows.push(cells.clone()),
-                None => groups.push((key, Table { columns: self.columns.clone(), rows: vec![cells.clone()] })),
+                None => groups.push((
+                    key,
+                    Table { columns: self.columns.clone(), rows: vec![cells.clone()] },
+                )),
             }
         }
         Ok(groups)
@@ -213,8 +223,13 @@ impl Table {
     pub fn sorted_by(&self, column: &str) -> Result<Self> {
         let keys = self.floats(column)?;
         let mut order: Vec<usize> = (0..self.rows.len()).collect();
-        order.sort_by(|&a, &b| keys[a].is_nan().cmp(&keys[b].is_nan()).then(keys[a].total_cmp(&keys[b])));
-        Ok(Self { columns: self.columns.clone(), rows: order.into_iter().map(|i| self.rows[i].clone()).collect() })
+        order.sort_by(|&a, &b| {
+            keys[a].is_nan().cmp(&keys[b].is_nan()).then(keys[a].total_cmp(&keys[b]))
+        });
+        Ok(Self {
+            columns: self.columns.clone(),
+            rows: order.into_iter().map(|i| self.rows[i].clone()).collect(),
+        })
     }
 
     /// The summary of `value` over the rows (seeds, repeats) of each combination of `by`.
@@ -222,7 +237,10 @@ impl Table {
     /// # Errors
     /// As [`Table::group_by`] and [`Table::floats`].
     pub fn summarise(&self, by: &[&str], value: &str) -> Result<Vec<(Vec<Cell>, Summary)>> {
-        self.group_by(by)?.into_iter().map(|(key, group)| Ok((key, Summary::of(&group.floats(value)?)))).collect()
+        self.group_by(by)?
+            .into_iter()
+            .map(|(key, group)| Ok((key, Summary::of(&group.floats(value)?))))
+            .collect()
     }
 
     /// The table as CSV; see [`Cell`] for the form of values.
@@ -251,10 +269,12 @@ impl Table {
     /// [`Error::Io`], or [`Error::Format`] naming the line of a malformed row.
     pub fn read_csv(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let malformed =
-            |e: csv::Error| Error::format(path, "rows", "comma-separated values of equal length", e.to_string());
+        let malformed = |e: csv::Error| {
+            Error::format(path, "rows", "comma-separated values of equal length", e.to_string())
+        };
         let mut reader = csv::ReaderBuilder::new().from_reader(bytes.as_slice());
-        let columns: Vec<String> = reader.headers().map_err(malformed)?.iter().map(str::to_string).collect();
+        let columns: Vec<String> =
+            reader.headers().map_err(malformed)?.iter().map(str::to_string).collect();
         let mut rows = Vec::new();
         for record in reader.records() {
             rows.push(record.map_err(malformed)?.iter().map(Cell::from_field).collect());
@@ -265,19 +285,27 @@ impl Table {
     /// Fixed-width text for a terminal: numbers right-aligned, at most `max_rows` rows.
     pub fn to_text(&self, max_rows: usize) -> String {
         let shown = &self.rows[..self.rows.len().min(max_rows)];
-        let body: Vec<Vec<String>> = shown.iter().map(|r| r.iter().map(Cell::to_short).collect()).collect();
+        let body: Vec<Vec<String>> =
+            shown.iter().map(|r| r.iter().map(Cell::to_short).collect()).collect();
         let width = |s: &str| s.chars().count();
         let widths: Vec<usize> = (0..self.columns.len())
-            .map(|j| body.iter().map(|r| width(&r[j])).max().unwrap_or(0).max(width(&self.columns[j])))
+            .map(|j| {
+                body.iter().map(|r| width(&r[j])).max().unwrap_or(0).max(width(&self.columns[j]))
+            })
             .collect();
-        let numeric: Vec<bool> =
-            (0..self.columns.len()).map(|j| !shown.iter().any(|r| matches!(r[j], Cell::Text(_)))).collect();
+        let numeric: Vec<bool> = (0..self.columns.len())
+            .map(|j| !shown.iter().any(|r| matches!(r[j], Cell::Text(_))))
+            .collect();
         let line = |fields: &[String]| {
             let mut text = String::new();
             for (j, field) in fields.iter().enumerate() {
                 let pad = " ".repeat(widths[j] - width(field));
                 let gap = if j == 0 { "" } else { "  " };
-                text += &if numeric[j] { format!("{gap}{pad}{field}") } else { format!("{gap}{field}{pad}") };
+                text += &if numeric[j] {
+                    format!("{gap}{pad}{field}")
+                } else {
+                    format!("{gap}{field}{pad}")
+                };
             }
             format!("{}\n", text.trim_end())
         };
@@ -292,14 +320,22 @@ impl Table {
 
     fn index(&self, name: &str) -> Result<usize> {
         self.columns.iter().position(|c| c == name).ok_or_else(|| {
-            Error::invalid("column", name, format!("the table has the columns {}", self.columns.join(", ")))
+            Error::invalid(
+                "column",
+                name,
+                format!("the table has the columns {}", self.columns.join(", ")),
+            )
         })
     }
 }
 
 /// A CSV field, in quotes when it needs them.
 fn quoted(field: &str) -> String {
-    if field.contains([',', '"', '\n', '\r']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.into() }
+    if field.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.into()
+    }
 }
 
 #[cfg(test)]
@@ -308,10 +344,20 @@ mod tests {
 
     fn example() -> Table {
         Table::from_rows(&[
-            Row::new().with("method", "chained, fast").with("tokens", 128usize).with("time (s)", 0.1),
+            Row::new()
+                .with("method", "chained, fast")
+                .with("tokens", 128usize)
+                .with("time (s)", 0.1),
             Row::new().with("method", "dense").with("tokens", 64usize).with("time (s)", f64::NAN),
-            Row::new().with("method", "12").with("tokens", 64usize).with("error (relative)", 1e-300),
-            Row::new().with("method", "dense").with("tokens", 256usize).with("time (s)", 3.0).with("\"q\"\n", ""),
+            Row::new()
+                .with("method", "12")
+                .with("tokens", 64usize)
+                .with("error (relative)", 1e-300),
+            Row::new()
+                .with("method", "dense")
+                .with("tokens", 256usize)
+                .with("time (s)", 3.0)
+                .with("\"q\"\n", ""),
         ])
     }
 
@@ -337,7 +383,10 @@ mod tests {
     #[test]
     fn late_columns_are_missing_before() {
         let table = example();
-        assert_eq!(table.columns(), ["method", "tokens", "time (s)", "error (relative)", "\"q\"\n"]);
+        assert_eq!(
+            table.columns(),
+            ["method", "tokens", "time (s)", "error (relative)", "\"q\"\n"]
+        );
         assert_eq!(table.column("error (relative)").unwrap()[0], &Cell::Missing);
         assert!(table.floats("error (relative)").unwrap()[0].is_nan());
     }
@@ -351,7 +400,10 @@ mod tests {
         assert_eq!(groups.iter().map(|(_, t)| t.len()).collect::<Vec<_>>(), [1, 2, 1]);
         assert_eq!(groups[1].0, [Cell::from("dense")]);
         assert_eq!(table.distinct("tokens").unwrap(), [128usize, 64, 256].map(Cell::from));
-        assert_eq!(table.sorted_by("time (s)").unwrap().texts("tokens").unwrap(), ["128", "256", "64", "64"]);
+        assert_eq!(
+            table.sorted_by("time (s)").unwrap().texts("tokens").unwrap(),
+            ["128", "256", "64", "64"]
+        );
         let summaries = table.summarise(&["method"], "time (s)").unwrap();
         assert_eq!((summaries[1].1.n, summaries[1].1.skipped, summaries[1].1.mean), (1, 1, 3.0));
     }

@@ -82,9 +82,11 @@ pub const MARKERS: [Marker; 8] = [
 /// Fine-tuning methods by the place of their colour in [`CATEGORICAL`]: the same in every figure.
 const METHODS: [&str; 7] = ["full", "lora", "paca", "s2ft", "spft", "dora", "moslora"];
 
-/// The place of a method's colour; of variants too, whose names begin with the method's (`qlora`, `paca 2r`).
+/// The place of a method's colour; of variants too, whose names begin with the method's (`qlora`,
+/// `paca 2r`).
 pub fn method_slot(name: &str) -> Option<usize> {
-    let word: String = name.chars().take_while(|c| c.is_alphanumeric()).collect::<String>().to_lowercase();
+    let word: String =
+        name.chars().take_while(|c| c.is_alphanumeric()).collect::<String>().to_lowercase();
     let base = if word == "qlora" || word == "qpaca" { &word[1..] } else { &word[..] };
     METHODS.iter().position(|method| *method == base)
 }
@@ -148,7 +150,8 @@ fn interpolate(anchors: &[RGBColor], t: f64) -> RGBColor {
 
 /// `share` of `a` and the rest of `b`, per channel.
 pub fn mix(a: RGBColor, b: RGBColor, share: f64) -> RGBColor {
-    let channel = |a: u8, b: u8| (f64::from(a) * share + f64::from(b) * (1.0 - share)).round() as u8;
+    let channel =
+        |a: u8, b: u8| (f64::from(a) * share + f64::from(b) * (1.0 - share)).round() as u8;
     RGBColor(channel(a.0, b.0), channel(a.1, b.1), channel(a.2, b.2))
 }
 
@@ -172,7 +175,8 @@ mod tests {
 
     #[test]
     fn the_sequential_map_gets_lighter_all_along() {
-        let lightness: Vec<f64> = (0..=100).map(|i| luminance(sequential(f64::from(i) / 100.0))).collect();
+        let lightness: Vec<f64> =
+            (0..=100).map(|i| luminance(sequential(f64::from(i) / 100.0))).collect();
         assert!(lightness.windows(2).all(|w| w[1] >= w[0] - 0.004), "{lightness:?}");
         assert_eq!(sequential(f64::NAN), sequential(-3.0));
     }

@@ -1,4 +1,5 @@
-//! Settings that give different methods the same number of trained numbers, so that a comparison is fair.
+//! Settings that give different methods the same number of trained numbers, so that a comparison is
+//! fair.
 //!
 //! ```text
 //! LoRA, QLoRA    r sum(in + out)             DoRA     r sum(in + out) + sum(out)
@@ -7,8 +8,8 @@
 //! S2FT           n_o g D + n_d D             n_o head groups of g columns, n_d channels
 //! ```
 //!
-//! per layer (S2FT: over all layers). Ranks and units are whole, so the numbers agree only nearly; tables
-//! give each method's own.
+//! per layer (S2FT: over all layers). Ranks and units are whole, so the numbers agree only nearly;
+//! tables give each method's own.
 
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Projection};
@@ -19,9 +20,9 @@ use std::collections::BTreeMap;
 /// Share of S2FT's budget that goes to heads, in `o_proj`; channels of `down_proj` get the rest.
 const HEADS_SHARE: f64 = 0.25;
 
-/// The settings of `name` with the number of trained numbers nearest to `trained`, at least the smallest that the
-/// method has; alpha keeps the scaling at `alpha / rank = 2` where there is one. `full` trains everything whatever
-/// the budget.
+/// The settings of `name` with the number of trained numbers nearest to `trained`, at least the
+/// smallest that the method has; alpha keeps the scaling at `alpha / rank = 2` where there is one.
+/// `full` trains everything whatever the budget.
 ///
 /// # Errors
 /// As [`trained_numbers`].
@@ -43,13 +44,21 @@ pub fn with_budget(name: MethodName, config: &ModelConfig, trained: usize) -> Re
     match name {
         MethodName::Full => Ok(base),
         MethodName::S2ft => {
-            let (group, channel) = (unit_numbers(config, Projection::Output), unit_numbers(config, Projection::Down));
+            let (group, channel) =
+                (unit_numbers(config, Projection::Output), unit_numbers(config, Projection::Down));
             let groups = ((HEADS_SHARE * trained as f64 / group as f64).round() as usize).max(1);
-            let channels = (trained.saturating_sub(groups * group) as f64 / channel as f64).round() as usize;
+            let channels =
+                (trained.saturating_sub(groups * group) as f64 / channel as f64).round() as usize;
             let all = |units: usize| (config.num_hidden_layers * units) as f64;
             let ratios = BTreeMap::from([
-                (Projection::Output.module().to_string(), groups as f64 / all(config.num_key_value_heads)),
-                (Projection::Down.module().to_string(), channels.max(1) as f64 / all(config.intermediate_size)),
+                (
+                    Projection::Output.module().to_string(),
+                    groups as f64 / all(config.num_key_value_heads),
+                ),
+                (
+                    Projection::Down.module().to_string(),
+                    channels.max(1) as f64 / all(config.intermediate_size),
+                ),
             ]);
             Ok(MethodParams { ratios: Some(ratios), ..base })
         }
@@ -62,9 +71,14 @@ pub fn with_budget(name: MethodName, config: &ModelConfig, trained: usize) -> Re
         _ => {
             // PaCA's scaling stays the paper's 1.
             let scaled = !matches!(name, MethodName::Paca | MethodName::Qpaca);
-            let of = |rank: usize| MethodParams { rank, alpha: scaled.then_some(2.0 * rank as f64), ..base.clone() };
+            let of = |rank: usize| MethodParams {
+                rank,
+                alpha: scaled.then_some(2.0 * rank as f64),
+                ..base.clone()
+            };
             let mut best = of(1);
-            let gap = |m: &MethodParams| Ok::<_, Error>(trained_numbers(config, m)?.abs_diff(trained));
+            let gap =
+                |m: &MethodParams| Ok::<_, Error>(trained_numbers(config, m)?.abs_diff(trained));
             for rank in 2..=smallest_side(config) {
                 let next = of(rank);
                 if gap(&next)? >= gap(&best)? {
@@ -77,8 +91,8 @@ pub fn with_budget(name: MethodName, config: &ModelConfig, trained: usize) -> Re
     }
 }
 
-/// S2FT on one projection: the share of its units, over all layers, that holds `trained` numbers (at least one
-/// unit), and what is trained then.
+/// S2FT on one projection: the share of its units, over all layers, that holds `trained` numbers
+/// (at least one unit), and what is trained then.
 ///
 /// ```
 /// use peft_limits::model::Projection;
@@ -128,7 +142,8 @@ mod tests {
     fn budgets_are_met_by_the_models_themselves() {
         for size in ["pico", "nano"] {
             let config = preset(size).unwrap();
-            let base: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
+            let base: Model<f32> =
+                Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
             let lora = MethodParams { rank: 4, ..MethodParams::named(MethodName::Lora) };
             let budget = trained_numbers(&config, &lora).unwrap();
             for name in MethodName::ALL.into_iter().filter(|&n| n != MethodName::Full) {
@@ -137,9 +152,19 @@ mod tests {
                 method.apply(&mut model, None, 1).unwrap();
                 let trained = model.trainable_elements();
                 let gap = trained as f64 / budget as f64 - 1.0;
-                // One rank is about a quarter of this budget, so rounding leaves at most half of that.
-                assert!(gap.abs() <= 1.0 / 8.0, "{size} {}: {trained} for a budget of {budget}", name.name());
-                assert_eq!(trained, trained_numbers(&config, &method).unwrap(), "{size} {}", name.name());
+                // One rank is about a quarter of this budget, so rounding leaves at most half of
+                // that.
+                assert!(
+                    gap.abs() <= 1.0 / 8.0,
+                    "{size} {}: {trained} for a budget of {budget}",
+                    name.name()
+                );
+                assert_eq!(
+                    trained,
+                    trained_numbers(&config, &method).unwrap(),
+                    "{size} {}",
+                    name.name()
+                );
             }
         }
     }
@@ -150,8 +175,10 @@ mod tests {
         for p in Projection::ALL {
             let (share, trained) = s2ft_share(&config, p, 4096);
             let ratios = BTreeMap::from([(p.module().to_string(), share)]);
-            let method = MethodParams { ratios: Some(ratios), ..MethodParams::named(MethodName::S2ft) };
-            let mut model: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
+            let method =
+                MethodParams { ratios: Some(ratios), ..MethodParams::named(MethodName::S2ft) };
+            let mut model: Model<f32> =
+                Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
             method.apply(&mut model, None, 1).unwrap();
             assert_eq!((model.trainable_elements(), trained), (4096, 4096), "{}", p.module());
         }

@@ -7,9 +7,10 @@
 //! | `config.toml` | the resolved configuration |
 //! | `state.safetensors` | trained values (`value.*`), optimizer moments (`first.*`, `second.*`); metadata: step, fingerprint |
 //!
-//! A folder is written under a temporary name and renamed when complete, so an interrupted or failed save
-//! leaves the earlier ones as they were; the two latest are kept. What is not trained is not stored: it
-//! follows from the configuration (and is checked against the stored fingerprint of the base weights).
+//! A folder is written under a temporary name and renamed when complete, so an interrupted or
+//! failed save leaves the earlier ones as they were; the two latest are kept. What is not trained
+//! is not stored: it follows from the configuration (and is checked against the stored fingerprint
+//! of the base weights).
 
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -26,7 +27,8 @@ const KEEP: usize = 2;
 /// A hash of every weight, in storage order.
 pub fn fingerprint<T: Real>(model: &Model<T>) -> u64 {
     let mut hash = 0u64;
-    let mut add = |x: &T| hash = mix(hash ^ x.widen().to_bits()).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut add =
+        |x: &T| hash = mix(hash ^ x.widen().to_bits()).wrapping_add(0x9e37_79b9_7f4a_7c15);
     model.embedding.iter().chain(model.positions.iter().flatten()).for_each(&mut add);
     for layer in &model.layers {
         layer.norms.iter().flatten().flat_map(|norm| norm.numbers()).for_each(&mut add);
@@ -53,7 +55,8 @@ fn restore<T: Real>(model: &mut Model<T>, file: &TensorFile) -> Result<()> {
     })
 }
 
-/// Writes the state of a run and removes all but the latest checkpoints. Returns the checkpoint's folder.
+/// Writes the state of a run and removes all but the latest checkpoints. Returns the checkpoint's
+/// folder.
 ///
 /// # Errors
 /// [`Error::Io`]; nothing of a failed save remains, and earlier checkpoints are untouched.
@@ -63,9 +66,14 @@ pub fn save<T: Real>(trainer: &Trainer<T>, folder: &Path) -> Result<PathBuf> {
     if target.exists() {
         return Ok(target); // the same state: nothing happens between two saves of one step
     }
-    let temporary = tempfile::Builder::new().prefix(".saving-").tempdir_in(folder).map_err(|e| Error::io(folder, e))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".saving-")
+        .tempdir_in(folder)
+        .map_err(|e| Error::io(folder, e))?;
     let mut writer = TensorWriter::new();
-    writer.metadata("step", trainer.step).metadata("fingerprint", format!("{:016x}", trainer.fingerprint));
+    writer
+        .metadata("step", trainer.step)
+        .metadata("fingerprint", format!("{:016x}", trainer.fingerprint));
     for (name, values) in trainer.model.acting_values() {
         writer.matrix(&format!("value.{name}"), values.view());
     }
@@ -73,14 +81,20 @@ pub fn save<T: Real>(trainer: &Trainer<T>, folder: &Path) -> Result<PathBuf> {
         writer.tensor(&name, &[values.len()], values.iter().copied());
     }
     writer.write(&temporary.path().join("state.safetensors"))?;
-    crate::atomic_file::write_bytes(&temporary.path().join("config.toml"), trainer.config.to_toml()?.as_bytes())?;
-    // `tempfile` makes private folders; a checkpoint is for its owner's group and others to read as usual.
+    crate::atomic_file::write_bytes(
+        &temporary.path().join("config.toml"),
+        trainer.config.to_toml()?.as_bytes(),
+    )?;
+    // `tempfile` makes private folders; a checkpoint is for its owner's group and others to read as
+    // usual.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        let mode = std::fs::metadata(folder).map_err(|e| Error::io(folder, e))?.permissions().mode();
+        let mode =
+            std::fs::metadata(folder).map_err(|e| Error::io(folder, e))?.permissions().mode();
         let permissions = std::fs::Permissions::from_mode(mode);
-        std::fs::set_permissions(temporary.path(), permissions).map_err(|e| Error::io(temporary.path(), e))?;
+        std::fs::set_permissions(temporary.path(), permissions)
+            .map_err(|e| Error::io(temporary.path(), e))?;
     }
     std::fs::rename(temporary.path(), &target).map_err(|e| Error::io(&target, e))?;
     // The folder no longer has its temporary name; nothing is left to remove.
@@ -114,14 +128,21 @@ pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(all)
 }
 
-/// Puts a new run into the state of the latest checkpoint in `folder`. Returns that checkpoint's folder.
+/// Puts a new run into the state of the latest checkpoint in `folder`. Returns that checkpoint's
+/// folder.
 ///
 /// # Errors
-/// [`Error::Format`] if there is no checkpoint, the stored configuration differs in a key that matters, the base
-/// weights are not those of the saved run, or a tensor is missing or of another shape; [`Error::Io`].
+/// [`Error::Format`] if there is no checkpoint, the stored configuration differs in a key that
+/// matters, the base weights are not those of the saved run, or a tensor is missing or of another
+/// shape; [`Error::Io`].
 pub fn resume<T: Real>(trainer: &mut Trainer<T>, folder: &Path) -> Result<PathBuf> {
     let Some((step, path)) = list(folder)?.pop() else {
-        return Err(Error::format(folder, "checkpoint", "a folder step-NNNNNNNN", "none; start without --resume"));
+        return Err(Error::format(
+            folder,
+            "checkpoint",
+            "a folder step-NNNNNNNN",
+            "none; start without --resume",
+        ));
     };
     let saved = TrainConfig::read(&path.join("config.toml"))?;
     if let Some((key, now, then)) = trainer.config.difference(&saved) {
@@ -129,8 +150,10 @@ pub fn resume<T: Real>(trainer: &mut Trainer<T>, folder: &Path) -> Result<PathBu
         return Err(Error::format(path.join("config.toml"), format!("key {key}"), expected, now));
     }
     let file = TensorFile::open(path.join("state.safetensors"))?;
-    let stored =
-        |key: &str| file.metadata(key).ok_or_else(|| file.malformed(format!("metadata {key}"), "a value", "none"));
+    let stored = |key: &str| {
+        file.metadata(key)
+            .ok_or_else(|| file.malformed(format!("metadata {key}"), "a value", "none"))
+    };
     let fingerprint = format!("{:016x}", trainer.fingerprint);
     if stored("fingerprint")? != fingerprint {
         let expected = format!("{} (the base weights changed since)", stored("fingerprint")?);

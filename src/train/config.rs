@@ -64,16 +64,23 @@ impl ModelSource {
     /// The sizes.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] naming the key if nothing is there; as [`preset`] or [`ModelConfig::read`].
+    /// [`Error::InvalidParam`] naming the key if nothing is there; as [`preset`] or
+    /// [`ModelConfig::read`].
     pub fn sizes(&self) -> Result<ModelConfig> {
         let absent = |key: &str, path: &Path, what: &str| {
-            Error::invalid(format!("model.{key}"), path.display(), format!("must be {what} that exists"))
+            Error::invalid(
+                format!("model.{key}"),
+                path.display(),
+                format!("must be {what} that exists"),
+            )
         };
         match self {
             Self::Preset(name) => preset(name),
             Self::Config(path) if !path.exists() => Err(absent("config", path, "a config.json")),
             Self::Config(path) => ModelConfig::read(path),
-            Self::Path(folder) if !folder.exists() => Err(absent("path", folder, "a checkpoint folder")),
+            Self::Path(folder) if !folder.exists() => {
+                Err(absent("path", folder, "a checkpoint folder"))
+            }
             Self::Path(folder) => ModelConfig::read(&folder.join("config.json")),
         }
     }
@@ -227,7 +234,8 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::InvalidParam`] if a value has no TOML form (a path that is not UTF-8).
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::invalid("configuration", e, "must have a TOML form"))
+        toml::to_string(self)
+            .map_err(|e| Error::invalid("configuration", e, "must have a TOML form"))
     }
 
     /// Checks the ranges and what must fit together, before anything is computed.
@@ -236,7 +244,8 @@ impl TrainConfig {
     /// [`Error::InvalidParam`] naming the key.
     pub fn check(&self) -> Result<()> {
         let run = &self.train;
-        // The upper ends keep the number of every row below 2^64 and refuse a damaged file before it allocates.
+        // The upper ends keep the number of every row below 2^64 and refuse a damaged file before
+        // it allocates.
         let ranges = [
             ("steps", run.steps, 1, 1 << 32),
             ("batch", run.batch as u64, 1, 1 << 16),
@@ -257,20 +266,24 @@ impl TrainConfig {
         self.method.check()?;
         let random = !matches!(self.model, ModelSource::Path(_));
         if random && self.method.name != MethodName::Full {
-            let requirement = "adapts a trained model: give model.path (pretrain one with method full first)";
+            let requirement =
+                "adapts a trained model: give model.path (pretrain one with method full first)";
             return Err(Error::invalid("method.name", self.method.name.name(), requirement));
         }
         Ok(())
     }
 
-    /// The first key in which a continued run differs from the one that was saved, with both values.
+    /// The first key in which a continued run differs from the one that was saved, with both
+    /// values.
     pub fn difference(&self, saved: &Self) -> Option<(String, String, String)> {
         let flat = |config: &Self| {
             let mut rows = Vec::new();
             if let Ok(value) = serde_json::to_value(config) {
                 flatten("", &value, &mut rows);
             }
-            rows.retain(|(key, _)| !FREE_ON_RESUME.iter().any(|free| key == &format!("train.{free}")));
+            rows.retain(|(key, _)| {
+                !FREE_ON_RESUME.iter().any(|free| key == &format!("train.{free}"))
+            });
             rows.retain(|(key, _)| !key.starts_with("retain"));
             rows
         };
@@ -286,7 +299,8 @@ impl TrainConfig {
 }
 
 fn flatten(prefix: &str, value: &serde_json::Value, rows: &mut Vec<(String, String)>) {
-    let join = |key: &str| if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
+    let join =
+        |key: &str| if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
     match value {
         serde_json::Value::Object(map) => map.iter().for_each(|(k, v)| flatten(&join(k), v, rows)),
         serde_json::Value::Array(list) => {
@@ -306,7 +320,11 @@ mod tests {
 
     #[test]
     fn the_resolved_configuration_reads_back() {
-        let config = parse("[model]\npath = \"runs/base\"\n[method]\nname = \"lora\"\nrank = 4\ntargets = [\"q_proj\"]\n[[data]]\ntask = \"facts\"\n").unwrap();
+        let config = parse(
+            "[model]\npath = \"runs/base\"\n[method]\nname = \"lora\"\nrank = \
+                            4\ntargets = [\"q_proj\"]\n[[data]]\ntask = \"facts\"\n",
+        )
+        .unwrap();
         assert_eq!(config.method.name, MethodName::Lora);
         let text = config.to_toml().unwrap();
         assert_eq!(parse(&text).unwrap(), config, "{text}");
@@ -326,7 +344,10 @@ mod tests {
             ("[optimizer]\nlr = -1\n", ["optimizer.lr", "positive"]),
             ("[schedule]\nwarmup = 2000\n", ["schedule.warmup", "1000"]),
             ("[method]\nname = \"lora\"\n", ["method.name", "model.path"]),
-            ("[model]\npath = \"x\"\n[method]\nname = \"paca\"\nselection = \"best\"\n", ["selection", "best"]),
+            (
+                "[model]\npath = \"x\"\n[method]\nname = \"paca\"\nselection = \"best\"\n",
+                ["selection", "best"],
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(words.iter().all(|w| message.contains(w)), "{message}");

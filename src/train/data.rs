@@ -1,8 +1,8 @@
 //! Rows of text to batches of token ids and labels.
 //!
-//! A row becomes `begin, segments, end`. Labels equal the ids on supervised stretches and on the end token
-//! that follows one, and are -100 elsewhere (the shift by one is the loss's business). Short rows are padded
-//! on the right: attention is causal, so padding changes nothing before it.
+//! A row becomes `begin, segments, end`. Labels equal the ids on supervised stretches and on the
+//! end token that follows one, and are -100 elsewhere (the shift by one is the loss's business).
+//! Short rows are padded on the right: attention is causal, so padding changes nothing before it.
 
 use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::error::{Error, Result};
@@ -34,8 +34,8 @@ impl Encoder<'_> {
     /// Encodes a row.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] naming the key of the row if it is longer than `length` and `truncate` is off, or if
-    /// cutting leaves nothing supervised; as [`Tokenizer::encode`].
+    /// [`Error::TooLarge`] naming the key of the row if it is longer than `length` and `truncate`
+    /// is off, or if cutting leaves nothing supervised; as [`Tokenizer::encode`].
     ///
     /// ```
     /// use peft_limits::train::{data::Encoder, tasks::Row, tokenizer::Tokenizer};
@@ -54,7 +54,9 @@ impl Encoder<'_> {
         let mut example = Example { ids: Vec::new(), labels: Vec::new() };
         let mut push = |ids: &[u32], supervised: bool| {
             example.ids.extend_from_slice(ids);
-            example.labels.extend(ids.iter().map(|&id| if supervised { i64::from(id) } else { IGNORED_LABEL }));
+            example.labels.extend(
+                ids.iter().map(|&id| if supervised { i64::from(id) } else { IGNORED_LABEL }),
+            );
         };
         if let Some(begin) = self.tokenizer.begin {
             push(&[begin], false);
@@ -89,7 +91,13 @@ impl Encoder<'_> {
             let segments: Vec<Segment> = row
                 .segments
                 .iter()
-                .map(|s| if s.supervised { Segment { text: choice.clone(), ..s.clone() } } else { s.clone() })
+                .map(|s| {
+                    if s.supervised {
+                        Segment { text: choice.clone(), ..s.clone() }
+                    } else {
+                        s.clone()
+                    }
+                })
                 .collect();
             self.segments(&segments, &row.key)
         };
@@ -101,7 +109,8 @@ impl Encoder<'_> {
     /// # Errors
     /// As [`Batch::new`] for no example.
     pub fn batch(&self, examples: &[Example], width: Option<usize>) -> Result<Batch> {
-        let longest = examples.iter().map(|e| e.ids.len()).max().unwrap_or(0).max(width.unwrap_or(0));
+        let longest =
+            examples.iter().map(|e| e.ids.len()).max().unwrap_or(0).max(width.unwrap_or(0));
         let mut ids = Array2::from_elem((examples.len(), longest), self.tokenizer.pad);
         let mut labels = Array2::from_elem((examples.len(), longest), IGNORED_LABEL);
         for (i, example) in examples.iter().enumerate() {
@@ -168,14 +177,21 @@ mod tests {
         encoder.truncate = true;
         assert_eq!(encoder.row(&row).unwrap().labels, [-100, -100, -100, -100, -100, 48, 49, 50]);
         encoder.length = 5;
-        assert!(matches!(encoder.row(&row), Err(Error::TooLarge { .. })), "nothing supervised is left");
+        assert!(
+            matches!(encoder.row(&row), Err(Error::TooLarge { .. })),
+            "nothing supervised is left"
+        );
     }
 
     #[test]
     fn choices_replace_the_answer_only() {
         let tokenizer = Tokenizer::bytes();
         let encoder = Encoder { tokenizer: &tokenizer, length: 64, truncate: false };
-        let row = Row { choices: vec!["no".into(), "yes".into()], answer: 1, ..Row::question("k", "ok? ", "yes") };
+        let row = Row {
+            choices: vec!["no".into(), "yes".into()],
+            answer: 1,
+            ..Row::question("k", "ok? ", "yes")
+        };
         let examples = encoder.choices(&row).unwrap();
         assert_eq!(examples[1], encoder.row(&row).unwrap());
         assert_eq!(tokenizer.decode(&examples[0].ids).unwrap(), "ok? no");

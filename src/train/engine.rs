@@ -7,10 +7,12 @@ use crate::train::optimizer::Optimizer;
 
 /// Holds a copy of a model and its optimizer, and trains that copy.
 pub trait StepEngine<T: Real> {
-    /// Gradients of the batches' summed losses, in place of the last step's: (loss, Euclidean norm).
+    /// Gradients of the batches' summed losses, in place of the last step's: (loss, Euclidean
+    /// norm).
     ///
     /// # Errors
-    /// [`crate::Error::NonFinite`] for a loss or a norm that is NaN or infinite; what the engine itself fails with.
+    /// [`crate::Error::NonFinite`] for a loss or a norm that is NaN or infinite; what the engine
+    /// itself fails with.
     fn gradients(&mut self, batches: &[Batch], options: &StepOptions) -> Result<(f64, f64)>;
 
     /// One update from the gradients times `scale`.

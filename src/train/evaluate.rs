@@ -1,9 +1,10 @@
 //! Accuracy of a model on a task.
 //!
-//! A row is **exact** if every supervised token is the argmax of its logits given the true tokens before it.
-//! For one answer this is the same as greedy decoding giving the answer: up to the first wrong token both see
-//! the same prefix, and an answer without a wrong token is the greedy one. A **choice** is right if the answer
-//! has the largest log-likelihood (sum over its tokens, end token included) among the row's choices.
+//! A row is **exact** if every supervised token is the argmax of its logits given the true tokens
+//! before it. For one answer this is the same as greedy decoding giving the answer: up to the first
+//! wrong token both see the same prefix, and an answer without a wrong token is the greedy one. A
+//! **choice** is right if the answer has the largest log-likelihood (sum over its tokens, end token
+//! included) among the row's choices.
 
 use crate::blocks::cross_entropy::prediction_targets;
 use crate::cost::Cost;
@@ -68,8 +69,10 @@ pub fn evaluate<T: Real>(
     let flat: Vec<Example> = candidates.iter().flatten().cloned().collect();
     let mut sequences = score(model, encoder, &flat, batch)?.into_iter();
     for (row, candidates) in all.iter().zip(&candidates).filter(|(_, c)| !c.is_empty()) {
-        let ranked: Vec<f64> = sequences.by_ref().take(candidates.len()).map(|s| s.log_likelihood).collect();
-        let best = (0..ranked.len()).fold(0, |best, i| if ranked[i] > ranked[best] { i } else { best });
+        let ranked: Vec<f64> =
+            sequences.by_ref().take(candidates.len()).map(|s| s.log_likelihood).collect();
+        let best =
+            (0..ranked.len()).fold(0, |best, i| if ranked[i] > ranked[best] { i } else { best });
         questions += 1;
         chosen += usize::from(best == row.answer);
     }
@@ -95,7 +98,11 @@ fn score<T: Real>(
 }
 
 /// What each sequence of a batch gets from its logits, `(B T) x V`.
-pub(super) fn score_logits<T: Real>(logits: ArrayView2<T>, batch: &Batch, vocabulary: usize) -> Result<Vec<Sequence>> {
+pub(super) fn score_logits<T: Real>(
+    logits: ArrayView2<T>,
+    batch: &Batch,
+    vocabulary: usize,
+) -> Result<Vec<Sequence>> {
     let (sequences, length) = batch.labels.dim();
     let mut all = vec![Sequence::default(); sequences];
     for (position, label) in prediction_targets(batch.labels.view(), vocabulary)? {
@@ -145,7 +152,8 @@ mod tests {
         Model::random(config, &mut generator(1, "init/model", 0)).unwrap()
     }
 
-    /// The loss equals the model's own mean over all counted positions, and batching does not matter.
+    /// The loss equals the model's own mean over all counted positions, and batching does not
+    /// matter.
     #[test]
     fn loss_agrees_with_the_models_and_chance_is_chance() {
         let model = nano();
@@ -155,22 +163,25 @@ mod tests {
         let one = evaluate(&model, &encoder, task.as_ref(), 1, Split::Test, 24, 5).unwrap();
         let two = evaluate(&model, &encoder, task.as_ref(), 1, Split::Test, 24, 24).unwrap();
         assert!((one.loss - two.loss).abs() < 1e-5);
-        let examples: Vec<Example> =
-            (0..24).map(|i| encoder.row(&row(task.as_ref(), 1, Split::Test, i).unwrap()).unwrap()).collect();
+        let examples: Vec<Example> = (0..24)
+            .map(|i| encoder.row(&row(task.as_ref(), 1, Split::Test, i).unwrap()).unwrap())
+            .collect();
         let batch = encoder.batch(&examples, None).unwrap();
         let want = model.loss(&batch, &mut Cost::default()).unwrap();
         assert!((one.loss - want).abs() < 1e-5 * want, "{} against {want}", one.loss);
         assert!(one.exact < 0.1 && (0.0..=1.0).contains(&one.choice));
     }
 
-    /// Greedy decoding, done naively, agrees with the exact-match rule on a model that answers some rows.
+    /// Greedy decoding, done naively, agrees with the exact-match rule on a model that answers some
+    /// rows.
     #[test]
     fn exact_match_is_greedy_decoding() {
         let mut model = nano();
         let tokenizer = Tokenizer::bytes();
         let encoder = Encoder { tokenizer: &tokenizer, length: 64, truncate: false };
         let task = TaskParams::named("lists").unwrap().open().unwrap();
-        // A bias towards one digit and the end token makes one-digit answers come out right now and then.
+        // A bias towards one digit and the end token makes one-digit answers come out right now and
+        // then.
         model.train_fully();
         let batch = encoder
             .batch(
@@ -181,10 +192,19 @@ mod tests {
             )
             .unwrap();
         let mut optimizer =
-            crate::train::optimizer::OptimizerParams { lr: 3e-3, ..Default::default() }.check::<f32>().unwrap();
+            crate::train::optimizer::OptimizerParams { lr: 3e-3, ..Default::default() }
+                .check::<f32>()
+                .unwrap();
         let mut gradients = model.zero_gradients();
         for _ in 0..40 {
-            model.loss_and_gradients(&batch, &Default::default(), &mut gradients, &mut Cost::default()).unwrap();
+            model
+                .loss_and_gradients(
+                    &batch,
+                    &Default::default(),
+                    &mut gradients,
+                    &mut Cost::default(),
+                )
+                .unwrap();
             optimizer.begin_step();
             model
                 .update(&gradients, &mut |t| {

@@ -9,8 +9,9 @@ use crate::train::data::{Encoder, Example};
 use crate::train::evaluate::{Scores, score_logits};
 use crate::train::tasks::{Split, Task, row};
 
-/// Scores of the plain model (first) and of each update on `rows` rows of a split. Every batch mixes them:
-/// sequence i is row `i / (updates + 1)` under choice `i % (updates + 1)`, `batch` sequences at a time.
+/// Scores of the plain model (first) and of each update on `rows` rows of a split. Every batch
+/// mixes them: sequence i is row `i / (updates + 1)` under choice `i % (updates + 1)`, `batch`
+/// sequences at a time.
 ///
 /// Choice questions are not ranked: [`Scores::choice`] is NaN.
 ///
@@ -27,16 +28,26 @@ pub fn evaluate_mixed<T: Real>(
 ) -> Result<Vec<Scores>> {
     let choices = updates.len() + 1;
     let mut scores = vec![Scores { rows, choice: f64::NAN, ..Scores::default() }; choices];
-    let (mut counted, mut right, mut likelihood) = (vec![0; choices], vec![0; choices], vec![0.0; choices]);
-    let examples =
-        (0..rows as u64).map(|i| encoder.row(&row(task, seed, split, i)?)).collect::<Result<Vec<Example>>>()?;
+    let (mut counted, mut right, mut likelihood) =
+        (vec![0; choices], vec![0; choices], vec![0.0; choices]);
+    let examples = (0..rows as u64)
+        .map(|i| encoder.row(&row(task, seed, split, i)?))
+        .collect::<Result<Vec<Example>>>()?;
     let sequences: Vec<usize> = (0..rows * choices).collect();
     for chunk in sequences.chunks(batch.max(1)) {
         let served: Vec<Example> = chunk.iter().map(|i| examples[i / choices].clone()).collect();
-        let of_sequence: Vec<Option<usize>> = chunk.iter().map(|i| (i % choices).checked_sub(1)).collect();
+        let of_sequence: Vec<Option<usize>> =
+            chunk.iter().map(|i| (i % choices).checked_sub(1)).collect();
         let batch = encoder.batch(&served, None)?;
-        let logits = model.logits_mixed(batch.input_ids.view(), updates, &of_sequence, &mut Cost::default())?;
-        for (i, sequence) in chunk.iter().zip(score_logits(logits.view(), &batch, model.config.vocab_size)?) {
+        let logits = model.logits_mixed(
+            batch.input_ids.view(),
+            updates,
+            &of_sequence,
+            &mut Cost::default(),
+        )?;
+        for (i, sequence) in
+            chunk.iter().zip(score_logits(logits.view(), &batch, model.config.vocab_size)?)
+        {
             let choice = i % choices;
             counted[choice] += sequence.counted;
             right[choice] += sequence.right;
@@ -72,7 +83,9 @@ mod tests {
             .into_iter()
             .map(|name| {
                 let mut model = base.clone();
-                MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 1).unwrap();
+                MethodParams { rank: 3, ..MethodParams::named(name) }
+                    .apply(&mut model, None, 1)
+                    .unwrap();
                 let mut rng = generator(2, name.name(), 0);
                 model
                     .for_each_trainable(&mut |_, v| {
@@ -88,14 +101,26 @@ mod tests {
         let task = TaskParams::named("lists").unwrap().open().unwrap();
         let given: Vec<_> = updates.iter().collect();
         let (split, rows) = (Split::Test, 9);
-        let together = evaluate_mixed(&base, &given, &encoder, task.as_ref(), (1, split), rows, 7).unwrap();
+        let together =
+            evaluate_mixed(&base, &given, &encoder, task.as_ref(), (1, split), rows, 7).unwrap();
         let mut model = Switchable::new(base).unwrap();
         for (i, got) in together.iter().enumerate() {
             model.switch(i.checked_sub(1).map(|u| given[u])).unwrap();
             let want = evaluate(model.model(), &encoder, task.as_ref(), 1, split, rows, 5).unwrap();
-            assert!((got.loss - want.loss).abs() < 1e-10 * want.loss, "choice {i}: {} and {}", got.loss, want.loss);
-            assert_eq!((got.exact.to_bits(), got.tokens.to_bits()), (want.exact.to_bits(), want.tokens.to_bits()));
+            assert!(
+                (got.loss - want.loss).abs() < 1e-10 * want.loss,
+                "choice {i}: {} and {}",
+                got.loss,
+                want.loss
+            );
+            assert_eq!(
+                (got.exact.to_bits(), got.tokens.to_bits()),
+                (want.exact.to_bits(), want.tokens.to_bits())
+            );
         }
-        assert!((together[0].loss - together[1].loss).abs() > 1e-6, "an update must change the scores");
+        assert!(
+            (together[0].loss - together[1].loss).abs() > 1e-6,
+            "an update must change the scores"
+        );
     }
 }

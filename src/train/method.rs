@@ -11,7 +11,9 @@ use crate::adapters::{BaseWeight, PackedWeight};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
 use crate::model::s2ft::{S2ftSpec, Scope};
-use crate::model::{AdapterPlan, Calibration, MethodSpec, Model, ModelConfig, PeftSettings, Projection};
+use crate::model::{
+    AdapterPlan, Calibration, MethodSpec, Model, ModelConfig, PeftSettings, Projection,
+};
 use crate::streams::generator;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -88,7 +90,11 @@ impl std::str::FromStr for MethodName {
 
     fn from_str(text: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|m| m.name() == text).ok_or_else(|| {
-            Error::invalid("method.name", text, format!("must be one of {}", Self::ALL.map(Self::name).join(", ")))
+            Error::invalid(
+                "method.name",
+                text,
+                format!("must be one of {}", Self::ALL.map(Self::name).join(", ")),
+            )
         })
     }
 }
@@ -166,13 +172,16 @@ impl MethodParams {
         Self { name, ..Self::default() }
     }
 
-    /// What an `adapter_config.json` (the file or its folder) asks for: LoRA, DoRA or MosLoRA, the same in every layer.
+    /// What an `adapter_config.json` (the file or its folder) asks for: LoRA, DoRA or MosLoRA, the
+    /// same in every layer.
     ///
     /// # Errors
     /// As [`PeftSettings::read`].
     pub fn of_peft(path: &Path, config: &ModelConfig) -> Result<Self> {
-        let file = if path.is_dir() { path.join("adapter_config.json") } else { path.to_path_buf() };
-        let PeftSettings { kind, spec, true_derivative, targets } = PeftSettings::read(&file, config)?;
+        let file =
+            if path.is_dir() { path.join("adapter_config.json") } else { path.to_path_buf() };
+        let PeftSettings { kind, spec, true_derivative, targets } =
+            PeftSettings::read(&file, config)?;
         let name = match kind {
             AdapterKind::Dora => MethodName::Dora,
             AdapterKind::Moslora => MethodName::Moslora,
@@ -188,8 +197,8 @@ impl MethodParams {
         })
     }
 
-    /// The target projections of a model, in the order in which they are updated. By default all but experts and their
-    /// routers, which PEFT does not take for linear layers either.
+    /// The target projections of a model, in the order in which they are updated. By default all
+    /// but experts and their routers, which PEFT does not take for linear layers either.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a name that the model does not have, or a repeated one, or none.
@@ -202,7 +211,8 @@ impl MethodParams {
             return Ok(linear());
         }
         let options = &config.options;
-        let is = |p: Projection, name: &str| options.module_kind(p) == name || options.path(p) == name;
+        let is =
+            |p: Projection, name: &str| options.module_kind(p) == name || options.path(p) == name;
         if let Some(unknown) = names.iter().find(|name| !all.iter().any(|&p| is(p, name))) {
             let known: BTreeSet<String> = all.iter().map(|&p| options.module_kind(p)).collect();
             let known: Vec<String> = known.into_iter().collect();
@@ -216,7 +226,11 @@ impl MethodParams {
         let Some(names) = &self.targets else { return Ok(()) };
         let distinct: BTreeSet<&String> = names.iter().collect();
         if names.is_empty() || distinct.len() < names.len() {
-            return Err(Error::invalid("method.targets", names.join(", "), "must be distinct and not empty"));
+            return Err(Error::invalid(
+                "method.targets",
+                names.join(", "),
+                "must be distinct and not empty",
+            ));
         }
         Ok(())
     }
@@ -255,18 +269,25 @@ impl MethodParams {
     /// # Errors
     /// [`Error::InvalidParam`] for an unknown selection.
     pub fn spec(&self) -> Result<Option<MethodSpec>> {
-        let lora =
-            LoraSpec { rank: self.rank, alpha: self.alpha.unwrap_or(16.0), rank_stabilized: self.rank_stabilized };
+        let lora = LoraSpec {
+            rank: self.rank,
+            alpha: self.alpha.unwrap_or(16.0),
+            rank_stabilized: self.rank_stabilized,
+        };
         let rule = self.rule()?;
         Ok(Some(match self.name {
             MethodName::Full => MethodSpec::Full,
             MethodName::Lora | MethodName::Qlora => MethodSpec::Lora(lora),
-            MethodName::Dora => MethodSpec::Dora { spec: lora, true_derivative: self.true_derivative },
+            MethodName::Dora => {
+                MethodSpec::Dora { spec: lora, true_derivative: self.true_derivative }
+            }
             MethodName::Moslora => MethodSpec::Moslora { spec: lora, mixer: MixerInit::default() },
             MethodName::Paca | MethodName::Qpaca => {
                 MethodSpec::Paca(PacaSpec { rank: self.rank, alpha: self.alpha, rule })
             }
-            MethodName::Spft => MethodSpec::Spft(SpftSpec { share: self.share.unwrap_or(SpftSpec::default().share) }),
+            MethodName::Spft => MethodSpec::Spft(SpftSpec {
+                share: self.share.unwrap_or(SpftSpec::default().share),
+            }),
             MethodName::S2ft => return Ok(None),
         }))
     }
@@ -280,10 +301,18 @@ impl MethodParams {
         self.spec()?;
         self.s2ft()?;
         if self.name == MethodName::S2ft && self.targets.is_some() {
-            return Err(Error::invalid("method.targets", "set", "s2ft takes method.ratios by module instead"));
+            return Err(Error::invalid(
+                "method.targets",
+                "set",
+                "s2ft takes method.ratios by module instead",
+            ));
         }
         if self.name != MethodName::S2ft && (self.ratios.is_some() || self.each_layer) {
-            return Err(Error::invalid("method.ratios", "set", "ratios and each_layer belong to method s2ft"));
+            return Err(Error::invalid(
+                "method.ratios",
+                "set",
+                "ratios and each_layer belong to method s2ft",
+            ));
         }
         if self.name != MethodName::Spft && self.share.is_some() {
             return Err(Error::invalid("method.share", "set", "belongs to method spft"));
@@ -291,19 +320,30 @@ impl MethodParams {
         Ok(())
     }
 
-    /// Prepares a frozen model for training: packs the base if the method asks for it, then attaches.
+    /// Prepares a frozen model for training: packs the base if the method asks for it, then
+    /// attaches.
     ///
     /// Random choices come from stream `init/adapter` of the seed. `calibration` is needed where
     /// [`MethodParams::needs_calibration`] says so.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if the model trains something already ([`Model::freeze`] ends that); as
-    /// [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and [`Nf4Matrix::quantize`].
-    pub fn apply<T: Real>(&self, model: &mut Model<T>, calibration: Option<&Calibration<T>>, seed: u64) -> Result<()> {
+    /// [`Error::InvalidParam`] if the model trains something already ([`Model::freeze`] ends that);
+    /// as [`MethodParams::check`], [`Model::attach_with_scores`], [`Model::attach_s2ft`] and
+    /// [`Nf4Matrix::quantize`].
+    pub fn apply<T: Real>(
+        &self,
+        model: &mut Model<T>,
+        calibration: Option<&Calibration<T>>,
+        seed: u64,
+    ) -> Result<()> {
         self.check()?;
         if model.trainable_elements() > 0 {
             // Whatever is still trainable would be trained beside the method, unnoticed.
-            return Err(Error::invalid("model", "already trainable", "must be frozen before a method is attached"));
+            return Err(Error::invalid(
+                "model",
+                "already trainable",
+                "must be frozen before a method is attached",
+            ));
         }
         let mut rng = generator(seed, "init/adapter", 0);
         if self.name == MethodName::Full && self.targets.is_none() {
@@ -330,7 +370,8 @@ impl MethodParams {
 pub fn quantize<T: Real>(model: &mut Model<T>) -> Result<()> {
     for layer in &mut model.layers {
         for (_, projection) in layer.projections_mut().filter(|(_, p)| !p.base.is_packed()) {
-            let packed: Arc<dyn PackedWeight<T>> = Arc::new(Nf4Matrix::quantize(projection.base.dense().view())?);
+            let packed: Arc<dyn PackedWeight<T>> =
+                Arc::new(Nf4Matrix::quantize(projection.base.dense().view())?);
             projection.base = BaseWeight::Packed(packed);
         }
     }
@@ -350,17 +391,28 @@ mod tests {
         let text = "adalora".parse::<MethodName>().unwrap_err().to_string();
         assert!(text.contains("adalora") && text.contains("qpaca"), "{text}");
         let config = preset("nano").unwrap();
-        let bad = MethodParams { targets: Some(vec!["q_proj".into(), "q_proj".into()]), ..Default::default() };
-        assert!(matches!(bad.projections(&config), Err(Error::InvalidParam { name, .. }) if name == "method.targets"));
+        let bad = MethodParams {
+            targets: Some(vec!["q_proj".into(), "q_proj".into()]),
+            ..Default::default()
+        };
+        assert!(
+            matches!(bad.projections(&config), Err(Error::InvalidParam { name, .. }) if name == "method.targets")
+        );
         let every = MethodParams { targets: Some(vec!["all-linear".into()]), ..Default::default() };
         assert_eq!(every.projections(&config).unwrap(), Projection::ALL);
-        let mixed = MethodParams { targets: Some(vec!["all-linear".into(), "q_proj".into()]), ..Default::default() };
-        assert!(matches!(mixed.projections(&config), Err(Error::InvalidParam { value, .. }) if value == "all-linear"));
+        let mixed = MethodParams {
+            targets: Some(vec!["all-linear".into(), "q_proj".into()]),
+            ..Default::default()
+        };
+        assert!(
+            matches!(mixed.projections(&config), Err(Error::InvalidParam { value, .. }) if value == "all-linear")
+        );
         let bad = MethodParams { targets: Some(vec!["w_proj".into()]), ..Default::default() };
         assert!(bad.projections(&config).unwrap_err().to_string().contains("down_proj"));
     }
 
-    /// The same settings by PEFT's file and by hand; what a new adapter cannot have is refused by its key.
+    /// The same settings by PEFT's file and by hand; what a new adapter cannot have is refused by
+    /// its key.
     #[test]
     fn a_method_as_peft_writes_it() {
         let folder = tempfile::tempdir().unwrap();
@@ -379,7 +431,10 @@ mod tests {
             ..MethodParams::named(MethodName::Dora)
         };
         assert_eq!(read(text).unwrap(), by_hand);
-        let all = read(r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}"#).unwrap();
+        let all = read(
+            r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}"#,
+        )
+        .unwrap();
         assert_eq!(all.projections(&config).unwrap(), Projection::ALL);
         for (key, value) in [
             ("lora_dropout", "0.1"),
@@ -400,13 +455,18 @@ mod tests {
     #[test]
     fn every_method_trains_the_numbers_it_should() {
         let config = preset("nano").unwrap();
-        let base: Model<f32> = Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
+        let base: Model<f32> =
+            Model::random(config.clone(), &mut generator(1, "init/model", 0)).unwrap();
         let shapes = Projection::ALL.map(|p| config.projection_shape(p));
         let layers = config.num_hidden_layers;
         for name in MethodName::ALL {
             let mut model = base.clone();
-            MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 1).unwrap();
-            let each = |f: fn((usize, usize)) -> usize| layers * shapes.iter().map(|&s| f(s)).sum::<usize>();
+            MethodParams { rank: 3, ..MethodParams::named(name) }
+                .apply(&mut model, None, 1)
+                .unwrap();
+            let each = |f: fn((usize, usize)) -> usize| {
+                layers * shapes.iter().map(|&s| f(s)).sum::<usize>()
+            };
             let want = match name {
                 MethodName::Full => config.parameters(),
                 MethodName::Lora | MethodName::Qlora => each(|(o, i)| 3 * (o + i)),
@@ -419,12 +479,15 @@ mod tests {
             };
             assert_eq!(model.trainable_elements(), want, "{}", name.name());
             let mut again = model.clone();
-            let refused = MethodParams::named(MethodName::Lora).apply(&mut again, None, 1).unwrap_err();
+            let refused =
+                MethodParams::named(MethodName::Lora).apply(&mut again, None, 1).unwrap_err();
             assert!(refused.to_string().contains("frozen"), "{refused}");
             if name == MethodName::Full {
                 again.freeze();
                 assert_eq!(again.trainable_elements(), 0);
-                MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }.apply(&mut again, None, 1).unwrap();
+                MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }
+                    .apply(&mut again, None, 1)
+                    .unwrap();
                 assert_eq!(again.trainable_elements(), each(|(o, i)| 3 * (o + i)));
             }
             if name.quantized() {

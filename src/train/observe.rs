@@ -42,11 +42,18 @@ impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StepsDone => write!(f, "all steps done"),
-            Self::TargetLoss { step, loss } => write!(f, "target loss reached at step {step} (loss {loss:.6})"),
-            Self::NonFinite { step, tensor } => {
-                write!(f, "NaN or infinity in {tensor} at step {step}; the last good checkpoint is kept")
+            Self::TargetLoss { step, loss } => {
+                write!(f, "target loss reached at step {step} (loss {loss:.6})")
             }
-            Self::Interrupted { step } => write!(f, "interrupted after step {step}; continue with --resume"),
+            Self::NonFinite { step, tensor } => {
+                write!(
+                    f,
+                    "NaN or infinity in {tensor} at step {step}; the last good checkpoint is kept"
+                )
+            }
+            Self::Interrupted { step } => {
+                write!(f, "interrupted after step {step}; continue with --resume")
+            }
         }
     }
 }
@@ -118,7 +125,8 @@ pub trait Observe {
 }
 
 const STEP_HEADER: &str = "step,loss_nats,lr,gradient_norm,counted_tokens,tokens,seconds";
-const EVALUATION_HEADER: &str = "step,set,task,split,rows,exact_match,token_accuracy,loss_nats,choice_accuracy";
+const EVALUATION_HEADER: &str =
+    "step,set,task,split,rows,exact_match,token_accuracy,loss_nats,choice_accuracy";
 
 /// Writes `steps.csv` and `evaluations.csv` into a folder, a row as it happens.
 pub struct CsvLog {
@@ -127,8 +135,8 @@ pub struct CsvLog {
 }
 
 impl CsvLog {
-    /// Opens the logs. Rows after `resumed` steps, which a continued run computes again, are removed; so is a
-    /// row cut off by a crash.
+    /// Opens the logs. Rows after `resumed` steps, which a continued run computes again, are
+    /// removed; so is a row cut off by a crash.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -149,10 +157,14 @@ impl CsvLog {
             let mut text = format!("{header}\n");
             complete.lines().skip(1).filter(keep).for_each(|line| text += &format!("{line}\n"));
             write_bytes(&path, text.as_bytes())?;
-            let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
+            let file =
+                OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, e))?;
             Ok((path, file))
         };
-        Ok(Self { steps: open("steps.csv", STEP_HEADER)?, evaluations: open("evaluations.csv", EVALUATION_HEADER)? })
+        Ok(Self {
+            steps: open("steps.csv", STEP_HEADER)?,
+            evaluations: open("evaluations.csv", EVALUATION_HEADER)?,
+        })
     }
 }
 
@@ -198,8 +210,15 @@ mod tests {
     #[test]
     fn logs_are_cut_back_to_the_resumed_step() {
         let folder = tempfile::tempdir().unwrap();
-        let record =
-            |step| StepRecord { step, loss: 1.5, lr: 0.1, gradient_norm: 2.0, counted: 3, tokens: 4, seconds: 0.5 };
+        let record = |step| StepRecord {
+            step,
+            loss: 1.5,
+            lr: 0.1,
+            gradient_norm: 2.0,
+            counted: 3,
+            tokens: 4,
+            seconds: 0.5,
+        };
         let mut log = CsvLog::open(folder.path(), 0).unwrap();
         (1..=5).for_each(|s| log.observe(&Event::Step(&record(s))).unwrap());
         let path = folder.path().join("steps.csv");
@@ -212,7 +231,13 @@ mod tests {
         assert_eq!(steps, ["step", "1", "2", "3", "4"]);
         assert_eq!(text.lines().nth(1), Some("1,1.5,0.1,2,3,4,0.500000"));
         let scores = Scores { rows: 8, exact: 0.5, tokens: 0.75, loss: 1.0, choice: f64::NAN };
-        let record = EvaluationRecord { step: 4, set: "data", task: "lists".into(), split: Split::Shifted, scores };
+        let record = EvaluationRecord {
+            step: 4,
+            set: "data",
+            task: "lists".into(),
+            split: Split::Shifted,
+            scores,
+        };
         log.observe(&Event::Evaluated(&record)).unwrap();
         let text = std::fs::read_to_string(folder.path().join("evaluations.csv")).unwrap();
         assert!(text.ends_with("\n4,data,lists,shifted,8,0.5,0.75,1,\n"), "{text}");

@@ -7,8 +7,8 @@
 //! SGD     g <- g + wd p         m <- mu m + g  (m = g at t = 1)         p <- p - lr m
 //! ```
 //!
-//! The order of operations and the place of eps (outside the root, after the bias correction) are those of
-//! the common trainers, so that three steps agree to roundoff with a recorded run.
+//! The order of operations and the place of eps (outside the root, after the bias correction) are
+//! those of the common trainers, so that three steps agree to roundoff with a recorded run.
 
 use crate::error::{Error, Result};
 use crate::limits::descent::UpdateRule;
@@ -85,11 +85,26 @@ impl OptimizerParams {
     pub fn check<T: Real>(self) -> Result<Optimizer<T>> {
         let ranges = [
             ("lr", self.lr, self.lr > 0.0, "must be positive"),
-            ("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "must be at least 0 and below 1"),
-            ("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "must be at least 0 and below 1"),
+            (
+                "beta1",
+                self.beta1,
+                (0.0..1.0).contains(&self.beta1),
+                "must be at least 0 and below 1",
+            ),
+            (
+                "beta2",
+                self.beta2,
+                (0.0..1.0).contains(&self.beta2),
+                "must be at least 0 and below 1",
+            ),
             ("eps", self.eps, self.eps > 0.0, "must be positive"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0.0, "must be at least 0"),
-            ("momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "must be at least 0 and below 1"),
+            (
+                "momentum",
+                self.momentum,
+                (0.0..1.0).contains(&self.momentum),
+                "must be at least 0 and below 1",
+            ),
             ("clip", self.clip, self.clip >= 0.0, "must be at least 0 (0 turns clipping off)"),
         ];
         for (name, value, fine, requirement) in ranges {
@@ -145,7 +160,8 @@ impl<T: Real> Optimizer<T> {
         self.state.values().map(|m| (m.first.len() + m.second.len()) * size_of::<T>()).sum()
     }
 
-    /// Updates one parameter in place from its gradient times `gradient_scale` (1, or the clipping factor).
+    /// Updates one parameter in place from its gradient times `gradient_scale` (1, or the clipping
+    /// factor).
     ///
     /// State is made at the first call for a name. Cost O(entries).
     ///
@@ -197,8 +213,10 @@ impl<T: Real> Optimizer<T> {
                     root: T::of((1.0 - p.beta2.powf(t)).sqrt()),
                     eps: T::of(p.eps),
                 };
-                let moments = moments.first.par_chunks_mut(PART).zip(moments.second.par_chunks_mut(PART));
-                let parts = parameter.par_chunks_mut(PART).zip(gradient.par_chunks(PART)).zip(moments);
+                let moments =
+                    moments.first.par_chunks_mut(PART).zip(moments.second.par_chunks_mut(PART));
+                let parts =
+                    parameter.par_chunks_mut(PART).zip(gradient.par_chunks(PART)).zip(moments);
                 parts.for_each(|((parameter, gradient), (first, second))| {
                     vectorized(AdamW { parameter, gradient, first, second, factors });
                 });
@@ -234,33 +252,50 @@ impl<T: Real> Optimizer<T> {
     pub fn state(&self) -> impl Iterator<Item = (String, &[T])> {
         self.state.iter().flat_map(|(name, moments)| {
             let parts = [("first", &moments.first), ("second", &moments.second)];
-            parts.into_iter().filter(|p| !p.1.is_empty()).map(move |(part, x)| (format!("{part}.{name}"), x.as_slice()))
+            parts
+                .into_iter()
+                .filter(|p| !p.1.is_empty())
+                .map(move |(part, x)| (format!("{part}.{name}"), x.as_slice()))
         })
     }
 
     /// Restores what [`Optimizer::state`] and [`Optimizer::steps`] gave.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a name without `first.` or `second.`, or a part that this kind does not keep;
-    /// [`Error::ShapeMismatch`] if the two moments differ in length.
-    pub fn restore(&mut self, steps: u64, state: impl IntoIterator<Item = (String, Vec<T>)>) -> Result<()> {
+    /// [`Error::InvalidParam`] for a name without `first.` or `second.`, or a part that this kind
+    /// does not keep; [`Error::ShapeMismatch`] if the two moments differ in length.
+    pub fn restore(
+        &mut self,
+        steps: u64,
+        state: impl IntoIterator<Item = (String, Vec<T>)>,
+    ) -> Result<()> {
         let mut restored: BTreeMap<String, Moments<T>> = BTreeMap::new();
         let parts = self.params.state_per_parameter();
         for (key, values) in state {
             let (part, name) = key.split_once('.').unwrap_or(("", &key));
-            let entry = restored.entry(name.to_string()).or_insert(Moments { first: vec![], second: vec![] });
+            let entry = restored
+                .entry(name.to_string())
+                .or_insert(Moments { first: vec![], second: vec![] });
             match part {
                 "first" if parts >= 1 => entry.first = values,
                 "second" if parts == 2 => entry.second = values,
                 _ => {
-                    return Err(Error::invalid("optimizer state", &key, format!("not kept by {:?}", self.params.kind)));
+                    return Err(Error::invalid(
+                        "optimizer state",
+                        &key,
+                        format!("not kept by {:?}", self.params.kind),
+                    ));
                 }
             }
         }
         for (name, moments) in &restored {
             let second = if parts == 2 { moments.first.len() } else { 0 };
             if moments.second.len() != second {
-                return Err(length_mismatch(format!("second.{name}"), second, moments.second.len()));
+                return Err(length_mismatch(
+                    format!("second.{name}"),
+                    second,
+                    moments.second.len(),
+                ));
             }
         }
         self.steps = steps;
@@ -286,8 +321,8 @@ struct AdamFactors<T> {
     eps: T,
 }
 
-/// AdamW on a part of a tensor. As a loop in a closure over captured factors it took five times as long
-/// (`cargo bench --bench step_parts`: 18 ms a step for 3.6).
+/// AdamW on a part of a tensor. As a loop in a closure over captured factors it took five times as
+/// long (`cargo bench --bench step_parts`: 18 ms a step for 3.6).
 struct AdamW<'a, T> {
     parameter: &'a mut [T],
     gradient: &'a [T],
@@ -312,7 +347,8 @@ impl<T: Real> Kernel for AdamW<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let AdamFactors { keep, gradient_scale, first, second: [b2, w2], step, root, eps } = self.factors;
+        let AdamFactors { keep, gradient_scale, first, second: [b2, w2], step, root, eps } =
+            self.factors;
         let moments = self.first.iter_mut().zip(self.second);
         for ((x, &g), (m, v)) in self.parameter.iter_mut().zip(self.gradient).zip(moments) {
             let g = g * gradient_scale;
@@ -327,7 +363,12 @@ impl<T: Real> Kernel for AdamW<'_, T> {
 const PART: usize = 1 << 15;
 
 fn length_mismatch(arg: String, expected: usize, got: usize) -> Error {
-    Error::ShapeMismatch { op: "Optimizer::update", arg, expected: format!("[{expected}]"), got: format!("[{got}]") }
+    Error::ShapeMismatch {
+        op: "Optimizer::update",
+        arg,
+        expected: format!("[{expected}]"),
+        got: format!("[{got}]"),
+    }
 }
 
 /// One update of everything that a model trains; `after` sees each tensor's new values.
@@ -354,12 +395,14 @@ pub fn update_model<T: Real>(
     on_workers(move || model.update(gradients, &mut change))
 }
 
-/// Sum of squares of a gradient in double precision; the global norm is the root of the sum over parameters.
+/// Sum of squares of a gradient in double precision; the global norm is the root of the sum over
+/// parameters.
 pub fn squared_norm<T: Real>(gradient: &[T]) -> f64 {
     gradient.iter().map(|g| g.widen() * g.widen()).sum()
 }
 
-/// Factor that brings a gradient of global norm `norm` to at most `clip`: min(1, clip / (norm + 1e-6)).
+/// Factor that brings a gradient of global norm `norm` to at most `clip`: min(1, clip / (norm +
+/// 1e-6)).
 ///
 /// The 1e-6 is that of the common trainers. `clip = 0` turns clipping off.
 ///

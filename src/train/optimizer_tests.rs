@@ -14,12 +14,19 @@ fn textbook_adamw(p: &mut f64, m: &mut f64, v: &mut f64, g: f64, t: i32, q: &Opt
 
 #[test]
 fn adamw_follows_the_textbook_for_many_steps() {
-    let q = OptimizerParams { lr: 0.03, weight_decay: 0.1, beta1: 0.8, beta2: 0.95, ..Default::default() };
+    let q = OptimizerParams {
+        lr: 0.03,
+        weight_decay: 0.1,
+        beta1: 0.8,
+        beta2: 0.95,
+        ..Default::default()
+    };
     let mut adam = q.check::<f64>().unwrap();
     let mut p = [0.7, -1.3, 2.0];
     let mut want = p.map(|p| (p, 0.0, 0.0));
     for t in 1..=50 {
-        let g: [f64; 3] = std::array::from_fn(|i| p[i] - [3.0, 0.1, -2.0][i] + (t as f64 * 0.7).sin());
+        let g: [f64; 3] =
+            std::array::from_fn(|i| p[i] - [3.0, 0.1, -2.0][i] + (t as f64 * 0.7).sin());
         adam.begin_step();
         adam.update("p", &mut p, &g, q.lr, 1.0).unwrap();
         for i in 0..3 {
@@ -31,7 +38,8 @@ fn adamw_follows_the_textbook_for_many_steps() {
     assert_eq!(adam.bytes(), 3 * 2 * 8);
 }
 
-/// One step from p = 1, g = 2, worked by hand: decay 1 - 0.1 * 0.5 = 0.95, then - 0.1 * 2 / (2 + 1).
+/// One step from p = 1, g = 2, worked by hand: decay 1 - 0.1 * 0.5 = 0.95, then - 0.1 * 2 / (2 +
+/// 1).
 #[test]
 fn eps_is_outside_the_root_and_decay_is_decoupled() {
     let q = OptimizerParams { lr: 0.1, weight_decay: 0.5, eps: 1.0, ..Default::default() };
@@ -47,7 +55,9 @@ fn eps_is_outside_the_root_and_decay_is_decoupled() {
 fn sgd_with_momentum_obeys_its_recurrence() {
     let (a, lr, mu) = (3.0, 0.05, 0.9);
     let mut sgd =
-        OptimizerParams { kind: OptimizerKind::Sgd, lr, momentum: mu, ..Default::default() }.check::<f64>().unwrap();
+        OptimizerParams { kind: OptimizerKind::Sgd, lr, momentum: mu, ..Default::default() }
+            .check::<f64>()
+            .unwrap();
     let mut x = [1.0];
     let mut history = vec![1.0];
     for _ in 0..20 {
@@ -60,9 +70,10 @@ fn sgd_with_momentum_obeys_its_recurrence() {
         let want = (1.0 + mu - lr * a) * history[t] - mu * history[t - 1];
         assert!((history[t + 1] - want).abs() < 1e-14);
     }
-    let mut plain = OptimizerParams { kind: OptimizerKind::Sgd, lr, weight_decay: 0.5, ..Default::default() }
-        .check::<f64>()
-        .unwrap();
+    let mut plain =
+        OptimizerParams { kind: OptimizerKind::Sgd, lr, weight_decay: 0.5, ..Default::default() }
+            .check::<f64>()
+            .unwrap();
     let mut x = [2.0];
     plain.begin_step();
     plain.update("x", &mut x, &[4.0], 0.1, 0.5).unwrap();
@@ -118,11 +129,23 @@ fn each_end_of_each_range_and_bad_lengths() {
     }
     let mut adam = ok.check::<f64>().unwrap();
     adam.begin_step();
-    assert!(matches!(adam.update("w", &mut [0.0; 3], &[0.0; 2], 0.1, 1.0), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(
+        adam.update("w", &mut [0.0; 3], &[0.0; 2], 0.1, 1.0),
+        Err(Error::ShapeMismatch { .. })
+    ));
     adam.update("w", &mut [0.0; 3], &[0.0; 3], 0.1, 1.0).unwrap();
-    assert!(matches!(adam.update("w", &mut [0.0; 4], &[0.0; 4], 0.1, 1.0), Err(Error::ShapeMismatch { .. })));
-    assert!(matches!(adam.restore(1, [("third.w".to_string(), vec![1.0])]), Err(Error::InvalidParam { .. })));
-    assert!(matches!(adam.restore(1, [("first.w".to_string(), vec![1.0])]), Err(Error::ShapeMismatch { .. })));
+    assert!(matches!(
+        adam.update("w", &mut [0.0; 4], &[0.0; 4], 0.1, 1.0),
+        Err(Error::ShapeMismatch { .. })
+    ));
+    assert!(matches!(
+        adam.restore(1, [("third.w".to_string(), vec![1.0])]),
+        Err(Error::InvalidParam { .. })
+    ));
+    assert!(matches!(
+        adam.restore(1, [("first.w".to_string(), vec![1.0])]),
+        Err(Error::ShapeMismatch { .. })
+    ));
 }
 
 #[test]

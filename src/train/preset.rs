@@ -27,12 +27,19 @@ pub const NAMES: [&str; 4] = ["pico", "nano", "micro", "mini"];
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
 pub fn preset(name: &str) -> Result<ModelConfig> {
-    let (hidden_size, num_hidden_layers, intermediate_size, heads, num_key_value_heads) = match name {
+    let (hidden_size, num_hidden_layers, intermediate_size, heads, num_key_value_heads) = match name
+    {
         "pico" => (64, 4, 176, 4, 2),
         "nano" => (128, 5, 344, 4, 2),
         "micro" => (256, 6, 688, 8, 4),
         "mini" => (512, 8, 1376, 8, 4),
-        _ => return Err(Error::invalid("model.preset", name, format!("must be one of {}", NAMES.join(", ")))),
+        _ => {
+            return Err(Error::invalid(
+                "model.preset",
+                name,
+                format!("must be one of {}", NAMES.join(", ")),
+            ));
+        }
     };
     Ok(ModelConfig {
         vocab_size: BYTE_VOCABULARY,
@@ -50,7 +57,8 @@ pub fn preset(name: &str) -> Result<ModelConfig> {
     })
 }
 
-/// The sizes of LLaMA-2-7B, from its public configuration: what the papers measure on, here for predictions.
+/// The sizes of LLaMA-2-7B, from its public configuration: what the papers measure on, here for
+/// predictions.
 ///
 /// ```
 /// use peft_limits::train::preset::llama_2_7b;
@@ -79,9 +87,12 @@ mod tests {
 
     #[test]
     fn presets_have_the_advertised_sizes() {
-        for (name, least, most) in
-            [("pico", 0.15e6, 0.25e6), ("nano", 0.9e6, 1.1e6), ("micro", 4.4e6, 5.5e6), ("mini", 23e6, 27e6)]
-        {
+        for (name, least, most) in [
+            ("pico", 0.15e6, 0.25e6),
+            ("nano", 0.9e6, 1.1e6),
+            ("micro", 4.4e6, 5.5e6),
+            ("mini", 23e6, 27e6),
+        ] {
             let config = preset(name).unwrap();
             config.check().unwrap();
             let n = config.parameters() as f64;

@@ -7,8 +7,9 @@
 //! cosine    f(t) = m + (1 - m) (1 + cos(pi u)) / 2                 t >= w
 //! ```
 //!
-//! Step t counts from 0, T is the length of the run, w the warm-up, m the floor; after T the value stays
-//! at its end. These are the schedules of the common trainers, so runs can be compared step by step.
+//! Step t counts from 0, T is the length of the run, w the warm-up, m the floor; after T the value
+//! stays at its end. These are the schedules of the common trainers, so runs can be compared step
+//! by step.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -105,15 +106,24 @@ mod tests {
 
     #[test]
     fn closed_forms() {
-        let linear = ScheduleParams { decay: Decay::Linear, warmup: 3, floor: 0.25 }.check(11).unwrap();
-        for (step, want) in [(0, 0.0), (1, 1.0 / 3.0), (3, 1.0), (7, 0.625), (11, 0.25), (100, 0.25)] {
-            assert!((linear.factor(step) - want).abs() < 1e-15, "step {step}: {}", linear.factor(step));
+        let linear =
+            ScheduleParams { decay: Decay::Linear, warmup: 3, floor: 0.25 }.check(11).unwrap();
+        for (step, want) in
+            [(0, 0.0), (1, 1.0 / 3.0), (3, 1.0), (7, 0.625), (11, 0.25), (100, 0.25)]
+        {
+            assert!(
+                (linear.factor(step) - want).abs() < 1e-15,
+                "step {step}: {}",
+                linear.factor(step)
+            );
         }
-        let cosine = ScheduleParams { decay: Decay::Cosine, warmup: 0, floor: 0.1 }.check(8).unwrap();
+        let cosine =
+            ScheduleParams { decay: Decay::Cosine, warmup: 0, floor: 0.1 }.check(8).unwrap();
         for (step, want) in [(0, 1.0), (4, 0.55), (8, 0.1), (9, 0.1)] {
             assert!((cosine.factor(step) - want).abs() < 1e-15);
         }
-        let all_warmup = ScheduleParams { decay: Decay::Cosine, warmup: 4, floor: 0.0 }.check(4).unwrap();
+        let all_warmup =
+            ScheduleParams { decay: Decay::Cosine, warmup: 4, floor: 0.0 }.check(4).unwrap();
         assert!((all_warmup.factor(3) - 0.75).abs() < 1e-15);
     }
 

@@ -1,7 +1,8 @@
-//! Emulation of bf16 storage: values that a GPU trainer would keep in bf16 are rounded to it at named points.
+//! Emulation of bf16 storage: values that a GPU trainer would keep in bf16 are rounded to it at
+//! named points.
 //!
-//! Rounded: every dense weight and adapter tensor at the start, trained tensors after each update, gradients
-//! before it. Not rounded: activations, optimizer state, NF4 codes.
+//! Rounded: every dense weight and adapter tensor at the start, trained tensors after each update,
+//! gradients before it. Not rounded: activations, optimizer state, NF4 codes.
 
 use crate::adapters::BaseWeight;
 use crate::error::Result;
@@ -26,7 +27,11 @@ pub fn round_bf16<T: Real>(x: T) -> T {
 pub fn round_model<T: Real>(model: &mut Model<T>) -> Result<()> {
     let round = |x: &mut T| *x = round_bf16(*x);
     model.embedding.mapv_inplace(round_bf16);
-    model.positions.iter_mut().chain(&mut model.lm_head).for_each(|table| table.mapv_inplace(round_bf16));
+    model
+        .positions
+        .iter_mut()
+        .chain(&mut model.lm_head)
+        .for_each(|table| table.mapv_inplace(round_bf16));
     model.final_norm.numbers_mut().for_each(round);
     for layer in &mut model.layers {
         layer.norms.iter_mut().flatten().flat_map(|norm| norm.numbers_mut()).for_each(round);
@@ -62,13 +67,18 @@ mod tests {
     fn rounding_is_idempotent_and_reaches_every_tensor() {
         let mut config = preset("nano").unwrap();
         config.num_hidden_layers = 1;
-        let mut model: Model<f32> = Model::random(config, &mut generator(1, "init/model", 0)).unwrap();
-        MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }.apply(&mut model, None, 1).unwrap();
+        let mut model: Model<f32> =
+            Model::random(config, &mut generator(1, "init/model", 0)).unwrap();
+        MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) }
+            .apply(&mut model, None, 1)
+            .unwrap();
         let before = model.embedding[[3, 4]];
         round_model(&mut model).unwrap();
         assert_ne!(before.to_bits(), model.embedding[[3, 4]].to_bits());
         let bf16 = |x: &f32| x.to_bits().trailing_zeros() >= 16;
-        assert!(model.layers[0].projection(crate::model::Projection::Up).base.dense().iter().all(bf16));
+        assert!(
+            model.layers[0].projection(crate::model::Projection::Up).base.dense().iter().all(bf16)
+        );
         assert!(model.trainable_values().iter().all(|(_, v)| v.iter().all(bf16)));
         let once = model.trainable_values();
         round_model(&mut model).unwrap();

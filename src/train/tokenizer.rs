@@ -45,49 +45,63 @@ impl Tokenizer {
 
     /// The tokenizer of a model folder: its `tokenizer.json`, or bytes if there is none.
     ///
-    /// `bos_token_id`, `eos_token_id` and `pad_token_id` come from the folder's `config.json`; padding falls
-    /// back to the end id, which is harmless because padded labels are -100.
+    /// `bos_token_id`, `eos_token_id` and `pad_token_id` come from the folder's `config.json`;
+    /// padding falls back to the end id, which is harmless because padded labels are -100.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] for a broken `tokenizer.json`, a `config.json` without `eos_token_id`,
-    /// or a vocabulary too small for bytes; [`Error::InvalidParam`] if the crate was built without the
-    /// feature `hf-tokenizer`.
+    /// [`Error::Io`]; [`Error::Format`] for a broken `tokenizer.json`, a `config.json` without
+    /// `eos_token_id`, or a vocabulary too small for bytes; [`Error::InvalidParam`] if the crate
+    /// was built without the feature `hf-tokenizer`.
     pub fn of_model(folder: &Path, vocabulary: usize) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if path.exists() {
             return Self::from_json(folder, &path);
         }
         if vocabulary < BYTE_VOCABULARY {
-            let expected = format!("a tokenizer.json, or vocab_size >= {BYTE_VOCABULARY} for the byte tokenizer");
-            return Err(Error::format(folder, "tokenizer", expected, format!("vocab_size {vocabulary}")));
+            let expected = format!(
+                "a tokenizer.json, or vocab_size >= {BYTE_VOCABULARY} for the byte tokenizer"
+            );
+            return Err(Error::format(
+                folder,
+                "tokenizer",
+                expected,
+                format!("vocab_size {vocabulary}"),
+            ));
         }
         Ok(Self::bytes())
     }
 
     #[cfg(feature = "hf-tokenizer")]
     fn from_json(folder: &Path, path: &Path) -> Result<Self> {
-        let refused = |found: String| Error::format(path, "file", "a Hugging Face tokenizer", found);
+        let refused =
+            |found: String| Error::format(path, "file", "a Hugging Face tokenizer", found);
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| refused(e.to_string()))?;
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+            .map_err(|e| refused(e.to_string()))?;
         let inner = without_panic(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(refused)?;
         let config = folder.join("config.json");
         let text = std::fs::read_to_string(&config).map_err(|e| Error::io(&config, e))?;
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| Error::format(&config, "file", "JSON", e.to_string()))?;
+        let value: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| Error::format(&config, "file", "JSON", e.to_string()))?;
         // `eos_token_id` may be a list; the first entry ends a row.
         let id = |key: &str| {
             let value = value.get(key)?;
             value.as_u64().or_else(|| value.get(0)?.as_u64()).and_then(|id| u32::try_from(id).ok())
         };
-        let end = id("eos_token_id")
-            .ok_or_else(|| Error::format(&config, "key eos_token_id", "the id that ends a row", "nothing"))?;
+        let end = id("eos_token_id").ok_or_else(|| {
+            Error::format(&config, "key eos_token_id", "the id that ends a row", "nothing")
+        })?;
         let (begin, pad) = (id("bos_token_id"), id("pad_token_id").unwrap_or(end));
         Ok(Self { kind: Kind::HuggingFace(Box::new(inner)), begin, end, pad })
     }
 
     #[cfg(not(feature = "hf-tokenizer"))]
     fn from_json(_: &Path, path: &Path) -> Result<Self> {
-        Err(Error::invalid("tokenizer", path.display(), "this build lacks the feature `hf-tokenizer`"))
+        Err(Error::invalid(
+            "tokenizer",
+            path.display(),
+            "this build lacks the feature `hf-tokenizer`",
+        ))
     }
 
     /// Number of ids.
@@ -131,9 +145,12 @@ impl Tokenizer {
     }
 }
 
-/// The library's answer, or its error or panic as a text: it panics on some files that are JSON but no tokenizer.
+/// The library's answer, or its error or panic as a text: it panics on some files that are JSON but
+/// no tokenizer.
 #[cfg(feature = "hf-tokenizer")]
-fn without_panic<X>(call: impl FnOnce() -> tokenizers::Result<X>) -> std::result::Result<X, String> {
+fn without_panic<X>(
+    call: impl FnOnce() -> tokenizers::Result<X>,
+) -> std::result::Result<X, String> {
     // Nothing outside the call can be left half changed: it borrows immutably.
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
         Ok(answer) => answer.map_err(|e| e.to_string()),
@@ -169,9 +186,16 @@ mod tests {
             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
             "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "two": 1, "plus": 2, "four": 3}, "unk_token": "[UNK]"}}"#;
         std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
-        std::fs::write(folder.path().join("config.json"), r#"{"eos_token_id": [7, 8], "bos_token_id": 6}"#).unwrap();
+        std::fs::write(
+            folder.path().join("config.json"),
+            r#"{"eos_token_id": [7, 8], "bos_token_id": 6}"#,
+        )
+        .unwrap();
         let tokenizer = Tokenizer::of_model(folder.path(), 9).unwrap();
-        assert_eq!((tokenizer.begin, tokenizer.end, tokenizer.pad, tokenizer.vocabulary()), (Some(6), 7, 7, 4));
+        assert_eq!(
+            (tokenizer.begin, tokenizer.end, tokenizer.pad, tokenizer.vocabulary()),
+            (Some(6), 7, 7, 4)
+        );
         assert_eq!(tokenizer.encode("two plus two is four").unwrap(), [1, 2, 1, 0, 3]);
         assert_eq!(tokenizer.decode(&[1, 2, 3]).unwrap(), "two plus four");
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();

@@ -6,8 +6,9 @@
 //!            g <- g min(1, clip / (||g|| + 1e-6)),   lr_t = lr f(t),   optimizer update
 //! ```
 //!
-//! Every random choice is a function of the seed and t, so the state of a run is the step count, the trained
-//! values and the optimizer's moments; a continued run equals an uninterrupted one bit for bit.
+//! Every random choice is a function of the seed and t, so the state of a run is the step count,
+//! the trained values and the optimizer's moments; a continued run equals an uninterrupted one bit
+//! for bit.
 
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -29,7 +30,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// Stream seed offset of evaluation rows: they are the same for every seed of a run, so that runs compare.
+/// Stream seed offset of evaluation rows: they are the same for every seed of a run, so that runs
+/// compare.
 const EVALUATION_SEED: u64 = 0;
 
 /// Training batches on which activation and gradient selection measure.
@@ -87,8 +89,8 @@ impl<T: Real> Trainer<T> {
         Self::with_model(config, model)
     }
 
-    /// As [`Trainer::new`] with a model already in memory, not yet adapted, in place of the one that
-    /// `config.model` names.
+    /// As [`Trainer::new`] with a model already in memory, not yet adapted, in place of the one
+    /// that `config.model` names.
     ///
     /// # Errors
     /// As [`Trainer::new`].
@@ -105,11 +107,15 @@ impl<T: Real> Trainer<T> {
         let data = Mixture::open(&config.data)?;
         let calibration = if config.method.needs_calibration() {
             let run = &config.train;
-            let encoder = Encoder { tokenizer: &tokenizer, length: run.length, truncate: run.truncate };
-            // Rows of their own stream, so that selection does not look at the first training rows twice.
+            let encoder =
+                Encoder { tokenizer: &tokenizer, length: run.length, truncate: run.truncate };
+            // Rows of their own stream, so that selection does not look at the first training rows
+            // twice.
             let seed = config.seed ^ fnv1a("calibration");
             let batches = (0..CALIBRATION_BATCHES as u64)
-                .map(|i| encoder.draw(&data, seed, Split::Train, i * run.batch as u64, run.batch, None))
+                .map(|i| {
+                    encoder.draw(&data, seed, Split::Train, i * run.batch as u64, run.batch, None)
+                })
                 .collect::<Result<Vec<_>>>()?;
             Some(model.calibrate(&batches, &mut Cost::default())?)
         } else {
@@ -119,7 +125,8 @@ impl<T: Real> Trainer<T> {
         if config.train.bf16_storage {
             round_model(&mut model)?;
         }
-        let retain = if config.retain.is_empty() { None } else { Some(Mixture::open(&config.retain)?) };
+        let retain =
+            if config.retain.is_empty() { None } else { Some(Mixture::open(&config.retain)?) };
         Ok(Self {
             optimizer: config.optimizer.check()?,
             schedule: config.schedule.check(config.train.steps)?,
@@ -161,13 +168,15 @@ impl<T: Real> Trainer<T> {
     /// One update.
     ///
     /// # Errors
-    /// As [`Encoder::draw`] and [`Model::loss_and_gradients`], except that NaN and infinity are an outcome.
+    /// As [`Encoder::draw`] and [`Model::loss_and_gradients`], except that NaN and infinity are an
+    /// outcome.
     pub fn step(&mut self) -> Result<StepOutcome> {
         let start = Instant::now();
         let run = self.config.train.clone();
         let width = run.fixed_width.then_some(run.length);
         let first = self.step * (run.batch * run.accumulation) as u64;
-        let encoder = Encoder { tokenizer: &self.tokenizer, length: run.length, truncate: run.truncate };
+        let encoder =
+            Encoder { tokenizer: &self.tokenizer, length: run.length, truncate: run.truncate };
         let batches = (0..run.accumulation)
             .map(|micro| {
                 let first = first + (micro * run.batch) as u64;
@@ -175,7 +184,8 @@ impl<T: Real> Trainer<T> {
             })
             .collect::<Result<Vec<_>>>()?;
         let counted: usize = batches.iter().map(|b| b.counted()).sum();
-        let options = StepOptions { divisor: Some(counted as f64), checkpointing: run.checkpointing };
+        let options =
+            StepOptions { divisor: Some(counted as f64), checkpointing: run.checkpointing };
         let gradients = match &mut self.engine {
             Some(engine) => engine.gradients(&batches, &options),
             None => self.own_gradients(&batches, &options),
@@ -191,11 +201,18 @@ impl<T: Real> Trainer<T> {
             engine.update(lr, scale)?;
             self.behind = true;
         } else {
-            update_model(&mut self.optimizer, &mut self.model, &self.gradients, lr, scale, |values| {
-                if run.bf16_storage {
-                    values.iter_mut().for_each(|x| *x = round_bf16(*x));
-                }
-            })?;
+            update_model(
+                &mut self.optimizer,
+                &mut self.model,
+                &self.gradients,
+                lr,
+                scale,
+                |values| {
+                    if run.bf16_storage {
+                        values.iter_mut().for_each(|x| *x = round_bf16(*x));
+                    }
+                },
+            )?;
         }
         self.step += 1;
         Ok(StepOutcome::Done(StepRecord {
@@ -214,22 +231,33 @@ impl<T: Real> Trainer<T> {
         self.gradients.fill_zero();
         let mut loss = 0.0;
         for batch in batches {
-            loss += self.model.loss_and_gradients(batch, options, &mut self.gradients, &mut self.cost)?.loss;
+            loss += self
+                .model
+                .loss_and_gradients(batch, options, &mut self.gradients, &mut self.cost)?
+                .loss;
         }
         if self.config.train.bf16_storage {
             round_gradients(&mut self.gradients);
         }
         let norm = self.gradients.norm();
         if !norm.is_finite() {
-            let bad = self.gradients.named().into_iter().find(|(_, g)| g.iter().any(|x| !x.is_finite()));
+            let bad =
+                self.gradients.named().into_iter().find(|(_, g)| g.iter().any(|x| !x.is_finite()));
             // Each entry may be finite and the norm overflow: report the norm itself then.
-            let tensor = bad.map_or("gradient norm".to_string(), |(name, _)| format!("gradient of {name}"));
-            return Err(Error::NonFinite { op: "gradient norm", tensor, index: vec![], value: norm });
+            let tensor =
+                bad.map_or("gradient norm".to_string(), |(name, _)| format!("gradient of {name}"));
+            return Err(Error::NonFinite {
+                op: "gradient norm",
+                tensor,
+                index: vec![],
+                value: norm,
+            });
         }
         Ok((loss, norm))
     }
 
-    /// Lets an engine, made from this run's model and optimizer as they are now, compute the steps from here on.
+    /// Lets an engine, made from this run's model and optimizer as they are now, compute the steps
+    /// from here on.
     pub fn attach(&mut self, engine: Box<dyn StepEngine<T>>) {
         self.engine = Some(engine);
     }
@@ -262,8 +290,15 @@ impl<T: Real> Trainer<T> {
                 for split in [Split::Test, Split::Shifted].into_iter().filter(|&s| task.has(s)) {
                     let encoder = self.encoder();
                     let batch = self.config.train.batch;
-                    let scores = evaluate(&self.model, &encoder, task, EVALUATION_SEED, split, rows, batch)?;
-                    all.push(EvaluationRecord { step: self.step, set, task: task.name().into(), split, scores });
+                    let scores =
+                        evaluate(&self.model, &encoder, task, EVALUATION_SEED, split, rows, batch)?;
+                    all.push(EvaluationRecord {
+                        step: self.step,
+                        set,
+                        task: task.name().into(),
+                        split,
+                        scores,
+                    });
                 }
             }
         }
@@ -272,7 +307,8 @@ impl<T: Real> Trainer<T> {
 
     /// Trains until a reason to stop. With a folder, checkpoints go to `step-*` folders in it.
     ///
-    /// `stop` is looked at between steps: set it (from a signal handler, say) to stop with the state saved.
+    /// `stop` is looked at between steps: set it (from a signal handler, say) to stop with the
+    /// state saved.
     ///
     /// # Errors
     /// What a step, an evaluation, a save or an observer gives. The last checkpoint stays whole.
@@ -296,7 +332,9 @@ impl<T: Real> Trainer<T> {
             }
             let record = match self.step()? {
                 StepOutcome::Done(record) => record,
-                StepOutcome::NonFinite { tensor } => break StopReason::NonFinite { step: self.step + 1, tensor },
+                StepOutcome::NonFinite { tensor } => {
+                    break StopReason::NonFinite { step: self.step + 1, tensor };
+                }
             };
             tell(&Event::Step(&record))?;
             if run.eval_every > 0 && self.step.is_multiple_of(run.eval_every) {
@@ -309,7 +347,10 @@ impl<T: Real> Trainer<T> {
             if run.target_loss > 0.0 && record.loss <= run.target_loss {
                 break StopReason::TargetLoss { step: self.step, loss: record.loss };
             }
-            if run.save_every > 0 && self.step.is_multiple_of(run.save_every) && self.step < run.steps {
+            if run.save_every > 0
+                && self.step.is_multiple_of(run.save_every)
+                && self.step < run.steps
+            {
                 self.synchronize()?;
                 if let Some(tensor) = self.non_finite_parameter() {
                     break StopReason::NonFinite { step: self.step, tensor };
@@ -340,7 +381,8 @@ impl<T: Real> Trainer<T> {
     }
 
     fn non_finite_parameter(&self) -> Option<String> {
-        let bad = |(_, values): &(String, ndarray::Array2<T>)| values.iter().any(|x| !x.is_finite());
+        let bad =
+            |(_, values): &(String, ndarray::Array2<T>)| values.iter().any(|x| !x.is_finite());
         self.model.trainable_values().into_iter().find(bad).map(|(name, _)| name)
     }
 }

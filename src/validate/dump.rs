@@ -1,4 +1,5 @@
-//! A dump read into memory: the reference model with the trainer's weights, the batch, and what the trainer computed.
+//! A dump read into memory: the reference model with the trainer's weights, the batch, and what the
+//! trainer computed.
 
 use super::diagnosis::budget::Effort;
 use super::manifest::{Loss, Manifest, OptimizerRecord, Quantized};
@@ -27,7 +28,8 @@ pub use super::recorded_batch::read_batch;
 /// A tensor of the trainer, as it is in the file; entries may be NaN.
 #[derive(Debug, Clone)]
 pub struct Observed {
-    /// Values; a vector is one row, leading axes of a hidden state or of logits are folded into rows.
+    /// Values; a vector is one row, leading axes of a hidden state or of logits are folded into
+    /// rows.
     pub values: Array2<f64>,
     /// Format in the file.
     pub precision: Precision,
@@ -56,7 +58,8 @@ pub struct Trainer {
     pub first: BTreeMap<String, Observed>,
     /// Second moments before the step.
     pub second: BTreeMap<String, Observed>,
-    /// Dropout of adapters' inputs by (layer, projection), `(B T) x in`: zeros, and what is left multiplied.
+    /// Dropout of adapters' inputs by (layer, projection), `(B T) x in`: zeros, and what is left
+    /// multiplied.
     pub masks: BTreeMap<(usize, Projection), Array2<f64>>,
     /// The gradient that the loss left.
     pub upstream: Option<Upstream>,
@@ -79,7 +82,8 @@ pub struct Setting {
     pub documents_given: bool,
     /// Backward against differences of the trainer's own forward.
     pub own_forward: Option<OwnForward>,
-    /// Tokens of each row before the recorder's own padding, where no mask says so: rows of packed documents.
+    /// Tokens of each row before the recorder's own padding, where no mask says so: rows of packed
+    /// documents.
     pub row_lengths: Option<Vec<usize>>,
     /// Whether the step is judged from the recorded gradient of the loss on, whatever the loss is.
     pub from_upstream: bool,
@@ -169,8 +173,14 @@ impl Case {
     /// Reads a dump.
     ///
     /// # Errors
-    /// Those of the model and adapter folders and of the tensor file; [`Error::Format`] for inputs of a wrong shape.
-    pub fn read(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
+    /// Those of the model and adapter folders and of the tensor file; [`Error::Format`] for inputs
+    /// of a wrong shape.
+    pub fn read(
+        name: &str,
+        paths: &DumpPaths,
+        manifest: Option<&Manifest>,
+        plain: &PlainSettings,
+    ) -> Result<Self> {
         Self::read_or_open(name, paths, manifest, plain, false)
     }
 
@@ -178,7 +188,12 @@ impl Case {
     ///
     /// # Errors
     /// As [`Case::read`].
-    pub fn open(name: &str, paths: &DumpPaths, manifest: Option<&Manifest>, plain: &PlainSettings) -> Result<Self> {
+    pub fn open(
+        name: &str,
+        paths: &DumpPaths,
+        manifest: Option<&Manifest>,
+        plain: &PlainSettings,
+    ) -> Result<Self> {
         Self::read_or_open(name, paths, manifest, plain, true)
     }
 
@@ -192,11 +207,19 @@ impl Case {
         let file = TensorFile::open_on_disk(&paths.step)?;
         if let Some(parallel) = manifest.and_then(|m| m.parallel.as_ref()) {
             let found = format!("the part of rank {} of {}", parallel.rank, parallel.world_size);
-            return Err(file.malformed("step", "a whole step: validate the folder above, with all ranks", found));
+            return Err(file.malformed(
+                "step",
+                "a whole step: validate the folder above, with all ranks",
+                found,
+            ));
         }
         refuse_unsupported(paths)?;
-        let mut model = if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
-        let restored = manifest.and_then(|m| m.compute.quantized.as_ref()).map(Quantized::restored).transpose()?;
+        let mut model =
+            if open { Model::<f64>::open(&paths.model)? } else { Model::read(&paths.model)? };
+        let restored = manifest
+            .and_then(|m| m.compute.quantized.as_ref())
+            .map(Quantized::restored)
+            .transpose()?;
         // Before an adapter is read: some are made of the weight.
         let quantized = model.unpack_in(restored.map_or(Precision::F32, |r| r.forward), open);
         let kind = match &paths.adapter {
@@ -209,7 +232,11 @@ impl Case {
         let rows: usize = loss.micro_batch_rows.iter().sum();
         if !loss.micro_batch_rows.is_empty() && rows != batch.input_ids.nrows() {
             let expected = format!("{rows} rows, the sum of micro_batch_rows");
-            return Err(file.malformed("tensor input_ids", expected, batch.input_ids.nrows().to_string()));
+            return Err(file.malformed(
+                "tensor input_ids",
+                expected,
+                batch.input_ids.nrows().to_string(),
+            ));
         }
         let objective = Objective {
             label_smoothing: loss.label_smoothing,
@@ -218,7 +245,8 @@ impl Case {
         };
         let mut optimizer = manifest.and_then(|m| m.optimizer.clone());
         // A loss that is maximized is minus the reference's: from here on it is the one that falls.
-        let negated = optimizer.as_ref().is_some_and(OptimizerRecord::maximizes) && recorded_loss(&file)? < Some(0.0);
+        let negated = optimizer.as_ref().is_some_and(OptimizerRecord::maximizes)
+            && recorded_loss(&file)? < Some(0.0);
         if let Some(record) = optimizer.as_mut().filter(|_| negated) {
             record.groups.iter_mut().for_each(|group| group.maximize = false);
         }
@@ -238,12 +266,17 @@ impl Case {
         model.own_trained_tables()?;
         model.share_frozen();
         let known: Vec<String> = model.trainable_names();
-        let trained: Vec<String> = known.into_iter().filter(|name| trained.contains(name)).collect();
+        let trained: Vec<String> =
+            known.into_iter().filter(|name| trained.contains(name)).collect();
         let mut rounding = rounding(manifest, &trainer, plain);
         // Without a word the products are those of the weights' own format.
         rounding.quantized = (!quantized.is_empty()).then(|| {
             let (compute, whole) = (rounding.products, Precision::F32);
-            restored.unwrap_or(Restored { compute, forward: whole, backward: whole.coarser(compute) })
+            restored.unwrap_or(Restored {
+                compute,
+                forward: whole,
+                backward: whole.coarser(compute),
+            })
         });
         trainer.setting = Setting {
             dropout: declared_dropout(paths)
@@ -306,12 +339,19 @@ impl Case {
 
 /// Refuses in words what the reference cannot imitate and the tensors' names betray.
 fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
-    let alone = |file: &TensorFile, name: &str| name.contains(".modules_to_save.") && !is_written_twice(file, name);
-    let copies = |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
+    let alone = |file: &TensorFile, name: &str| {
+        name.contains(".modules_to_save.") && !is_written_twice(file, name)
+    };
+    let copies =
+        |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
     let refuse = |file: &TensorFile, name: String| {
-        let expected = "modules under their own names, as save_pretrained and the recorder write the copies that \
-                        modules_to_save trains";
-        Err(file.malformed(format!("tensor {name}"), expected, "a copy that modules_to_save trains"))
+        let expected = "modules under their own names, as save_pretrained and the recorder write \
+                        the copies that modules_to_save trains";
+        Err(file.malformed(
+            format!("tensor {name}"),
+            expected,
+            "a copy that modules_to_save trains",
+        ))
     };
     let weights = paths.model.join("model.safetensors");
     if weights.exists() {
@@ -320,7 +360,8 @@ fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
             return refuse(&file, name);
         }
     }
-    let Some(adapter) = paths.adapter.as_ref().map(|a| a.join("adapter_model.safetensors")).filter(|a| a.exists())
+    let Some(adapter) =
+        paths.adapter.as_ref().map(|a| a.join("adapter_model.safetensors")).filter(|a| a.exists())
     else {
         return Ok(());
     };
@@ -328,26 +369,37 @@ fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
     if let Some(name) = copies(&file) {
         return refuse(&file, name);
     }
-    let other = file.names().find_map(|name| adapter_name(name).map(|other| (name.to_string(), other)));
+    let other =
+        file.names().find_map(|name| adapter_name(name).map(|other| (name.to_string(), other)));
     if let Some((name, other)) = other {
-        let expected = "tensors of one adapter; several adapters in one model are not supported: dump with the trained one \
-                        alone (delete_adapter for the inactive ones)";
-        return Err(file.malformed(format!("tensor {name}"), expected, format!("a second adapter, `{other}`")));
+        let expected = "tensors of one adapter; several adapters in one model are not supported: \
+                        dump with the trained one alone (delete_adapter for the inactive ones)";
+        return Err(file.malformed(
+            format!("tensor {name}"),
+            expected,
+            format!("a second adapter, `{other}`"),
+        ));
     }
     Ok(())
 }
 
-/// The adapter's own name in a tensor's name, where it is not `default`: `other` in `...lora_A.other.weight`.
+/// The adapter's own name in a tensor's name, where it is not `default`: `other` in
+/// `...lora_A.other.weight`.
 fn adapter_name(name: &str) -> Option<String> {
     let parts: Vec<&str> = name.split('.').collect();
-    let at = parts.iter().position(|p| ["lora_A", "lora_B", "lora_mixer", "lora_magnitude_vector"].contains(p))?;
+    let at = parts
+        .iter()
+        .position(|p| ["lora_A", "lora_B", "lora_mixer", "lora_magnitude_vector"].contains(p))?;
     let next = parts.get(at + 1)?;
     (!["weight", "bias", "default"].contains(next)).then(|| (*next).to_string())
 }
 
 /// Settings of the configurations that switch some dropout on.
 fn declared_dropout(paths: &DumpPaths) -> Vec<String> {
-    let files = [Some(paths.model.join("config.json")), paths.adapter.as_ref().map(|a| a.join("adapter_config.json"))];
+    let files = [
+        Some(paths.model.join("config.json")),
+        paths.adapter.as_ref().map(|a| a.join("adapter_config.json")),
+    ];
     let read = |path: PathBuf| {
         let text = std::fs::read_to_string(path).ok()?;
         serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&text).ok()
@@ -367,7 +419,11 @@ fn starts_again(batch: &Batch) -> bool {
     let real = |b: usize, t: usize| batch.attention_mask.as_ref().is_none_or(|m| m[[b, t]]);
     let (rows, length) = positions.dim();
     (0..rows).any(|b| {
-        (1..length).any(|t| real(b, t - 1) && real(b, t) && positions[[b, t]] != positions[[b, t - 1]].wrapping_add(1))
+        (1..length).any(|t| {
+            real(b, t - 1)
+                && real(b, t)
+                && positions[[b, t]] != positions[[b, t - 1]].wrapping_add(1)
+        })
     })
 }
 
@@ -387,7 +443,8 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
     let options = model.config.options.clone();
     let outside = |module: Outside, tensor: &str| options.outside_tensor(module, tensor);
     let norm = |tensor: &str, name: &str| {
-        let mut all = (0..model.layers.len()).flat_map(|l| Norm::ALL.map(|norm| options.norm_tensor(l, norm, tensor)));
+        let mut all = (0..model.layers.len())
+            .flat_map(|l| Norm::ALL.map(|norm| options.norm_tensor(l, norm, tensor)));
         name == outside(Outside::FinalNorm, tensor) || all.any(|own| own == name)
     };
     let mut parts = model.trainable;
@@ -397,8 +454,11 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
     for name in trained.iter().filter(|name| !already.contains(*name)) {
         let projection = |tensor: &str| {
             let module = name.strip_suffix(tensor)?;
-            let mut all =
-                model.layers.iter().enumerate().flat_map(|(l, layer)| layer.projections().map(move |(p, _)| (l, p)));
+            let mut all = model
+                .layers
+                .iter()
+                .enumerate()
+                .flat_map(|(l, layer)| layer.projections().map(move |(p, _)| (l, p)));
             all.find(|&(l, p)| options.module(l, p) == module)
         };
         if *name == outside(Outside::Embedding, "weight") {
@@ -424,7 +484,12 @@ fn train_these(model: &mut Model<f64>, trained: &[String], path: &Path) -> Resul
         let projection = model.layers[layer].projection_mut(p);
         if projection.is_trainable() {
             let found = format!("{name} beside an adapter of {}", projection.method.name());
-            return Err(Error::format(path, "trained parameters", "one method per projection", found));
+            return Err(Error::format(
+                path,
+                "trained parameters",
+                "one method per projection",
+                found,
+            ));
         }
         projection.method = Method::Full;
     }
@@ -436,17 +501,20 @@ pub(super) fn observed(file: &TensorFile, name: &str, factor: f64) -> Result<Obs
     let (shape, mut values) = file.raw_tensor::<f64>(name, "listed in the file")?;
     let columns = shape.last().copied().unwrap_or(1);
     let rows = values.len().checked_div(columns).unwrap_or(0);
-    let precision = Precision::parse(&file.dtype(name).unwrap_or_default())
-        .map_err(|_| file.malformed(format!("tensor {name}"), "a floating-point tensor", "integers"))?;
+    let precision = Precision::parse(&file.dtype(name).unwrap_or_default()).map_err(|_| {
+        file.malformed(format!("tensor {name}"), "a floating-point tensor", "integers")
+    })?;
     if factor.to_bits() != 1f64.to_bits() {
         values.iter_mut().for_each(|x| *x *= factor);
     }
-    let values = Array2::from_shape_vec((rows, columns), values)
-        .map_err(|e| file.malformed(format!("tensor {name}"), "data that fill its shape", e.to_string()))?;
+    let values = Array2::from_shape_vec((rows, columns), values).map_err(|e| {
+        file.malformed(format!("tensor {name}"), "data that fill its shape", e.to_string())
+    })?;
     Ok(Observed { values, precision, shape })
 }
 
-/// The projection of a module such as `transformer.h.0.mlp.c_proj`, by its last name where that stands for one.
+/// The projection of a module such as `transformer.h.0.mlp.c_proj`, by its last name where that
+/// stands for one.
 fn projection_named(model: &Model<f64>, module: &str) -> Option<(usize, Projection)> {
     let (layer, kind, _) = super::names::place_of(&format!("{module}.mask"));
     let (layer, options) = (layer?, &model.config.options);
@@ -463,9 +531,15 @@ fn recorded_loss(file: &TensorFile) -> Result<Option<f64>> {
     Ok(file.raw_tensor::<f64>("loss", "the loss")?.1.first().copied())
 }
 
-fn read_trainer(file: &TensorFile, (sign, scale): (f64, f64), model: &Model<f64>, tokens: usize) -> Result<Trainer> {
+fn read_trainer(
+    file: &TensorFile,
+    (sign, scale): (f64, f64),
+    model: &Model<f64>,
+    tokens: usize,
+) -> Result<Trainer> {
     let config = &model.config;
-    let mut trainer = Trainer { loss: recorded_loss(file)?.map(|loss| sign * loss), ..Trainer::default() };
+    let mut trainer =
+        Trainer { loss: recorded_loss(file)?.map(|loss| sign * loss), ..Trainer::default() };
     for name in file.names() {
         let (group, raw) = match name.split_once('.') {
             Some((group, raw)) => (group, raw),
@@ -473,7 +547,8 @@ fn read_trainer(file: &TensorFile, (sign, scale): (f64, f64), model: &Model<f64>
                 "dlogits" | "dfinal" => {
                     let values = observed(file, name, sign / scale)?.values;
                     let (rows, width) = values.dim();
-                    let known = if name == "dlogits" { config.vocab_size } else { config.hidden_size };
+                    let known =
+                        if name == "dlogits" { config.vocab_size } else { config.hidden_size };
                     if rows != tokens || width != known {
                         let expected = format!("{tokens} rows of {known}");
                         return Err(file.malformed(
@@ -509,13 +584,19 @@ fn read_trainer(file: &TensorFile, (sign, scale): (f64, f64), model: &Model<f64>
             "exp_avg" | "momentum_buffer" => &mut trainer.first,
             "exp_avg_sq" => &mut trainer.second,
             "dropout" => {
-                let Some(place) = projection_named(model, &super::names::canonical_name(raw)) else {
-                    return Err(file.malformed(format!("tensor {name}"), "dropout. and a projection of a layer", raw));
+                let Some(place) = projection_named(model, &super::names::canonical_name(raw))
+                else {
+                    return Err(file.malformed(
+                        format!("tensor {name}"),
+                        "dropout. and a projection of a layer",
+                        raw,
+                    ));
                 };
                 let mask = observed(file, name, 1.0)?.values;
                 let width = model.layers[place.0].projection(place.1).shape().1;
                 if mask.dim() != (tokens, width) {
-                    let (expected, found) = (format!("{tokens} rows of {width}"), format!("{:?}", mask.dim()));
+                    let (expected, found) =
+                        (format!("{tokens} rows of {width}"), format!("{:?}", mask.dim()));
                     return Err(file.malformed(format!("tensor {name}"), expected, found));
                 }
                 trainer.masks.insert(place, mask);
@@ -533,7 +614,11 @@ fn read_trainer(file: &TensorFile, (sign, scale): (f64, f64), model: &Model<f64>
         for (own, tensor) in placed(raw, observed(file, name, factor)?, model)? {
             if target.insert(own, tensor).is_some() {
                 let expected = "one tensor per parameter";
-                return Err(file.malformed(format!("tensor {name}"), expected, "two that are the same"));
+                return Err(file.malformed(
+                    format!("tensor {name}"),
+                    expected,
+                    "two that are the same",
+                ));
             }
         }
     }

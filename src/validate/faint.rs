@@ -1,14 +1,15 @@
 //! Faults below every tensor's tolerance: a matched filter over all numbers of the dump at once.
 //!
-//! With R the exact step, F the same with a fault in it, G the trainer's, and R~ with mean B over several dithered roundings, all
-//! as one long vector in units of the tolerances:
+//! With R the exact step, F the same with a fault in it, G the trainer's, and R~ with mean B over
+//! several dithered roundings, all as one long vector in units of the tolerances:
 //!
 //! ```text
 //! a = <G - B, F - R> / |F - R|^2          amplitude: 1 if the trainer has the fault, 0 if not
 //! s = deviation of <R~ - B, F - R> / |F - R|^2 over the roundings
 //! ```
 //!
-//! Dither (module `roundings`) makes the roundings independent, and somewhat larger than the trainer's.
+//! Dither (module `roundings`) makes the roundings independent, and somewhat larger than the
+//! trainer's.
 
 use super::diagnosis::{self, Context, Diagnosis, Fault};
 use super::dump::Case;
@@ -63,7 +64,8 @@ impl Amplitude {
     }
 }
 
-/// Whether the search is worth its time: faults of single precision that hide are too small to matter.
+/// Whether the search is worth its time: faults of single precision that hide are too small to
+/// matter.
 pub(super) fn wanted(case: &Case) -> bool {
     let parameters = case.model.config.parameters();
     let small = parameters.saturating_mul(case.batch.input_ids.len()) <= LARGEST;
@@ -79,7 +81,9 @@ pub(super) fn search(context: &Context<'_>, watch: &dyn Watch) -> Result<Search>
     let amplitudes: RefCell<Vec<(Amplitude, Fault)>> = RefCell::default();
     let steps = ROUNDINGS
         + diagnosis::list(context, watch, &|fault, predicted| {
-            if let Some(amplitude) = filter.amplitude(fault.name, &filter.direction(context, predicted)) {
+            if let Some(amplitude) =
+                filter.amplitude(fault.name, &filter.direction(context, predicted))
+            {
                 amplitudes.borrow_mut().push((amplitude, fault.clone()));
             }
             Ok(())
@@ -112,7 +116,10 @@ impl Filter {
         let right = scaled(context, context.exact);
         let mut mean: Scaled = right.iter().map(|tensor| vec![0.0; tensor.len()]).collect();
         for rounding in &roundings {
-            mean.iter_mut().flatten().zip(rounding.iter().flatten()).for_each(|(m, x)| *m += x / ROUNDINGS as f64);
+            mean.iter_mut()
+                .flatten()
+                .zip(rounding.iter().flatten())
+                .for_each(|(m, x)| *m += x / ROUNDINGS as f64);
         }
         Ok(Self { right, observed: scaled(context, &observed(context)), mean, roundings })
     }
@@ -131,7 +138,8 @@ impl Filter {
         }
         let along = |v: &Scaled| inner(&less(v, &self.mean), direction) / square;
         let count = self.roundings.len() as f64;
-        let spread: f64 = self.roundings.iter().map(|n| along(n).powi(2)).sum::<f64>() / (count - 1.0);
+        let spread: f64 =
+            self.roundings.iter().map(|n| along(n).powi(2)).sum::<f64>() / (count - 1.0);
         let deviation = (spread * (1.0 + 1.0 / count)).sqrt();
         Some(Amplitude { fault, value: along(&self.observed), deviation })
     }
@@ -152,7 +160,8 @@ pub struct Strength {
     pub chance: f64,
 }
 
-/// For every known fault of a right step that changes its gradients, how strong it must be to be found. About sixty steps.
+/// For every known fault of a right step that changes its gradients, how strong it must be to be
+/// found. About sixty steps.
 ///
 /// # Errors
 /// As [`Case::run`].
@@ -168,9 +177,19 @@ pub fn strengths(case: &Case, watch: &dyn Watch) -> Result<Vec<Strength>> {
         let size = apart(&exact, predicted);
         let direction = filter.direction(&context, predicted);
         if let Some(amplitude) = filter.amplitude(fault.name, &direction).filter(|_| size > 0.0) {
-            let by_tolerance = gap.iter().zip(&direction).map(|(g, d)| part_to_one(g, d)).fold(f64::INFINITY, f64::min);
+            let by_tolerance = gap
+                .iter()
+                .zip(&direction)
+                .map(|(g, d)| part_to_one(g, d))
+                .fold(f64::INFINITY, f64::min);
             let (by_filter, chance) = (DEVIATIONS * amplitude.deviation, amplitude.deviations());
-            all.borrow_mut().push(Strength { fault: fault.name, size, by_tolerance, by_filter, chance });
+            all.borrow_mut().push(Strength {
+                fault: fault.name,
+                size,
+                by_tolerance,
+                by_filter,
+                chance,
+            });
         }
         Ok(())
     })?;
@@ -244,7 +263,11 @@ fn observed(context: &Context<'_>) -> Evidence {
         loss: 0.0,
         logits: trainer.logits.as_ref().map(|o| o.values.clone()),
         hidden: trainer.hidden.iter().map(|(layer, o)| (*layer, o.values.clone())).collect(),
-        gradients: trainer.gradients.iter().map(|(name, o)| (name.clone(), o.values.clone())).collect(),
+        gradients: trainer
+            .gradients
+            .iter()
+            .map(|(name, o)| (name.clone(), o.values.clone()))
+            .collect(),
     }
 }
 
@@ -262,7 +285,8 @@ fn scaled(context: &Context<'_>, evidence: &Evidence) -> Scaled {
             }
             let norm = frobenius(&right.view());
             let unit = m.tolerance * if norm > 0.0 { norm } else { scale };
-            let values = if name == RungName::Gradients { values } else { select_rows(&values, &rows) };
+            let values =
+                if name == RungName::Gradients { values } else { select_rows(&values, &rows) };
             all.push(values.iter().map(|x| x / unit).collect());
         }
     }

@@ -8,7 +8,9 @@ use super::precision::Precision;
 use super::report::Report;
 use crate::attention::contraction::{half_square, upstream_gradient};
 use crate::attention::exact::dense;
-use crate::attention::problem::{Adapter, AttentionProblem, Hidden, Mask, Objective, Qkv, SoftmaxKind, Source};
+use crate::attention::problem::{
+    Adapter, AttentionProblem, Hidden, Mask, Objective, Qkv, SoftmaxKind, Source,
+};
 use crate::attention::{Request, file};
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -24,18 +26,24 @@ pub const LONGEST: usize = 8192;
 /// O, the loss and every gradient, by the names of `attention::file`.
 type Results = BTreeMap<String, Array2<f64>>;
 
-/// Validates a kernel: `input` is a head, `output` holds what the kernel computed for it (O, loss, dWQ, dAQ, ... or dQ, dK,
-/// dV; any subset with at least one gradient). `dtype` is the kernel's format; that of its gradients when absent.
+/// Validates a kernel: `input` is a head, `output` holds what the kernel computed for it (O, loss,
+/// dWQ, dAQ, ... or dQ, dK, dV; any subset with at least one gradient). `dtype` is the kernel's
+/// format; that of its gradients when absent.
 ///
 /// # Errors
-/// Those of the two files; [`Error::TooLarge`] beyond [`LONGEST`] tokens; [`Error::MissingTensor`] if the output holds no
-/// gradient.
+/// Those of the two files; [`Error::TooLarge`] beyond [`LONGEST`] tokens; [`Error::MissingTensor`]
+/// if the output holds no gradient.
 pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> Result<Report> {
     let problem = file::read_problem::<f64>(input)?;
     let longest = problem.num_queries().max(problem.num_keys());
     if longest > LONGEST {
         let what = format!("{}: the dense reference of a head", input.display());
-        return Err(Error::TooLarge { what, needed: longest as u128, limit: LONGEST as u128, unit: "tokens" });
+        return Err(Error::TooLarge {
+            what,
+            needed: longest as u128,
+            limit: LONGEST as u128,
+            unit: "tokens",
+        });
     }
     let exact = results(&problem)?;
     let file = TensorFile::open(output)?;
@@ -56,9 +64,15 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         let tensors: Vec<_> = kernel
             .iter()
             .filter(|(n, _)| keep(n))
-            .map(|(n, got)| measure(n, &got.values, &exact[n], &rounded[n], unit(n, precision), scale(&exact)))
+            .map(|(n, got)| {
+                measure(n, &got.values, &exact[n], &rounded[n], unit(n, precision), scale(&exact))
+            })
             .collect();
-        if tensors.is_empty() { Rung::skipped(name, "not in the file") } else { Rung::of(name, tensors) }
+        if tensors.is_empty() {
+            Rung::skipped(name, "not in the file")
+        } else {
+            Rung::of(name, tensors)
+        }
     };
     let rungs = vec![
         of(RungName::Loss, &|n| n == "loss"),
@@ -66,8 +80,11 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
         of(RungName::Gradients, &|n| n.starts_with('d')),
     ];
     let passed = !rungs.iter().any(Rung::failed);
-    let (diagnoses, steps) =
-        if passed { (Vec::new(), 2) } else { explain(&problem, &kernel, &exact, &rounded, precision)? };
+    let (diagnoses, steps) = if passed {
+        (Vec::new(), 2)
+    } else {
+        explain(&problem, &kernel, &exact, &rounded, precision)?
+    };
     Ok(Report {
         name: input.display().to_string(),
         passed,
@@ -88,17 +105,26 @@ pub fn validate_head(input: &Path, output: &Path, dtype: Option<Precision>) -> R
 
 fn unit(name: &str, precision: Precision) -> f64 {
     // The terms of a loss cancel by chance: one unit of the format is allowed.
-    if name == "loss" && precision != Precision::F64 { precision.epsilon().max(4e-6) } else { floor(precision) }
+    if name == "loss" && precision != Precision::F64 {
+        precision.epsilon().max(4e-6)
+    } else {
+        floor(precision)
+    }
 }
 
 fn scale(exact: &Results) -> f64 {
-    let norms: Vec<f64> = exact.iter().filter(|(n, _)| n.starts_with('d')).map(|(_, g)| frobenius(&g.view())).collect();
+    let norms: Vec<f64> = exact
+        .iter()
+        .filter(|(n, _)| n.starts_with('d'))
+        .map(|(_, g)| frobenius(&g.view()))
+        .collect();
     norms.iter().fold(f64::MIN_POSITIVE, |m, n| m.max(*n))
 }
 
 fn results(problem: &AttentionProblem<f64>) -> Result<Results> {
     let gradients = dense::gradients(problem, Request::All)?;
-    let mut all: Results = gradients.named().into_iter().map(|(name, g)| (name, g.clone())).collect();
+    let mut all: Results =
+        gradients.named().into_iter().map(|(name, g)| (name, g.clone())).collect();
     all.insert("O".into(), gradients.output.clone());
     if let Some(loss) = gradients.loss {
         all.insert("loss".into(), ndarray::arr2(&[[loss]]));
@@ -106,7 +132,8 @@ fn results(problem: &AttentionProblem<f64>) -> Result<Results> {
     Ok(all)
 }
 
-/// The same with inputs, Q, K, V, P, O, dS and every gradient rounded, as a fused kernel does that accumulates wider.
+/// The same with inputs, Q, K, V, P, O, dS and every gradient rounded, as a fused kernel does that
+/// accumulates wider.
 fn rounded_results(problem: &AttentionProblem<f64>, precision: Precision) -> Result<Results> {
     let round = |mut a: Array2<f64>| {
         precision.round_array(&mut a);
@@ -191,17 +218,22 @@ fn explain(
         let shifted = want + &(&rounded[name] - &exact[name]);
         measure(name, got, want, &shifted, unit(name, precision), scale(exact)).share
     };
-    let failing: Vec<&String> =
-        kernel.iter().filter(|(n, o)| share(n, &o.values, &exact[*n]) > 1.0).map(|(n, _)| n).collect();
+    let failing: Vec<&String> = kernel
+        .iter()
+        .filter(|(n, o)| share(n, &o.values, &exact[*n]) > 1.0)
+        .map(|(n, _)| n)
+        .collect();
     let mut found = Vec::new();
     // `predicted` holds what changes; the rest is as in the reference.
     let mut judge = |fault: &str, what: String, fix: &str, predicted: &Results| {
         let of = |name: &String| predicted.get(name).unwrap_or(&exact[name]);
         let worst = kernel.iter().map(|(n, o)| share(n, &o.values, of(n))).fold(0.0, f64::max);
-        let explained = failing.iter().filter(|n| share(n, &kernel[**n].values, of(n)) <= 4.0).count();
+        let explained =
+            failing.iter().filter(|n| share(n, &kernel[**n].values, of(n)) <= 4.0).count();
         if explained > 0 {
             let complete = worst <= 4.0;
-            let explains = if complete { vec![RungName::Output, RungName::Gradients] } else { Vec::new() };
+            let explains =
+                if complete { vec![RungName::Output, RungName::Gradients] } else { Vec::new() };
             let tensors = (explained, failing.len());
             found.push(Diagnosis {
                 fault: fault.into(),
@@ -274,7 +306,10 @@ fn explain(
     );
     // One factor in every gradient that fails.
     let (mut along, mut square) = (0.0, 0.0);
-    for name in failing.iter().filter(|n| n.starts_with('d') && kernel[**n].values.dim() == exact[**n].dim()) {
+    for name in failing
+        .iter()
+        .filter(|n| n.starts_with('d') && kernel[**n].values.dim() == exact[**n].dim())
+    {
         along += dot(&kernel[*name].values, &exact[*name]);
         square += dot(&exact[*name], &exact[*name]);
     }
@@ -285,7 +320,10 @@ fn explain(
         judge("constant-factor", what, "look for alpha / r, beta or a factor of the loss", &times);
     }
     found.sort_by(|a, b| {
-        b.complete.cmp(&a.complete).then(b.tensors.0.cmp(&a.tensors.0)).then(a.share.total_cmp(&b.share))
+        b.complete
+            .cmp(&a.complete)
+            .then(b.tensors.0.cmp(&a.tensors.0))
+            .then(a.share.total_cmp(&b.share))
     });
     let complete = found.iter().any(|d| d.complete);
     found.retain(|d| !complete || d.complete);

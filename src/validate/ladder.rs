@@ -66,7 +66,8 @@ impl RungName {
         }
     }
 
-    /// Whether rerunning the step with a fault in it predicts this rung: what the step computes, before the optimizer.
+    /// Whether rerunning the step with a fault in it predicts this rung: what the step computes,
+    /// before the optimizer.
     pub(super) fn is_of_the_step(self) -> bool {
         (Self::Loss..Self::Applied).contains(&self)
     }
@@ -91,7 +92,8 @@ pub struct Rung {
     /// How it came out.
     #[serde(flatten)]
     pub outcome: Outcome,
-    /// What was wrong beyond numbers: missing and unknown tensors, shapes. Where the rung passed, what should be known of it.
+    /// What was wrong beyond numbers: missing and unknown tensors, shapes. Where the rung passed,
+    /// what should be known of it.
     pub problems: Vec<String>,
     /// Measured tensors.
     pub tensors: Vec<Measure>,
@@ -99,12 +101,18 @@ pub struct Rung {
 
 impl Rung {
     pub(super) fn of(name: RungName, tensors: Vec<Measure>) -> Self {
-        let outcome = if tensors.iter().all(Measure::passes) { Outcome::Pass } else { Outcome::Fail };
+        let outcome =
+            if tensors.iter().all(Measure::passes) { Outcome::Pass } else { Outcome::Fail };
         Self { name, outcome, problems: Vec::new(), tensors }
     }
 
     pub(super) fn skipped(name: RungName, why: impl Into<String>) -> Self {
-        Self { name, outcome: Outcome::Skipped(why.into()), problems: Vec::new(), tensors: Vec::new() }
+        Self {
+            name,
+            outcome: Outcome::Skipped(why.into()),
+            problems: Vec::new(),
+            tensors: Vec::new(),
+        }
     }
 
     /// Whether it failed.
@@ -123,8 +131,8 @@ impl Rung {
     }
 }
 
-/// How many times the root mean square of the rounded reference's own factors the mean factor may be off. Clean dumps
-/// reach a third of this.
+/// How many times the root mean square of the rounded reference's own factors the mean factor may
+/// be off. Clean dumps reach a third of this.
 pub const SCALE_MULTIPLE: f64 = 6.0;
 
 /// Climbs every rung of a case.
@@ -156,18 +164,23 @@ fn names(case: &Case, exact: &Evidence) -> Rung {
     let mut rung = Rung::of(RungName::Names, Vec::new());
     for (name, observed) in &case.trainer.gradients {
         match exact.gradients.get(name) {
-            None => rung.problems.push(format!("gradient of {name}: the reference trains no such tensor")),
+            None => rung
+                .problems
+                .push(format!("gradient of {name}: the reference trains no such tensor")),
             Some(want) if want.dim() != observed.values.dim() => {
                 let (rows, columns) = want.dim();
-                rung.problems
-                    .push(format!("gradient of {name}: shape {:?}, expected [{rows}, {columns}]", observed.shape));
+                rung.problems.push(format!(
+                    "gradient of {name}: shape {:?}, expected [{rows}, {columns}]",
+                    observed.shape
+                ));
             }
             Some(_) => {}
         }
     }
     for name in &case.trained {
         if !case.trainer.gradients.contains_key(name) {
-            rung.problems.push(format!("gradient of {name}: absent, though the parameter is trained"));
+            rung.problems
+                .push(format!("gradient of {name}: absent, though the parameter is trained"));
         }
     }
     if !rung.problems.is_empty() {
@@ -178,7 +191,10 @@ fn names(case: &Case, exact: &Evidence) -> Rung {
 
 fn loss(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     if case.given().is_some() {
-        return Rung::skipped(RungName::Loss, "everything below is judged from the recorded gradient of the loss on");
+        return Rung::skipped(
+            RungName::Loss,
+            "everything below is judged from the recorded gradient of the loss on",
+        );
     }
     if case.forward_only {
         return Rung::skipped(RungName::Loss, OF_ALL);
@@ -187,10 +203,18 @@ fn loss(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
         return Rung::skipped(RungName::Loss, "the dump holds no loss");
     };
     let of = |x: f64| ndarray::arr2(&[[x]]);
-    // Rounding errors of the positions cancel in the mean, by chance sometimes wholly: one unit of the format is allowed.
+    // Rounding errors of the positions cancel in the mean, by chance sometimes wholly: one unit of
+    // the format is allowed.
     let allowed = unit(case).max(case.rounding.coarsest().epsilon().min(1e-2));
-    let allowed = if case.rounding.coarsest() == super::Precision::F64 { unit(case) } else { allowed.max(4e-6) };
-    Rung::of(RungName::Loss, vec![measure("loss", &of(got), &of(exact.loss), &of(rounded.loss), allowed, 1.0)])
+    let allowed = if case.rounding.coarsest() == super::Precision::F64 {
+        unit(case)
+    } else {
+        allowed.max(4e-6)
+    };
+    Rung::of(
+        RungName::Loss,
+        vec![measure("loss", &of(got), &of(exact.loss), &of(rounded.loss), allowed, 1.0)],
+    )
 }
 
 fn rows_measure(
@@ -228,7 +252,8 @@ fn hidden(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
             (Some(exact), Some(rounded)) => {
                 measures.push(rows_measure(case, &hidden_name(*layer), got, exact, rounded));
             }
-            _ => problems.push(format!("hidden.{layer}: the model has {} layers", case.model.layers.len())),
+            _ => problems
+                .push(format!("hidden.{layer}: the model has {} layers", case.model.layers.len())),
         }
     }
     let mut rung = Rung::of(RungName::Hidden, measures);
@@ -240,7 +265,8 @@ fn hidden(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
 
 /// Typical norm of a gradient, which stands in for that of one that is zero.
 pub(super) fn gradient_scale(gradients: &BTreeMap<String, ndarray::Array2<f64>>) -> f64 {
-    let norms: Vec<f64> = gradients.values().map(|g| frobenius(&g.view())).filter(|n| *n > 0.0).collect();
+    let norms: Vec<f64> =
+        gradients.values().map(|g| frobenius(&g.view())).filter(|n| *n > 0.0).collect();
     let squares: f64 = norms.iter().map(|n| n * n).sum();
     (squares / norms.len().max(1) as f64).sqrt().max(f64::MIN_POSITIVE)
 }
@@ -258,11 +284,16 @@ fn gradients(case: &Case, exact: &Evidence, rounded: &Evidence) -> Rung {
     Rung::of(RungName::Gradients, gradient_measures(case, exact, rounded))
 }
 
-/// One factor common to all gradients, which shows long before single tensors leave their tolerance: the mean over
-/// tensors of G . R / ||R||^2 - 1, against the root mean square of the same for the rounded reference.
+/// One factor common to all gradients, which shows long before single tensors leave their
+/// tolerance: the mean over tensors of G . R / ||R||^2 - 1, against the root mean square of the
+/// same for the rounded reference.
 fn gradient_factor(case: &Case, gradients: &Rung) -> Rung {
-    let along: Vec<(f64, f64)> =
-        gradients.tensors.iter().filter(|m| m.along.is_finite()).map(|m| (m.along, m.rounding_along)).collect();
+    let along: Vec<(f64, f64)> = gradients
+        .tensors
+        .iter()
+        .filter(|m| m.along.is_finite())
+        .map(|m| (m.along, m.rounding_along))
+        .collect();
     // A few tensors do not average their rounding out.
     if along.len() < 4 {
         return Rung::skipped(RungName::Scale, "fewer than four gradients");
@@ -291,7 +322,8 @@ fn gradient_measures(case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<M
     let scale = gradient_scale(&exact.gradients);
     let mut all: Vec<Measure> = Vec::new();
     for name in &case.trained {
-        let (Some(exact), Some(rounded)) = (exact.gradients.get(name), rounded.gradients.get(name)) else {
+        let (Some(exact), Some(rounded)) = (exact.gradients.get(name), rounded.gradients.get(name))
+        else {
             continue;
         };
         // A tensor that is absent counts as zero: no gradient reached it.

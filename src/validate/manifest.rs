@@ -59,7 +59,8 @@ impl Quantized {
     /// # Errors
     /// As [`Precision::parse`].
     pub fn restored(&self) -> Result<Restored> {
-        let [compute, forward, backward] = [&self.compute, &self.forward, &self.backward].map(|n| Precision::parse(n));
+        let [compute, forward, backward] =
+            [&self.compute, &self.forward, &self.backward].map(|n| Precision::parse(n));
         Ok(Restored { compute: compute?, forward: forward?, backward: backward? })
     }
 }
@@ -74,8 +75,8 @@ pub struct Loss {
     pub micro_batch_rows: Vec<usize>,
     /// Factor that the gradients still carry (loss scaling).
     pub scale: f64,
-    /// `cross_entropy` where the trainer differentiates the model's own loss with these labels; absent where the loss is
-    /// made elsewhere and may be another one.
+    /// `cross_entropy` where the trainer differentiates the model's own loss with these labels;
+    /// absent where the loss is made elsewhere and may be another one.
     pub kind: Option<String>,
     /// Part of each label that is spread over the vocabulary.
     pub label_smoothing: f64,
@@ -83,7 +84,8 @@ pub struct Loss {
     pub z_loss: f64,
     /// What the sum of a mean is divided by, where that is not the number of counted tokens.
     pub divisor: Option<f64>,
-    /// What the sum of each micro-batch is divided by, where the reduction does not say it: in a step of several processes.
+    /// What the sum of each micro-batch is divided by, where the reduction does not say it: in a
+    /// step of several processes.
     pub micro_batch_divisors: Vec<f64>,
 }
 
@@ -128,11 +130,15 @@ pub struct ParameterGroup {
     dampening: f64,
 }
 
-fn one_number<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<f64>, D::Error> {
+fn one_number<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<f64>, D::Error> {
     Ok(serde_json::Value::deserialize(from)?.as_f64())
 }
 
-fn two_numbers<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Option<(f64, f64)>, D::Error> {
+fn two_numbers<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<(f64, f64)>, D::Error> {
     Ok(serde_json::from_value(serde_json::Value::deserialize(from)?).ok())
 }
 
@@ -178,11 +184,15 @@ impl OptimizerRecord {
             "adam" if group.weight_decay.abs() < f64::MIN_POSITIVE => OptimizerKind::AdamW,
             "sgd" => OptimizerKind::Sgd,
             "adam" => return Err("Adam with coupled weight decay is not implemented".into()),
-            other => return Err(format!("optimizer {other} is not implemented (adamw, adam, sgd)")),
+            other => {
+                return Err(format!("optimizer {other} is not implemented (adamw, adam, sgd)"));
+            }
         };
-        for (name, on) in
-            [("amsgrad", group.amsgrad), ("nesterov", group.nesterov), ("dampening", group.dampening.abs() > 0.0)]
-        {
+        for (name, on) in [
+            ("amsgrad", group.amsgrad),
+            ("nesterov", group.nesterov),
+            ("dampening", group.dampening.abs() > 0.0),
+        ] {
             if on {
                 return Err(format!("{} with {name} is not implemented", self.kind));
             }
@@ -239,13 +249,15 @@ impl Manifest {
     /// Reads and checks a manifest.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming the key: another format or version, an unknown key, a dtype that does not
-    /// exist, a loss scale that is not positive.
+    /// [`Error::Io`]; [`Error::Format`] naming the key: another format or version, an unknown key,
+    /// a dtype that does not exist, a loss scale that is not positive.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        let wrong = |field: &str, expected: &str, found: String| Error::format(path, field, expected, found);
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| wrong("file", "a JSON object", e.to_string()))?;
+        let wrong = |field: &str, expected: &str, found: String| {
+            Error::format(path, field, expected, found)
+        };
+        let value: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| wrong("file", "a JSON object", e.to_string()))?;
         let found = |key: &str| value.get(key).map_or("nothing".into(), ToString::to_string);
         if value.get("format").and_then(|v| v.as_str()) != Some(FORMAT) {
             return Err(wrong("key format", &format!("\"{FORMAT}\""), found("format")));
@@ -254,11 +266,11 @@ impl Manifest {
             let fix = format!("{VERSION}; dump again with the Python package of this version");
             return Err(wrong("key version", &fix, found("version")));
         }
-        let manifest: Self =
-            serde_json::from_value(value).map_err(|e| wrong("file", "a dump manifest of version 1", e.to_string()))?;
+        let manifest: Self = serde_json::from_value(value)
+            .map_err(|e| wrong("file", "a dump manifest of version 1", e.to_string()))?;
         let quantized = manifest.compute.quantized.clone();
-        let [compute, forward, backward] =
-            quantized.map_or([const { None }; 3], |q| [Some(q.compute), Some(q.forward), Some(q.backward)]);
+        let [compute, forward, backward] = quantized
+            .map_or([const { None }; 3], |q| [Some(q.compute), Some(q.forward), Some(q.backward)]);
         for (key, dtype) in [
             ("compute.quantized.compute", &compute),
             ("compute.quantized.forward", &forward),
@@ -268,8 +280,9 @@ impl Manifest {
             ("compute.internals", &manifest.compute.internals),
         ] {
             if let Some(dtype) = dtype {
-                Precision::parse(dtype)
-                    .map_err(|_| wrong(key, "float64, float32, bfloat16 or float16", dtype.clone()))?;
+                Precision::parse(dtype).map_err(|_| {
+                    wrong(key, "float64, float32, bfloat16 or float16", dtype.clone())
+                })?;
             }
         }
         if !(manifest.loss.scale > 0.0) || !manifest.loss.scale.is_finite() {
@@ -277,7 +290,11 @@ impl Manifest {
         }
         let Loss { label_smoothing, z_loss, divisor, .. } = manifest.loss;
         if !(0.0..1.0).contains(&label_smoothing) {
-            return Err(wrong("loss.label_smoothing", "at least 0 and below 1", label_smoothing.to_string()));
+            return Err(wrong(
+                "loss.label_smoothing",
+                "at least 0 and below 1",
+                label_smoothing.to_string(),
+            ));
         }
         if !z_loss.is_finite() {
             return Err(wrong("loss.z_loss", "a number", z_loss.to_string()));

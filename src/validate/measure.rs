@@ -1,6 +1,7 @@
 //! One tensor of the trainer against the reference, in units of what rounding explains.
 //!
-//! With R the exact reference, R~ the reference with the trainer's rounding and G the trainer's tensor:
+//! With R the exact reference, R~ the reference with the trainer's rounding and G the trainer's
+//! tensor:
 //!
 //! ```text
 //! tolerance  = M ||R~ - R|| / ||R|| + floor            (relative Frobenius)
@@ -8,15 +9,17 @@
 //! share      = max(||G - R|| / ||R|| / tolerance, max |G - R| / worst)
 //! ```
 //!
-//! A tensor passes when its share is at most 1. `tests/validation.rs` records the shares of clean dumps.
+//! A tensor passes when its share is at most 1. `tests/validation.rs` records the shares of clean
+//! dumps.
 
 use super::precision::Precision;
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 use serde::Serialize;
 
-/// M: how many times the rounding gap a trainer may be off. Another order of the same sums, and rounding inside fused
-/// kernels that is not imitated, make gaps of the same size; clean dumps of PyTorch reach half of this.
+/// M: how many times the rounding gap a trainer may be off. Another order of the same sums, and
+/// rounding inside fused kernels that is not imitated, make gaps of the same size; clean dumps of
+/// PyTorch reach half of this.
 pub const MULTIPLE: f64 = 8.0;
 /// M_w, for single entries, whose largest fluctuates more than a norm.
 pub const WORST_MULTIPLE: f64 = 12.0;
@@ -28,8 +31,8 @@ pub fn floor(precision: Precision) -> f64 {
     match precision {
         // Fixtures of several frameworks agree to 1e-10.
         Precision::F64 => 1e-10,
-        // Half formats accumulate in single. 64 units cover sums of a few thousand terms, and the differences of nearly
-        // equal sums in the softmax's backward.
+        // Half formats accumulate in single. 64 units cover sums of a few thousand terms, and the
+        // differences of nearly equal sums in the softmax's backward.
         _ => 64.0 * Precision::F32.epsilon(),
     }
 }
@@ -71,8 +74,8 @@ pub(super) fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
     ndarray::Zip::from(a).and(b).fold(0.0, |sum, x, y| sum + x * y)
 }
 
-/// Below this share of the other gradients a tensor of the reference is zero up to the reference's own rounding: a key
-/// bias without rotary embedding, which the softmax cannot see.
+/// Below this share of the other gradients a tensor of the reference is zero up to the reference's
+/// own rounding: a key bias without rotary embedding, which the softmax cannot see.
 const ZERO: f64 = 1e-13;
 
 /// Compares a tensor; `scale` stands in for the norm of a reference that is zero.
@@ -99,8 +102,15 @@ pub fn measure(
     if got.dim() != exact.dim() || rounded.dim() != exact.dim() {
         return m;
     }
-    let Sums { exact: norm, got: got_norm, noise: noise_norm, gap: gap_norm, along, noise_along, peaks } =
-        sums(got, exact, rounded);
+    let Sums {
+        exact: norm,
+        got: got_norm,
+        noise: noise_norm,
+        gap: gap_norm,
+        along,
+        noise_along,
+        peaks,
+    } = sums(got, exact, rounded);
     let norm = if norm > ZERO * scale { norm } else { 0.0 };
     let unit = if norm > 0.0 { norm } else { scale };
     let noise_rms = noise_norm / (exact.len().max(1) as f64).sqrt();
@@ -119,11 +129,16 @@ pub fn measure(
     m.cosine = if got_norm > 0.0 && norm > 0.0 { along / got_norm / norm } else { 0.0 };
     let entry_unit = if norm > 0.0 { peaks.exact } else { scale };
     let worst_allowed = WORST_MULTIPLE * peaks.noise.max(4.0 * noise_rms) + floor * entry_unit;
-    m.share = (m.relative / m.tolerance).max(if peaks.gap > 0.0 { peaks.gap / worst_allowed } else { 0.0 });
+    m.share = (m.relative / m.tolerance).max(if peaks.gap > 0.0 {
+        peaks.gap / worst_allowed
+    } else {
+        0.0
+    });
     m
 }
 
-/// Largest magnitudes of G, R, R~ - R and G - R, and where the last one stands: the first that is not finite, if any.
+/// Largest magnitudes of G, R, R~ - R and G - R, and where the last one stands: the first that is
+/// not finite, if any.
 #[derive(Debug, Clone, Copy, Default)]
 struct Peaks {
     got: f64,
@@ -138,9 +153,11 @@ impl Peaks {
     fn and(self, later: Self) -> Self {
         // Of equal ones, and of several that are not finite, the first.
         let moves = self.at.is_none() || (self.gap.is_finite() && !(later.gap <= self.gap));
-        let (gap, at) = if moves && later.at.is_some() { (later.gap, later.at) } else { (self.gap, self.at) };
+        let (gap, at) =
+            if moves && later.at.is_some() { (later.gap, later.at) } else { (self.gap, self.at) };
         let [got, exact, noise] =
-            [(self.got, later.got), (self.exact, later.exact), (self.noise, later.noise)].map(|(a, b)| a.max(b));
+            [(self.got, later.got), (self.exact, later.exact), (self.noise, later.noise)]
+                .map(|(a, b)| a.max(b));
         Self { got, exact, noise, gap, at }
     }
 }
@@ -165,7 +182,11 @@ fn sums(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>) -> Sums {
     let plain = summed(got, exact, rounded, 1.0);
     let largest = plain.peaks.got.max(plain.peaks.exact).max(plain.peaks.noise);
     let safe = largest == 0.0 || !largest.is_finite() || (1e-100..1e140).contains(&largest);
-    let (scale, of) = if safe { (1.0, plain) } else { (1.0 / largest, summed(got, exact, rounded, 1.0 / largest)) };
+    let (scale, of) = if safe {
+        (1.0, plain)
+    } else {
+        (1.0 / largest, summed(got, exact, rounded, 1.0 / largest))
+    };
     Sums {
         got: of.got.sqrt() / scale,
         exact: of.exact.sqrt() / scale,
@@ -185,7 +206,9 @@ fn summed(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>, scale: 
         let range = s![first..(first + rows).min(exact.nrows()), ..];
         let (got, exact, rounded) = (got.slice(range), exact.slice(range), rounded.slice(range));
         let mut all = Sums::default();
-        for (i, ((got, exact), rounded)) in got.rows().into_iter().zip(exact.rows()).zip(rounded.rows()).enumerate() {
+        for (i, ((got, exact), rounded)) in
+            got.rows().into_iter().zip(exact.rows()).zip(rounded.rows()).enumerate()
+        {
             for (j, ((&g, &r), &q)) in got.iter().zip(exact).zip(rounded).enumerate() {
                 let (gap, noise) = ((g - r).abs(), q - r);
                 let peaks = &mut all.peaks;
@@ -207,8 +230,11 @@ fn summed(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>, scale: 
         all
     };
     let parts = exact.nrows().div_ceil(rows);
-    let parts: Vec<Sums> =
-        if parts > 1 { (0..parts).into_par_iter().map(part).collect() } else { (0..parts).map(part).collect() };
+    let parts: Vec<Sums> = if parts > 1 {
+        (0..parts).into_par_iter().map(part).collect()
+    } else {
+        (0..parts).map(part).collect()
+    };
     parts.into_iter().fold(Sums::default(), |a, b| Sums {
         got: a.got + b.got,
         exact: a.exact + b.exact,

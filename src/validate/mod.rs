@@ -1,10 +1,12 @@
-//! Validation of other trainers: their gradients against the exact reference, and what is wrong with them.
+//! Validation of other trainers: their gradients against the exact reference, and what is wrong
+//! with them.
 //!
-//! A dump ([`dump`], [`manifest`]; `paper-notes/dump-format.md`) holds a model, a batch and what a trainer computed. [`validate`] climbs a ladder
-//! of comparisons ([`ladder`]), each three-way: the exact f64 reference, the reference with the trainer's rounding imitated
-//! ([`mod@reference`]), the trainer. A tensor passes when its gap is within a stated multiple of the rounding gap ([`measure`]).
-//! When something fails, [`diagnosis`] tries known faults and names those that explain it. [`head`] does the same for one
-//! attention head.
+//! A dump ([`dump`], [`manifest`]; `paper-notes/dump-format.md`) holds a model, a batch and what a
+//! trainer computed. [`validate`] climbs a ladder of comparisons ([`ladder`]), each three-way: the
+//! exact f64 reference, the reference with the trainer's rounding imitated ([`mod@reference`]), the
+//! trainer. A tensor passes when its gap is within a stated multiple of the rounding gap
+//! ([`measure`]). When something fails, [`diagnosis`] tries known faults and names those that
+//! explain it. [`head`] does the same for one attention head.
 
 pub mod diagnosis;
 pub mod dump;

@@ -1,8 +1,13 @@
 //! Parameter names of trainers, reduced to those of the reference model.
 
 /// Prefixes that wrappers put before or between the parts of a name.
-const WRAPPERS: [&str; 5] =
-    ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.", "base_model.model."];
+const WRAPPERS: [&str; 5] = [
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+    "module.",
+    "base_model.model.",
+];
 
 /// Prefixes of an adapter's own tensors.
 const ADAPTER: [&str; 3] = ["lora_", "paca_", "s2ft_"];
@@ -60,7 +65,10 @@ pub fn canonical_name(raw: &str) -> String {
 pub fn place_of(name: &str) -> (Option<usize>, String, String) {
     let parts: Vec<&str> = name.split('.').collect();
     // GPT-2 calls its layers h.
-    let layer = parts.iter().position(|p| ["layers", "h"].contains(p)).and_then(|i| parts.get(i + 1)?.parse().ok());
+    let layer = parts
+        .iter()
+        .position(|p| ["layers", "h"].contains(p))
+        .and_then(|i| parts.get(i + 1)?.parse().ok());
     let tensor = parts.last().copied().unwrap_or_default();
     let module = parts.len().checked_sub(2).map_or("", |i| parts[i]);
     (layer, module.to_string(), tensor.to_string())

@@ -8,7 +8,8 @@ use crate::blocks::cross_entropy::IGNORED_LABEL;
 use crate::blocks::rope::Scaling;
 use ndarray::{Array2, s};
 
-/// One line for each part of a trainer that the step leaves untried, with what a step would need to try it.
+/// One line for each part of a trainer that the step leaves untried, with what a step would need to
+/// try it.
 pub(super) fn list(case: &Case) -> Vec<String> {
     let mut all = Vec::new();
     adapters(case, &mut all);
@@ -35,10 +36,14 @@ fn adapters(case: &Case, all: &mut Vec<String>) {
     let adapters = low_rank(case);
     let zero = adapters.iter().filter(|(_, b)| b.iter().all(|x| x.abs() <= 0.0)).count();
     if zero > 0 {
-        let part =
-            if zero == adapters.len() { String::new() } else { format!(" in {zero} of {} modules", adapters.len()) };
+        let part = if zero == adapters.len() {
+            String::new()
+        } else {
+            format!(" in {zero} of {} modules", adapters.len())
+        };
         all.push(format!(
-            "lora_B is zero{part}: the adapter does nothing to the forward, and the gradient of lora_A is zero (record a later step)"
+            "lora_B is zero{part}: the adapter does nothing to the forward, and the gradient of \
+             lora_A is zero (record a later step)"
         ));
     }
     let factor = |spec: &LoraSpec| {
@@ -47,7 +52,8 @@ fn adapters(case: &Case, all: &mut Vec<String>) {
     };
     if !adapters.is_empty() && adapters.iter().all(|(spec, _)| (factor(spec) - 1.0).abs() < 1e-12) {
         all.push(
-            "the adapters' scaling is 1: a trainer that forgets it is right here (take alpha other than r)".into(),
+            "the adapters' scaling is 1: a trainer that forgets it is right here (take alpha other \
+             than r)".into(),
         );
     } else if !adapters.is_empty() && adapters.iter().all(|(spec, _)| spec.rank == 1) {
         all.push("rank 1: alpha / r and alpha / sqrt(r) are the same".into());
@@ -58,7 +64,12 @@ fn batch(case: &Case, all: &mut Vec<String>) {
     let batch = &case.batch;
     let (rows, length) = batch.input_ids.dim();
     let padded = batch.attention_mask.as_ref().is_some_and(|mask| mask.iter().any(|real| !real))
-        || case.trainer.setting.row_lengths.as_ref().is_some_and(|each| each.iter().any(|n| *n < length));
+        || case
+            .trainer
+            .setting
+            .row_lengths
+            .as_ref()
+            .is_some_and(|each| each.iter().any(|n| *n < length));
     if rows == 1 {
         all.push("one row: padding, and the mean over rows of several lengths".into());
     } else if !padded {
@@ -79,7 +90,9 @@ fn batch(case: &Case, all: &mut Vec<String>) {
     }
     if case.trainer.logits.is_none() && case.trainer.hidden.is_empty() {
         all.push(
-            "the dump holds no logits and no hidden states: the forward is seen through the gradients only".into(),
+            "the dump holds no logits and no hidden states: the forward is seen through the \
+             gradients only"
+                .into(),
         );
     }
 }
@@ -87,11 +100,18 @@ fn batch(case: &Case, all: &mut Vec<String>) {
 fn attention(case: &Case, all: &mut Vec<String>) {
     let config = &case.model.config;
     let length = case.batch.input_ids.ncols();
-    if let Some(window) = config.options.windows.iter().flatten().min().filter(|window| **window >= length) {
-        all.push(format!("rows of {length} tokens do not reach beyond the sliding window of {window}"));
+    if let Some(window) =
+        config.options.windows.iter().flatten().min().filter(|window| **window >= length)
+    {
+        all.push(format!(
+            "rows of {length} tokens do not reach beyond the sliding window of {window}"
+        ));
     }
-    let far = |scaling: &Scaling| matches!(scaling, Scaling::Dynamic { .. } | Scaling::LongRope { .. });
-    if config.options.rotaries.iter().any(|r| far(&r.scaling)) && length <= config.max_position_embeddings {
+    let far =
+        |scaling: &Scaling| matches!(scaling, Scaling::Dynamic { .. } | Scaling::LongRope { .. });
+    if config.options.rotaries.iter().any(|r| far(&r.scaling))
+        && length <= config.max_position_embeddings
+    {
         all.push(format!("rows of {length} tokens do not reach where the rotary scaling begins"));
     }
 }
@@ -110,6 +130,9 @@ fn optimizer(case: &Case, all: &mut Vec<String>) {
         all.push("weight decay is zero".into());
     }
     if case.trainer.applied.is_empty() {
-        all.push("the optimizer saw the gradients as backward left them: no clipping, no unscaling".into());
+        all.push(
+            "the optimizer saw the gradients as backward left them: no clipping, no unscaling"
+                .into(),
+        );
     }
 }

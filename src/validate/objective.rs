@@ -1,4 +1,5 @@
-//! The loss of a step where it is not the plain mean cross-entropy: declared, or known by the gradient that it left.
+//! The loss of a step where it is not the plain mean cross-entropy: declared, or known by the
+//! gradient that it left.
 //!
 //! ```text
 //! loss   = sum_i w_i [ (1 - eps) (lse_i - z_iy) + eps (lse_i - mean_v z_iv) + c lse_i^2 ] / divisor
@@ -31,15 +32,24 @@ impl Objective {
     }
 
     /// Loss of one row times its weight, not divided; `gradient` becomes that of the logits.
-    fn row(&self, logits: ArrayView1<'_, f64>, row: usize, label: usize, mut gradient: ArrayViewMut1<'_, f64>) -> f64 {
+    fn row(
+        &self,
+        logits: ArrayView1<'_, f64>,
+        row: usize,
+        label: usize,
+        mut gradient: ArrayViewMut1<'_, f64>,
+    ) -> f64 {
         let weight = self.weights.as_ref().and_then(|w| w.get(row)).copied().unwrap_or(1.0);
         let most = logits.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
         let log_sum = most + logits.iter().map(|x| (x - most).exp()).sum::<f64>().ln();
         let (eps, count) = (self.label_smoothing, logits.len() as f64);
         let slope = 1.0 + 2.0 * self.z_loss * log_sum;
-        gradient.zip_mut_with(&logits, |g, z| *g = weight * (slope * (z - log_sum).exp() - eps / count));
+        gradient.zip_mut_with(&logits, |g, z| {
+            *g = weight * (slope * (z - log_sum).exp() - eps / count)
+        });
         gradient[label] -= weight * (1.0 - eps);
-        let plain = (1.0 - eps) * (log_sum - logits[label]) + eps * (log_sum - logits.sum() / count);
+        let plain =
+            (1.0 - eps) * (log_sum - logits[label]) + eps * (log_sum - logits.sum() / count);
         weight * (plain + self.z_loss * log_sum * log_sum)
     }
 }
@@ -60,21 +70,32 @@ impl Upstream {
             Self::Logits(g) | Self::FinalNorm(g) => g,
         };
         let any = |row: &ArrayView1<'_, f64>| row.iter().any(|x| x.abs() > 0.0 || x.is_nan());
-        gradient.rows().into_iter().enumerate().filter(|(_, row)| any(row)).map(|(i, _)| (i, 0)).collect()
+        gradient
+            .rows()
+            .into_iter()
+            .enumerate()
+            .filter(|(_, row)| any(row))
+            .map(|(i, _)| (i, 0))
+            .collect()
     }
 }
 
 impl Case {
-    /// Whether the recorded gradient of the logits is that of the declared loss at the trainer's own logits, as far as their
-    /// format tells: then judging from it on says nothing else than judging with the loss.
+    /// Whether the recorded gradient of the logits is that of the declared loss at the trainer's
+    /// own logits, as far as their format tells: then judging from it on says nothing else than
+    /// judging with the loss.
     pub(super) fn left_the_declared_gradient(&self) -> bool {
-        let (Some(Upstream::Logits(left)), Some(logits)) = (&self.trainer.upstream, &self.trainer.logits) else {
+        let (Some(Upstream::Logits(left)), Some(logits)) =
+            (&self.trainer.upstream, &self.trainer.logits)
+        else {
             return false;
         };
         let config = &self.model.config;
         let (rows, length) = self.batch.input_ids.dim();
         let plain = config.options.logit_cap.is_none() && left.dim() == logits.values.dim();
-        let Ok(targets) = prediction_targets(self.batch.labels.view(), config.vocab_size) else { return false };
+        let Ok(targets) = prediction_targets(self.batch.labels.view(), config.vocab_size) else {
+            return false;
+        };
         if !plain || left.nrows() != rows * length {
             return false;
         }
@@ -95,13 +116,15 @@ impl Case {
             [gap, want.dot(&want)]
         };
         let sum = |a: [f64; 2], b: [f64; 2]| [a[0] + b[0], a[1] + b[1]];
-        let [gap, norm] = (0..left.nrows()).into_par_iter().map(gap_and_norm).reduce(|| [0.0; 2], sum);
+        let [gap, norm] =
+            (0..left.nrows()).into_par_iter().map(gap_and_norm).reduce(|| [0.0; 2], sum);
         let near = 4.0 * self.rounding.coarsest().epsilon().max(1e-5);
         gap.sqrt() <= near * norm.sqrt()
     }
 }
 
-/// Follows the chunks of logits of one part of a step, and puts another gradient in the place of theirs.
+/// Follows the chunks of logits of one part of a step, and puts another gradient in the place of
+/// theirs.
 pub(super) struct Chunks<'a> {
     /// (row, label) of the part, in order, rows being its own.
     targets: &'a [(usize, usize)],
@@ -133,10 +156,16 @@ impl<'a> Chunks<'a> {
     }
 
     /// The gradient of an objective; `cap` is that of the logits.
-    pub fn differentiate(&mut self, objective: &Objective, cap: Option<f64>, gradient: &mut Array2<f64>) {
+    pub fn differentiate(
+        &mut self,
+        objective: &Objective,
+        cap: Option<f64>,
+        gradient: &mut Array2<f64>,
+    ) {
         let chunk = self.chunk();
         for (i, &(row, label)) in chunk.iter().enumerate() {
-            self.loss += objective.row(self.logits.row(i), self.first + row, label, gradient.row_mut(i));
+            self.loss +=
+                objective.row(self.logits.row(i), self.first + row, label, gradient.row_mut(i));
         }
         gradient.mapv_inplace(|x| x * self.factor);
         if let Some(cap) = cap {
@@ -153,7 +182,12 @@ impl<'a> Chunks<'a> {
 }
 
 /// Rows of a given gradient of the last norm's result, times `factor`.
-pub(super) fn copy_rows(all: &Array2<f64>, rows: Range<usize>, factor: f64, gradient: &mut Array2<f64>) {
+pub(super) fn copy_rows(
+    all: &Array2<f64>,
+    rows: Range<usize>,
+    factor: f64,
+    gradient: &mut Array2<f64>,
+) {
     if gradient.nrows() == rows.len() && gradient.ncols() == all.ncols() {
         gradient.assign(&(&all.slice(ndarray::s![rows, ..]) * factor));
     }

@@ -1,4 +1,5 @@
-//! What `check_step` of the Python package found: backward against central differences of the trainer's own forward.
+//! What `check_step` of the Python package found: backward against central differences of the
+//! trainer's own forward.
 //!
 //! It knows no architecture, so its verdict also stands for models that the reference refuses.
 
@@ -67,6 +68,12 @@ impl OwnForward {
             CheckStatus::Failed => "FAIL",
             CheckStatus::NotChecked => "-",
         };
-        format!("  {:<18} {status:<8} {:>9} {:>9}  {}", "own forward", self.tensors.len(), "", self.why)
+        format!(
+            "  {:<18} {status:<8} {:>9} {:>9}  {}",
+            "own forward",
+            self.tensors.len(),
+            "",
+            self.why
+        )
     }
 }

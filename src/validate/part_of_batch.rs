@@ -1,7 +1,8 @@
 //! A part of the batch judged alone: some rows, the first tokens of each.
 //!
-//! The forward pass of those tokens depends on no other: logits and hidden states are compared. Gradients sum over the whole
-//! batch; they are compared where nothing else in it counts in the loss, and left out where something does.
+//! The forward pass of those tokens depends on no other: logits and hidden states are compared.
+//! Gradients sum over the whole batch; they are compared where nothing else in it counts in the
+//! loss, and left out where something does.
 
 use super::dump::{Case, Observed};
 use super::objective::Upstream;
@@ -15,8 +16,9 @@ impl Case {
     /// The case with some rows, and the first `tokens` tokens of each, or all of them.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for rows or tokens that the batch does not have, or of which none counts; for a step of several
-    /// processes, or one whose recorded loss stands for labels that are not there.
+    /// [`Error::InvalidParam`] for rows or tokens that the batch does not have, or of which none
+    /// counts; for a step of several processes, or one whose recorded loss stands for labels that
+    /// are not there.
     pub fn only_rows(mut self, rows: Range<usize>, tokens: Option<usize>) -> Result<Self> {
         let (all, length) = self.batch.input_ids.dim();
         let kept = tokens.unwrap_or(length);
@@ -61,10 +63,16 @@ impl Case {
         }
         // Each micro-batch keeps the divisor that the whole one has.
         let micro = self.micro_batches();
-        let divisor = |own: &Range<usize>| parts.iter().find(|(part, _)| part == own).map_or(1.0, |(_, d)| *d);
-        let left = |own: &Range<usize>| own.end.min(rows.end).saturating_sub(own.start.max(rows.start));
-        let divisors: Vec<(usize, f64)> =
-            micro.iter().map(|own| (left(own), divisor(own))).filter(|(rows, _)| *rows > 0).collect();
+        let divisor = |own: &Range<usize>| {
+            parts.iter().find(|(part, _)| part == own).map_or(1.0, |(_, d)| *d)
+        };
+        let left =
+            |own: &Range<usize>| own.end.min(rows.end).saturating_sub(own.start.max(rows.start));
+        let divisors: Vec<(usize, f64)> = micro
+            .iter()
+            .map(|own| (left(own), divisor(own)))
+            .filter(|(rows, _)| *rows > 0)
+            .collect();
         self.loss.micro_batch_rows = divisors.iter().map(|(rows, _)| *rows).collect();
         self.loss.micro_batch_divisors = divisors.iter().map(|(_, divisor)| *divisor).collect();
         self.batch = part_of(&self.batch, &rows, kept)?;
@@ -81,7 +89,12 @@ impl Case {
         self.trained.clear();
         (self.trainer.loss, self.trainer.upstream) = (None, None);
         let trainer = &mut self.trainer;
-        for group in [&mut trainer.gradients, &mut trainer.applied, &mut trainer.after, &mut trainer.previous] {
+        for group in [
+            &mut trainer.gradients,
+            &mut trainer.applied,
+            &mut trainer.after,
+            &mut trainer.previous,
+        ] {
             group.clear();
         }
     }
@@ -90,7 +103,8 @@ impl Case {
 /// Rows of a batch, the first tokens of each.
 pub(super) fn part_of(batch: &Batch, rows: &Range<usize>, tokens: usize) -> Result<Batch> {
     let cut = s![rows.clone(), ..tokens];
-    let mut part = Batch::new(batch.input_ids.slice(cut).to_owned(), batch.labels.slice(cut).to_owned())?;
+    let mut part =
+        Batch::new(batch.input_ids.slice(cut).to_owned(), batch.labels.slice(cut).to_owned())?;
     if let Some(mask) = &batch.attention_mask {
         part = part.with_attention_mask(mask.slice(cut).to_owned())?;
     }

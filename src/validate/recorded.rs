@@ -56,15 +56,20 @@ pub(super) fn list(case: &Case) -> Vec<(&'static str, String)> {
     all.push(("loss", loss.join(", ")));
     if let Some(record) = &case.optimizer {
         let group = case.trained.first().and_then(|name| group_of(record, name));
-        let rates = group.map_or(String::new(), |g| format!(", lr {}, weight decay {}", g.lr, g.weight_decay));
-        all.push(("optimizer", format!("{}, step {}{rates}", record.kind, record.steps_before + 1)));
+        let rates = group
+            .map_or(String::new(), |g| format!(", lr {}, weight decay {}", g.lr, g.weight_decay));
+        all.push((
+            "optimizer",
+            format!("{}, step {}{rates}", record.kind, record.steps_before + 1),
+        ));
     }
     all
 }
 
 /// Last parts of the trained tensors' names, each once.
 fn kinds(case: &Case) -> Vec<&str> {
-    let mut all: Vec<&str> = case.trained.iter().filter_map(|name| name.rsplit('.').next()).collect();
+    let mut all: Vec<&str> =
+        case.trained.iter().filter_map(|name| name.rsplit('.').next()).collect();
     all.sort_unstable();
     all.dedup();
     all

@@ -17,7 +17,11 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     let reason = "the batch of the step";
     let ids = integers(file, "input_ids", reason)?;
     if let Some((place, id)) = ids.indexed_iter().find(|(_, id)| u32::try_from(**id).is_err()) {
-        return Err(file.malformed("tensor input_ids", "ids of at least 0", format!("{id} at {place:?}")));
+        return Err(file.malformed(
+            "tensor input_ids",
+            "ids of at least 0",
+            format!("{id} at {place:?}"),
+        ));
     }
     let ids = ids.mapv(|x| x as u32);
     // Without labels a step is judged from the gradient of its loss.
@@ -28,8 +32,12 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
         integers(file, "labels", reason)?
     };
     let in_file = |e: Error| match e {
-        Error::ShapeMismatch { arg, expected, got, .. } => file.malformed(format!("tensor {arg}"), expected, got),
-        Error::InvalidParam { name, value, requirement } => file.malformed(name, requirement, value),
+        Error::ShapeMismatch { arg, expected, got, .. } => {
+            file.malformed(format!("tensor {arg}"), expected, got)
+        }
+        Error::InvalidParam { name, value, requirement } => {
+            file.malformed(name, requirement, value)
+        }
         other => other,
     };
     let mut batch = Batch::new(ids, labels).map_err(in_file)?;
@@ -50,10 +58,15 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
     if file.contains("position_ids") {
         let positions = integers(file, "position_ids", reason)?;
         if let Some(bad) = positions.iter().find(|p| **p < 0 || **p > i64::from(u32::MAX)) {
-            return Err(file.malformed("tensor position_ids", "positions of at least 0", bad.to_string()));
+            return Err(file.malformed(
+                "tensor position_ids",
+                "positions of at least 0",
+                bad.to_string(),
+            ));
         }
         let positions = positions.mapv(|x| x as u32);
-        // Positions that start again without a mask: documents that are kept apart, unless the step says otherwise.
+        // Positions that start again without a mask: documents that are kept apart, unless the step
+        // says otherwise.
         if batch.attention_mask.is_none()
             && batch.documents.is_none()
             && let Some(documents) = Batch::documents_of_positions(&positions)
@@ -68,19 +81,26 @@ pub fn read_batch(file: &TensorFile) -> Result<Batch> {
 /// Refuses ids and labels that the model does not have.
 pub(super) fn in_vocabulary(file: &TensorFile, batch: &Batch, size: usize) -> Result<()> {
     let outside = |id: i64| id < 0 || id as u64 >= size as u64;
-    if let Some((place, id)) = batch.input_ids.indexed_iter().find(|(_, id)| outside(i64::from(**id))) {
+    if let Some((place, id)) =
+        batch.input_ids.indexed_iter().find(|(_, id)| outside(i64::from(**id)))
+    {
         let expected = format!("ids below the vocabulary size {size}");
         return Err(file.malformed("tensor input_ids", expected, format!("{id} at {place:?}")));
     }
     let ignored = |label: i64| label == IGNORED_LABEL;
-    if let Some((place, label)) = batch.labels.indexed_iter().find(|(_, l)| outside(**l) && !ignored(**l)) {
+    if let Some((place, label)) =
+        batch.labels.indexed_iter().find(|(_, l)| outside(**l) && !ignored(**l))
+    {
         let expected = format!("{IGNORED_LABEL} or ids below the vocabulary size {size}");
         return Err(file.malformed("tensor labels", expected, format!("{label} at {place:?}")));
     }
     Ok(())
 }
 
-pub(super) fn row_lengths(file: &TensorFile, (rows, length): (usize, usize)) -> Result<Option<Vec<usize>>> {
+pub(super) fn row_lengths(
+    file: &TensorFile,
+    (rows, length): (usize, usize),
+) -> Result<Option<Vec<usize>>> {
     if !file.contains("row_lengths") {
         return Ok(None);
     }
@@ -93,17 +113,27 @@ pub(super) fn row_lengths(file: &TensorFile, (rows, length): (usize, usize)) -> 
     Ok(Some(values.iter().map(|&n| n as usize).collect()))
 }
 
-/// Weight of the prediction made at each row, from those of the labels: row b T + t predicts label (b, t + 1).
-pub(super) fn token_weights(file: &TensorFile, (rows, length): (usize, usize)) -> Result<Option<Vec<f64>>> {
+/// Weight of the prediction made at each row, from those of the labels: row b T + t predicts label
+/// (b, t + 1).
+pub(super) fn token_weights(
+    file: &TensorFile,
+    (rows, length): (usize, usize),
+) -> Result<Option<Vec<f64>>> {
     if !file.contains("token_weights") {
         return Ok(None);
     }
     let weights = file.matrix::<f64>("token_weights", "weights of the labels")?;
     if weights.dim() != (rows, length) {
         let expected = format!("shape [{rows}, {length}], that of the labels");
-        return Err(file.malformed("tensor token_weights", expected, format!("{:?}", weights.dim())));
+        return Err(file.malformed(
+            "tensor token_weights",
+            expected,
+            format!("{:?}", weights.dim()),
+        ));
     }
-    let next = |i: usize| if i % length + 1 < length { weights[[i / length, i % length + 1]] } else { 0.0 };
+    let next = |i: usize| {
+        if i % length + 1 < length { weights[[i / length, i % length + 1]] } else { 0.0 }
+    };
     Ok(Some((0..rows * length).map(next).collect()))
 }
 

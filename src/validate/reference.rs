@@ -1,4 +1,5 @@
-//! The reference step: exact, with the trainer's rounding imitated, or as a hypothesis about a fault would have it.
+//! The reference step: exact, with the trainer's rounding imitated, or as a hypothesis about a
+//! fault would have it.
 
 use super::dump::Case;
 use super::ladder::RungName;
@@ -12,7 +13,9 @@ use crate::blocks::cross_entropy::prediction_targets;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::model::adapter_folder::AdapterKind;
-use crate::model::{Batch, Instruments, Masked, Model, Outside, Place, Point, Projection, StepOptions, Tap};
+use crate::model::{
+    Batch, Instruments, Masked, Model, Outside, Place, Point, Projection, StepOptions, Tap,
+};
 use ndarray::{Array2, Axis, s};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -70,9 +73,11 @@ impl Rounding {
         match place.point {
             Point::Embedded | Point::Middle | Point::Output => self.stream,
             Point::FinalNorm | Point::Logits => self.products.coarser(self.internals),
-            Point::NormedInput | Point::NormedMiddle | Point::RotatedQuery | Point::RotatedKey | Point::Attended => {
-                self.inside().coarser(self.internals)
-            }
+            Point::NormedInput
+            | Point::NormedMiddle
+            | Point::RotatedQuery
+            | Point::RotatedKey
+            | Point::Attended => self.inside().coarser(self.internals),
             _ => self.inside(),
         }
     }
@@ -96,7 +101,9 @@ impl Evidence {
     pub(super) fn tensor(&self, rung: RungName, name: &str) -> Option<&Array2<f64>> {
         match rung {
             RungName::Logits => self.logits.as_ref(),
-            RungName::Hidden => self.hidden.iter().find(|(layer, _)| hidden_name(**layer) == name).map(|(_, x)| x),
+            RungName::Hidden => {
+                self.hidden.iter().find(|(layer, _)| hidden_name(**layer) == name).map(|(_, x)| x)
+            }
             RungName::Gradients => self.gradients.get(name),
             _ => None,
         }
@@ -148,7 +155,8 @@ pub struct Variant<'a> {
 /// A part of a step; the default is all of it.
 #[derive(Clone, Copy, Default)]
 pub struct Part<'a> {
-    /// A layer and its input, rows of the whole batch: nothing below it runs, and it has no gradients.
+    /// A layer and its input, rows of the whole batch: nothing below it runs, and it has no
+    /// gradients.
     pub from: Option<(usize, &'a Array2<f64>)>,
     /// The lowest layer whose gradients are wanted.
     pub lowest: usize,
@@ -163,11 +171,13 @@ impl Part<'_> {
     fn extent(&self, layers: usize) -> (usize, usize, bool) {
         let first = self.from.map_or(0, |(layer, _)| layer);
         let last = self.until.map_or(layers, |layer| layer + 1);
-        let backward = if self.forward_only { 0 } else { layers.saturating_sub(first.max(self.lowest)) };
+        let backward =
+            if self.forward_only { 0 } else { layers.saturating_sub(first.max(self.lowest)) };
         (last.saturating_sub(first), backward, self.until.is_none())
     }
 
-    /// Cost as a share of the whole step's, whose layers and output projection have so many weights each.
+    /// Cost as a share of the whole step's, whose layers and output projection have so many weights
+    /// each.
     pub(super) fn cost(&self, layers: usize, layer: f64, head: f64) -> f64 {
         let (forward, backward, loss) = self.extent(layers);
         let head = if !loss {
@@ -177,11 +187,13 @@ impl Part<'_> {
         } else {
             2.0 * head
         };
-        ((forward + backward) as f64 * layer + head) / (2.0 * (layers as f64 * layer + head.max(f64::MIN_POSITIVE)))
+        ((forward + backward) as f64 * layer + head)
+            / (2.0 * (layers as f64 * layer + head.max(f64::MIN_POSITIVE)))
     }
 }
 
-/// A copy of the model whose weights are rounded as autocast does; embedding and norms are not cast.
+/// A copy of the model whose weights are rounded as autocast does; embedding and norms are not
+/// cast.
 fn cast_products(model: &Model<f64>, precision: Precision) -> Result<Model<f64>> {
     let mut cast = model.clone();
     for layer in &mut cast.layers {
@@ -217,7 +229,8 @@ impl Case {
         let micro = self.micro_batches();
         let counted = |rows: &Range<usize>| {
             let labels = self.batch.labels.slice(s![rows.clone(), 1..]);
-            labels.iter().filter(|&&l| l != crate::blocks::cross_entropy::IGNORED_LABEL).count() as f64
+            labels.iter().filter(|&&l| l != crate::blocks::cross_entropy::IGNORED_LABEL).count()
+                as f64
         };
         let total: f64 = self.loss.divisor.unwrap_or_else(|| micro.iter().map(&counted).sum());
         let divisor = |rows: &Range<usize>| match self.loss.reduction {
@@ -255,25 +268,33 @@ impl Case {
         }
     }
 
-    /// The case with the gradients of some layers alone. It begins at the recorded input of the first of them, if the dump
-    /// has it; what the optimizer made of all gradients is not judged.
+    /// The case with the gradients of some layers alone. It begins at the recorded input of the
+    /// first of them, if the dump has it; what the optimizer made of all gradients is not judged.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for layers that the model does not have or that train nothing; [`Error::Format`] for a
-    /// recorded input of another shape.
+    /// [`Error::InvalidParam`] for layers that the model does not have or that train nothing;
+    /// [`Error::Format`] for a recorded input of another shape.
     pub fn only_layers(mut self, layers: Range<usize>) -> Result<Self> {
         let all = self.model.layers.len();
         let text = format!("{}..{}", layers.start, layers.end);
         if layers.is_empty() || layers.end > all {
-            return Err(Error::invalid("layers", text, format!("must be a range within 0..{all}, from 0 on")));
+            return Err(Error::invalid(
+                "layers",
+                text,
+                format!("must be a range within 0..{all}, from 0 on"),
+            ));
         }
-        let inside = |name: &str| super::names::place_of(name).0.is_some_and(|layer| layers.contains(&layer));
+        let inside = |name: &str| {
+            super::names::place_of(name).0.is_some_and(|layer| layers.contains(&layer))
+        };
         self.trained.retain(|name| inside(name));
         if self.trained.is_empty() {
             return Err(Error::invalid("layers", text, "must hold something that is trained"));
         }
         self.trainer.gradients.retain(|name, _| inside(name));
-        for group in [&mut self.trainer.applied, &mut self.trainer.after, &mut self.trainer.previous] {
+        for group in
+            [&mut self.trainer.applied, &mut self.trainer.after, &mut self.trainer.previous]
+        {
             group.clear();
         }
         let below = layers.start.checked_sub(1).and_then(|below| self.trainer.hidden.get(&below));
@@ -294,7 +315,10 @@ impl Case {
     fn restored_again(&self, model: &Model<f64>, format: Precision) -> Result<Model<f64>> {
         let mut copy = model.clone();
         for &((layer, p), _) in &self.quantized {
-            copy.layers[layer].projection_mut(p).base.change_entries("restored", move |x| format.round(x))?;
+            copy.layers[layer]
+                .projection_mut(p)
+                .base
+                .change_entries("restored", move |x| format.round(x))?;
         }
         Ok(copy)
     }
@@ -314,18 +338,24 @@ impl Case {
         };
         let tied_cast = cast.is_some() && forward.is_tied();
         let backward = cast_backward.as_ref().or(cast.as_ref()).unwrap_or(backward);
-        let restored = variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
+        let restored =
+            variant.rounding.and_then(|r| r.quantized).filter(|q| q.forward != q.backward);
         let restored = restored.map(|q| self.restored_again(backward, q.backward)).transpose()?;
         let backward = restored.as_ref().unwrap_or(backward);
         // PEFT takes DoRA's norms of the weight as backward restores it.
-        let forward = restored.as_ref().filter(|_| self.kind == Some(AdapterKind::Dora)).unwrap_or(forward);
+        let forward =
+            restored.as_ref().filter(|_| self.kind == Some(AdapterKind::Dora)).unwrap_or(forward);
         let forward = cast.as_ref().unwrap_or(forward);
 
         let batch = variant.batch.unwrap_or(&self.batch);
         let (rows, length) = batch.input_ids.dim();
         let parts = variant.parts.clone().unwrap_or_else(|| self.parts());
         // Loss scaling decides what a half format loses.
-        let scale = if variant.rounding.is_some() { variant.loss_scale.unwrap_or(self.loss.scale) } else { 1.0 };
+        let scale = if variant.rounding.is_some() {
+            variant.loss_scale.unwrap_or(self.loss.scale)
+        } else {
+            1.0
+        };
         let given = self.given();
         let all_targets = match (&variant.targets, given) {
             (_, Some(upstream)) => upstream.targets(),
@@ -333,30 +363,45 @@ impl Case {
             (None, None) => prediction_targets(batch.labels.view(), forward.config.vocab_size)?,
         };
         if all_targets.is_empty() || parts.is_empty() {
-            let requirement = if given.is_some() { "must have a gradient" } else { "at least one position must count" };
+            let requirement = if given.is_some() {
+                "must have a gradient"
+            } else {
+                "at least one position must count"
+            };
             return Err(Error::invalid("labels", "all ignored", requirement));
         }
         let mut gradients = backward.zero_gradients();
         if tied_cast {
-            // The head was made separate so that the embedding stays uncast; its gradient belongs to the embedding.
+            // The head was made separate so that the embedding stays uncast; its gradient belongs
+            // to the embedding.
             gradients.lm_head = gradients.embedding.as_ref().map(|e| Array2::zeros(e.dim()));
         }
-        let objective = variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
+        let objective =
+            variant.objective.as_ref().or(Some(&self.objective)).filter(|o| !o.is_plain());
         let multiplier = forward.config.options.logit_multiplier;
         let mut evidence = Evidence::default();
         // A hypothesis that begins at the top layer is judged by gradients.
-        let want_logits = self.trainer.logits.is_some() && variant.part.until.is_none() && variant.part.from.is_none();
+        let want_logits = self.trainer.logits.is_some()
+            && variant.part.until.is_none()
+            && variant.part.from.is_none();
         if want_logits {
             evidence.logits = Some(Array2::zeros((rows * length, forward.config.vocab_size)));
         }
         let part = self.within(variant.part);
         let runs = |layer: usize| {
-            part.from.is_none_or(|(first, _)| layer >= first) && part.until.is_none_or(|last| layer <= last)
+            part.from.is_none_or(|(first, _)| layer >= first)
+                && part.until.is_none_or(|last| layer <= last)
         };
-        for &layer in
-            self.trainer.hidden.keys().chain(&variant.hidden).filter(|l| **l < forward.layers.len() && runs(**l))
+        for &layer in self
+            .trainer
+            .hidden
+            .keys()
+            .chain(&variant.hidden)
+            .filter(|l| **l < forward.layers.len() && runs(**l))
         {
-            evidence.hidden.insert(layer, Array2::zeros((rows * length, forward.config.hidden_size)));
+            evidence
+                .hidden
+                .insert(layer, Array2::zeros((rows * length, forward.config.hidden_size)));
         }
         for (range, divisor) in &parts {
             let first = range.start * length;
@@ -389,7 +434,9 @@ impl Case {
                 if let Some(rounding) = &variant.rounding {
                     rounding.at(place).round_array(tensor);
                 }
-                if let (Some(watch), Point::Output, Some(layer)) = (variant.watch, place.point, place.layer) {
+                if let (Some(watch), Point::Output, Some(layer)) =
+                    (variant.watch, place.point, place.layer)
+                {
                     watch.layer(layer, place.gradient);
                 }
                 if place.gradient {
@@ -408,12 +455,17 @@ impl Case {
                     }
                     (Point::FinalNorm, None) => {
                         if let Some(all) = &mut evidence.logits
-                            && let Ok(mut logits) = forward.project(tensor.view(), &mut Cost::default())
+                            && let Ok(mut logits) =
+                                forward.project(tensor.view(), &mut Cost::default())
                         {
                             forward.config.options.cap_logits(&mut logits);
                             if let Some(rounding) = &variant.rounding {
                                 rounding
-                                    .at(Place { layer: None, point: Point::Logits, gradient: false })
+                                    .at(Place {
+                                        layer: None,
+                                        point: Point::Logits,
+                                        gradient: false,
+                                    })
                                     .round_array(&mut logits);
                             }
                             all.slice_mut(s![first..first + tensor.nrows(), ..]).assign(&logits);
@@ -422,20 +474,22 @@ impl Case {
                     _ => {}
                 }
             };
-            let mask = |(layer, p): (usize, Projection), at: Masked, rest: bool, x: &mut Array2<f64>| {
-                let Some(all) = self.trainer.masks.get(&(layer, p)) else { return false };
-                let rows = all.slice(s![inside.clone(), ..]);
-                if rows.dim() != x.dim() {
-                    return false;
-                }
-                let forgotten = variant.unmasked == Some(at);
-                x.zip_mut_with(&rows, |x, &m| {
-                    let m = if forgotten { 1.0 } else { m };
-                    *x *= if rest { 1.0 - m } else { m };
-                });
-                true
-            };
-            let from = part.from.map(|(layer, all)| (layer, all.slice(s![inside.clone(), ..]).to_owned()));
+            let mask =
+                |(layer, p): (usize, Projection), at: Masked, rest: bool, x: &mut Array2<f64>| {
+                    let Some(all) = self.trainer.masks.get(&(layer, p)) else { return false };
+                    let rows = all.slice(s![inside.clone(), ..]);
+                    if rows.dim() != x.dim() {
+                        return false;
+                    }
+                    let forgotten = variant.unmasked == Some(at);
+                    x.zip_mut_with(&rows, |x, &m| {
+                        let m = if forgotten { 1.0 } else { m };
+                        *x *= if rest { 1.0 - m } else { m };
+                    });
+                    true
+                };
+            let from =
+                part.from.map(|(layer, all)| (layer, all.slice(s![inside.clone(), ..]).to_owned()));
             let instruments = Instruments {
                 from: from.as_ref().map(|(layer, x)| (*layer, x)),
                 until: part.until,
@@ -448,30 +502,47 @@ impl Case {
                 tap: Some(&tap),
                 ..Instruments::default()
             };
-            let options = StepOptions { divisor: Some(*divisor / scale), checkpointing: self.recompute };
+            let options =
+                StepOptions { divisor: Some(*divisor / scale), checkpointing: self.recompute };
             let rows = part_of(batch, range, length)?;
             let mut cost = Cost::default();
             if part.forward_only {
                 let loss = forward.loss_with(&rows, &options, &instruments, &mut cost)?;
                 // Another objective than the plain one is summed up where its gradient is formed.
-                evidence.loss += loss.filter(|_| objective.is_none()).map_or(f64::NAN, |loss| loss / scale);
+                evidence.loss +=
+                    loss.filter(|_| objective.is_none()).map_or(f64::NAN, |loss| loss / scale);
                 continue;
             }
-            let pass = forward.forward_with(&rows, &options, &instruments, &mut gradients, &mut cost)?;
-            let output = backward.backward_with(forward, pass, &instruments, &mut gradients, &mut cost)?;
-            let whole = if objective.is_some() { chunks.into_inner().loss / divisor } else { output.loss / scale };
+            let pass =
+                forward.forward_with(&rows, &options, &instruments, &mut gradients, &mut cost)?;
+            let output =
+                backward.backward_with(forward, pass, &instruments, &mut gradients, &mut cost)?;
+            let whole = if objective.is_some() {
+                chunks.into_inner().loss / divisor
+            } else {
+                output.loss / scale
+            };
             evidence.loss += whole;
         }
-        if tied_cast && let (Some(head), Some(embedding)) = (gradients.lm_head.take(), &mut gradients.embedding) {
+        if tied_cast
+            && let (Some(head), Some(embedding)) =
+                (gradients.lm_head.take(), &mut gradients.embedding)
+        {
             *embedding += &head;
         }
         let first = part.lowest.max(part.from.map_or(0, |(layer, _)| layer));
-        let embedding = [Outside::Embedding, Outside::Positions].map(|m| forward.config.options.outside(m));
+        let embedding =
+            [Outside::Embedding, Outside::Positions].map(|m| forward.config.options.outside(m));
         // What lies below the part has no gradient.
         let inside = |name: &str| match super::names::place_of(name).0 {
             Some(layer) => layer >= first && self.layers.as_ref().is_none_or(|all| layer < all.end),
             None if self.layers.is_some() => false,
-            None => first == 0 || !embedding.iter().any(|module| !module.is_empty() && name.starts_with(module)),
+            None => {
+                first == 0
+                    || !embedding
+                        .iter()
+                        .any(|module| !module.is_empty() && name.starts_with(module))
+            }
         };
         let named = if part.forward_only { Vec::new() } else { gradients.named() };
         evidence.gradients = named
@@ -480,10 +551,12 @@ impl Case {
             .map(|(name, g)| {
                 let mut g = g.to_owned();
                 if let Some(rounding) = &variant.rounding {
-                    let stored = self.trainer.gradients.get(&name).map_or(rounding.stream, |o| o.precision);
+                    let stored =
+                        self.trainer.gradients.get(&name).map_or(rounding.stream, |o| o.precision);
                     // Under autocast a weight's gradient comes out of a product; a gain's does not.
                     let product = rounding.autocast && !name.ends_with("norm.weight");
-                    if product { rounding.products.coarser(stored) } else { stored }.round_array(&mut g);
+                    if product { rounding.products.coarser(stored) } else { stored }
+                        .round_array(&mut g);
                     g.mapv_inplace(|x| x / scale);
                 }
                 (name, g)
@@ -492,7 +565,8 @@ impl Case {
         Ok(evidence)
     }
 
-    /// Rows of logits and hidden states that mean something: not padding, nor in a micro-batch that counts no token.
+    /// Rows of logits and hidden states that mean something: not padding, nor in a micro-batch that
+    /// counts no token.
     pub fn real_rows(&self) -> Vec<usize> {
         let length = self.batch.input_ids.ncols();
         let parts = self.parts();
@@ -502,10 +576,14 @@ impl Case {
 
     fn unpadded_rows(&self) -> Vec<usize> {
         match &self.batch.attention_mask {
-            Some(mask) => mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect(),
+            Some(mask) => {
+                mask.iter().enumerate().filter(|(_, m)| **m).map(|(row, _)| row).collect()
+            }
             None => {
                 let (rows, length) = self.batch.input_ids.dim();
-                let real = |b: usize| self.trainer.setting.row_lengths.as_ref().map_or(length, |lengths| lengths[b]);
+                let real = |b: usize| {
+                    self.trainer.setting.row_lengths.as_ref().map_or(length, |lengths| lengths[b])
+                };
                 (0..rows).flat_map(|b| b * length..b * length + real(b)).collect()
             }
         }

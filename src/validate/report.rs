@@ -20,7 +20,8 @@ use serde::Serialize;
 pub struct Report {
     /// What was validated.
     pub name: String,
-    /// Whether every rung that could be checked passed, and the trainer's own forward agrees with its backward.
+    /// Whether every rung that could be checked passed, and the trainer's own forward agrees with
+    /// its backward.
     pub passed: bool,
     /// Format of the trainer's products, and of its weights.
     pub precision: (String, String),
@@ -36,7 +37,8 @@ pub struct Report {
     pub recorded: Vec<(&'static str, String)>,
     /// What this step cannot show.
     pub not_exercised: Vec<String>,
-    /// How much of each known fault is in a step whose tensors are all within their tolerances, if that was looked for.
+    /// How much of each known fault is in a step whose tensors are all within their tolerances, if
+    /// that was looked for.
     pub amplitudes: Vec<Amplitude>,
     /// Steps of the reference that were run.
     pub reference_steps: usize,
@@ -69,13 +71,21 @@ impl Report {
         let bad: Vec<&Measure> = gradients.tensors.iter().filter(|m| !m.passes()).collect();
         let layer = |m: &Measure| super::names::place_of(&m.name).0;
         let highest = bad.iter().filter_map(|m| layer(m)).max()?;
-        let mut modules: Vec<String> =
-            bad.iter().filter(|m| layer(m) == Some(highest)).map(|m| super::names::place_of(&m.name).1).collect();
+        let mut modules: Vec<String> = bad
+            .iter()
+            .filter(|m| layer(m) == Some(highest))
+            .map(|m| super::names::place_of(&m.name).1)
+            .collect();
         modules.dedup();
         let above = gradients.tensors.iter().any(|m| layer(m).is_some_and(|l| l > highest));
-        let right = if above { "gradients above it are right, so backward is right down to there; " } else { "" };
+        let right = if above {
+            "gradients above it are right, so backward is right down to there; "
+        } else {
+            ""
+        };
         Some(format!(
-            "{right}the highest layer with a wrong gradient is {highest}, in {}; {} of {} tensors are wrong in all",
+            "{right}the highest layer with a wrong gradient is {highest}, in {}; {} of {} tensors \
+             are wrong in all",
             modules.join(", "),
             bad.len(),
             gradients.tensors.len()
@@ -105,13 +115,13 @@ impl Watch for Silent {
 
 /// Validates a case.
 ///
-/// The declared loss comes first. Where that fails and no fault of the step explains it, but the dump holds the gradient that
-/// the loss left, everything below is judged from there.
+/// The declared loss comes first. Where that fails and no fault of the step explains it, but the
+/// dump holds the gradient that the loss left, everything below is judged from there.
 ///
 /// # Errors
-/// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged: another loss than the declared one
-/// whose gradient is not in the dump, noise on the embeddings, or rows of several documents that are right only if these
-/// may attend to each other.
+/// As [`Case::run`]; [`crate::error::Error::InvalidParam`] for a step that cannot be judged:
+/// another loss than the declared one whose gradient is not in the dump, noise on the embeddings,
+/// or rows of several documents that are right only if these may attend to each other.
 pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let tied = super::routing::with_ties(case)?;
     let case = tied.as_ref().unwrap_or(case);
@@ -122,9 +132,11 @@ pub fn validate(case: &Case, watch: &dyn Watch) -> Result<Report> {
         return below_the_loss(case, watch);
     }
     let declared = with_declared_loss(case, watch);
-    let of_step = |r: &Report| r.rungs.iter().any(|rung| rung.name.is_of_the_step() && rung.failed());
+    let of_step =
+        |r: &Report| r.rungs.iter().any(|rung| rung.name.is_of_the_step() && rung.failed());
     if let Ok(report) = &declared {
-        // Dropout is the word where nothing could be compared: from the loss on there may be more to say.
+        // Dropout is the word where nothing could be compared: from the loss on there may be more
+        // to say.
         let named = report.diagnoses.iter().any(|d| d.complete && d.fault != "dropout-active");
         if !of_step(report) || named || case.left_the_declared_gradient() {
             return declared;
@@ -170,12 +182,16 @@ fn with_declared_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
         report = judge(&other, watch)?;
         if let Some(names) = report.rungs.iter_mut().find(|r| r.name == RungName::Names) {
             names.problems.push(format!(
-                "{moved} of {} tokens that stand between two experts within rounding go to the other one in the trainer",
+                "{moved} of {} tokens that stand between two experts within rounding go to the \
+                 other one in the trainer",
                 case.ties.len()
             ));
         }
     }
-    if !report.passed && case.batch.documents.is_some() && judge(&setting::as_one_document(case), watch)?.passed {
+    if !report.passed
+        && case.batch.documents.is_some()
+        && judge(&setting::as_one_document(case), watch)?.passed
+    {
         if !case.trainer.setting.documents_given {
             return Err(setting::ambiguous_documents());
         }
@@ -183,13 +199,17 @@ fn with_declared_loss(case: &Case, watch: &dyn Watch) -> Result<Report> {
         report.diagnoses.insert(0, Diagnosis::of_setting(leak, true));
     }
     // Labels that the collator moved, with a loss that does not move them again, are right.
-    if !report.passed && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted") && setting::labels_moved(case)
+    if !report.passed
+        && report.diagnoses.iter().any(|d| d.fault == "labels-not-shifted")
+        && setting::labels_moved(case)
     {
         let mut other = judge(&setting::with_labels_moved_back(case), watch)?;
         if other.passed {
             if let Some(loss) = other.rungs.iter_mut().find(|r| r.name == RungName::Loss) {
-                loss.problems
-                    .push("the labels are the ids moved by one, and the loss does not shift them again".into());
+                loss.problems.push(
+                    "the labels are the ids moved by one, and the loss does not shift them again"
+                        .into(),
+                );
             }
             return Ok(other);
         }
@@ -203,7 +223,11 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     let hidden = below.into_iter().collect();
     let exact = case.run(&Variant { watch: Some(watch), hidden, ..Variant::default() })?;
     watch.begins("reference with the trainer's rounding");
-    let rounded = case.run(&Variant { rounding: Some(case.rounding), watch: Some(watch), ..Variant::default() })?;
+    let rounded = case.run(&Variant {
+        rounding: Some(case.rounding),
+        watch: Some(watch),
+        ..Variant::default()
+    })?;
     let mut rungs = climb(case, &exact, &rounded);
     let (mut steps, mut lost) = (2, None);
     if rungs.iter().any(|r| r.name.is_of_the_step() && r.failed()) {
@@ -250,7 +274,8 @@ fn judge(case: &Case, watch: &dyn Watch) -> Result<Report> {
     }
     diagnoses.splice(0..0, faults.into_iter().map(|f| Diagnosis::of_setting(f, alone)));
     let own_forward = case.trainer.setting.own_forward.clone();
-    let passed = !rungs.iter().any(Rung::failed) && !own_forward.as_ref().is_some_and(OwnForward::failed);
+    let passed =
+        !rungs.iter().any(Rung::failed) && !own_forward.as_ref().is_some_and(OwnForward::failed);
     let format = |p: super::Precision| p.name().to_string();
     Ok(Report {
         name: case.name.clone(),

@@ -1,8 +1,9 @@
 //! Several roundings of one step, where a single one says too little.
 //!
-//! Sharp attention and saturated softmaxes make rounding errors with heavy tails: one rounded step can be ten times nearer to
-//! the exact one than the next. Here each tensor is moved by up to half a unit in the last place before it is rounded, and
-//! the scores of attention, which trainers round and the reference does not, by the same.
+//! Sharp attention and saturated softmaxes make rounding errors with heavy tails: one rounded step
+//! can be ten times nearer to the exact one than the next. Here each tensor is moved by up to half
+//! a unit in the last place before it is rounded, and the scores of attention, which trainers round
+//! and the reference does not, by the same.
 
 use super::dump::Case;
 use super::ladder::{Rung, RungName, climb, rung_of};
@@ -31,8 +32,8 @@ const LOST: f64 = 0.35;
 /// So much larger is rounding than what is left where the parts of a sum cancel.
 const CANCELS: f64 = 10.0;
 
-/// The step rounded as the trainer rounds, each tensor moved by up to half a unit before, and the scores of attention
-/// where `scores` says so.
+/// The step rounded as the trainer rounds, each tensor moved by up to half a unit before, and the
+/// scores of attention where `scores` says so.
 pub(super) fn dithered(case: &Case, seed: u64, scores: bool) -> Result<Evidence> {
     let generator = RefCell::new(crate::streams::generator(seed, "validate/dither", 0));
     let rounding = case.rounding;
@@ -41,8 +42,14 @@ pub(super) fn dithered(case: &Case, seed: u64, scores: bool) -> Result<Evidence>
         let mut generator = generator.borrow_mut();
         x.mapv_inplace(|x| x * (1.0 + unit * generator.random_range(-1.0..1.0)));
     };
-    let score_errors = scores.then(|| ScoreErrors { size: rounding.products.epsilon() / 2.0, seed });
-    case.run(&Variant { tap: Some(&dither), score_errors, rounding: Some(rounding), ..Variant::default() })
+    let score_errors =
+        scores.then(|| ScoreErrors { size: rounding.products.epsilon() / 2.0, seed });
+    case.run(&Variant {
+        tap: Some(&dither),
+        score_errors,
+        rounding: Some(rounding),
+        ..Variant::default()
+    })
 }
 
 /// What several roundings say of a step that failed against one.
@@ -51,7 +58,8 @@ pub(super) enum SecondLook {
     Fails,
     /// It is within these.
     Passes(Vec<Rung>),
-    /// Rounding alone decides most of the gradients: unless a fault explains them, the step cannot be judged.
+    /// Rounding alone decides most of the gradients: unless a fault explains them, the step cannot
+    /// be judged.
     Lost(Error),
 }
 
@@ -74,7 +82,11 @@ pub(super) fn second_look(
     let of_step = || rungs.iter().filter(|r| r.name.is_of_the_step());
     let finite = of_step().flat_map(|r| &r.tensors).all(|m| m.share.is_finite());
     let numbers_only = of_step().all(|r| r.problems.is_empty());
-    if case.rounding.coarsest() == Precision::F64 || !of_step().any(Rung::failed) || !finite || !numbers_only {
+    if case.rounding.coarsest() == Precision::F64
+        || !of_step().any(Rung::failed)
+        || !finite
+        || !numbers_only
+    {
         return Ok(SecondLook::Fails);
     }
     // Where a step is expensive, only for gaps that rounding may have made.
@@ -91,7 +103,8 @@ pub(super) fn second_look(
     let widest = widest.evidence();
     let mut rungs = climb(case, exact, &widest);
     // Only those that are outside their tolerance besides are left out.
-    let outside = |name: &String| rung_of(&rungs, RungName::Gradients).is_some_and(|r| r.fails(name));
+    let outside =
+        |name: &String| rung_of(&rungs, RungName::Gradients).is_some_and(|r| r.fails(name));
     let lost: Vec<String> = lost.into_iter().filter(outside).collect();
     let judged = case.trained.len() - lost.len();
     if !lost.is_empty() {
@@ -110,7 +123,8 @@ pub(super) fn second_look(
             "record one in float32"
         };
         let what = format!(
-            "rounding alone moves {} of {} gradients by a third or more, so this step says too little: {better}",
+            "rounding alone moves {} of {} gradients by a third or more, so this step says too \
+             little: {better}",
             lost.len(),
             case.trained.len()
         );
@@ -118,10 +132,14 @@ pub(super) fn second_look(
     }
     if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Gradients) {
         if lost.is_empty() {
-            rung.problems.push(format!("measured against {} roundings: one says too little here", looks + 1));
+            rung.problems.push(format!(
+                "measured against {} roundings: one says too little here",
+                looks + 1
+            ));
         } else {
             rung.problems.push(format!(
-                "{} of {} are not compared: rounding to {format} alone moves them by a third or more",
+                "{} of {} are not compared: rounding to {format} alone moves them by a third or \
+                 more",
                 lost.len(),
                 case.trained.len()
             ));
@@ -142,7 +160,8 @@ struct Widest<'a> {
 
 impl<'a> Widest<'a> {
     fn new(exact: &'a Evidence, rounded: &Evidence) -> Self {
-        let mut widest = Self { exact, values: exact.clone(), squares: BTreeMap::new(), samples: 0.0 };
+        let mut widest =
+            Self { exact, values: exact.clone(), squares: BTreeMap::new(), samples: 0.0 };
         widest.see(rounded);
         widest
     }
@@ -158,7 +177,9 @@ impl<'a> Widest<'a> {
         if (sample.loss - exact.loss).abs() > (self.values.loss - exact.loss).abs() {
             self.values.loss = sample.loss;
         }
-        if let (Some(to), Some(from), Some(right)) = (&mut self.values.logits, &sample.logits, &exact.logits) {
+        if let (Some(to), Some(from), Some(right)) =
+            (&mut self.values.logits, &sample.logits, &exact.logits)
+        {
             keep(to, from, right);
         }
         for (layer, to) in &mut self.values.hidden {
@@ -167,7 +188,9 @@ impl<'a> Widest<'a> {
             }
         }
         for (name, to) in &mut self.values.gradients {
-            if let (Some(from), Some(right)) = (sample.gradients.get(name), exact.gradients.get(name)) {
+            if let (Some(from), Some(right)) =
+                (sample.gradients.get(name), exact.gradients.get(name))
+            {
                 keep(to, from, right);
                 *self.squares.entry(name.clone()).or_default() += error(from, right).powi(2);
             }
@@ -175,8 +198,8 @@ impl<'a> Widest<'a> {
         self.samples += 1.0;
     }
 
-    /// Gradients that rounding alone moves too far to be compared. One that is zero is such a thing only where all of
-    /// the exact one cancels.
+    /// Gradients that rounding alone moves too far to be compared. One that is zero is such a thing
+    /// only where all of the exact one cancels.
     fn lost(&self, case: &Case) -> Vec<String> {
         let moved = |name: &String| {
             let norm = frobenius(&self.exact.gradients.get(name)?.view());

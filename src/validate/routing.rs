@@ -1,5 +1,5 @@
-//! Tokens of a mixture that stand between two experts: where their scores differ by less than the trainer's rounding, either
-//! choice is right, and the reference must make the trainer's.
+//! Tokens of a mixture that stand between two experts: where their scores differ by less than the
+//! trainer's rounding, either choice is right, and the reference must make the trainer's.
 
 use super::dump::Case;
 use super::ladder::climb;
@@ -35,7 +35,9 @@ pub(super) fn settle_scores(ties: &[Tie], place: Place, first: usize, scores: &m
         return;
     }
     for tie in ties.iter().filter(|tie| place.layer == Some(tie.layer)) {
-        let Some(row) = tie.row.checked_sub(first).filter(|row| *row < scores.nrows()) else { continue };
+        let Some(row) = tie.row.checked_sub(first).filter(|row| *row < scores.nrows()) else {
+            continue;
+        };
         let (a, b) = (scores[[row, tie.chosen]], scores[[row, tie.other]]);
         let (high, low) = (a.max(b), a.min(b));
         // Equal ones would fall to the first.
@@ -62,8 +64,8 @@ fn scores(case: &Case, rounded: bool) -> Result<BTreeMap<usize, Array2<f64>>> {
     Ok(seen.into_inner().into_iter().map(|(layer, parts)| (layer, joined(parts))).collect())
 }
 
-/// The case with its ties, each as the exact reference decides it, so that every run of the reference does; `None` where
-/// there are none to look at.
+/// The case with its ties, each as the exact reference decides it, so that every run of the
+/// reference does; `None` where there are none to look at.
 ///
 /// # Errors
 /// As [`Case::run`].
@@ -97,7 +99,8 @@ pub fn with_ties(case: &Case) -> Result<Option<Case>> {
     Ok((!tied.ties.is_empty()).then_some(tied))
 }
 
-/// How far the reference is from the trainer: the sum over all tensors of the squared share beyond one.
+/// How far the reference is from the trainer: the sum over all tensors of the squared share beyond
+/// one.
 fn distance(case: &Case) -> Result<f64> {
     let exact = case.run(&Variant::default())?;
     let rounded = case.run(&Variant { rounding: Some(case.rounding), ..Variant::default() })?;
@@ -106,7 +109,8 @@ fn distance(case: &Case) -> Result<f64> {
     Ok(tensors.map(|m| m.share.min(1e6).powi(2)).sum())
 }
 
-/// The case with ties decided as the trainer seems to have, and how many that changes; `None` if no change brings it nearer.
+/// The case with ties decided as the trainer seems to have, and how many that changes; `None` if no
+/// change brings it nearer.
 ///
 /// # Errors
 /// As [`Case::run`].
@@ -147,7 +151,9 @@ mod tests {
         let tie = |row| Tie { layer: 1, row, chosen: 2, other: 0 };
         let place = |layer| Place { layer: Some(layer), point: Point::Router, gradient: false };
         let before = array![[0.5, -1.0, 0.4], [0.3, 0.2, 0.3]];
-        for (layer, first, row, changed) in [(1, 4, 4, Some(0)), (1, 4, 5, Some(1)), (0, 4, 4, None), (1, 5, 4, None)] {
+        for (layer, first, row, changed) in
+            [(1, 4, 4, Some(0)), (1, 4, 5, Some(1)), (0, 4, 4, None), (1, 5, 4, None)]
+        {
             let mut scores = before.clone();
             settle_scores(&[tie(row)], place(layer), first, &mut scores);
             for i in 0..2 {
@@ -155,7 +161,11 @@ mod tests {
                     assert!(scores[[i, 2]] > scores[[i, 0]], "{scores}");
                     assert!((scores[[i, 2]] - before[[i, 0]].max(before[[i, 2]])).abs() < 1e-9);
                 } else {
-                    assert_eq!(scores.row(i), before.row(i), "layer {layer}, part from {first}, tie in row {row}");
+                    assert_eq!(
+                        scores.row(i),
+                        before.row(i),
+                        "layer {layer}, part from {first}, tie in row {row}"
+                    );
                 }
             }
         }

@@ -1,7 +1,8 @@
 //! Every known fault planted into a right dump, to show which this dump can reveal.
 //!
-//! A fault that is found by running the step is planted as what it changes: G + (F - R), G the trainer's tensors, R the exact
-//! step and F the same with the fault. The trainer's own rounding stays.
+//! A fault that is found by running the step is planted as what it changes: G + (F - R), G the
+//! trainer's tensors, R the exact step and F the same with the fault. The trainer's own rounding
+//! stays.
 
 use super::diagnosis::{self, Context};
 use super::dump::{Case, Observed};
@@ -47,13 +48,22 @@ impl Planted {
 pub fn selftest(case: &Case, watch: &dyn Watch) -> Result<Vec<Planted>> {
     let report = validate(case, watch)?;
     if !report.passed {
-        return Err(Error::invalid("--selftest", "a dump that fails", "faults can be planted into a right step only"));
+        return Err(Error::invalid(
+            "--selftest",
+            "a dump that fails",
+            "faults can be planted into a right step only",
+        ));
     }
     if case.batch.counted() == 0 {
-        return Err(Error::invalid("--selftest", "a dump without labels", "the loss must be that of labels"));
+        return Err(Error::invalid(
+            "--selftest",
+            "a dump without labels",
+            "the loss must be that of labels",
+        ));
     }
     let mut clean = case.clone();
-    // The update follows from the gradients, which change; a recorded gradient of the loss would, too.
+    // The update follows from the gradients, which change; a recorded gradient of the loss would,
+    // too.
     clean.trainer.after.clear();
     clean.trainer.applied.clear();
     clean.trainer.upstream = None;
@@ -67,10 +77,18 @@ pub fn selftest(case: &Case, watch: &dyn Watch) -> Result<Vec<Planted>> {
         let share = climb(planted, &exact, &rounded).iter().map(Rung::share).fold(0.0, f64::max);
         // What cannot be judged any more has not passed.
         let (failed, named) = match validate(planted, watch) {
-            Ok(Report { passed, diagnoses, .. }) => (!passed, diagnoses.into_iter().map(|d| d.fault).collect()),
+            Ok(Report { passed, diagnoses, .. }) => {
+                (!passed, diagnoses.into_iter().map(|d| d.fault).collect())
+            }
             Err(_) => (true, Vec::new()),
         };
-        all.borrow_mut().push(Planted { fault: fault.into(), what: what.into(), share, failed, named });
+        all.borrow_mut().push(Planted {
+            fault: fault.into(),
+            what: what.into(),
+            share,
+            failed,
+            named,
+        });
         Ok(())
     };
     diagnosis::list(&context, watch, &|fault, predicted| {
@@ -123,26 +141,38 @@ const EDITS: [(&str, &str, Edit); 6] = [
     ("sign", "all gradients have the other sign", |case| times(case, -1.0)),
     ("loss-scale", "the gradients carry a loss scale of 1024", |case| times(case, 1024.0)),
     ("not-finite", "one entry of a gradient is not a number", |case| {
-        case.trainer.gradients.values_mut().next().and_then(|g| g.values.first_mut()).map(|x| *x = f64::NAN).is_some()
+        case.trainer
+            .gradients
+            .values_mut()
+            .next()
+            .and_then(|g| g.values.first_mut())
+            .map(|x| *x = f64::NAN)
+            .is_some()
     }),
     ("outside-graph", "one gradient is zero", |case| {
-        let first = case.trainer.gradients.values_mut().find(|g| g.values.iter().any(|x| x.abs() > 0.0));
+        let first =
+            case.trainer.gradients.values_mut().find(|g| g.values.iter().any(|x| x.abs() > 0.0));
         first.map(|g| g.values.fill(0.0)).is_some()
     }),
     ("layer-dropped", "a layer between others has no gradient", |case| {
         let middle = format!(".layers.{}.", case.model.layers.len() / 2);
-        let gradients = case.trainer.gradients.iter_mut().filter(|(name, _)| name.contains(&middle));
+        let gradients =
+            case.trainer.gradients.iter_mut().filter(|(name, _)| name.contains(&middle));
         case.model.layers.len() > 2 && gradients.map(|(_, g)| g.values.fill(0.0)).count() > 0
     }),
     ("exchanged", "two gradients of one shape are exchanged", |case| {
         let large = |g: &Observed| g.values.iter().any(|x| x.abs() > 0.0);
-        let names: Vec<String> =
-            case.trainer.gradients.iter().filter(|(_, g)| large(g)).map(|(n, _)| n.clone()).collect();
-        let shape = |name: &String| case.trainer.gradients[name].values.dim();
-        let pair = names
+        let names: Vec<String> = case
+            .trainer
+            .gradients
             .iter()
-            .enumerate()
-            .find_map(|(i, a)| names[i + 1..].iter().find(|b| shape(a) == shape(b)).map(|b| (a.clone(), b.clone())));
+            .filter(|(_, g)| large(g))
+            .map(|(n, _)| n.clone())
+            .collect();
+        let shape = |name: &String| case.trainer.gradients[name].values.dim();
+        let pair = names.iter().enumerate().find_map(|(i, a)| {
+            names[i + 1..].iter().find(|b| shape(a) == shape(b)).map(|b| (a.clone(), b.clone()))
+        });
         let Some((a, b)) = pair else { return false };
         let (one, other) = (case.trainer.gradients[&a].clone(), case.trainer.gradients[&b].clone());
         case.trainer.gradients.insert(a, other);

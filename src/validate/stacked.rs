@@ -1,5 +1,5 @@
-//! A trainer's tensors as the reference model holds them: experts that stand in one tensor are taken apart, weights that are
-//! stored transposed are turned.
+//! A trainer's tensors as the reference model holds them: experts that stand in one tensor are
+//! taken apart, weights that are stored transposed are turned.
 
 use super::dump::Observed;
 use super::names::canonical_name;
@@ -46,9 +46,12 @@ impl Stacked {
             "down_proj_bias" => (true, Stack::Bias),
             "lora_A" | "lora_B" => {
                 let adapted = |p: Projection| {
-                    model.layers[layer].get(p).is_some_and(|projection| matches!(projection.method, Method::Lora(_)))
+                    model.layers[layer]
+                        .get(p)
+                        .is_some_and(|projection| matches!(projection.method, Method::Lora(_)))
                 };
-                let both = adapted(Projection::ExpertGateUp(0)) && adapted(Projection::ExpertDown(0));
+                let both =
+                    adapted(Projection::ExpertGateUp(0)) && adapted(Projection::ExpertDown(0));
                 // PEFT wraps the module once for each parameter; the first is the innermost.
                 let inner = raw.contains(".base_layer.");
                 let down = if both { !inner } else { adapted(Projection::ExpertDown(0)) };
@@ -60,7 +63,11 @@ impl Stacked {
     }
 
     fn projection(&self, expert: usize) -> Projection {
-        if self.down { Projection::ExpertDown(expert as u16) } else { Projection::ExpertGateUp(expert as u16) }
+        if self.down {
+            Projection::ExpertDown(expert as u16)
+        } else {
+            Projection::ExpertGateUp(expert as u16)
+        }
     }
 
     fn names(&self, model: &Model<f64>) -> Vec<String> {
@@ -72,7 +79,9 @@ impl Stacked {
             Stack::B => "lora_B",
         };
         let count = options.experts_of(self.layer).map_or(0, |experts| experts.count);
-        (0..count).map(|e| format!("{}.{tensor}", options.module(self.layer, self.projection(e)))).collect()
+        (0..count)
+            .map(|e| format!("{}.{tensor}", options.module(self.layer, self.projection(e))))
+            .collect()
     }
 }
 
@@ -91,13 +100,18 @@ fn own_name(raw: &str, model: &Model<f64>) -> String {
     if let Some(tensor) = name.strip_prefix("lm_head.") {
         name = options.outside_tensor(Outside::Head, tensor);
     }
-    let tied = model.config.tie_word_embeddings && name == options.outside_tensor(Outside::Head, "weight");
+    let tied =
+        model.config.tie_word_embeddings && name == options.outside_tensor(Outside::Head, "weight");
     if tied { options.outside_tensor(Outside::Embedding, "weight") } else { name }
 }
 
-/// A trainer's tensor by the reference model's names. One whose shape does not fit keeps its own name, under which the
-/// shape is reported.
-pub(super) fn placed(raw: &str, tensor: Observed, model: &Model<f64>) -> Result<Vec<(String, Observed)>> {
+/// A trainer's tensor by the reference model's names. One whose shape does not fit keeps its own
+/// name, under which the shape is reported.
+pub(super) fn placed(
+    raw: &str,
+    tensor: Observed,
+    model: &Model<f64>,
+) -> Result<Vec<(String, Observed)>> {
     let Some(stacked) = Stacked::of(raw, model) else {
         let name = own_name(raw, model);
         let turned = model.config.options.transposed
@@ -122,7 +136,9 @@ pub(super) fn placed(raw: &str, tensor: Observed, model: &Model<f64>) -> Result<
         };
         let block = || tensor.values.slice(s![e * each..(e + 1) * each, ..]).to_owned();
         match stacked.stack {
-            Stack::Weight { turned: true } => own(block().reversed_axes().as_standard_layout().into_owned()),
+            Stack::Weight { turned: true } => {
+                own(block().reversed_axes().as_standard_layout().into_owned())
+            }
             Stack::Weight { turned: false } | Stack::A | Stack::Bias => own(block()),
             Stack::B => own(tensor.values.slice(s![.., e..; experts]).to_owned()),
         }

@@ -1,7 +1,7 @@
 //! The last rung: parameters after the step, from the gradient that the trainer's optimizer saw.
 //!
-//! Using the trainer's own gradient keeps the rungs apart: AdamW's first step is lr times the sign of the gradient,
-//! so a tiny gap in an entry near zero would otherwise become a whole step.
+//! Using the trainer's own gradient keeps the rungs apart: AdamW's first step is lr times the sign
+//! of the gradient, so a tiny gap in an entry near zero would otherwise become a whole step.
 
 use super::dump::Case;
 use super::ladder::{Outcome, Rung, RungName};
@@ -20,7 +20,9 @@ pub(super) fn group_of<'a>(record: &'a OptimizerRecord, name: &str) -> Option<&'
     let expert = parts.iter().position(|part| *part == "experts").filter(|i| i + 2 < parts.len());
     let stack = expert.map(|i| match parts.last() {
         Some(&"weight") => [&parts[..=i], &parts[i + 2..i + 3]].concat().join("."),
-        Some(&"bias") => format!("{}_bias", [&parts[..=i], &parts[i + 2..i + 3]].concat().join(".")),
+        Some(&"bias") => {
+            format!("{}_bias", [&parts[..=i], &parts[i + 2..i + 3]].concat().join("."))
+        }
         _ => [&parts[..=i], &parts[i + 3..]].concat().join("."),
     });
     let is = |raw: &String| {
@@ -28,7 +30,11 @@ pub(super) fn group_of<'a>(record: &'a OptimizerRecord, name: &str) -> Option<&'
         raw == name || Some(&raw) == stack.as_ref()
     };
     let named = |g: &&ParameterGroup| g.parameters.iter().any(is);
-    record.groups.iter().find(named).or_else(|| record.groups.iter().find(|g| g.parameters.is_empty()))
+    record
+        .groups
+        .iter()
+        .find(named)
+        .or_else(|| record.groups.iter().find(|g| g.parameters.is_empty()))
 }
 
 /// The change of one parameter by one update with `params` and `gradient`, moments as dumped.
@@ -46,7 +52,8 @@ pub(super) fn change(
     }
     let mut optimizer: Optimizer<f64> = params.check()?;
     let moments = |part: &str, from: &std::collections::BTreeMap<String, super::dump::Observed>| {
-        from.get(name).map(|o| (format!("{part}.{name}"), o.values.iter().copied().collect::<Vec<f64>>()))
+        from.get(name)
+            .map(|o| (format!("{part}.{name}"), o.values.iter().copied().collect::<Vec<f64>>()))
     };
     let kept = params.state_per_parameter();
     let state = [moments("first", &case.trainer.first), moments("second", &case.trainer.second)];
@@ -81,15 +88,21 @@ pub(super) fn measure_change(
     let mut start = before.clone();
     precision.round_array(&mut start);
     let scale = crate::linalg::norms::frobenius(&before.view()).max(f64::MIN_POSITIVE);
-    // Arithmetic in single precision leaves a few units of the parameter, whatever the size of the change.
+    // Arithmetic in single precision leaves a few units of the parameter, whatever the size of the
+    // change.
     let size = crate::linalg::norms::frobenius(&expected.view());
     let unit = precision.epsilon().max(Precision::F32.epsilon().min(floor(precision)));
     let own = if size > 0.0 { scale / size } else { 1.0 };
-    let floor = floor(precision).max(2.0 * unit * own).max(if precision == Precision::F64 { 1e-9 } else { 2e-5 });
+    let floor = floor(precision).max(2.0 * unit * own).max(if precision == Precision::F64 {
+        1e-9
+    } else {
+        2e-5
+    });
     measure(name, &(after - &start), expected, &(stored - &start), floor, scale)
 }
 
-/// How far a stored parameter is from the exact result of the update, where the format rounds most of it away.
+/// How far a stored parameter is from the exact result of the update, where the format rounds most
+/// of it away.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stored {
     /// Distance of the farthest entry from the exact result, in units in the last place.
@@ -115,11 +128,13 @@ fn ulp(precision: Precision, x: f64) -> f64 {
     (exponent.exp2() * precision.epsilon()).max(precision.smallest())
 }
 
-/// Whether `after` is the exact result in the parameter's own format: rounded to nearest, or up and down by chance
-/// (stochastic rounding, a compensating buffer), where the mean of the update must arrive.
+/// Whether `after` is the exact result in the parameter's own format: rounded to nearest, or up and
+/// down by chance (stochastic rounding, a compensating buffer), where the mean of the update must
+/// arrive.
 ///
-/// `slack` is what the optimizer's own arithmetic may be off, entry by entry. After the `first` update a compensating
-/// buffer holds what earlier ones lost, up to half a unit each, and gives it back.
+/// `slack` is what the optimizer's own arithmetic may be off, entry by entry. After the `first`
+/// update a compensating buffer holds what earlier ones lost, up to half a unit each, and gives it
+/// back.
 pub(super) fn stored_in_format(
     before: &Array2<f64>,
     after: &Array2<f64>,
@@ -128,7 +143,8 @@ pub(super) fn stored_in_format(
     precision: Precision,
     first: bool,
 ) -> Option<Stored> {
-    if precision == Precision::F64 || after.dim() != before.dim() || expected.dim() != before.dim() {
+    if precision == Precision::F64 || after.dim() != before.dim() || expected.dim() != before.dim()
+    {
         return None;
     }
     let (mut farthest, mut beyond, mut moved, mut should_move) = (0.0f64, 0usize, 0usize, 0usize);
@@ -170,8 +186,8 @@ pub(super) fn stored_in_format(
     (nearest || arrives || repaid).then_some(Stored { farthest, kept, nearest })
 }
 
-/// What the arithmetic of an optimizer in the parameter's format may be off: moments and their quotient are rounded, and
-/// decay is applied by itself.
+/// What the arithmetic of an optimizer in the parameter's format may be off: moments and their
+/// quotient are rounded, and decay is applied by itself.
 pub(super) fn slack(
     expected: &Array2<f64>,
     before: &Array2<f64>,
@@ -202,18 +218,22 @@ pub(super) fn rung(case: &Case) -> Rung {
     let (mut arrived, mut whole, mut all_nearest, mut format) = (0.0, 0.0, true, Precision::F64);
     let mut rung = Rung { name, outcome: Outcome::Pass, problems: Vec::new(), tensors: Vec::new() };
     for parameter in &case.trained {
-        let (Some(before), Some(after)) = (before.get(parameter), case.trainer.after.get(parameter)) else {
+        let (Some(before), Some(after)) =
+            (before.get(parameter), case.trainer.after.get(parameter))
+        else {
             continue;
         };
         let Some(group) = group_of(record, parameter) else {
-            rung.problems.push(format!("{parameter}: no optimizer group holds it, so it never changes"));
+            rung.problems
+                .push(format!("{parameter}: no optimizer group holds it, so it never changes"));
             continue;
         };
         let params = match record.params(group) {
             Ok(params) => params,
             Err(why) => return Rung::skipped(name, why),
         };
-        let gradient = case.trainer.applied.get(parameter).or_else(|| case.trainer.gradients.get(parameter));
+        let gradient =
+            case.trainer.applied.get(parameter).or_else(|| case.trainer.gradients.get(parameter));
         // Parameters without a gradient are left alone, decay included.
         let expected = match gradient {
             Some(g) if g.values.dim() != before.dim() => continue,
@@ -222,10 +242,18 @@ pub(super) fn rung(case: &Case) -> Rung {
         };
         match expected {
             Ok(expected) if after.values.dim() == before.dim() => {
-                let mut measure = measure_change(parameter, before, &after.values, &expected, after.precision);
+                let mut measure =
+                    measure_change(parameter, before, &after.values, &expected, after.precision);
                 let slack = slack(&expected, before, params, after.precision);
                 let first = record.steps_before == 0;
-                let stored = stored_in_format(before, &after.values, &expected, &slack, after.precision, first);
+                let stored = stored_in_format(
+                    before,
+                    &after.values,
+                    &expected,
+                    &slack,
+                    after.precision,
+                    first,
+                );
                 if let Some(stored) = stored {
                     let size = crate::linalg::norms::frobenius(&expected.view()).powi(2);
                     arrived += stored.kept * size;
@@ -246,15 +274,16 @@ pub(super) fn rung(case: &Case) -> Rung {
         rung.outcome = Outcome::Fail;
     } else if whole > 0.0 && arrived < 0.9 * whole && all_nearest {
         rung.problems.push(format!(
-            "{} keeps {:.0}% of this update: the rest is lost to rounding, being less than half a unit in the last place \
-             (parameters in float32, stochastic rounding or a larger learning rate keep it)",
+            "{} keeps {:.0}% of this update: the rest is lost to rounding, being less than half a \
+             unit in the last place (parameters in float32, stochastic rounding or a larger \
+             learning rate keep it)",
             format.name(),
             (100.0 * arrived / whole).max(0.0)
         ));
     } else if whole > 0.0 && !all_nearest {
         rung.problems.push(format!(
-            "{} parameters are rounded up and down by chance, or with a compensating buffer: each is within one unit in the \
-             last place and the mean of the update arrives",
+            "{} parameters are rounded up and down by chance, or with a compensating buffer: each \
+             is within one unit in the last place and the mean of the update arrives",
             format.name()
         ));
     }

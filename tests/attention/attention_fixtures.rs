@@ -11,12 +11,19 @@ use std::path::PathBuf;
 const CASES: [&str; 5] = ["small", "medium", "causal", "large_logits", "softmax_one"];
 
 fn open(case: &str) -> TensorFile {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/attention_{case}.safetensors"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join(format!("tests/data/attention_{case}.safetensors"));
     TensorFile::open(path).unwrap()
 }
 
 /// Checks O, loss, every dW, dA and dB that `gradients` holds, and how many there are.
-fn check<T: Real>(case: &str, file: &TensorFile, gradients: &Gradients<T>, expected_count: usize, tolerance: f64) {
+fn check<T: Real>(
+    case: &str,
+    file: &TensorFile,
+    gradients: &Gradients<T>,
+    expected_count: usize,
+    tolerance: f64,
+) {
     let want: Array2<f64> = file.matrix("O", "reference").unwrap();
     assert_close(&format!("{case}: O"), &gradients.output.view(), &want.view(), tolerance);
     let loss = file.vector::<f64>("loss", "reference").unwrap()[0];
@@ -56,8 +63,8 @@ fn streaming_f64_agrees_to_1e_10_for_every_tile() {
     }
 }
 
-/// In f32 a logit s carries a rounding error of about eps |s|, which the exponential turns into a relative
-/// error of the same size: the tolerance is 1e-5 or 4 eps max|s|, whichever is larger.
+/// In f32 a logit s carries a rounding error of about eps |s|, which the exponential turns into a
+/// relative error of the same size: the tolerance is 1e-5 or 4 eps max|s|, whichever is larger.
 #[test]
 fn streaming_f32_agrees_within_rounding_of_the_logits() {
     for case in CASES {

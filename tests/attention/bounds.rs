@@ -5,7 +5,9 @@ use peft_limits::attention::exact::dense;
 use peft_limits::attention::factorization::{Scores, approximation, build};
 use peft_limits::attention::problem::Source;
 use peft_limits::attention::synthetic::{Entries, SyntheticHead};
-use peft_limits::attention::{AttentionProblem, Mask, Objective, Qkv, Request, SoftmaxKind, chained};
+use peft_limits::attention::{
+    AttentionProblem, Mask, Objective, Qkv, Request, SoftmaxKind, chained,
+};
 use peft_limits::cost::Cost;
 use peft_limits::limits::bounds::{BoundInputs, GradientBound, certified};
 use peft_limits::linalg::norms::frobenius;
@@ -13,14 +15,26 @@ use proptest::prelude::*;
 
 /// Room for the rounding of the chain, which the bound leaves out.
 fn within(name: &str, error: f64, bound: f64, scale: f64) -> Result<(), TestCaseError> {
-    prop_assert!(error <= bound * (1.0 + 1e-9) + 1e-11 * (1.0 + scale), "{name}: {error:e} above {bound:e}");
+    prop_assert!(
+        error <= bound * (1.0 + 1e-9) + 1e-11 * (1.0 + scale),
+        "{name}: {error:e} above {bound:e}"
+    );
     Ok(())
 }
 
-fn check_links(problem: &AttentionProblem<f64>, spec: &str, bound: &GradientBound) -> Result<(), TestCaseError> {
+fn check_links(
+    problem: &AttentionProblem<f64>,
+    spec: &str,
+    bound: &GradientBound,
+) -> Result<(), TestCaseError> {
     let qkv = problem.project(&mut Cost::default()).qkv;
     let exact = dense::matrices(problem, &qkv);
-    let s = Scores { query: qkv.query.view(), key: qkv.key.view(), beta: problem.beta(), mask: problem.mask() };
+    let s = Scores {
+        query: qkv.query.view(),
+        key: qkv.key.view(),
+        beta: problem.beta(),
+        mask: problem.mask(),
+    };
     let map = build::<f64>(spec).unwrap().prepare(&s, &mut Cost::default()).unwrap();
     let mut e = approximation(map.as_ref(), &s);
     let shift = |i: usize| map.row_shift().map_or(0.0, |shift| shift[i]);
@@ -38,8 +52,10 @@ fn check_links(problem: &AttentionProblem<f64>, spec: &str, bound: &GradientBoun
         }
     }
     within("exp", largest, bound.exp_error, 1.0)?;
-    let extra = |i: usize| if problem.softmax() == SoftmaxKind::One { (-shift(i)).exp() } else { 0.0 };
-    let d: Array1<f64> = e.rows().into_iter().enumerate().map(|(i, row)| row.sum() + extra(i)).collect();
+    let extra =
+        |i: usize| if problem.softmax() == SoftmaxKind::One { (-shift(i)).exp() } else { 0.0 };
+    let d: Array1<f64> =
+        e.rows().into_iter().enumerate().map(|(i, row)| row.sum() + extra(i)).collect();
     let p = &e / &d.insert_axis(Axis(1));
     let output = p.dot(&qkv.value);
     let upstream = match problem.objective() {
@@ -49,7 +65,9 @@ fn check_links(problem: &AttentionProblem<f64>, spec: &str, bound: &GradientBoun
     let delta = (&upstream * &output).sum_axis(Axis(1)).insert_axis(Axis(1));
     let ds = &p * &(upstream.dot(&qkv.value.t()) - &delta);
     for i in 0..p.nrows() {
-        let one = |a: &Array2<f64>, b: &Array2<f64>| (&a.row(i) - &b.row(i)).iter().map(|x| x.abs()).sum::<f64>();
+        let one = |a: &Array2<f64>, b: &Array2<f64>| {
+            (&a.row(i) - &b.row(i)).iter().map(|x| x.abs()).sum::<f64>()
+        };
         let two = |a: &Array2<f64>, b: &Array2<f64>| frobenius(&(&a.row(i) - &b.row(i)).view());
         within("P", one(&p, &exact.P), bound.probabilities[i], 1.0)?;
         within("O", two(&output, &exact.O), bound.output[i], 1.0)?;
@@ -59,16 +77,24 @@ fn check_links(problem: &AttentionProblem<f64>, spec: &str, bound: &GradientBoun
     Ok(())
 }
 
-fn check(problem: &AttentionProblem<f64>, spec: &str, request: Request) -> Result<(), TestCaseError> {
+fn check(
+    problem: &AttentionProblem<f64>,
+    spec: &str,
+    request: Request,
+) -> Result<(), TestCaseError> {
     // A denominator that is not positive has no gradient and no bound.
-    let Ok(chained) = chained::gradients(problem, build::<f64>(spec).unwrap().as_ref(), request) else { return Ok(()) };
+    let Ok(chained) = chained::gradients(problem, build::<f64>(spec).unwrap().as_ref(), request)
+    else {
+        return Ok(());
+    };
     let bound = certified(problem, &chained).unwrap().unwrap();
     check_links(problem, spec, &bound)?;
     let exact = dense::gradients(problem, request).unwrap();
     let (ours, theirs) = (chained.gradients.named(), exact.named());
     let mut squares = (0.0, 0.0);
     for (name, allowed) in &bound.gradients {
-        let find = |all: &[(String, &Array2<f64>)]| all.iter().find(|(n, _)| n == name).unwrap().1.clone();
+        let find =
+            |all: &[(String, &Array2<f64>)]| all.iter().find(|(n, _)| n == name).unwrap().1.clone();
         let want = find(&theirs);
         let error = frobenius(&(find(&ours) - &want).view());
         within(name, error, *allowed, frobenius(&want.view()))?;
@@ -120,29 +146,52 @@ fn the_bound_holds_for_projected_heads_and_long_causal_ones() {
     let Qkv { query, key, value } = drawn.project(&mut Cost::default()).qkv;
     let upstream = Objective::UpstreamGradient(drawn.objective().tensor().clone());
     for mask in [Mask::Full, Mask::Causal] {
-        let source = Source::Projected(Qkv { query: query.clone(), key: key.clone(), value: value.clone() });
-        let problem =
-            AttentionProblem::new(source, upstream.clone(), mask, SoftmaxKind::Standard, drawn.beta()).unwrap();
-        for spec in ["chebyshev:degree=5", "support-basis:degree=4,threshold=0.2", "nystrom:rank=12"] {
+        let source =
+            Source::Projected(Qkv { query: query.clone(), key: key.clone(), value: value.clone() });
+        let problem = AttentionProblem::new(
+            source,
+            upstream.clone(),
+            mask,
+            SoftmaxKind::Standard,
+            drawn.beta(),
+        )
+        .unwrap();
+        for spec in
+            ["chebyshev:degree=5", "support-basis:degree=4,threshold=0.2", "nystrom:rank=12"]
+        {
             check(&problem, spec, Request::All).unwrap();
         }
     }
 }
 
-/// With a good approximation the certificate says something: below 1% where the achieved error is 1e-5 or less.
+/// With a good approximation the certificate says something: below 1% where the achieved error is
+/// 1e-5 or less.
 #[test]
 fn the_bound_is_useful_and_scales_with_the_error_of_exp() {
-    let problem: AttentionProblem<f64> = SyntheticHead { gamma: 0.7, ..SyntheticHead::new(256, 4) }.draw().unwrap();
+    let problem: AttentionProblem<f64> =
+        SyntheticHead { gamma: 0.7, ..SyntheticHead::new(256, 4) }.draw().unwrap();
     let exact = dense::gradients(&problem, Request::Adapters).unwrap();
-    let chained =
-        chained::gradients(&problem, build("chebyshev:degree=6").unwrap().as_ref(), Request::Adapters).unwrap();
+    let chained = chained::gradients(
+        &problem,
+        build("chebyshev:degree=6").unwrap().as_ref(),
+        Request::Adapters,
+    )
+    .unwrap();
     let bound = certified(&problem, &chained).unwrap().unwrap();
     let achieved = chained.gradients.relative_gap(&exact);
-    assert!(achieved < 1e-5 && bound.relative < 1e-2 && bound.relative > achieved, "{achieved:e} {:e}", bound.relative);
+    assert!(
+        achieved < 1e-5 && bound.relative < 1e-2 && bound.relative > achieved,
+        "{achieved:e} {:e}",
+        bound.relative
+    );
     let inputs = BoundInputs::new(&problem, &problem.project(&mut Cost::default())).unwrap();
     let half = inputs.propagate(&problem, &chained, 0.5 * bound.exp_error);
     assert!((half.total / bound.total - 0.5).abs() < 1e-12, "the bound is linear in eta");
     // A randomised method certifies nothing.
-    let random = chained::gradients(&problem, build("positive-features:rank=64").unwrap().as_ref(), Request::Adapters);
+    let random = chained::gradients(
+        &problem,
+        build("positive-features:rank=64").unwrap().as_ref(),
+        Request::Adapters,
+    );
     assert!(certified(&problem, &random.unwrap()).unwrap().is_none());
 }

@@ -9,10 +9,13 @@ const R: u64 = 2;
 const D: u64 = 3;
 
 fn head(tokens: usize, mask: Mask) -> AttentionProblem<f64> {
-    SyntheticHead { mask, rank: R as usize, gamma: 0.8, ..SyntheticHead::new(tokens, D as usize) }.draw().unwrap()
+    SyntheticHead { mask, rank: R as usize, gamma: 0.8, ..SyntheticHead::new(tokens, D as usize) }
+        .draw()
+        .unwrap()
 }
 
-/// What every method does outside its four products: projections, section 3's factors and outer products.
+/// What every method does outside its four products: projections, section 3's factors and outer
+/// products.
 fn shared(l: u64, request: Request) -> u64 {
     let projections = 3 * l * (D * D + 2 * D * R);
     projections
@@ -46,13 +49,19 @@ fn streaming() {
         let per_pair = 4 * D + 2 * m + right + left;
         let tile = Tile { queries: 16, keys: 40 };
         let full = gradients_with_tile(&head(96, Mask::Full), request, tile).unwrap().cost;
-        assert_eq!(full.multiply_adds, l * l * per_pair + shared(l, request) + value_left(l, request));
+        assert_eq!(
+            full.multiply_adds,
+            l * l * per_pair + shared(l, request) + value_left(l, request)
+        );
         assert_eq!(full.exponentials, 2 * l * l);
         assert_eq!(full.elementwise, 6 * l * l);
         // Query tiles of 16 see the keys up to their own end: 16 (16 + 32 + ... + 96) pairs.
         let causal = gradients_with_tile(&head(96, Mask::Causal), request, tile).unwrap().cost;
         let pairs = 16 * (1..=6).map(|t| 16 * t).sum::<u64>();
-        assert_eq!(causal.multiply_adds, pairs * per_pair + shared(l, request) + value_left(l, request));
+        assert_eq!(
+            causal.multiply_adds,
+            pairs * per_pair + shared(l, request) + value_left(l, request)
+        );
     }
 }
 
@@ -66,14 +75,18 @@ fn chain() {
         let w_left = left + (D + 1) * m;
         let run = |mask| {
             let method = build::<f64>("taylor:degree=2").unwrap();
-            let result = chained::gradients(&head(l as usize, mask), method.as_ref(), request).unwrap();
+            let result =
+                chained::gradients(&head(l as usize, mask), method.as_ref(), request).unwrap();
             (result.gradients.cost, result.certificate.rank as u64)
         };
         let (full, k) = run(Mask::Full);
         assert_eq!(k, 10);
         assert_eq!(
             full.multiply_adds,
-            2 * k * l * (w_right + w_left) + 2 * (D + 1) * l * m + shared(l, request) + value_left(l, request)
+            2 * k * l * (w_right + w_left)
+                + 2 * (D + 1) * l * m
+                + shared(l, request)
+                + value_left(l, request)
         );
         assert_eq!(full.exponentials, 0);
         let (causal, _) = run(Mask::Causal);

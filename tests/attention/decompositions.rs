@@ -1,7 +1,8 @@
 //! Singular values, singular vectors and least squares against closed forms, for either backend.
 //!
-//! Backward stability: the computed singular values are those of a matrix within c n eps ||a|| of a, so each is off by at
-//! most that, whatever the condition number; 16 n covers the constants of Golub-Kahan and divide and conquer.
+//! Backward stability: the computed singular values are those of a matrix within c n eps ||a|| of
+//! a, so each is off by at most that, whatever the condition number; 16 n covers the constants of
+//! Golub-Kahan and divide and conquer.
 
 use ndarray::{Array1, Array2, Axis, array};
 use peft_limits::Error;
@@ -17,14 +18,18 @@ fn allowed(a: &Array2<f64>) -> f64 {
     16.0 * a.nrows().max(a.ncols()) as f64 * EPS * norms::frobenius(&a.view())
 }
 
-/// u diag(s) vt = a, u^T u = 1, vt vt^T = 1, s descending and not negative, the same s as without vectors.
+/// u diag(s) vt = a, u^T u = 1, vt vt^T = 1, s descending and not negative, the same s as without
+/// vectors.
 fn check(name: &str, a: &Array2<f64>) -> Svd {
     let f = svd(a.view()).unwrap();
     let k = a.nrows().min(a.ncols());
     assert_eq!((f.u.dim(), f.s.len(), f.vt.dim()), ((a.nrows(), k), k, (k, a.ncols())), "{name}");
     let orthogonal = |q: &Array2<f64>, side: &str| {
         let off = norms::frobenius(&(q - &Array2::<f64>::eye(k)).view());
-        assert!(off <= 16.0 * (a.nrows() + a.ncols()) as f64 * EPS, "{name}: {side} off by {off:e}");
+        assert!(
+            off <= 16.0 * (a.nrows() + a.ncols()) as f64 * EPS,
+            "{name}: {side} off by {off:e}"
+        );
     };
     orthogonal(&f.u.t().dot(&f.u), "u");
     orthogonal(&f.vt.dot(&f.vt.t()), "vt");
@@ -34,7 +39,10 @@ fn check(name: &str, a: &Array2<f64>) -> Svd {
     let alone = singular_values(a.view()).unwrap();
     for (set, s) in [("svd", &f.s), ("singular_values", &alone)] {
         assert!(s.iter().all(|x| *x >= 0.0), "{name}: {set} {s}");
-        assert!(s.windows(2).into_iter().all(|w| w[0] >= w[1]), "{name}: {set} not descending: {s}");
+        assert!(
+            s.windows(2).into_iter().all(|w| w[0] >= w[1]),
+            "{name}: {set} not descending: {s}"
+        );
     }
     assert_values(name, a, &alone, &f.s.to_vec());
     f
@@ -55,7 +63,9 @@ fn random(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
 /// The Walsh-Hadamard matrix of a power of two, orthonormal.
 fn hadamard(n: usize) -> Array2<f64> {
     let root = (n as f64).sqrt();
-    Array2::from_shape_fn((n, n), |(i, j)| if (i & j).count_ones() % 2 == 0 { 1.0 / root } else { -1.0 / root })
+    Array2::from_shape_fn((n, n), |(i, j)| {
+        if (i & j).count_ones() % 2 == 0 { 1.0 / root } else { -1.0 / root }
+    })
 }
 
 /// Matrices whose singular values are known in closed form.
@@ -69,24 +79,34 @@ fn closed_forms() {
             1 => -1.0,
             _ => 0.0,
         });
-        let want: Vec<f64> = (1..=n).rev().map(|k| 2.0 - 2.0 * (k as f64 * PI / (n + 1) as f64).cos()).collect();
-        assert_values("second differences", &second, &check("second differences", &second).s, &want);
+        let want: Vec<f64> =
+            (1..=n).rev().map(|k| 2.0 - 2.0 * (k as f64 * PI / (n + 1) as f64).cos()).collect();
+        assert_values(
+            "second differences",
+            &second,
+            &check("second differences", &second).s,
+            &want,
+        );
         // Running sums: 1 / (2 sin((2 k - 1) pi / (4 n + 2))).
         let sums = Array2::from_shape_fn((n, n), |(i, j)| if j <= i { 1.0 } else { 0.0 });
-        let want: Vec<f64> = (1..=n).map(|k| 0.5 / ((2 * k - 1) as f64 * PI / (4 * n + 2) as f64).sin()).collect();
+        let want: Vec<f64> =
+            (1..=n).map(|k| 0.5 / ((2 * k - 1) as f64 * PI / (4 * n + 2) as f64).sin()).collect();
         assert_values("running sums", &sums, &check("running sums", &sums).s, &want);
         // An orthogonal matrix (the discrete sine transform) and a permutation: all ones.
         let sine = Array2::from_shape_fn((n, n), |(i, j)| {
-            (2.0 / (n + 1) as f64).sqrt() * ((i + 1) as f64 * (j + 1) as f64 * PI / (n + 1) as f64).sin()
+            (2.0 / (n + 1) as f64).sqrt()
+                * ((i + 1) as f64 * (j + 1) as f64 * PI / (n + 1) as f64).sin()
         });
-        let rotation = Array2::from_shape_fn((n, n), |(i, j)| if (i + 1) % n == j { -1.0 } else { 0.0 });
+        let rotation =
+            Array2::from_shape_fn((n, n), |(i, j)| if (i + 1) % n == j { -1.0 } else { 0.0 });
         for (name, a) in [("sine transform", sine), ("signed permutation", rotation)] {
             assert_values(name, &a, &check(name, &a).s, &vec![1.0; n]);
         }
     }
 }
 
-/// The product of the singular values of a Hilbert matrix is its determinant, of its inverse (integers) the reciprocal.
+/// The product of the singular values of a Hilbert matrix is its determinant, of its inverse
+/// (integers) the reciprocal.
 #[test]
 fn hilbert() {
     // 1 / det H_n for n = 1, 2, ...
@@ -103,7 +123,10 @@ fn hilbert() {
     }
     // Condition number 1e18 and beyond: still orthogonal, ordered, rebuilt.
     for (rows, columns) in [(15, 15), (30, 12), (9, 25)] {
-        check("Hilbert", &Array2::from_shape_fn((rows, columns), |(i, j)| 1.0 / (i + j + 1) as f64));
+        check(
+            "Hilbert",
+            &Array2::from_shape_fn((rows, columns), |(i, j)| 1.0 / (i + j + 1) as f64),
+        );
     }
 }
 
@@ -126,10 +149,13 @@ fn vandermonde() {
 #[test]
 fn rank_deficient() {
     let (left, right) = (hadamard(16), hadamard(8));
-    for weights in [vec![5.0, 2.0, 0.5], vec![1.0], vec![3.0, 3.0, 3.0, 1e-8], vec![1e8, 1.0, 1e-8], vec![]] {
+    for weights in
+        [vec![5.0, 2.0, 0.5], vec![1.0], vec![3.0, 3.0, 3.0, 1e-8], vec![1e8, 1.0, 1e-8], vec![]]
+    {
         let mut a = Array2::<f64>::zeros((16, 8));
         for (i, w) in weights.iter().enumerate() {
-            a.indexed_iter_mut().for_each(|((r, c), x)| *x += w * left[[r, i + 3]] * right[[c, i + 1]]);
+            a.indexed_iter_mut()
+                .for_each(|((r, c), x)| *x += w * left[[r, i + 3]] * right[[c, i + 1]]);
         }
         let mut want = weights.clone();
         want.resize(8, 0.0);
@@ -160,17 +186,26 @@ fn random_matrices_of_every_shape_and_scale() {
         for scale in [1e-150, 1e-8, 1e8, 1e150] {
             let scaled = &a * scale;
             let s = check("scaled", &scaled).s;
-            assert_values("scaled", &scaled, &s, &unit.iter().map(|s| s * scale).collect::<Vec<_>>());
+            assert_values(
+                "scaled",
+                &scaled,
+                &s,
+                &unit.iter().map(|s| s * scale).collect::<Vec<_>>(),
+            );
         }
         // Graded columns: twelve orders of magnitude inside one matrix.
-        let graded = Array2::from_shape_fn(a.dim(), |(i, j)| a[[i, j]] * 10f64.powi(-(j as i32 % 13)));
+        let graded =
+            Array2::from_shape_fn(a.dim(), |(i, j)| a[[i, j]] * 10f64.powi(-(j as i32 % 13)));
         check("graded", &graded);
     }
     // Small integers give many ties and exact zeros.
     for seed in 0..60 {
         let mut rng = ChaCha8Rng::seed_from_u64(1000 + seed);
         let shape = (rng.random_range(1..9), rng.random_range(1..9));
-        check("small integers", &Array2::from_shape_simple_fn(shape, || f64::from(rng.random_range(-1..=1))));
+        check(
+            "small integers",
+            &Array2::from_shape_simple_fn(shape, || f64::from(rng.random_range(-1..=1))),
+        );
     }
 }
 
@@ -187,7 +222,9 @@ fn least_squares_is_optimal() {
         for step in [-1e-4, 1e-4] {
             let mut other = x.clone();
             other[i] += step;
-            assert!(norms::frobenius(&(a.dot(&other) - &b).view()) > norms::frobenius(&residual.view()));
+            assert!(
+                norms::frobenius(&(a.dot(&other) - &b).view()) > norms::frobenius(&residual.view())
+            );
         }
     }
     // A straight line through (0, 1), (1, 3), (2, 4), (3, 4): intercept 3/2, slope 1.
@@ -207,10 +244,16 @@ fn what_is_refused() {
         other => panic!("{other:?}"),
     }
     let zero = Array2::<f64>::zeros((4, 2));
-    assert!(matches!(least_squares(zero.view(), Array1::ones(4).view()), Err(Error::Decomposition { .. })));
+    assert!(matches!(
+        least_squares(zero.view(), Array1::ones(4).view()),
+        Err(Error::Decomposition { .. })
+    ));
     for (rows, columns, length) in [(2, 3, 2), (4, 2, 3), (4, 2, 5)] {
         let outcome = least_squares(random(rows, columns, 1).view(), Array1::ones(length).view());
-        assert!(matches!(outcome, Err(Error::ShapeMismatch { op: "least_squares", .. })), "{outcome:?}");
+        assert!(
+            matches!(outcome, Err(Error::ShapeMismatch { op: "least_squares", .. })),
+            "{outcome:?}"
+        );
     }
     for bad in [f64::NAN, f64::INFINITY] {
         let mut a = random(5, 3, 1);
@@ -220,12 +263,18 @@ fn what_is_refused() {
             svd(a.view()).err(),
             least_squares(a.view(), Array1::ones(5).view()).err(),
         ] {
-            assert!(matches!(&outcome, Some(Error::NonFinite { index, .. }) if *index == [3, 1]), "{outcome:?}");
+            assert!(
+                matches!(&outcome, Some(Error::NonFinite { index, .. }) if *index == [3, 1]),
+                "{outcome:?}"
+            );
         }
         let mut b = Array1::ones(5);
         b[2] = bad;
         let outcome = least_squares(random(5, 3, 1).view(), b.view());
-        assert!(matches!(&outcome, Err(Error::NonFinite { tensor, .. }) if tensor == "b"), "{outcome:?}");
+        assert!(
+            matches!(&outcome, Err(Error::NonFinite { tensor, .. }) if tensor == "b"),
+            "{outcome:?}"
+        );
     }
 }
 
@@ -238,5 +287,8 @@ fn empty_matrices() {
         let f = svd(a.view()).unwrap();
         assert_eq!((f.u.dim(), f.s.len(), f.vt.dim()), ((shape.0, 0), 0, (0, shape.1)));
     }
-    assert_eq!(least_squares(Array2::<f64>::zeros((3, 0)).view(), Array1::ones(3).view()).unwrap().len(), 0);
+    assert_eq!(
+        least_squares(Array2::<f64>::zeros((3, 0)).view(), Array1::ones(3).view()).unwrap().len(),
+        0
+    );
 }

@@ -1,5 +1,6 @@
-//! Heads that `python/dump_heads.py` wrote from tiny random models: O as PyTorch's own attention computed it inside
-//! the model, gradients by autograd (float64). `tests/data/README.md` says which commands made them.
+//! Heads that `python/dump_heads.py` wrote from tiny random models: O as PyTorch's own attention
+//! computed it inside the model, gradients by autograd (float64). `tests/data/README.md` says which
+//! commands made them.
 
 use ndarray::Array2;
 use peft_limits::attention::exact::{dense, streaming};
@@ -12,7 +13,9 @@ use std::path::PathBuf;
 const TOLERANCE: f64 = 1e-13;
 
 fn open(name: &str) -> (TensorFile, AttentionProblem<f64>) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/dumped").join(format!("{name}.safetensors"));
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data/dumped")
+        .join(format!("{name}.safetensors"));
     let file = TensorFile::open(&path).unwrap();
     (file, file::read_problem(&path).unwrap())
 }
@@ -39,14 +42,18 @@ fn check(name: &str, names: &[&str]) {
         match gradients.loss {
             Some(loss) => {
                 let want = file.vector::<f64>("loss", "autograd").unwrap()[0];
-                assert!((loss - want).abs() <= TOLERANCE * want, "{name}: loss {loss} against {want}");
+                assert!(
+                    (loss - want).abs() <= TOLERANCE * want,
+                    "{name}: loss {loss} against {want}"
+                );
             }
             None => assert!(!file.contains("loss")),
         }
     }
 }
 
-/// Rotary, grouped-query attention: head 3 of 4 reads key group 1 of 2; G is that of the model's next-token loss.
+/// Rotary, grouped-query attention: head 3 of 4 reads key group 1 of 2; G is that of the model's
+/// next-token loss.
 #[test]
 fn a_rotary_decoder_gives_rotated_queries_and_keys() {
     let (_, problem) = open("tiny-llama_l1_h3");
@@ -64,6 +71,9 @@ fn an_encoder_gives_hidden_states_with_a_constant_one() {
     let hidden = problem.hidden().unwrap();
     assert_eq!(hidden.inputs.query.ncols(), 37);
     assert!(hidden.inputs.query.column(36).iter().all(|x| x.to_bits() == 1f64.to_bits()));
-    assert!(hidden.projections.key.weight.row(36).iter().all(|b| b.abs() > 0.0), "the biases are there");
+    assert!(
+        hidden.projections.key.weight.row(36).iter().all(|b| b.abs() > 0.0),
+        "the biases are there"
+    );
     check("tiny-bert_l1_h1", &["dWQ", "dWK", "dWV", "dAQ", "dAK", "dAV", "dBQ", "dBK", "dBV"]);
 }

@@ -1,4 +1,5 @@
-//! Every practical factorization against closed forms: unbiasedness, variance, exactness in the limit, bounds.
+//! Every practical factorization against closed forms: unbiasedness, variance, exactness in the
+//! limit, bounds.
 
 use ndarray::{Array1, Array2, Axis};
 use peft_limits::attention::factorization::polynomial::taylor;
@@ -12,9 +13,15 @@ use peft_limits::streams::seed_stream;
 use peft_limits::{Error, Result};
 
 fn head(tokens: usize, head_dim: usize, gamma: f64, seed: u64) -> AttentionProblem<f64> {
-    SyntheticHead { rank: 2, gamma, seed, entries: Entries::Normal, ..SyntheticHead::new(tokens, head_dim) }
-        .draw()
-        .unwrap()
+    SyntheticHead {
+        rank: 2,
+        gamma,
+        seed,
+        entries: Entries::Normal,
+        ..SyntheticHead::new(tokens, head_dim)
+    }
+    .draw()
+    .unwrap()
 }
 
 fn scores<'a>(problem: &AttentionProblem<f64>, qkv: &'a Qkv<Array2<f64>>) -> Scores<'a, f64> {
@@ -36,9 +43,15 @@ fn of_exp(spec: &str, s: &Scores<f64>) -> Array2<f64> {
 }
 
 /// Mean and sample variance of every entry over seeds.
-fn moments(spec: impl Fn(u64) -> String, seeds: u64, s: &Scores<f64>) -> (Array2<f64>, Array2<f64>) {
-    let (mut sum, mut squares) =
-        (Array2::zeros((s.query.nrows(), s.key.nrows())), Array2::zeros((s.query.nrows(), s.key.nrows())));
+fn moments(
+    spec: impl Fn(u64) -> String,
+    seeds: u64,
+    s: &Scores<f64>,
+) -> (Array2<f64>, Array2<f64>) {
+    let (mut sum, mut squares) = (
+        Array2::zeros((s.query.nrows(), s.key.nrows())),
+        Array2::zeros((s.query.nrows(), s.key.nrows())),
+    );
     for seed in 0..seeds {
         let e = of_exp(&spec(seed), s);
         squares += &(&e * &e);
@@ -59,11 +72,16 @@ fn positive_features_are_unbiased_with_the_variance_of_the_closed_form() {
     let mut variances = Vec::new();
     for directions in ["iid", "orthogonal"] {
         for center in ["none", "keys", "both"] {
-            let spec = |seed| format!("positive-features:rank=6,seed={seed},directions={directions},center={center}");
+            let spec = |seed| {
+                format!(
+                    "positive-features:rank=6,seed={seed},directions={directions},center={center}"
+                )
+            };
             let (mean, variance) = moments(spec, seeds, &s);
             for ((m, v), e) in mean.iter().zip(&variance).zip(&exact) {
                 let z = (m - e) / (v / seeds as f64).sqrt();
-                // 15 entries in 6 settings: beyond 4.5 deviations once in 1600 test runs, heavy tails allowed for.
+                // 15 entries in 6 settings: beyond 4.5 deviations once in 1600 test runs, heavy
+                // tails allowed for.
                 assert!(z.abs() < 4.5, "{directions} {center}: mean {m} against {e}, z {z}");
             }
             if center == "none" {
@@ -76,8 +94,11 @@ fn positive_features_are_unbiased_with_the_variance_of_the_closed_form() {
     let t2 = (square(&qkv.key) / square(&qkv.query)).sqrt();
     for ((i, j), &v) in variances[0].indexed_iter() {
         let (q, k) = (qkv.query.row(i), qkv.key.row(j));
-        let (xx, yy, xy) =
-            (problem.beta() * t2 * q.dot(&q), problem.beta() / t2 * k.dot(&k), problem.beta() * q.dot(&k));
+        let (xx, yy, xy) = (
+            problem.beta() * t2 * q.dot(&q),
+            problem.beta() / t2 * k.dot(&k),
+            problem.beta() * q.dot(&k),
+        );
         let want = ((xx + yy + 4.0 * xy).exp() - (2.0 * xy).exp()) / 6.0;
         assert!((v / want - 1.0).abs() < 0.5, "({i}, {j}): variance {v} against {want}");
     }
@@ -93,13 +114,22 @@ fn tensor_sketches_are_unbiased_for_the_taylor_polynomial() {
     let seeds = 3000;
     for (degree, rank) in [(2, 9), (3, 14), (4, 13)] {
         let exact = logits.mapv(|x| taylor(degree).evaluate(x));
-        let spec = |seed| format!("tensor-sketch:degree={degree},rank={rank},seed={seed},center=none");
+        let spec =
+            |seed| format!("tensor-sketch:degree={degree},rank={rank},seed={seed},center=none");
         let (mean, variance) = moments(spec, seeds, &s);
         for ((m, v), e) in mean.iter().zip(&variance).zip(&exact) {
-            assert!((m - e).abs() < 4.5 * (v / seeds as f64).sqrt(), "degree {degree}: {m} against {e}");
+            assert!(
+                (m - e).abs() < 4.5 * (v / seeds as f64).sqrt(),
+                "degree {degree}: {m} against {e}"
+            );
         }
         // Wider sketches vary less, in proportion.
-        let wide = |seed| format!("tensor-sketch:degree={degree},rank={},seed={seed},center=none", 4 + 16 * (rank - 4));
+        let wide = |seed| {
+            format!(
+                "tensor-sketch:degree={degree},rank={},seed={seed},center=none",
+                4 + 16 * (rank - 4)
+            )
+        };
         let (_, narrow_by_16) = moments(wide, 400, &s);
         let ratio = variance.sum() / narrow_by_16.sum();
         assert!((8.0..32.0).contains(&ratio), "degree {degree}: variance ratio {ratio}");
@@ -113,14 +143,18 @@ fn nonnegative_sketches_have_no_negative_entry_and_square_the_sketch_of_half_the
     let s = scores(&problem, &qkv);
     // 12 columns inside, 78 products of two.
     let square = of_exp("tensor-sketch:degree=6,rank=78,seed=5,nonnegative=true,center=none", &s);
-    let half = of_exp("tensor-sketch:degree=3,rank=12,seed=5,center=none", &Scores { beta: 0.5 * s.beta, ..s });
+    let half = of_exp(
+        "tensor-sketch:degree=3,rank=12,seed=5,center=none",
+        &Scores { beta: 0.5 * s.beta, ..s },
+    );
     assert!(half.iter().any(|x| *x < 0.0), "the plain sketch does have negative entries here");
     for (x, y) in square.iter().zip(&half) {
         assert!(*x >= -1e-12 && (x - y * y).abs() < 1e-10 * (1.0 + x), "{x} against {}", y * y);
     }
 }
 
-/// The product with the transform's matrix is the Fourier transform of the count sketch, for odd and even lengths.
+/// The product with the transform's matrix is the Fourier transform of the count sketch, for odd
+/// and even lengths.
 #[test]
 fn transforms_of_count_sketches_are_values_at_the_roots_of_unity() {
     for length in [1usize, 2, 7, 12, 33] {
@@ -165,9 +199,12 @@ fn nystrom_is_exact_on_all_distinct_keys_and_within_its_bound_before() {
             for options in ["", ",temperature=0.4", ",temperature=2"] {
                 let spec = format!("nystrom:rank={rank},seed=2,center={center}{options}");
                 let map = prepare(&spec, &s).unwrap();
-                let shift: Array1<f64> = map.row_shift().unwrap().iter().map(|x| (-x).exp()).collect();
+                let shift: Array1<f64> =
+                    map.row_shift().unwrap().iter().map(|x| (-x).exp()).collect();
                 let want = &exact * &shift.insert_axis(Axis(1));
-                let error = (approximation(map.as_ref(), &s) - &want).iter().fold(0.0f64, |m, x| m.max(x.abs()));
+                let error = (approximation(map.as_ref(), &s) - &want)
+                    .iter()
+                    .fold(0.0f64, |m, x| m.max(x.abs()));
                 let bound = map.certificate().exp_error_bound.unwrap();
                 assert!(error <= bound + 1e-10, "{spec}: {error:e} above {bound:e}");
                 if rank >= 20 {
@@ -189,12 +226,16 @@ fn the_support_basis_is_within_its_bound_and_exact_when_it_keeps_every_pair() {
         let mut pairs = Vec::new();
         for threshold in [3.0, 1.0, 0.3, 1e-9] {
             for degree in [1, 3] {
-                let spec = format!("support-basis:degree={degree},threshold={threshold},center={center}");
+                let spec =
+                    format!("support-basis:degree={degree},threshold={threshold},center={center}");
                 let map = prepare(&spec, &s).unwrap();
-                let shift: Array1<f64> =
-                    map.row_shift().map_or_else(|| Array1::ones(70), |r| r.iter().map(|x| (-x).exp()).collect());
+                let shift: Array1<f64> = map
+                    .row_shift()
+                    .map_or_else(|| Array1::ones(70), |r| r.iter().map(|x| (-x).exp()).collect());
                 let want = &exact * &shift.insert_axis(Axis(1));
-                let error = (approximation(map.as_ref(), &s) - &want).iter().fold(0.0f64, |m, x| m.max(x.abs()));
+                let error = (approximation(map.as_ref(), &s) - &want)
+                    .iter()
+                    .fold(0.0f64, |m, x| m.max(x.abs()));
                 let bound = map.certificate().exp_error_bound.unwrap();
                 assert!(error <= bound + 1e-11, "{spec}: {error:e} above {bound:e}");
                 pairs.push(map.certificate().corrected_pairs);
@@ -205,7 +246,8 @@ fn the_support_basis_is_within_its_bound_and_exact_when_it_keeps_every_pair() {
     }
 }
 
-/// The kept entries of a row by their definition, on sorted logits: the most that satisfy e_m >= share (e_1 + ... + e_m), m <= most.
+/// The kept entries of a row by their definition, on sorted logits: the most that satisfy e_m >=
+/// share (e_1 + ... + e_m), m <= most.
 fn largest_by_sorting(row: &[f64], share: f64, most: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..row.len()).collect();
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
@@ -225,7 +267,9 @@ fn largest_by_sorting(row: &[f64], share: f64, most: usize) -> Vec<usize> {
 
 #[test]
 fn every_search_keeps_the_largest_entries_and_dropped_ones_are_within_the_bound() {
-    for (tokens, head_dim, gamma) in [(300, 2, 5.0), (523, 8, 4.0), (130, 24, 3.0), (17, 3, 2.0), (1, 3, 2.0)] {
+    for (tokens, head_dim, gamma) in
+        [(300, 2, 5.0), (523, 8, 4.0), (130, 24, 3.0), (17, 3, 2.0), (1, 3, 2.0)]
+    {
         for mask in [Mask::Full, Mask::Causal] {
             let mut problem = head(tokens, head_dim, gamma, 6);
             let mut qkv = problem.project(&mut Cost::default()).qkv;
@@ -258,12 +302,19 @@ fn every_search_keeps_the_largest_entries_and_dropped_ones_are_within_the_bound(
                         let end = if mask == Mask::Causal { i + 1 } else { tokens };
                         let row: Vec<f64> = logits.row(i).iter().take(end).copied().collect();
                         let found: Vec<usize> = kept.row(i).map(|(j, _)| j).collect();
-                        assert_eq!(found, largest_by_sorting(&row, share, most), "{spec} {mask:?} L {tokens} row {i}");
+                        assert_eq!(
+                            found,
+                            largest_by_sorting(&row, share, most),
+                            "{spec} {mask:?} L {tokens} row {i}"
+                        );
                         assert!((kept.row(i).map(|(_, p)| p).sum::<f64>() - 1.0).abs() < 1e-12);
                         for (j, logit) in row.iter().enumerate() {
                             let exact = (logit - shift[i]).exp();
                             let got = kept.row(i).find(|(k, _)| *k == j).map_or(0.0, |(_, p)| p);
-                            assert!((exact - got).abs() <= bound + 1e-12, "{spec}: {exact:e} {got:e} {bound:e}");
+                            assert!(
+                                (exact - got).abs() <= bound + 1e-12,
+                                "{spec}: {exact:e} {got:e} {bound:e}"
+                            );
                         }
                     }
                 }
@@ -272,13 +323,18 @@ fn every_search_keeps_the_largest_entries_and_dropped_ones_are_within_the_bound(
     }
 }
 
-/// One key far ahead of the others for each query: the row is that key, O its value, and dS vanishes.
+/// One key far ahead of the others for each query: the row is that key, O its value, and dS
+/// vanishes.
 #[test]
 fn a_row_with_one_key_copies_its_value() {
     let n = 40;
-    let key = Array2::from_shape_fn((n, 2), |(j, c)| [(j as f64 * 0.7).cos(), (j as f64 * 0.7).sin()][c]);
-    let qkv =
-        Qkv { query: &key * 90.0, key: key.clone(), value: Array2::from_shape_fn((n, 3), |(j, c)| (j * 3 + c) as f64) };
+    let key =
+        Array2::from_shape_fn((n, 2), |(j, c)| [(j as f64 * 0.7).cos(), (j as f64 * 0.7).sin()][c]);
+    let qkv = Qkv {
+        query: &key * 90.0,
+        key: key.clone(),
+        value: Array2::from_shape_fn((n, 3), |(j, c)| (j * 3 + c) as f64),
+    };
     let upstream = Array2::from_shape_fn((n, 3), |(i, c)| (i as f64 + c as f64).sin());
     let problem = AttentionProblem::new(
         Source::Projected(qkv.clone()),
@@ -291,7 +347,14 @@ fn a_row_with_one_key_copies_its_value() {
     let method = build::<f64>("sparse:keys=1,search=tree").unwrap();
     let g = chained::gradients(&problem, method.as_ref(), Request::All).unwrap().gradients;
     assert_eq!(g.output, qkv.value);
-    assert!(g.projected.query.unwrap().iter().chain(g.projected.key.unwrap().iter()).all(|x| x.abs() < 1e-12));
+    assert!(
+        g.projected
+            .query
+            .unwrap()
+            .iter()
+            .chain(g.projected.key.unwrap().iter())
+            .all(|x| x.abs() < 1e-12)
+    );
     assert_eq!(g.projected.value.unwrap(), upstream);
 }
 
@@ -318,14 +381,18 @@ fn every_method_converges_to_the_exact_gradient() {
                 .map_or(f64::INFINITY, |g| g.gradients.relative_gap(&exact))
         };
         let (first, last) = (error(coarse), error(fine));
-        assert!(last < tolerance && last < 0.3 * first, "{fine}: {last:e} after {coarse}: {first:e}");
+        assert!(
+            last < tolerance && last < 0.3 * first,
+            "{fine}: {last:e} after {coarse}: {first:e}"
+        );
     }
 }
 
 #[test]
 fn single_precision_follows_double_precision() {
     let head = SyntheticHead { rank: 2, gamma: 1.5, seed: 6, ..SyntheticHead::new(300, 4) };
-    let (double, single): (AttentionProblem<f64>, AttentionProblem<f32>) = (head.draw().unwrap(), head.draw().unwrap());
+    let (double, single): (AttentionProblem<f64>, AttentionProblem<f32>) =
+        (head.draw().unwrap(), head.draw().unwrap());
     for (spec, tolerance) in [
         ("positive-features:rank=64", 1e-4),
         ("tensor-sketch:degree=3,rank=64", 1e-4),
@@ -335,8 +402,12 @@ fn single_precision_follows_double_precision() {
         ("sparse:keys=20", 1e-4),
         ("sparse:threshold=0.0035,search=tree,remainder=1", 1e-4),
     ] {
-        let reference = chained::gradients(&double, build(spec).unwrap().as_ref(), Request::All).unwrap().gradients;
-        let ours = chained::gradients(&single, build(spec).unwrap().as_ref(), Request::All).unwrap().gradients;
+        let reference = chained::gradients(&double, build(spec).unwrap().as_ref(), Request::All)
+            .unwrap()
+            .gradients;
+        let ours = chained::gradients(&single, build(spec).unwrap().as_ref(), Request::All)
+            .unwrap()
+            .gradients;
         let gap = ours.relative_gap(&reference);
         assert!(gap < tolerance, "{spec}: {gap:e}");
     }
@@ -354,7 +425,10 @@ fn huge_logits_give_finite_gradients_or_a_typed_error() {
         "sparse:keys=3,search=tree",
     ] {
         match chained::gradients(&problem, build(spec).unwrap().as_ref(), Request::Adapters) {
-            Ok(g) => assert!(g.gradients.named().iter().all(|(_, a)| a.iter().all(|x| x.is_finite())), "{spec}"),
+            Ok(g) => assert!(
+                g.gradients.named().iter().all(|(_, a)| a.iter().all(|x| x.is_finite())),
+                "{spec}"
+            ),
             Err(Error::NonPositiveDenominator { .. } | Error::InvalidParam { .. }) => {}
             Err(other) => panic!("{spec}: {other}"),
         }
@@ -375,16 +449,20 @@ fn parameters_that_do_not_fit_the_head_are_refused() {
         ("positive-features:rank=1000000", "between 1 and"),
         ("support-basis:degree=2,threshold=1000", "must not overflow"),
     ] {
-        let text = prepare(spec, &s).err().unwrap_or_else(|| panic!("{spec} was accepted")).to_string();
+        let text =
+            prepare(spec, &s).err().unwrap_or_else(|| panic!("{spec} was accepted")).to_string();
         assert!(text.contains(why), "{spec}: {text}");
     }
 }
 
 #[test]
 fn auto_meets_its_target_and_reports_prediction_and_measurement() {
-    for (gamma, eps, mask) in
-        [(0.6, 0.01, Mask::Full), (1.2, 0.05, Mask::Full), (2.0, 0.02, Mask::Full), (1.2, 0.05, Mask::Causal)]
-    {
+    for (gamma, eps, mask) in [
+        (0.6, 0.01, Mask::Full),
+        (1.2, 0.05, Mask::Full),
+        (2.0, 0.02, Mask::Full),
+        (1.2, 0.05, Mask::Causal),
+    ] {
         let head = SyntheticHead { mask, rank: 2, gamma, seed: 8, ..SyntheticHead::new(900, 4) };
         let problem: AttentionProblem<f64> = head.draw().unwrap();
         let method = build::<f64>(&format!("auto:eps={eps}")).unwrap();
@@ -392,8 +470,14 @@ fn auto_meets_its_target_and_reports_prediction_and_measurement() {
         let selection = chained.certificate.selection.unwrap();
         assert!(selection.measured_error <= eps && selection.chosen.predicted_error <= eps);
         let cheapest = &selection.candidates[0];
-        assert!(selection.candidates.iter().all(|c| c.predicted_multiply_adds >= cheapest.predicted_multiply_adds));
-        // Prediction within a factor of five of measurement, and the cost within two of the counted one.
+        assert!(
+            selection
+                .candidates
+                .iter()
+                .all(|c| c.predicted_multiply_adds >= cheapest.predicted_multiply_adds)
+        );
+        // Prediction within a factor of five of measurement, and the cost within two of the counted
+        // one.
         let ratio = selection.measured_error / selection.chosen.predicted_error;
         assert!((0.05..5.0).contains(&ratio), "gamma {gamma}: {selection:?}");
         let exact = dense::gradients(&problem, Request::Adapters).unwrap();
@@ -406,28 +490,41 @@ fn auto_meets_its_target_and_reports_prediction_and_measurement() {
     }
 }
 
-/// On trained heads the choice must cost less than the exact gradient, counted; a target that only costlier methods
-/// reach is refused.
+/// On trained heads the choice must cost less than the exact gradient, counted; a target that only
+/// costlier methods reach is refused.
 #[test]
 fn auto_weighs_the_exact_gradient_on_trained_heads() {
     for name in ["minilm_l0_h7", "minilm_l3_h10"] {
-        let path =
-            std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/data/heads/{name}.safetensors"));
-        let problem: AttentionProblem<f64> = peft_limits::attention::file::read_problem(&path).unwrap();
-        let exact = peft_limits::attention::exact::streaming::gradients(&problem, Request::Adapters).unwrap().cost;
+        let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join(format!("tests/data/heads/{name}.safetensors"));
+        let problem: AttentionProblem<f64> =
+            peft_limits::attention::file::read_problem(&path).unwrap();
+        let exact =
+            peft_limits::attention::exact::streaming::gradients(&problem, Request::Adapters)
+                .unwrap()
+                .cost;
         for eps in [0.1, 0.01] {
             let method = build::<f64>(&format!("auto:eps={eps}")).unwrap();
             let chained = chained::gradients(&problem, method.as_ref(), Request::Adapters).unwrap();
             let selection = chained.certificate.selection.unwrap();
             let chosen = build::<f64>(&selection.chosen.spec).unwrap();
-            let cost = chained::gradients(&problem, chosen.as_ref(), Request::Adapters).unwrap().gradients.cost;
+            let cost = chained::gradients(&problem, chosen.as_ref(), Request::Adapters)
+                .unwrap()
+                .gradients
+                .cost;
             let ratio = cost.flops() as f64 / exact.flops() as f64;
-            assert!(ratio < 1.0, "{name} at {eps}: {} costs {ratio} times the exact gradient", selection.chosen.spec);
+            assert!(
+                ratio < 1.0,
+                "{name} at {eps}: {} costs {ratio} times the exact gradient",
+                selection.chosen.spec
+            );
             assert!(selection.chosen.predicted_multiply_adds < selection.exact_multiply_adds);
         }
         // Every entry is needed for ten digits.
         let method = build::<f64>("auto:eps=1e-10").unwrap();
-        let text = chained::gradients(&problem, method.as_ref(), Request::Adapters).unwrap_err().to_string();
+        let text = chained::gradients(&problem, method.as_ref(), Request::Adapters)
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("take the exact gradient"), "{text}");
     }
 }

@@ -1,8 +1,9 @@
 //! Exact gradients against central finite differences of a loss computed again by plain loops.
 //!
-//! Along a direction the error of a central difference is h^2 f'''/6 + O(h^4): three steps, each half of the one
-//! before, must show order 2. Where the loss is a polynomial of degree at most 2 in the step, f''' is zero and the
-//! difference is exact up to roundoff; that is W_V, A_V or B_V moved alone.
+//! Along a direction the error of a central difference is h^2 f'''/6 + O(h^4): three steps, each
+//! half of the one before, must show order 2. Where the loss is a polynomial of degree at most 2 in
+//! the step, f''' is zero and the difference is exact up to roundoff; that is W_V, A_V or B_V moved
+//! alone.
 
 use crate::naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, find, normal, results};
 use ndarray::Array2;
@@ -40,7 +41,8 @@ fn directions(head: &Head, moved: &[Parameter], seed: u64) -> Vec<(Parameter, Ar
         .collect()
 }
 
-/// Checks the derivative along the direction for every method; `polynomial`: the loss has degree at most 2.
+/// Checks the derivative along the direction for every method; `polynomial`: the loss has degree at
+/// most 2.
 fn check(head: &Head, moved: &[Parameter], polynomial: bool, seed: u64) {
     let directions = directions(head, moved, seed);
     let loss = |t: f64| {
@@ -51,8 +53,10 @@ fn check(head: &Head, moved: &[Parameter], polynomial: bool, seed: u64) {
         head.loss()
     };
     let estimates = central_differences(loss, STEP);
-    // Each of the two losses is a sum of positive and negative terms, rounded: 100 eps of their magnitude.
-    let terms: f64 = head.output().iter().zip(head.objective.tensor()).map(|(o, y)| o * o + y * y).sum();
+    // Each of the two losses is a sum of positive and negative terms, rounded: 100 eps of their
+    // magnitude.
+    let terms: f64 =
+        head.output().iter().zip(head.objective.tensor()).map(|(o, y)| o * o + y * y).sum();
     let roundoff = 100.0 * f64::EPSILON * terms / (STEP / 4.0);
     let problem = head.problem();
     let tile = streaming::Tile { queries: 4, keys: 3 };
@@ -63,17 +67,33 @@ fn check(head: &Head, moved: &[Parameter], polynomial: bool, seed: u64) {
         let all = results(&gradients);
         let derivative: f64 = directions
             .iter()
-            .map(|((kind, p), direction)| (find(&all, &format!("d{kind}{}", LETTERS[*p])) * direction).sum())
+            .map(|((kind, p), direction)| {
+                (find(&all, &format!("d{kind}{}", LETTERS[*p])) * direction).sum()
+            })
             .sum();
-        let label = format!("{method} {:?} {:?} {} {moved:?}", head.mask, head.softmax, head.objective.tensor_name());
+        let label = format!(
+            "{method} {:?} {:?} {} {moved:?}",
+            head.mask,
+            head.softmax,
+            head.objective.tensor_name()
+        );
         let gap = estimates.map(|e| (e - derivative).abs());
         if polynomial {
-            assert!(gap.iter().all(|g| *g <= roundoff), "{label}: {gap:?} above roundoff {roundoff:.1e}");
+            assert!(
+                gap.iter().all(|g| *g <= roundoff),
+                "{label}: {gap:?} above roundoff {roundoff:.1e}"
+            );
             continue;
         }
-        assert!(gap[2] > 100.0 * roundoff, "{label}: the step is too small to see an order, {gap:?}");
+        assert!(
+            gap[2] > 100.0 * roundoff,
+            "{label}: the step is too small to see an order, {gap:?}"
+        );
         let order = observed_order(&estimates, derivative);
-        assert!((order - 2.0).abs() <= 0.1, "{label}: order {order:.3}, gaps {gap:?}, derivative {derivative}");
+        assert!(
+            (order - 2.0).abs() <= 0.1,
+            "{label}: order {order:.3}, gaps {gap:?}, derivative {derivative}"
+        );
     }
     // The loss that the crate reports is the same one.
     if let Objective::Target(_) = head.objective {
@@ -87,7 +107,8 @@ fn heads() -> Vec<Head> {
     for mask in BOTH_MASKS {
         // Pairwise distinct; a causal mask needs as many keys as queries.
         let queries = if mask == Mask::Causal { 11 } else { 7 };
-        let sizes = Sizes { queries, keys: 11, inputs: [5, 6, 8], head_dim: 4, value_dim: 3, rank: 2 };
+        let sizes =
+            Sizes { queries, keys: 11, inputs: [5, 6, 8], head_dim: 4, value_dim: 3, rank: 2 };
         for softmax in BOTH_SOFTMAX {
             for target in [true, false] {
                 heads.push(Head::draw(sizes, mask, softmax, target, 17));
@@ -111,7 +132,8 @@ fn every_adapter_and_weight_alone() {
 /// All nine at once: the cross terms of A and B, and of Q, K and V.
 #[test]
 fn every_adapter_and_weight_together() {
-    let moved: Vec<Parameter> = ['A', 'B', 'W'].into_iter().flat_map(|kind| (0..3).map(move |p| (kind, p))).collect();
+    let moved: Vec<Parameter> =
+        ['A', 'B', 'W'].into_iter().flat_map(|kind| (0..3).map(move |p| (kind, p))).collect();
     for (number, head) in heads().iter().enumerate() {
         for repeat in 0..3 {
             check(head, &moved, false, 1000 * repeat + number as u64);

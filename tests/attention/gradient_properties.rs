@@ -1,6 +1,9 @@
-//! Properties that hold for every head: invariances, linearity, causality, closed forms, agreement of the paths.
+//! Properties that hold for every head: invariances, linearity, causality, closed forms, agreement
+//! of the paths.
 
-use crate::naive::{BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, all_within, find, normal, results, within};
+use crate::naive::{
+    BOTH_MASKS, BOTH_SOFTMAX, Head, LETTERS, Sizes, all_within, find, normal, results, within,
+};
 use ndarray::{Array2, ArrayView1, Axis, array, s};
 use peft_limits::attention::exact::{dense, streaming};
 use peft_limits::attention::problem::{AttentionProblem, Source};
@@ -18,10 +21,15 @@ const CASES: u32 = 48;
 /// Failing seeds are kept beside this file, to be committed.
 fn config() -> ProptestConfig {
     let kept = FileFailurePersistence::WithSource("regressions");
-    ProptestConfig { cases: CASES, failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+    ProptestConfig {
+        cases: CASES,
+        failure_persistence: Some(Box::new(kept)),
+        ..ProptestConfig::default()
+    }
 }
 
-/// Pairwise distinct sizes, in an order that the seed chooses; a causal mask has as many keys as queries.
+/// Pairwise distinct sizes, in an order that the seed chooses; a causal mask has as many keys as
+/// queries.
 fn sizes(mask: Mask, seed: u64) -> Sizes {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x51CE5);
     let mut pool: Vec<usize> = (3..=12).collect();
@@ -56,8 +64,9 @@ fn softmaxes() -> impl Strategy<Value = SoftmaxKind> {
 }
 
 fn heads() -> impl Strategy<Value = Head> {
-    (masks(), softmaxes(), any::<bool>(), any::<u64>())
-        .prop_map(|(mask, softmax, target, seed)| Head::draw(sizes(mask, seed), mask, softmax, target, seed))
+    (masks(), softmaxes(), any::<bool>(), any::<u64>()).prop_map(|(mask, softmax, target, seed)| {
+        Head::draw(sizes(mask, seed), mask, softmax, target, seed)
+    })
 }
 
 /// Small tiles, so that every head has several.
@@ -83,8 +92,16 @@ fn projected(
     softmax: SoftmaxKind,
     beta: f64,
 ) -> AttentionProblem<f64> {
-    let source = Source::Projected(Qkv { query: query.clone(), key: key.clone(), value: value.clone() });
-    AttentionProblem::new(source, Objective::UpstreamGradient(upstream.clone()), mask, softmax, beta).unwrap()
+    let source =
+        Source::Projected(Qkv { query: query.clone(), key: key.clone(), value: value.clone() });
+    AttentionProblem::new(
+        source,
+        Objective::UpstreamGradient(upstream.clone()),
+        mask,
+        softmax,
+        beta,
+    )
+    .unwrap()
 }
 
 fn flat(problem: &AttentionProblem<f64>) -> Qkv<Array2<f64>> {
@@ -118,7 +135,8 @@ proptest! {
                 let Qkv { query, key, value } = &mut hidden.projections;
                 for (bit, p) in [query, key, value].into_iter().enumerate() {
                     if subset >> bit & 1 == 0 {
-                        // The update of a frozen projection is merged, so that the head stays the same.
+                        // The update of a frozen projection is merged, so that the head stays the
+                        // same.
                         if let Some(adapter) = p.adapter.take() {
                             p.weight += &(adapter.lora_b.dot(&adapter.lora_a) * head.scaling);
                         }
@@ -148,11 +166,13 @@ proptest! {
     fn f32_is_within_its_rounding_of_f64(head in heads()) {
         let reference = dense::gradients(&head.problem(), Request::All).unwrap();
         let single = streaming::gradients_with_tile(&head.problem().cast::<f32>(), Request::All, TILE).unwrap();
-        // The inputs are rounded too: as many roundings again as there are factors, all below the sums' terms.
+        // The inputs are rounded too: as many roundings again as there are factors, all below the
+        // sums' terms.
         ok(all_within(&head, &single, &reference, 2.0 * head.tolerance(f64::from(f32::EPSILON))))?;
     }
 
-    /// Rows of the score gradient sum to delta (1 - sum of the row of P): to zero for the standard softmax.
+    /// Rows of the score gradient sum to delta (1 - sum of the row of P): to zero for the standard
+    /// softmax.
     #[test]
     fn rows_of_the_score_gradient(head in heads()) {
         let problem = head.problem();
@@ -174,7 +194,8 @@ proptest! {
         }
     }
 
-    /// The same vector added to every key moves each row of scores by a constant: O, dK, dV and dQ stay.
+    /// The same vector added to every key moves each row of scores by a constant: O, dK, dV and dQ
+    /// stay.
     #[test]
     fn the_standard_softmax_ignores_a_shift(head in heads(), seed in any::<u64>()) {
         let head = Head { softmax: SoftmaxKind::Standard, ..head };
@@ -190,7 +211,8 @@ proptest! {
         for (before, after) in before.iter().zip(&after) {
             let (before, after) = (results(before), results(after));
             for ((name, want), (_, got)) in before.iter().zip(&after) {
-                // Sums over tokens of terms of at most about |G| |V| |K + c|, logits rounded at their size.
+                // Sums over tokens of terms of at most about |G| |V| |K + c|, logits rounded at
+                // their size.
                 let magnitude = norms::max_abs(&g.view()) * (1.0 + norms::max_abs(&value.view())) * largest;
                 let allowed = 20.0 * f64::EPSILON * largest * magnitude * (key.nrows() + query.nrows()) as f64;
                 let off = norms::max_abs(&(got - want).view());
@@ -279,7 +301,8 @@ proptest! {
         }
     }
 
-    /// Full mask: tokens in another order give outputs in that order, and the same adapter gradients.
+    /// Full mask: tokens in another order give outputs in that order, and the same adapter
+    /// gradients.
     #[test]
     fn a_permutation_of_tokens_permutes_the_output(softmax in softmaxes(), target in any::<bool>(), seed in any::<u64>()) {
         let head = self_attention(Mask::Full, softmax, target, seed);
@@ -303,7 +326,8 @@ proptest! {
         }
     }
 
-    /// Causal: what happens after token t changes neither outputs nor gradients of losses up to t, not by a bit.
+    /// Causal: what happens after token t changes neither outputs nor gradients of losses up to t,
+    /// not by a bit.
     #[test]
     fn earlier_rows_do_not_see_later_tokens(softmax in softmaxes(), seed in any::<u64>(), at in 0.0f64..1.0) {
         let head = self_attention(Mask::Causal, softmax, false, seed);
@@ -340,7 +364,8 @@ proptest! {
         for (name, a) in results(&reference) {
             prop_assert!(a.iter().all(|x| x.is_finite()), "{}", name);
         }
-        // Agreement, scaled by a head in which no probability is negligible: errors of P are absolute here.
+        // Agreement, scaled by a head in which no probability is negligible: errors of P are
+        // absolute here.
         let flat = Head { beta: head.beta * 1e-6, ..head.clone() };
         let mut magnitudes = head.magnitudes();
         for ((name, m), (_, f)) in magnitudes.iter_mut().zip(flat.magnitudes()) {
@@ -359,7 +384,8 @@ proptest! {
         }
     }
 
-    /// One token: P = 1 (or the sigmoid of the score), so O = p V and the gradients are one line each.
+    /// One token: P = 1 (or the sigmoid of the score), so O = p V and the gradients are one line
+    /// each.
     #[test]
     fn a_single_token(mask in masks(), softmax in softmaxes(), seed in any::<u64>()) {
         let mut s = sizes(mask, seed);
@@ -389,17 +415,22 @@ fn one_changes(head: &Head, other: &Head, t: usize) -> bool {
     head.output().slice(later) != other.output().slice(later)
 }
 
-/// Uniform attention: with Q = 0, P = 1/n (1/(n+1) for `One`), dK = 0 and dQ = beta cov(K, V) G up to its mean.
+/// Uniform attention: with Q = 0, P = 1/n (1/(n+1) for `One`), dK = 0 and dQ = beta cov(K, V) G up
+/// to its mean.
 #[test]
 fn uniform_attention() {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
-    let (k, v, g) = (normal(&mut rng, 6, 4, 1.0), normal(&mut rng, 6, 3, 1.0), normal(&mut rng, 6, 3, 1.0));
+    let (k, v, g) =
+        (normal(&mut rng, 6, 4, 1.0), normal(&mut rng, 6, 3, 1.0), normal(&mut rng, 6, 3, 1.0));
     let q = Array2::zeros((6, 4));
     for mask in BOTH_MASKS {
         for softmax in BOTH_SOFTMAX {
             for gradients in both(&projected([&q, &k, &v], &g, mask, softmax, 0.7)) {
                 let dk = gradients.projected.key.as_ref().unwrap();
-                assert!(dk.iter().all(|x| x.to_bits() << 1 == 0), "dK = beta dS^T Q is exactly zero");
+                assert!(
+                    dk.iter().all(|x| x.to_bits() << 1 == 0),
+                    "dK = beta dS^T Q is exactly zero"
+                );
                 for i in 0..6 {
                     let n = if mask == Mask::Causal { i + 1 } else { 6 };
                     let total = n as f64 + if softmax == SoftmaxKind::One { 1.0 } else { 0.0 };
@@ -407,15 +438,20 @@ fn uniform_attention() {
                         let want: f64 = (0..n).map(|j| v[[j, c]]).sum::<f64>() / total;
                         assert!((gradients.output[[i, c]] - want).abs() < 1e-15 * 20.0);
                     }
-                    let out: Vec<f64> = (0..3).map(|c| (0..n).map(|j| v[[j, c]]).sum::<f64>() / total).collect();
+                    let out: Vec<f64> =
+                        (0..3).map(|c| (0..n).map(|j| v[[j, c]]).sum::<f64>() / total).collect();
                     for e in 0..4 {
                         let want: f64 = (0..n)
                             .map(|j| {
-                                let inner: f64 = (0..3).map(|c| g[[i, c]] * (v[[j, c]] - out[c])).sum();
+                                let inner: f64 =
+                                    (0..3).map(|c| g[[i, c]] * (v[[j, c]] - out[c])).sum();
                                 0.7 * inner * k[[j, e]] / total
                             })
                             .sum();
-                        assert!((gradients.projected.query.as_ref().unwrap()[[i, e]] - want).abs() < 1e-15 * 40.0);
+                        assert!(
+                            (gradients.projected.query.as_ref().unwrap()[[i, e]] - want).abs()
+                                < 1e-15 * 40.0
+                        );
                     }
                 }
                 for j in 0..6 {
@@ -423,9 +459,16 @@ fn uniform_attention() {
                         let rows = if mask == Mask::Causal { j..6 } else { 0..6 };
                         let extra = if softmax == SoftmaxKind::One { 1.0 } else { 0.0 };
                         let want: f64 = rows
-                            .map(|i| g[[i, c]] / (if mask == Mask::Causal { (i + 1) as f64 } else { 6.0 } + extra))
+                            .map(|i| {
+                                g[[i, c]]
+                                    / (if mask == Mask::Causal { (i + 1) as f64 } else { 6.0 }
+                                        + extra)
+                            })
                             .sum();
-                        assert!((gradients.projected.value.as_ref().unwrap()[[j, c]] - want).abs() < 1e-15 * 20.0);
+                        assert!(
+                            (gradients.projected.value.as_ref().unwrap()[[j, c]] - want).abs()
+                                < 1e-15 * 20.0
+                        );
                     }
                 }
             }
@@ -433,7 +476,8 @@ fn uniform_attention() {
     }
 }
 
-/// One-hot attention: orthogonal keys a thousand long; each query takes its key's value and nothing else.
+/// One-hot attention: orthogonal keys a thousand long; each query takes its key's value and nothing
+/// else.
 #[test]
 fn one_hot_attention() {
     let mut rng = ChaCha8Rng::seed_from_u64(4);
@@ -451,7 +495,8 @@ fn one_hot_attention() {
                 }
                 let gap = norms::max_abs(&(gradients.projected.value.unwrap() - dv).view());
                 assert!(gap < 1e-15, "{mask:?} {softmax:?}: {gap:e}");
-                // dS = P o (g.v - delta) with delta = g.v: roundoff of a dot product of 3, times |K| = 1e3.
+                // dS = P o (g.v - delta) with delta = g.v: roundoff of a dot product of 3, times
+                // |K| = 1e3.
                 let dq = norms::max_abs(&gradients.projected.query.unwrap().view());
                 assert!(dq <= 1e3 * 16.0 * f64::EPSILON, "{dq:e}");
             }
@@ -459,7 +504,8 @@ fn one_hot_attention() {
     }
 }
 
-/// Rank-1 attention: S_ij = ln w_j for every i, so each row of P is w / sum w (softmax of log-integers).
+/// Rank-1 attention: S_ij = ln w_j for every i, so each row of P is w / sum w (softmax of
+/// log-integers).
 #[test]
 fn rank_one_attention() {
     let w = [1.0, 2.0, 5.0, 8.0f64];
@@ -470,14 +516,19 @@ fn rank_one_attention() {
     for (softmax, total) in [(SoftmaxKind::Standard, 16.0), (SoftmaxKind::One, 17.0)] {
         for gradients in both(&projected([&q, &k, &v], &g, Mask::Full, softmax, 1.0)) {
             let mean = [0, 1].map(|c| (0..4).map(|j| w[j] * v[[j, c]]).sum::<f64>() / total);
-            let ds = |i: usize, j: usize| w[j] / total * (0..2).map(|c| g[[i, c]] * (v[[j, c]] - mean[c])).sum::<f64>();
+            let ds = |i: usize, j: usize| {
+                w[j] / total * (0..2).map(|c| g[[i, c]] * (v[[j, c]] - mean[c])).sum::<f64>()
+            };
             let projected = gradients.projected;
-            let (dq, dk, dv) = (projected.query.unwrap(), projected.key.unwrap(), projected.value.unwrap());
+            let (dq, dk, dv) =
+                (projected.query.unwrap(), projected.key.unwrap(), projected.value.unwrap());
             for i in 0..3 {
                 for c in 0..2 {
                     assert!((gradients.output[[i, c]] - mean[c]).abs() < 1e-14);
                 }
-                assert!((dq[[i, 0]] - (0..4).map(|j| ds(i, j) * w[j].ln()).sum::<f64>()).abs() < 1e-13);
+                assert!(
+                    (dq[[i, 0]] - (0..4).map(|j| ds(i, j) * w[j].ln()).sum::<f64>()).abs() < 1e-13
+                );
             }
             for j in 0..4 {
                 assert!((dk[[j, 0]] - (0..3).map(|i| ds(i, j)).sum::<f64>()).abs() < 1e-13);
@@ -495,7 +546,8 @@ fn the_extra_score_of_one_at_both_ends() {
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let (v, g) = (normal(&mut rng, 4, 3, 1.0), normal(&mut rng, 5, 3, 1.0));
     let (q, k) = (Array2::ones((5, 2)), Array2::from_elem((4, 2), 500.0));
-    let run = |sign: f64, softmax| both(&projected([&(&q * sign), &k, &v], &g, Mask::Full, softmax, 1.0));
+    let run =
+        |sign: f64, softmax| both(&projected([&(&q * sign), &k, &v], &g, Mask::Full, softmax, 1.0));
     for gradients in run(-1.0, SoftmaxKind::One) {
         for (name, a) in results(&gradients) {
             assert!(a.iter().all(|x| x.to_bits() << 1 == 0), "{name} is exactly zero");
@@ -504,7 +556,13 @@ fn the_extra_score_of_one_at_both_ends() {
     for sign in [-1.0, 1.0] {
         for gradients in run(sign, SoftmaxKind::Standard) {
             let mean = v.mean_axis(Axis(0)).unwrap();
-            assert!(gradients.output.rows().into_iter().all(|o| norms::max_abs(&(&o - &mean).view()) < 1e-15));
+            assert!(
+                gradients
+                    .output
+                    .rows()
+                    .into_iter()
+                    .all(|o| norms::max_abs(&(&o - &mean).view()) < 1e-15)
+            );
         }
     }
     for (one, standard) in run(1.0, SoftmaxKind::One).iter().zip(&run(1.0, SoftmaxKind::Standard)) {

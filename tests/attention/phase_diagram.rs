@@ -1,4 +1,5 @@
-//! The closed forms of the phase diagram: reference numbers, limits in c, and a head's own matrices.
+//! The closed forms of the phase diagram: reference numbers, limits in c, and a head's own
+//! matrices.
 
 use peft_limits::limits::phase_diagram::{Law, Model, energies, rank, sparsity};
 use serde_json::Value;
@@ -18,8 +19,8 @@ fn exponents_are_those_of_the_reference() {
         let law = if row["law"] == "sign" { Law::Sign } else { Law::Uniform };
         let (kappa, c) = (number("kappa").unwrap(), number("c").unwrap());
         let ours = Model::new(law, kappa).unwrap().exponents(c).unwrap();
-        // The reference takes energies from a general decomposition, which shows rounding of 1e-33 in place of a hundred
-        // smaller ones. At an error of 1/L these matter: see the next test.
+        // The reference takes energies from a general decomposition, which shows rounding of 1e-33
+        // in place of a hundred smaller ones. At an error of 1/L these matter: see the next test.
         let loose = if row["law"] == "uniform" { 1e-2 } else { 1e-6 };
         for (key, value, tolerance) in [
             ("theta", Some(ours.theta), 1e-12),
@@ -32,14 +33,17 @@ fn exponents_are_those_of_the_reference() {
             ("support_squared", Some(ours.support_squared), 1e-9),
         ] {
             match (value, number(key)) {
-                (Some(ours), Some(theirs)) => assert!((ours - theirs).abs() < tolerance, "{key} of {row}: {ours}"),
+                (Some(ours), Some(theirs)) => {
+                    assert!((ours - theirs).abs() < tolerance, "{key} of {row}: {ours}")
+                }
                 (ours, theirs) => assert_eq!(ours, theirs, "{key} of {row}"),
             }
         }
     }
 }
 
-/// Against energies in 120 digits (mpmath, from the Gram matrix of the kernel's expansion in Legendre polynomials).
+/// Against energies in 120 digits (mpmath, from the Gram matrix of the kernel's expansion in
+/// Legendre polynomials).
 #[test]
 fn exponents_of_small_errors_have_their_digits() {
     for (kappa, c, expected) in [
@@ -52,7 +56,12 @@ fn exponents_of_small_errors_have_their_digits() {
         (1.0, 1.0, 1.366_921_232_053_43),
         (1.0, 3.0, 2.057_598_650_474_007),
     ] {
-        let found = Model::new(Law::Uniform, kappa).unwrap().exponents(c).unwrap().rank_error_1_over_l.unwrap();
+        let found = Model::new(Law::Uniform, kappa)
+            .unwrap()
+            .exponents(c)
+            .unwrap()
+            .rank_error_1_over_l
+            .unwrap();
         assert!((found - expected).abs() < 1e-11, "{kappa} {c}: {found} {expected}");
     }
 }
@@ -83,14 +92,15 @@ fn the_rank_vanishes_like_the_theorem_says() {
             assert!((e.rank / expected - 1.0).abs() < 2.0 * e.theta, "{c}: {} {expected}", e.rank);
             assert!(e.rank < e.all_monomials && e.all_monomials < e.certified);
         }
-        let (small, smaller) = (model.exponents(1e-2).unwrap().rank, model.exponents(1e-3).unwrap().rank);
+        let (small, smaller) =
+            (model.exponents(1e-2).unwrap().rank, model.exponents(1e-3).unwrap().rank);
         let law = |c: f64| c.powi(4) * (1.0 / c).ln();
         assert!((small / smaller / (law(1e-2) / law(1e-3)) - 1.0).abs() < 0.1);
     }
 }
 
-/// c -> infinity: each coordinate of a sign law has two modes, so kappa ln 2; a uniform one's kernel tends to
-/// u^0 / M, whose energies do not depend on theta any more.
+/// c -> infinity: each coordinate of a sign law has two modes, so kappa ln 2; a uniform one's
+/// kernel tends to u^0 / M, whose energies do not depend on theta any more.
 #[test]
 fn the_rank_levels_off() {
     let sign = Model::new(Law::Sign, 1.5).unwrap().exponents(20.0).unwrap();
@@ -105,11 +115,16 @@ fn the_rank_levels_off() {
 fn a_sample_of_a_law_has_its_exponents() {
     let n = 4001;
     let grid: Vec<f64> = (0..n).map(|i| (f64::from(i) + 0.5) * 2.0 / f64::from(n) - 1.0).collect();
-    let (sampled, uniform) =
-        (Model::new(Law::sampled(&grid).unwrap(), 1.0).unwrap(), Model::new(Law::Uniform, 1.0).unwrap());
+    let (sampled, uniform) = (
+        Model::new(Law::sampled(&grid).unwrap(), 1.0).unwrap(),
+        Model::new(Law::Uniform, 1.0).unwrap(),
+    );
     for c in [0.3, 1.0, 2.5] {
         let (a, b) = (sampled.exponents(c).unwrap(), uniform.exponents(c).unwrap());
-        assert!((a.rank - b.rank).abs() < 1e-6 && (a.support - b.support).abs() < 1e-6, "{a:?} {b:?}");
+        assert!(
+            (a.rank - b.rank).abs() < 1e-6 && (a.support - b.support).abs() < 1e-6,
+            "{a:?} {b:?}"
+        );
         assert!((a.rank_error_1_over_l.unwrap() - b.rank_error_1_over_l.unwrap()).abs() < 1e-6);
     }
 }
@@ -128,14 +143,22 @@ fn curves_cross_where_the_notes_say() {
     assert_eq!(model.rank_is_quadratic_from(0.0), None);
     let (c, exponent) = model.middle().unwrap();
     let e = model.exponents(c).unwrap();
-    assert!((1.5..1.7).contains(&c) && (e.rank - exponent).abs() < 1e-9 && (e.support - exponent).abs() < 1e-9);
+    assert!(
+        (1.5..1.7).contains(&c)
+            && (e.rank - exponent).abs() < 1e-9
+            && (e.support - exponent).abs() < 1e-9
+    );
     let c = model.condensation().unwrap();
-    assert!(model.exponents(c * 0.999).unwrap().support > 0.0 && model.exponents(c * 1.001).unwrap().support < 1e-12);
+    assert!(
+        model.exponents(c * 0.999).unwrap().support > 0.0
+            && model.exponents(c * 1.001).unwrap().support < 1e-12
+    );
     // Of 2^d different keys of signs, L^(1 - kappa ln 2) stay tied at any temperature.
     assert_eq!(Model::new(Law::Sign, 1.0).unwrap().condensation(), None);
 }
 
-/// Rows of a drawn head: the geometric mean of exp(entropy) is L^s with the d and theta of that head.
+/// Rows of a drawn head: the geometric mean of exp(entropy) is L^s with the d and theta of that
+/// head.
 #[test]
 fn effective_keys_of_a_drawn_head() {
     use ndarray::Array2;
@@ -144,7 +167,8 @@ fn effective_keys_of_a_drawn_head() {
     let model = Model::new(Law::Uniform, 1.0).unwrap();
     let (d, theta) = (model.head_dim(f64::from(tokens)), model.finite_theta(c, f64::from(tokens)));
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-    let mut draw = || Array2::from_shape_simple_fn((tokens as usize, d), || rng.random_range(-1.0..1.0));
+    let mut draw =
+        || Array2::from_shape_simple_fn((tokens as usize, d), || rng.random_range(-1.0..1.0));
     let logits = draw().dot(&draw().t()) * theta;
     let mean: f64 = logits
         .rows()
@@ -155,7 +179,8 @@ fn effective_keys_of_a_drawn_head() {
         })
         .sum::<f64>()
         / f64::from(tokens);
-    let predicted = f64::from(tokens).ln() + d as f64 * sparsity::entropy_of_coordinate(model.law(), theta, 1.0);
+    let predicted = f64::from(tokens).ln()
+        + d as f64 * sparsity::entropy_of_coordinate(model.law(), theta, 1.0);
     assert!((mean - predicted).abs() < 0.05, "{mean} {predicted}");
     // And its eps-rank, which a head of L tokens approaches from below.
     let p = energies(model.law(), theta).unwrap();
@@ -163,6 +188,7 @@ fn effective_keys_of_a_drawn_head() {
     let shifted = logits.mapv(f64::exp);
     let rows = shifted.sum_axis(ndarray::Axis(1));
     let probabilities = shifted / rows.insert_axis(ndarray::Axis(1));
-    let measured = peft_limits::limits::rank::frobenius_ranks(probabilities.view(), &[0.3]).unwrap()[0] as f64;
+    let measured =
+        peft_limits::limits::rank::frobenius_ranks(probabilities.view(), &[0.3]).unwrap()[0] as f64;
     assert!((measured / predicted - 1.0).abs() < 0.25, "{measured} {predicted}");
 }

@@ -27,7 +27,10 @@ fn refused(arguments: &[&str], output: &Path, fragments: &[&str]) {
     assert!(!stderr.contains("panicked"), "{stderr}");
     assert!(!output.exists(), "{arguments:?} left an output file");
     let leftovers = std::fs::read_dir(output.parent().unwrap()).unwrap().flatten();
-    assert!(!leftovers.into_iter().any(|f| f.file_name().to_string_lossy().starts_with(".writing")), "half a file");
+    assert!(
+        !leftovers.into_iter().any(|f| f.file_name().to_string_lossy().starts_with(".writing")),
+        "half a file"
+    );
 }
 
 #[test]
@@ -53,7 +56,12 @@ fn gradients_written_by_every_method_match_the_fixture() {
             for name in ["O", "dWQ", "dWK", "dWV", "dAQ", "dAK", "dAV", "dBQ", "dBK", "dBV"] {
                 let ours = got.matrix::<f64>(name, "written").unwrap();
                 let want = reference.matrix::<f64>(name, "reference").unwrap();
-                assert_close(&format!("{case} {method:?} {name}"), &ours.view(), &want.view(), tolerance);
+                assert_close(
+                    &format!("{case} {method:?} {name}"),
+                    &ours.view(),
+                    &want.view(),
+                    tolerance,
+                );
             }
             let (ours, want) = (
                 got.vector::<f64>("loss", "written").unwrap()[0],
@@ -134,13 +142,29 @@ fn bad_input_is_refused_with_exit_code_2_and_no_output() {
     run(&["bad.safetensors", "no tensor named WK"]);
     write(&[("WQ", Some((vec![4, 5], vec![0.5; 20])))], &[]);
     run(&["bad.safetensors", "WQ", "(5, 5)", "(4, 5)"]);
-    write(&[("AQ", Some((vec![0, 5], vec![]))), ("BQ", Some((vec![5, 0], vec![])))], &[("r", Some("0"))]);
+    write(
+        &[("AQ", Some((vec![0, 5], vec![]))), ("BQ", Some((vec![5, 0], vec![])))],
+        &[("r", Some("0"))],
+    );
     run(&["bad.safetensors", "r"]);
     let wide = |shape: [usize; 2]| Some((shape.to_vec(), vec![0.1; shape[0] * shape[1]]));
-    let letters = [("AQ", [6, 5]), ("BQ", [5, 6]), ("AK", [6, 5]), ("BK", [5, 6]), ("AV", [6, 5]), ("BV", [5, 6])];
+    let letters = [
+        ("AQ", [6, 5]),
+        ("BQ", [5, 6]),
+        ("AK", [6, 5]),
+        ("BK", [5, 6]),
+        ("AV", [6, 5]),
+        ("BV", [5, 6]),
+    ];
     write(&letters.map(|(n, s)| (n, wide(s))), &[("r", Some("6"))]);
     run(&["bad.safetensors", "between 1 and 5", "6"]);
-    write(&[("X", Some((vec![12, 5], (0..60).map(|i| if i == 17 { f64::NAN } else { 0.1 }).collect())))], &[]);
+    write(
+        &[(
+            "X",
+            Some((vec![12, 5], (0..60).map(|i| if i == 17 { f64::NAN } else { 0.1 }).collect())),
+        )],
+        &[],
+    );
     run(&["bad.safetensors", "tensor X", "NaN", "[3, 2]"]);
     write(&[("Y", Some((vec![12, 5], vec![f64::INFINITY; 60])))], &[]);
     run(&["bad.safetensors", "tensor Y", "inf"]);
@@ -149,7 +173,11 @@ fn bad_input_is_refused_with_exit_code_2_and_no_output() {
     write(&[("X", Some((vec![0, 5], vec![]))), ("Y", Some((vec![0, 5], vec![])))], &[]);
     run(&["bad.safetensors", "at least 1"]);
     let missing = folder.path().join("none.safetensors");
-    refused(&["gradient", text(&missing), "-o", text(&output)], &output, &["none.safetensors", "No such file"]);
+    refused(
+        &["gradient", text(&missing), "-o", text(&output)],
+        &output,
+        &["none.safetensors", "No such file"],
+    );
 
     // One token is no special case.
     let one = |n: usize| Some((vec![1, 5], vec![0.1 * n as f64; 5]));
@@ -185,7 +213,11 @@ fn bad_usage_is_refused_with_exit_code_2() {
     let round = folder.path().join("./head.safetensors");
     refused(&["gradient", text(&copy), "-o", text(&round)], &output, &["--output", "is the input"]);
     assert_eq!(std::fs::read(&copy).unwrap(), kept);
-    refused(&["gradient", text(&good), "-o", text(folder.path())], &output, &["--output", "folder"]);
+    refused(
+        &["gradient", text(&good), "-o", text(folder.path())],
+        &output,
+        &["--output", "folder"],
+    );
 }
 
 /// Token ids or masks under a head's names are no numbers to take gradients of.
@@ -193,7 +225,8 @@ fn bad_usage_is_refused_with_exit_code_2() {
 fn integers_are_no_head() {
     use safetensors::tensor::Dtype;
     let folder = tempfile::tempdir().unwrap();
-    let (path, output) = (folder.path().join("ids.safetensors"), folder.path().join("out.safetensors"));
+    let (path, output) =
+        (folder.path().join("ids.safetensors"), folder.path().join("out.safetensors"));
     let good = TensorFile::open(data("attention_small.safetensors")).unwrap();
     let shape = good.shape("X").unwrap().to_vec();
     for (dtype, width) in [(Dtype::I64, 8), (Dtype::I32, 4), (Dtype::U8, 1)] {
@@ -202,7 +235,9 @@ fn integers_are_no_head() {
             let (dtype, bytes) = good.bytes(name, "copied").unwrap();
             writer.raw(name, dtype, good.shape(name).unwrap(), bytes.to_vec());
         }
-        writer.metadata("alpha", good.metadata("alpha").unwrap()).metadata("beta", good.metadata("beta").unwrap());
+        writer
+            .metadata("alpha", good.metadata("alpha").unwrap())
+            .metadata("beta", good.metadata("beta").unwrap());
         writer.raw("X", dtype, &shape, vec![1; shape.iter().product::<usize>() * width]);
         writer.write(&path).unwrap();
         let found = format!("found {dtype:?}");
@@ -233,7 +268,11 @@ fn a_device_that_no_command_has_is_refused_with_exit_code_2() {
     gradient(&["--device", "gpu", "--dtype", "f64"], &["f64", "f32"]);
     gradient(&["--products", "bf16"], &["--products", "bf16", "--device gpu"]);
     gradient(&["--device", "gpu", "--products", "int8"], &["int8", "f32, tf32, bf16 or f16"]);
-    refused(&["probe", text(&good), "--products", "f16"], &output, &["--products", "f16", "--device gpu"]);
+    refused(
+        &["probe", text(&good), "--products", "f16"],
+        &output,
+        &["--products", "f16", "--device gpu"],
+    );
     refused(&["probe", text(&good), "--device", "gpu:x"], &output, &["gpu:x"]);
 }
 
@@ -249,7 +288,11 @@ fn without_the_feature_a_gpu_is_refused_with_the_build_that_has_it() {
         ("cuda:1", "cuda:1", "--features cuda"),
     ] {
         let fragments = [name, "built without it", build];
-        refused(&["gradient", text(&good), "-o", text(&output), "--device", device], &output, &fragments);
+        refused(
+            &["gradient", text(&good), "-o", text(&output), "--device", device],
+            &output,
+            &fragments,
+        );
         refused(&["probe", text(&good), "--device", device], &output, &fragments);
     }
     let outcome = peft_limits(&["devices"]);
@@ -273,7 +316,10 @@ fn probe_as_json_holds_the_norms_and_every_method() {
     assert!(outcome.status.success());
     let value: serde_json::Value = serde_json::from_slice(&outcome.stdout).unwrap();
     let number = |key: &str| value[key].as_f64().unwrap();
-    assert!(number("largest_logit") <= number("norm_bound") && number("norm_bound") <= number("gamma").powi(2));
+    assert!(
+        number("largest_logit") <= number("norm_bound")
+            && number("norm_bound") <= number("gamma").powi(2)
+    );
     assert!((number("ratio") - number("gamma") / 512f64.ln().sqrt()).abs() < 1e-12);
     let methods = value["methods"].as_array().unwrap();
     assert_eq!(methods.len(), 2);
@@ -289,41 +335,59 @@ fn probe_plots_the_cost_over_prefixes() {
     let head = data("heads/minilm_l0_h7.safetensors");
     let at = |name: &str| folder.path().join(name);
     let arguments = ["probe", text(&head), "--features", "taylor:degree=1", "--plot"];
-    let probe = |file: &Path, more: &[&str]| peft_limits(&[&arguments[..], &[text(file)], more].concat());
+    let probe =
+        |file: &Path, more: &[&str]| peft_limits(&[&arguments[..], &[text(file)], more].concat());
     let told = |outcome: Output| {
         assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
         String::from_utf8(outcome.stdout).unwrap()
     };
     let table = told(probe(&at("cost.png"), &[]));
     assert!(table.contains("cost exponent") && table.contains("truncated SVD"), "{table}");
-    assert!(std::fs::read(at("cost.png")).unwrap().starts_with(b"\x89PNG") && !at("cost.svg").exists());
-    let json: serde_json::Value = serde_json::from_str(&told(probe(&at("cost.svg"), &["--json"]))).unwrap();
+    assert!(
+        std::fs::read(at("cost.png")).unwrap().starts_with(b"\x89PNG") && !at("cost.svg").exists()
+    );
+    let json: serde_json::Value =
+        serde_json::from_str(&told(probe(&at("cost.svg"), &["--json"]))).unwrap();
     assert!(std::fs::read_to_string(at("cost.svg")).unwrap().contains("<svg"));
     let fits = json["prefixes"].as_array().unwrap();
     assert_eq!(fits.len(), 6);
     for fit in fits {
-        let (slope, points) = (fit["exponent"].as_f64().unwrap(), fit["points"].as_array().unwrap());
+        let (slope, points) =
+            (fit["exponent"].as_f64().unwrap(), fit["points"].as_array().unwrap());
         assert!(points.len() == 5 && points[4]["tokens"] == 512, "{fit}");
-        assert!(fit["interval"][0].as_f64().unwrap() <= slope && slope <= fit["interval"][1].as_f64().unwrap());
+        assert!(
+            fit["interval"][0].as_f64().unwrap() <= slope
+                && slope <= fit["interval"][1].as_f64().unwrap()
+        );
     }
     let pdf = at("cost.pdf");
     refused(&[&arguments[..], &[text(&pdf)]].concat(), &pdf, &["--plot", ".svg or .png"]);
     let outcome = probe(&head.join("cost.png"), &[]);
-    assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(2), 0), "refused before anything is printed");
+    assert_eq!(
+        (outcome.status.code(), outcome.stdout.len()),
+        (Some(2), 0),
+        "refused before anything is printed"
+    );
 }
 
 /// The object that scripts read, against a copy of the reference numbers.
 #[test]
 fn phase_as_json_holds_exponents_and_ranks() {
-    let json = |arguments: &[&str]| -> serde_json::Value { serde_json::from_str(&succeeds(arguments)).unwrap() };
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&succeeds(arguments)).unwrap()
+    };
     let path = data("phase_diagram.json");
-    let reference: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let reference: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let found = json(&["phase", "--law", "sign", "--kappa", "1", "--c", "0.25,0.5", "--json"]);
     assert_eq!(found.as_object().unwrap().keys().collect::<Vec<_>>(), ["exponents", "finite"]);
     assert_eq!(found["finite"], serde_json::json!([]));
     let rows = reference["exponents"].as_array().unwrap();
     for ours in found["exponents"].as_array().unwrap() {
-        let theirs = rows.iter().find(|r| r["law"] == "sign" && r["kappa"] == 1.0 && r["c"] == ours["c"]).unwrap();
+        let theirs = rows
+            .iter()
+            .find(|r| r["law"] == "sign" && r["kappa"] == 1.0 && r["c"] == ours["c"])
+            .unwrap();
         for (key, value) in ours.as_object().unwrap() {
             match (value.as_f64(), theirs[key].as_f64()) {
                 (Some(a), Some(b)) => assert!((a - b).abs() < 1e-6, "{key}: {a} {b}"),
@@ -336,7 +400,8 @@ fn phase_as_json_holds_exponents_and_ranks() {
     let found = json(&["phase", "--c", "1", "--length", "2^20", "--eps", "0.1", "--json"]);
     let finite = &found["finite"][0];
     let theirs = reference["finite"].as_array().unwrap();
-    let theirs = theirs.iter().find(|r| r["L"] == finite["L"] && r["c"] == 1.0 && r["eps"] == 0.1).unwrap();
+    let theirs =
+        theirs.iter().find(|r| r["L"] == finite["L"] && r["c"] == 1.0 && r["eps"] == 0.1).unwrap();
     assert_eq!(finite["d"], theirs["d"]);
     assert!((finite["k"].as_f64().unwrap() / theirs["k"].as_f64().unwrap() - 1.0).abs() < 1e-6);
 }
@@ -346,9 +411,12 @@ fn phase_reads_laws_draws_and_refuses() {
     let folder = tempfile::tempdir().unwrap();
     let (law, plot) = (folder.path().join("law.txt"), folder.path().join("phases.svg"));
     std::fs::write(&law, "1 -1\n").unwrap();
-    let sampled = succeeds(&["phase", "--law", text(&law), "--c", "0.7,2", "--json", "--plot", text(&plot)]);
+    let sampled =
+        succeeds(&["phase", "--law", text(&law), "--c", "0.7,2", "--json", "--plot", text(&plot)]);
     let number = |text: &str, key: &str| {
-        serde_json::from_str::<serde_json::Value>(text).unwrap()["exponents"][0][key].as_f64().unwrap()
+        serde_json::from_str::<serde_json::Value>(text).unwrap()["exponents"][0][key]
+            .as_f64()
+            .unwrap()
     };
     let sign = succeeds(&["phase", "--law", "sign", "--c", "0.7,2", "--json"]);
     for key in ["rank", "support", "certified"] {
@@ -383,7 +451,10 @@ fn help_shows_examples() {
         let help = succeeds(&page);
         assert!(help.contains("Example") && help.contains(&example), "{page:?}: {help}");
         // What an example reads from the repository is there.
-        for word in help.split_whitespace().filter(|w| w.starts_with("tests/data/") || w.starts_with("examples/")) {
+        for word in help
+            .split_whitespace()
+            .filter(|w| w.starts_with("tests/data/") || w.starts_with("examples/"))
+        {
             assert!(Path::new(env!("CARGO_MANIFEST_DIR")).join(word).exists(), "{page:?}: {word}");
         }
     }
@@ -405,7 +476,11 @@ fn completions_of_every_shell_know_every_command() {
 
 fn succeeds(arguments: &[&str]) -> String {
     let outcome = peft_limits(arguments);
-    assert!(outcome.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&outcome.stderr));
+    assert!(
+        outcome.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&outcome.stderr)
+    );
     String::from_utf8(outcome.stdout).unwrap()
 }
 
@@ -424,20 +499,37 @@ fn adapters_are_exported_fused_switched_and_served() {
     let data = "[train]\nsteps = 3\nbatch = 2\neval_rows = 0\n[[data]]\ntask = \"lists\"\n";
     train(format!("[model]\nconfig = {:?}\n{data}", at("sizes.json")), "base");
     let base = at("base/model");
-    for (method, more) in
-        [("s2ft", "ratios = { o_proj = 0.5, down_proj = 0.2 }"), ("paca", "rank = 3"), ("lora", "rank = 2")]
-    {
+    for (method, more) in [
+        ("s2ft", "ratios = { o_proj = 0.5, down_proj = 0.2 }"),
+        ("paca", "rank = 3"),
+        ("lora", "rank = 2"),
+    ] {
         let text = format!("[model]\npath = {base:?}\n[method]\nname = {method:?}\n{more}\n{data}");
         train(text, method);
         for (source, path) in [("--adapter", "adapter"), ("--trained", "model"), ("--run", "")] {
             let out = at(&format!("{method}{source}"));
-            succeeds(&["adapter", "export", "--model", &base, source, &at(&format!("{method}/{path}")), "-o", &out]);
+            succeeds(&[
+                "adapter",
+                "export",
+                "--model",
+                &base,
+                source,
+                &at(&format!("{method}/{path}")),
+                "-o",
+                &out,
+            ]);
         }
         // Three ways to the same update (a merged LoRA model gives a dense one).
-        let read = |source: &str| TensorFile::open(at(&format!("{method}{source}/adapter_model.safetensors"))).unwrap();
+        let read = |source: &str| {
+            TensorFile::open(at(&format!("{method}{source}/adapter_model.safetensors"))).unwrap()
+        };
         let (adapter, run) = (read("--adapter"), read("--run"));
         for name in adapter.names() {
-            assert_eq!(adapter.bytes(name, "test").unwrap(), run.bytes(name, "test").unwrap(), "{method} {name}");
+            assert_eq!(
+                adapter.bytes(name, "test").unwrap(),
+                run.bytes(name, "test").unwrap(),
+                "{method} {name}"
+            );
         }
         if method != "lora" {
             let trained = read("--trained");
@@ -451,7 +543,8 @@ fn adapters_are_exported_fused_switched_and_served() {
         }
     }
     let parts = [format!("{}=0.5", at("s2ft--adapter")), format!("{}=-1", at("lora/adapter"))];
-    let told = succeeds(&["adapter", "fuse", "--model", &base, &parts[0], &parts[1], "-o", &at("fused")]);
+    let told =
+        succeeds(&["adapter", "fuse", "--model", &base, &parts[0], &parts[1], "-o", &at("fused")]);
     assert!(told.contains("low-rank"), "{told}");
     let config = std::fs::read_to_string(at("fused/adapter_config.json")).unwrap();
     assert!(config.contains("\"LORA\""), "{config}");
@@ -479,7 +572,8 @@ fn adapters_are_exported_fused_switched_and_served() {
     assert_eq!(table.lines().count(), 1 + 2 * 3, "{table}");
     let none = folder.path().join("none");
     // Refusals come before anything is printed, written or switched.
-    let unknown = peft_limits(&["adapter", "evaluate", "--model", &base, &at("fused"), "--task", "prose"]);
+    let unknown =
+        peft_limits(&["adapter", "evaluate", "--model", &base, &at("fused"), "--task", "prose"]);
     assert_eq!((unknown.status.code(), unknown.stdout.len()), (Some(2), 0));
     for out in [&base, &at("fused")] {
         let outcome = peft_limits(&["adapter", "fuse", "--model", &base, &at("fused"), "-o", out]);

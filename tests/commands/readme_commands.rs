@@ -1,11 +1,13 @@
-//! The commands of the README and of the notes work as they stand, and what is shown of their output is what comes out.
+//! The commands of the README and of the notes work as they stand, and what is shown of their
+//! output is what comes out.
 
 use crate::pages::{files, page, root};
 use std::path::Path;
 use std::process::{Command, Output};
 
 /// Pages whose commands are run.
-const PAGES: [&str; 3] = ["README.md", "paper-notes/measurements.md", "paper-notes/cost-and-memory.md"];
+const PAGES: [&str; 3] =
+    ["README.md", "paper-notes/measurements.md", "paper-notes/cost-and-memory.md"];
 
 /// Fenced blocks of a language.
 fn fenced(text: &str, language: &str) -> Vec<Vec<String>> {
@@ -27,19 +29,27 @@ fn fenced(text: &str, language: &str) -> Vec<Vec<String>> {
     blocks
 }
 
-/// The arguments after the program's name, comments cut, files of the repository found from any folder.
+/// The arguments after the program's name, comments cut, files of the repository found from any
+/// folder.
 fn arguments(line: &str) -> Option<Vec<String>> {
     let line = line.split('#').next().unwrap_or(line).trim();
-    let line = line.strip_prefix("cargo run --release --bin peft-limits -- ").or(line.strip_prefix("peft-limits "))?;
-    let found = |word: &str| match ["tests/", "examples/"].iter().any(|folder| word.starts_with(folder)) {
-        true => root().join(word).to_str().unwrap().to_string(),
-        false => word.to_string(),
-    };
+    let line = line
+        .strip_prefix("cargo run --release --bin peft-limits -- ")
+        .or(line.strip_prefix("peft-limits "))?;
+    let found =
+        |word: &str| match ["tests/", "examples/"].iter().any(|folder| word.starts_with(folder)) {
+            true => root().join(word).to_str().unwrap().to_string(),
+            false => word.to_string(),
+        };
     Some(line.split_whitespace().map(found).collect())
 }
 
 fn run(arguments: &[String], folder: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_peft-limits")).args(arguments).current_dir(folder).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_peft-limits"))
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .unwrap()
 }
 
 #[test]
@@ -53,16 +63,29 @@ fn every_command_works() {
     for mut command in commands {
         if command[0] == "train" {
             // Minutes as written; the same runs, one update long.
-            command.extend(["--steps", "1", "--batch", "2", "--eval-rows", "4", "--warmup", "0"].map(String::from));
+            command.extend(
+                ["--steps", "1", "--batch", "2", "--eval-rows", "4", "--warmup", "0"]
+                    .map(String::from),
+            );
         }
         let output = run(&command, folder.path());
         // A fault that a page shows is found: exit code 1, and nothing went wrong in finding it.
         let fault = command.iter().any(|a| a.contains("/dumps/faults/"));
         let expected = if fault { 1 } else { 0 };
-        assert_eq!(output.status.code(), Some(expected), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(
+            output.status.code(),
+            Some(expected),
+            "{command:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     // What the commands say they write is there.
-    for file in ["runs/chained.safetensors", "runs/base/model/config.json", "runs/paca/adapter", "runs/lora/adapter"] {
+    for file in [
+        "runs/chained.safetensors",
+        "runs/base/model/config.json",
+        "runs/paca/adapter",
+        "runs/lora/adapter",
+    ] {
         assert!(folder.path().join(file).exists(), "{file}");
     }
 }
@@ -85,9 +108,13 @@ fn every_named_target_exists() {
     for path in files(".", "md") {
         let text = std::fs::read_to_string(&path).unwrap();
         for line in text.lines() {
-            let words: Vec<&str> = line.split(|c: char| c.is_whitespace() || "`(),;".contains(c)).collect();
+            let words: Vec<&str> =
+                line.split(|c: char| c.is_whitespace() || "`(),;".contains(c)).collect();
             // `<name>` stands for many.
-            for pair in words.windows(2).filter(|p| ["--bin", "--bench", "--test", "--example"].contains(&p[0])) {
+            for pair in words
+                .windows(2)
+                .filter(|p| ["--bin", "--bench", "--test", "--example"].contains(&p[0]))
+            {
                 count += 1;
                 assert!(
                     pair[1].starts_with('<') || exists(pair[0], pair[1].trim_end_matches('.')),
@@ -107,8 +134,11 @@ fn every_named_target_exists() {
         }
         let package = page("python/peft_limits/__init__.py");
         let public = package.lines().find(|l| l.starts_with("__all__")).expect("__all__");
-        let python = ["python", "py"].into_iter().flat_map(|language| fenced(&text, language)).flatten();
-        for names in python.filter_map(|line| line.strip_prefix("from peft_limits import ").map(String::from)) {
+        let python =
+            ["python", "py"].into_iter().flat_map(|language| fenced(&text, language)).flatten();
+        for names in python
+            .filter_map(|line| line.strip_prefix("from peft_limits import ").map(String::from))
+        {
             for name in names.split(", ") {
                 count += 1;
                 assert!(public.contains(&format!("\"{name}\"")), "{}: {name}", path.display());
@@ -118,20 +148,25 @@ fn every_named_target_exists() {
     assert!(count > 25, "{count} targets were looked at");
 }
 
-/// Whether a shown line is a line of the output; `~` at the start of a word stands for a word that differs between machines.
+/// Whether a shown line is a line of the output; `~` at the start of a word stands for a word that
+/// differs between machines.
 fn shown_in(line: &str, output: &str) -> bool {
     let words = |l: &str| l.split_whitespace().map(String::from).collect::<Vec<_>>();
     let want = words(line);
-    output
-        .lines()
-        .map(words)
-        .any(|got| got.len() == want.len() && got.iter().zip(&want).all(|(g, w)| g == w || w.starts_with('~')))
+    output.lines().map(words).any(|got| {
+        got.len() == want.len() && got.iter().zip(&want).all(|(g, w)| g == w || w.starts_with('~'))
+    })
 }
 
-/// Blocks that begin with `$ peft-limits ...` are run; every other line of them, but for `...`, is in the output.
+/// Blocks that begin with `$ peft-limits ...` are run; every other line of them, but for `...`, is
+/// in the output.
 #[test]
 fn what_is_shown_is_what_comes_out() {
-    assert!(shown_in("a 1.5 ~2", "x\n a  1.5 7\n") && !shown_in("a 1.5 ~2", "a 1.4 7") && !shown_in("a ~1", "a"));
+    assert!(
+        shown_in("a 1.5 ~2", "x\n a  1.5 7\n")
+            && !shown_in("a 1.5 ~2", "a 1.4 7")
+            && !shown_in("a ~1", "a")
+    );
     let mut compared = 0;
     for name in PAGES {
         for block in fenced(&page(name), "text") {
@@ -153,7 +188,8 @@ fn what_is_shown_is_what_comes_out() {
 fn the_counts_of_dumps_are_true() {
     let readme = page("README.md");
     for (kind, text) in [("faults", "planted faults"), ("clean", "right steps")] {
-        let folders = std::fs::read_dir(root().join("tests/data/dumps").join(kind)).unwrap().count();
+        let folders =
+            std::fs::read_dir(root().join("tests/data/dumps").join(kind)).unwrap().count();
         assert!(readme.contains(&format!("{folders} {text}")), "{folders} {text}");
     }
 }
@@ -162,7 +198,8 @@ fn the_counts_of_dumps_are_true() {
 #[test]
 fn the_example_is_the_doctest() {
     let readme = fenced(&page("README.md"), "rust");
-    let front: Vec<String> = page("src/lib.rs").lines().map_while(|l| l.strip_prefix("//!")).map(trimmed).collect();
+    let front: Vec<String> =
+        page("src/lib.rs").lines().map_while(|l| l.strip_prefix("//!")).map(trimmed).collect();
     let doctest = fenced(&front.join("\n"), "");
     assert_eq!(readme.len(), 1);
     assert_eq!(readme[0], doctest[0]);

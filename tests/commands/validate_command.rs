@@ -1,4 +1,5 @@
-//! `peft-limits validate` through the built command: verdicts, exit codes, JSON, heat map, refusals.
+//! `peft-limits validate` through the built command: verdicts, exit codes, JSON, heat map,
+//! refusals.
 
 use ndarray::Array2;
 use peft_limits::attention::{Request, exact::dense, file};
@@ -12,7 +13,11 @@ fn data(name: &str) -> PathBuf {
 }
 
 fn run(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_peft-limits")).arg("validate").args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_peft-limits"))
+        .arg("validate")
+        .args(arguments)
+        .output()
+        .unwrap()
 }
 
 fn text(path: &Path) -> &str {
@@ -35,7 +40,10 @@ fn a_right_dump_passes_and_a_wrong_one_is_named() {
     let wrong = data("dumps/faults/graph-cut");
     let verdict = run(&[text(&wrong), "--heat-map", text(&map)]);
     assert_eq!(verdict.status.code(), Some(1));
-    for part in ["graph-cut: the gradient stops at the input of layer 1", "absent, though the parameter is trained"] {
+    for part in [
+        "graph-cut: the gradient stops at the input of layer 1",
+        "absent, though the parameter is trained",
+    ] {
         assert!(stdout(&verdict).contains(part), "{part}: {}", stdout(&verdict));
     }
     let svg = std::fs::read_to_string(map.with_extension("svg")).unwrap();
@@ -66,10 +74,14 @@ fn a_report_is_a_page_and_a_dump_tests_itself() {
     let right = data("dumps/clean/lora-f32");
     let own = run(&[text(&right), "--selftest"]);
     assert_eq!(own.status.code(), Some(0), "{}", stdout(&own));
-    assert!(stdout(&own).contains("rotary-backward-missing") && stdout(&own).contains("faults planted"));
+    assert!(
+        stdout(&own).contains("rotary-backward-missing") && stdout(&own).contains("faults planted")
+    );
     let json = run(&[text(&right), "--selftest", "--json"]);
     let planted: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert!(planted.as_array().unwrap().iter().any(|p| p["fault"] == "sign" && p["named"][0] == "sign"));
+    assert!(
+        planted.as_array().unwrap().iter().any(|p| p["fault"] == "sign" && p["named"][0] == "sign")
+    );
     let refused = run(&[text(&wrong), "--selftest"]);
     assert_eq!(refused.status.code(), Some(2));
 }
@@ -77,11 +89,15 @@ fn a_report_is_a_page_and_a_dump_tests_itself() {
 /// Fixtures of another framework's double precision, without a manifest.
 #[test]
 fn model_adapter_and_reference_without_a_manifest() {
-    for (name, adapter) in
-        [("llama_lora", true), ("llama_dora", true), ("llama_full", false), ("llama_full_mha_tied", false)]
-    {
+    for (name, adapter) in [
+        ("llama_lora", true),
+        ("llama_dora", true),
+        ("llama_full", false),
+        ("llama_full_mha_tied", false),
+    ] {
         let folder = data(name);
-        let (adapter_folder, reference) = (folder.join("adapter"), folder.join("reference.safetensors"));
+        let (adapter_folder, reference) =
+            (folder.join("adapter"), folder.join("reference.safetensors"));
         let mut arguments = vec!["--model", text(&folder), "--reference", text(&reference)];
         if adapter {
             arguments.extend(["--adapter", text(&adapter_folder)]);
@@ -94,7 +110,11 @@ fn model_adapter_and_reference_without_a_manifest() {
     let reference = folder.join("reference.safetensors");
     let verdict = run(&["--model", text(&folder), "--reference", text(&reference)]);
     assert_eq!(verdict.status.code(), Some(1), "{}", stdout(&verdict));
-    assert!(stdout(&verdict).contains("the reference trains no such tensor"), "{}", stdout(&verdict));
+    assert!(
+        stdout(&verdict).contains("the reference trains no such tensor"),
+        "{}",
+        stdout(&verdict)
+    );
 }
 
 #[test]
@@ -105,7 +125,8 @@ fn bad_input_is_refused_by_name() {
         std::fs::create_dir_all(&to).unwrap();
         let from = data("dumps/clean/lora-f32");
         let mut manifest: serde_json::Value =
-            serde_json::from_str(&std::fs::read_to_string(from.join("manifest.json")).unwrap()).unwrap();
+            serde_json::from_str(&std::fs::read_to_string(from.join("manifest.json")).unwrap())
+                .unwrap();
         manifest["model"] = text(&data("dumps/models/f32")).into();
         manifest["adapter"] = text(&from.join("adapter")).into();
         change(&mut manifest);
@@ -118,14 +139,28 @@ fn bad_input_is_refused_by_name() {
         let stderr = String::from_utf8_lossy(&outcome.stderr).into_owned();
         assert_eq!(outcome.status.code(), Some(2), "{arguments:?}: {stderr}");
         assert!(!stderr.contains("panicked"), "{stderr}");
-        parts.iter().for_each(|part| assert!(stderr.contains(part), "{arguments:?}: {stderr} lacks {part}"));
+        parts.iter().for_each(|part| {
+            assert!(stderr.contains(part), "{arguments:?}: {stderr} lacks {part}")
+        });
     };
     assert_eq!(run(&[text(&copy("fine", &|_| ()))]).status.code(), Some(0));
-    refused(&[text(&copy("version", &|m| m["version"] = 2.into()))], &["manifest.json", "key version", "found 2"]);
-    refused(&[text(&copy("format", &|m| m["format"] = "other".into()))], &["key format", "peft-limits-dump"]);
+    refused(
+        &[text(&copy("version", &|m| m["version"] = 2.into()))],
+        &["manifest.json", "key version", "found 2"],
+    );
+    refused(
+        &[text(&copy("format", &|m| m["format"] = "other".into()))],
+        &["key format", "peft-limits-dump"],
+    );
     refused(&[text(&copy("key", &|m| m["colour"] = 1.into()))], &["manifest.json", "colour"]);
-    refused(&[text(&copy("dtype", &|m| m["compute"]["weights"] = "int4".into()))], &["compute.weights", "int4"]);
-    refused(&[text(&copy("scale", &|m| m["loss"]["scale"] = 0.into()))], &["loss.scale", "positive"]);
+    refused(
+        &[text(&copy("dtype", &|m| m["compute"]["weights"] = "int4".into()))],
+        &["compute.weights", "int4"],
+    );
+    refused(
+        &[text(&copy("scale", &|m| m["loss"]["scale"] = 0.into()))],
+        &["loss.scale", "positive"],
+    );
     let rows = copy("rows", &|m| m["loss"]["micro_batch_rows"] = serde_json::json!([2, 2]));
     refused(&[text(&rows)], &["step.safetensors", "input_ids", "4 rows", "found 3"]);
     refused(&[text(&copy("model", &|m| m["model"] = "nowhere".into()))], &["nowhere/config.json"]);
@@ -134,9 +169,17 @@ fn bad_input_is_refused_by_name() {
     std::fs::write(cut.join("step.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
     refused(&[text(&cut)], &["step.safetensors", "complete safetensors file"]);
     let dump = data("dumps/clean/lora-f32");
-    refused(&[text(&dump), "--memory", "100kB"], &["models/f32", "f64 reference", "the limit is 97 KiB"]);
-    let what = ["a dump: a folder with manifest.json and step.safetensors", "dump_step(model", "validate --help"];
-    let not_a_dump = |path: &Path, found: &str| refused(&[text(path)], &[&what[..], &[found]].concat());
+    refused(
+        &[text(&dump), "--memory", "100kB"],
+        &["models/f32", "f64 reference", "the limit is 97 KiB"],
+    );
+    let what = [
+        "a dump: a folder with manifest.json and step.safetensors",
+        "dump_step(model",
+        "validate --help",
+    ];
+    let not_a_dump =
+        |path: &Path, found: &str| refused(&[text(path)], &[&what[..], &[found]].concat());
     not_a_dump(folder.path(), "found a folder without manifest.json");
     not_a_dump(&folder.path().join("absent"), "found nothing of that name");
     not_a_dump(&data("dumps/models/f32"), "found a checkpoint folder (it goes to --model");
@@ -144,21 +187,25 @@ fn bad_input_is_refused_by_name() {
     not_a_dump(&data("dumps/clean/lora-f32/step.safetensors"), "found a file");
     refused(&[text(&dump), "--memory", "24"], &["did you mean 24GiB?"]);
     // Refused before the reference is run.
-    refused(&[text(&dump), "--heat-map", text(&dump.join("manifest.json/map"))], &["manifest.json"]);
+    refused(
+        &[text(&dump), "--heat-map", text(&dump.join("manifest.json/map"))],
+        &["manifest.json"],
+    );
     let deep = folder.path().join("deep");
     std::fs::create_dir_all(&deep).unwrap();
     let config = std::fs::read_to_string(data("dumps/models/f32/config.json")).unwrap();
     let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
     config["num_hidden_layers"] = 99_999_999.into();
     std::fs::write(deep.join("config.json"), config.to_string()).unwrap();
-    let parts = ["deep/config.json", "key num_hidden_layers", "at most 1024 layers", "found 99999999"];
+    let parts =
+        ["deep/config.json", "key num_hidden_layers", "at most 1024 layers", "found 99999999"];
     refused(&[text(&copy("deep-dump", &|m| m["model"] = text(&deep).into()))], &parts);
     refused(&[], &["required"]);
     refused(&["--model", text(&dump)], &["--reference"]);
 }
 
-/// Heads: the fixtures' own gradients pass in double precision, the reference rounded to a half format passes as such, faults are
-/// named.
+/// Heads: the fixtures' own gradients pass in double precision, the reference rounded to a half
+/// format passes as such, faults are named.
 #[test]
 fn kernels_are_validated() {
     for name in ["small", "medium", "causal", "softmax_one", "large_logits"] {
@@ -186,14 +233,16 @@ fn kernels_are_validated() {
     };
     let verdict = |path: &Path| validate_head(&input, path, None).unwrap();
     assert!(verdict(&written(&|_, _| ())).passed);
-    let named = |path: &Path| verdict(path).diagnoses.iter().map(|d| d.fault.clone()).collect::<Vec<_>>();
+    let named =
+        |path: &Path| verdict(path).diagnoses.iter().map(|d| d.fault.clone()).collect::<Vec<_>>();
     let factor = written(&|name, g| {
         if name.starts_with("dA") || name.starts_with("dB") {
             *g *= 0.5;
         }
     });
     assert_eq!(named(&factor), ["constant-factor"]);
-    // Other kernels: computed with the fault, by the crate's own dense routine on a changed problem.
+    // Other kernels: computed with the fault, by the crate's own dense routine on a changed
+    // problem.
     use peft_limits::attention::problem::{AttentionProblem, Mask};
     let source = problem.source().clone();
     let leaky = AttentionProblem::new(
@@ -209,7 +258,13 @@ fn kernels_are_validated() {
         None => *g = leaky.output.clone(),
     });
     assert_eq!(named(&path), ["mask"]);
-    let unscaled = AttentionProblem::new(source, problem.objective().clone(), problem.mask(), problem.softmax(), 1.0);
+    let unscaled = AttentionProblem::new(
+        source,
+        problem.objective().clone(),
+        problem.mask(),
+        problem.softmax(),
+        1.0,
+    );
     let unscaled = dense::gradients(&unscaled.unwrap(), Request::All).unwrap();
     let path = written(&|name, g| match unscaled.named().into_iter().find(|(n, _)| n == name) {
         Some((_, other)) => *g = other.clone(),
@@ -221,7 +276,10 @@ fn kernels_are_validated() {
     let all = dense::matrices(&problem, &projected);
     let wrong = &all.P * &all.G.dot(&projected.value.t());
     let hidden = problem.hidden().unwrap();
-    let (dq, dk) = (wrong.dot(&projected.key) * problem.beta(), wrong.t().dot(&projected.query) * problem.beta());
+    let (dq, dk) = (
+        wrong.dot(&projected.key) * problem.beta(),
+        wrong.t().dot(&projected.query) * problem.beta(),
+    );
     let path = written(&|name, g| {
         let (dp, p, x) = match name.chars().last() {
             Some('Q') => (&dq, &hidden.projections.query, &hidden.inputs.query),
@@ -240,7 +298,12 @@ fn kernels_are_validated() {
     let outcome = run(&["--head", text(&input), "--reference", text(&path)]);
     assert_eq!(outcome.status.code(), Some(1));
     assert!(stdout(&outcome).contains("lacks the row sum"), "{}", stdout(&outcome));
-    let outcome = run(&["--head", text(&input), "--reference", text(&data("dumps/models/f32/model.safetensors"))]);
+    let outcome = run(&[
+        "--head",
+        text(&input),
+        "--reference",
+        text(&data("dumps/models/f32/model.safetensors")),
+    ]);
     assert_eq!(outcome.status.code(), Some(2));
     assert!(TensorFile::open(&input).is_ok());
 }

@@ -1,4 +1,5 @@
-//! Models and batches that several tests share. Sizes are pairwise distinct where the architecture allows.
+//! Models and batches that several tests share. Sizes are pairwise distinct where the architecture
+//! allows.
 #![allow(dead_code)] // each test binary uses a part
 
 use ndarray::Array2;
@@ -10,7 +11,8 @@ use peft_limits::cost::Cost;
 use peft_limits::linalg::Real;
 use peft_limits::model::s2ft::{S2ftSpec, Scope};
 use peft_limits::model::{
-    AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions, StepOutput,
+    AdapterPlan, Batch, Gradients, MethodSpec, Model, ModelConfig, Projection, StepOptions,
+    StepOutput,
 };
 use peft_limits::tensor_file::{TensorFile, TensorWriter};
 use rand::{RngExt, SeedableRng};
@@ -47,7 +49,9 @@ pub fn model<T: Real>(seed: u64) -> Model<T> {
     model
         .for_each_trainable(&mut |name, values| {
             let gain = name.contains("norm");
-            values.mapv_inplace(|x| T::of(if gain { 0.5 + rng.random::<f64>() } else { x.widen() * 12.0 }));
+            values.mapv_inplace(|x| {
+                T::of(if gain { 0.5 + rng.random::<f64>() } else { x.widen() * 12.0 })
+            });
             Ok(())
         })
         .unwrap();
@@ -83,7 +87,10 @@ pub fn every_method<T: Real>() -> Vec<(&'static str, Model<T>)> {
         ("moslora", MethodSpec::Moslora { spec: lora(5), mixer: MixerInit::Kaiming }),
         ("paca", MethodSpec::Paca(PacaSpec { rank: 5, ..PacaSpec::default() })),
         ("spft", MethodSpec::Spft(SpftSpec { share: 0.05 })),
-        ("paca-scaled", MethodSpec::Paca(PacaSpec { rank: 5, alpha: Some(7.0), ..PacaSpec::default() })),
+        (
+            "paca-scaled",
+            MethodSpec::Paca(PacaSpec { rank: 5, alpha: Some(7.0), ..PacaSpec::default() }),
+        ),
     ];
     let mut all: Vec<(&'static str, Model<T>)> = specs
         .into_iter()
@@ -108,7 +115,11 @@ pub fn every_method<T: Real>() -> Vec<(&'static str, Model<T>)> {
 }
 
 pub fn s2ft_everywhere() -> S2ftSpec {
-    S2ftSpec { ratios: [0.4, 0.4, 0.4, 0.5, 0.2, 0.2, 0.3], scope: Scope::EachLayer, ..S2ftSpec::default() }
+    S2ftSpec {
+        ratios: [0.4, 0.4, 0.4, 0.5, 0.2, 0.2, 0.3],
+        scope: Scope::EachLayer,
+        ..S2ftSpec::default()
+    }
 }
 
 /// Moves adapters off their start, where B = 0 makes half of their gradients vanish.
@@ -122,7 +133,11 @@ pub fn leave_the_start<T: Real>(model: &mut Model<T>) {
         .unwrap();
 }
 
-pub fn step<T: Real>(model: &Model<T>, batch: &Batch, options: &StepOptions) -> (StepOutput, Gradients<T>, Cost) {
+pub fn step<T: Real>(
+    model: &Model<T>,
+    batch: &Batch,
+    options: &StepOptions,
+) -> (StepOutput, Gradients<T>, Cost) {
     let (mut gradients, mut cost) = (model.zero_gradients(), Cost::default());
     let out = model.loss_and_gradients(batch, options, &mut gradients, &mut cost).unwrap();
     (out, gradients, cost)
@@ -132,15 +147,20 @@ pub fn logits<T: Real>(model: &Model<T>) -> Array2<T> {
     model.logits(batch().input_ids.view(), &mut Cost::default()).unwrap()
 }
 
-/// One step of a family as a float64 dump, from the reference; `fault` multiplies one gradient by 1.01.
+/// One step of a family as a float64 dump, from the reference; `fault` multiplies one gradient by
+/// 1.01.
 pub fn family_dump(case: &Path, full: bool, fault: bool) -> Option<tempfile::TempDir> {
     let reference = TensorFile::open(case.join("reference.safetensors")).unwrap();
     let prefix = if full { "grad." } else { "lora.grad." };
-    let mut gradients: Vec<&str> = reference.names().filter(|name| name.starts_with(prefix)).collect();
+    let mut gradients: Vec<&str> =
+        reference.names().filter(|name| name.starts_with(prefix)).collect();
     gradients.sort_unstable();
     // One that is there: a key bias without rotary embedding has no gradient.
-    let there = |name: &&&str| reference.tensor::<f64>(name, "test").unwrap().1.iter().any(|x| x.abs() > 1e-9);
-    let spoilt = *gradients[gradients.len() / 2..].iter().find(there).or(gradients.iter().find(there))?;
+    let there = |name: &&&str| {
+        reference.tensor::<f64>(name, "test").unwrap().1.iter().any(|x| x.abs() > 1e-9)
+    };
+    let spoilt =
+        *gradients[gradients.len() / 2..].iter().find(there).or(gradients.iter().find(there))?;
     let mut writer = TensorWriter::new();
     for name in ["input_ids", "labels", "attention_mask", "position_ids"] {
         if reference.contains(name) {

@@ -33,7 +33,10 @@ fn arrays_go_there_and_back() {
     eprintln!("{}", device.info());
     let a = Array2::from_shape_fn((5, 3), |(i, j)| (i * 3 + j) as f32);
     assert_eq!(device.run("product", ThereAndBack(a.t().to_owned())).unwrap(), a.t().dot(&a));
-    assert!(matches!(device.run("product", ThereAndBack(Array2::zeros((0, 3)))), Err(Error::InvalidParam { .. })));
+    assert!(matches!(
+        device.run("product", ThereAndBack(Array2::zeros((0, 3)))),
+        Err(Error::InvalidParam { .. })
+    ));
 }
 
 struct TooLarge(u64);
@@ -80,7 +83,11 @@ fn a_panic_inside_the_engine_is_an_error_that_names_the_device_and_the_work() {
     let error = device.run("a wrong product", Panics).unwrap_err();
     assert!(matches!(&error, Error::Device { op: "a wrong product", .. }), "{error}");
     let a = Array2::from_shape_fn((2, 2), |(i, j)| (i + j) as f32);
-    assert_eq!(device.run("product", ThereAndBack(a.clone())).unwrap(), a.dot(&a.t()), "the device still works");
+    assert_eq!(
+        device.run("product", ThereAndBack(a.clone())).unwrap(),
+        a.dot(&a.t()),
+        "the device still works"
+    );
 }
 
 const CASES: [&str; 5] = ["small", "medium", "causal", "large_logits", "softmax_one"];
@@ -89,8 +96,8 @@ fn open(case: &str) -> TensorFile {
     TensorFile::open(data(&format!("attention_{case}.safetensors"))).unwrap()
 }
 
-/// 1e-4, or 8 eps max|logit| where that is larger: a logit s carries a rounding error of about eps |s|, which the
-/// exponential turns into a relative error of the same size.
+/// 1e-4, or 8 eps max|logit| where that is larger: a logit s carries a rounding error of about eps
+/// |s|, which the exponential turns into a relative error of the same size.
 fn tolerance(problem: &AttentionProblem<f64>) -> f64 {
     let projected = problem.project(&mut Default::default());
     let scores = dense::matrices(problem, &projected.qkv).S;
@@ -112,9 +119,10 @@ fn streaming_agrees_with_pytorch_on_every_fixture_and_tile() {
         let tolerance = tolerance(&problem);
         // The whole head in one tile, and tiles that divide neither side.
         let pairs = (problem.num_queries() * problem.num_keys()) as u64;
-        for (options, request, count) in
-            [(streaming::Options::default(), Request::All, 9), (small_tiles(pairs * 10 / 47), Request::Adapters, 6)]
-        {
+        for (options, request, count) in [
+            (streaming::Options::default(), Request::All, 9),
+            (small_tiles(pairs * 10 / 47), Request::Adapters, 6),
+        ] {
             let got = streaming::gradients(&device, &problem, request, &options).unwrap();
             let want: Array2<f64> = file.matrix("O", "reference").unwrap();
             assert_close(&format!("{case}: O"), &got.output.view(), &want.view(), tolerance);
@@ -128,12 +136,15 @@ fn streaming_agrees_with_pytorch_on_every_fixture_and_tile() {
                 worst = worst.max(relative_frobenius(&gradient.view(), &want.view()));
                 assert_close(&format!("{case}: {name}"), &gradient.view(), &want.view(), tolerance);
             }
-            eprintln!("{case} {request:?} {options:?}: worst tensor {worst:.1e}, allowed {tolerance:.1e}");
+            eprintln!(
+                "{case} {request:?} {options:?}: worst tensor {worst:.1e}, allowed {tolerance:.1e}"
+            );
         }
     }
 }
 
-/// At least one spec of every method, and whether it is made of products; it must be refused if not.
+/// At least one spec of every method, and whether it is made of products; it must be refused if
+/// not.
 const SPECS: [(&str, bool); 12] = [
     ("taylor:degree=3", true),
     ("taylor:degree=2,center=both", true),
@@ -165,8 +176,10 @@ fn chained_agrees_with_the_processor_for_every_factorization() {
         let problem: AttentionProblem<f64> = head.at_threshold_ratio(0.4).draw().unwrap();
         for (spec, works) in SPECS {
             let method = build::<f64>(spec).unwrap();
-            // Everything once; the adapters alone for one method made on the device and one made on the processor.
-            let adapters = ["taylor:degree=3", "nystrom:rank=24"].contains(&spec).then_some(Request::Adapters);
+            // Everything once; the adapters alone for one method made on the device and one made on
+            // the processor.
+            let adapters =
+                ["taylor:degree=3", "nystrom:rank=24"].contains(&spec).then_some(Request::Adapters);
             for request in [Request::All].into_iter().chain(adapters) {
                 // Small tiles: several blocks of rows or chunks.
                 let options = streaming::Options { tile_bytes: 2 << 20, ..Default::default() };
@@ -180,12 +193,24 @@ fn chained_agrees_with_the_processor_for_every_factorization() {
                 }
                 let got = got.unwrap_or_else(|e| panic!("{spec} {mask:?}: {e}"));
                 let want = cpu_chained(&problem, method.as_ref(), request).unwrap().gradients;
-                assert_close(&format!("{spec} {mask:?}: O"), &got.gradients.output.view(), &want.output.view(), 1e-4);
+                assert_close(
+                    &format!("{spec} {mask:?}: O"),
+                    &got.gradients.output.view(),
+                    &want.output.view(),
+                    1e-4,
+                );
                 let mut worst = 0.0f64;
                 assert_eq!(got.gradients.named().len(), want.named().len());
-                for ((name, ours), (_, theirs)) in got.gradients.named().into_iter().zip(want.named()) {
+                for ((name, ours), (_, theirs)) in
+                    got.gradients.named().into_iter().zip(want.named())
+                {
                     worst = worst.max(relative_frobenius(&ours.view(), &theirs.view()));
-                    assert_close(&format!("{spec} {mask:?} {request:?}: {name}"), &ours.view(), &theirs.view(), 1e-4);
+                    assert_close(
+                        &format!("{spec} {mask:?} {request:?}: {name}"),
+                        &ours.view(),
+                        &theirs.view(),
+                        1e-4,
+                    );
                 }
                 eprintln!("{spec} {mask:?} {request:?}: worst tensor {worst:.1e}");
             }
@@ -198,21 +223,31 @@ fn a_denominator_that_is_not_positive_is_named() {
     let device = device();
     // Degree 1 on large logits: 1 + s is negative for most pairs of some row.
     let problem: AttentionProblem<f64> =
-        SyntheticHead { gamma: 12.0, entries: Entries::Normal, ..SyntheticHead::new(40, 2) }.draw().unwrap();
+        SyntheticHead { gamma: 12.0, entries: Entries::Normal, ..SyntheticHead::new(40, 2) }
+            .draw()
+            .unwrap();
     let method = build::<f64>("taylor:degree=1").unwrap();
     let options = streaming::Options::default();
-    let error = chained::gradients(&device, &problem, method.as_ref(), Request::Adapters, &options).err().unwrap();
-    assert!(matches!(&error, Error::NonPositiveDenominator { value, .. } if *value <= 0.0), "{error}");
+    let error = chained::gradients(&device, &problem, method.as_ref(), Request::Adapters, &options)
+        .err()
+        .unwrap();
+    assert!(
+        matches!(&error, Error::NonPositiveDenominator { value, .. } if *value <= 0.0),
+        "{error}"
+    );
 }
 
 /// Cross-attention with given Q, K, V of unequal lengths and widths, upstream gradient given.
 fn cross_head(upstream_factor: f64) -> AttentionProblem<f64> {
     let matrix = |rows: usize, columns: usize, salt: f64| {
-        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) as f64 * 0.37 + salt).sin())
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 7 + j * 3) as f64 * 0.37 + salt).sin()
+        })
     };
     let qkv = Qkv { query: matrix(23, 5, 0.1), key: matrix(37, 5, 0.2), value: matrix(37, 3, 0.3) };
     let upstream = Objective::UpstreamGradient(matrix(23, 3, 0.4) * upstream_factor);
-    AttentionProblem::new(Source::Projected(qkv), upstream, Mask::Full, SoftmaxKind::Standard, 0.8).unwrap()
+    AttentionProblem::new(Source::Projected(qkv), upstream, Mask::Full, SoftmaxKind::Standard, 0.8)
+        .unwrap()
 }
 
 #[test]
@@ -224,21 +259,32 @@ fn cross_attention_agrees_and_is_linear_in_the_upstream_gradient() {
     };
     let (once, twice) = (gradients(1.0), gradients(-2.0));
     let want = dense::gradients(&cross_head(1.0), Request::All).unwrap();
-    for (((name, a), (_, b)), (_, want)) in once.named().into_iter().zip(twice.named()).zip(want.named()) {
+    for (((name, a), (_, b)), (_, want)) in
+        once.named().into_iter().zip(twice.named()).zip(want.named())
+    {
         assert_close(&name, &a.view(), &want.view(), 1e-5);
         // Powers of two and signs do not round.
         assert_eq!(b, &(a * -2.0), "{name}");
     }
-    let adapters = streaming::gradients(&device, &cross_head(1.0), Request::Adapters, &streaming::Options::default());
+    let adapters = streaming::gradients(
+        &device,
+        &cross_head(1.0),
+        Request::Adapters,
+        &streaming::Options::default(),
+    );
     assert!(matches!(adapters, Err(Error::InvalidParam { .. })));
 }
 
 #[test]
 fn no_tile_is_larger_than_its_budget_and_one_score_must_fit() {
-    for (queries, keys, mask) in [(5000, 70_000, Mask::Full), (9000, 9000, Mask::Causal), (3, 2, Mask::Full)] {
+    for (queries, keys, mask) in
+        [(5000, 70_000, Mask::Full), (9000, 9000, Mask::Causal), (3, 2, Mask::Full)]
+    {
         for elements in [1u64, 17, 5000, 1 << 22] {
             let tile = small_tiles(elements).tile(queries, keys, mask, u64::MAX).unwrap();
-            assert!(tile.queries >= 1 && tile.keys >= 1 && tile.queries <= queries && tile.keys <= keys);
+            assert!(
+                tile.queries >= 1 && tile.keys >= 1 && tile.queries <= queries && tile.keys <= keys
+            );
             assert!((tile.queries * tile.keys) as u64 <= elements, "{tile:?} {elements}");
         }
     }
@@ -251,7 +297,8 @@ fn no_tile_is_larger_than_its_budget_and_one_score_must_fit() {
 #[test]
 fn half_precision_products_cost_what_their_bits_say() {
     let device = device();
-    let problem: AttentionProblem<f64> = SyntheticHead { gamma: 1.0, ..SyntheticHead::new(64, 8) }.draw().unwrap();
+    let problem: AttentionProblem<f64> =
+        SyntheticHead { gamma: 1.0, ..SyntheticHead::new(64, 8) }.draw().unwrap();
     let want = dense::gradients(&problem, Request::Adapters).unwrap();
     for precision in Precision::ALL {
         let options = streaming::Options { precision, ..Default::default() };
@@ -266,7 +313,9 @@ fn half_precision_products_cost_what_their_bits_say() {
                 eprintln!("{precision} products: gradient error {gap:.1e}");
                 assert!(gap >= least && gap <= most, "{precision}: {gap:e}");
             }
-            Err(Error::InvalidParam { name, value, requirement }) if precision != Precision::F32 => {
+            Err(Error::InvalidParam { name, value, requirement })
+                if precision != Precision::F32 =>
+            {
                 eprintln!("{precision} products: not on this device ({requirement})");
                 assert!(name == "products" && value == precision.to_string());
             }

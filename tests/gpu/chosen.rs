@@ -1,5 +1,5 @@
-//! The device under test, the program and the test data. A binary of these tests may be carried to a machine without
-//! cargo and run there from the project's folder: see `paper-notes/gpu-runs.md`.
+//! The device under test, the program and the test data. A binary of these tests may be carried to
+//! a machine without cargo and run there from the project's folder: see `paper-notes/gpu-runs.md`.
 
 use peft_limits::device::DeviceChoice;
 use peft_limits::gpu::Device;
@@ -16,7 +16,10 @@ pub fn choice() -> DeviceChoice {
 /// The device, opened.
 pub fn device() -> Device {
     Device::open(choice()).unwrap_or_else(|e| {
-        panic!("these tests need a Vulkan, Metal or DirectX 12 device; Mesa's llvmpipe counts (see .ci/gpu): {e}")
+        panic!(
+            "these tests need a Vulkan, Metal or DirectX 12 device; Mesa's llvmpipe counts (see \
+                .ci/gpu): {e}"
+        )
     })
 }
 
@@ -31,7 +34,8 @@ macro_rules! on_device {
     ($on:ident => $body:expr) => {
         match &$crate::chosen::device() {
             peft_limits::gpu::Device::Wgpu($on) => $body,
-            // Compiled twice only where the program is built too: a check of the library alone has no card.
+            // Compiled twice only where the program is built too: a check of the library alone has
+            // no card.
             #[cfg(all(feature = "cuda", feature = "cli"))]
             peft_limits::gpu::Device::Cuda($on) => $body,
             #[cfg(all(feature = "cuda", not(feature = "cli")))]

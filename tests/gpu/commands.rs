@@ -11,18 +11,24 @@ fn data(name: &str) -> String {
 }
 
 fn peft_limits(arguments: &[&str]) -> Output {
-    let program = std::env::var_os("PEFT_LIMITS_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_peft-limits").into());
+    let program =
+        std::env::var_os("PEFT_LIMITS_PROGRAM").unwrap_or(env!("CARGO_BIN_EXE_peft-limits").into());
     Command::new(program).args(arguments).output().unwrap()
 }
 
 /// Standard output of a command that must succeed.
 fn succeeds(arguments: &[&str]) -> String {
     let outcome = peft_limits(arguments);
-    assert!(outcome.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&outcome.stderr));
+    assert!(
+        outcome.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&outcome.stderr)
+    );
     String::from_utf8(outcome.stdout).unwrap()
 }
 
-/// One last line on stderr with the fragments (a driver may have warned before it), exit code 2, no file.
+/// One last line on stderr with the fragments (a driver may have warned before it), exit code 2, no
+/// file.
 fn refused(arguments: &[&str], output: &Path, fragments: &[&str]) {
     let outcome = peft_limits(arguments);
     let stderr = String::from_utf8_lossy(&outcome.stderr);
@@ -57,7 +63,12 @@ fn gradients_are_written_from_a_device() {
     let got = TensorFile::open(&output).unwrap();
     for name in ["O", "dWQ", "dWK", "dWV", "dAQ", "dAK", "dAV", "dBQ", "dBK", "dBV"] {
         let ours = got.matrix::<f64>(name, "written").unwrap();
-        assert_close(name, &ours.view(), &reference.matrix::<f64>(name, "reference").unwrap().view(), 1e-4);
+        assert_close(
+            name,
+            &ours.view(),
+            &reference.matrix::<f64>(name, "reference").unwrap().view(),
+            1e-4,
+        );
     }
     assert!(got.metadata("device").is_some_and(|d| d.starts_with(&device)));
 }
@@ -82,8 +93,8 @@ fn probe_measures_on_a_device() {
     assert!(error(&value["methods"][0]) > error(&value["streaming"]), "{said}");
 }
 
-/// Every precision either gives a gradient, off by what its bits say and with its name in the file, or is refused with those
-/// that the device has.
+/// Every precision either gives a gradient, off by what its bits say and with its name in the file,
+/// or is refused with those that the device has.
 #[test]
 fn operands_are_rounded_as_asked() {
     let folder = tempfile::tempdir().unwrap();
@@ -96,13 +107,24 @@ fn operands_are_rounded_as_asked() {
         [("f32", 0.0, 1e-4), ("tf32", 1e-5, 5e-2), ("f16", 1e-5, 5e-2), ("bf16", 1e-4, 3e-1)]
     {
         let output = folder.path().join(format!("{precision}.safetensors"));
-        let arguments =
-            ["gradient", &input, "--device", &device, "--products", precision, "-o", output.to_str().unwrap()];
+        let arguments = [
+            "gradient",
+            &input,
+            "--device",
+            &device,
+            "--products",
+            precision,
+            "-o",
+            output.to_str().unwrap(),
+        ];
         if !first.split_whitespace().any(|word| word == precision) {
             let outcome = peft_limits(&arguments);
             let stderr = String::from_utf8_lossy(&outcome.stderr);
             assert_eq!(outcome.status.code(), Some(2), "{precision}: {stderr}");
-            assert!(stderr.contains(precision) && stderr.contains("f32") && !output.exists(), "{stderr}");
+            assert!(
+                stderr.contains(precision) && stderr.contains("f32") && !output.exists(),
+                "{stderr}"
+            );
             continue;
         }
         succeeds(&arguments);
@@ -125,6 +147,7 @@ fn a_device_that_is_not_there_is_refused_with_what_is() {
     let there = if choice() == DeviceChoice::Gpu(0) { "gpu:0" } else { "device" };
     refused(&["gradient", &input, "--device", "gpu:99", "-o", &file], &output, &["gpu:99", there]);
     refused(&["probe", &input, "--device", "gpu:99"], &output, &["gpu:99", there]);
-    // Numbered beyond any machine: without a driver, or without the feature, the message differs but names the device.
+    // Numbered beyond any machine: without a driver, or without the feature, the message differs
+    // but names the device.
     refused(&["gradient", &input, "--device", "cuda:99", "-o", &file], &output, &["cuda:99"]);
 }

@@ -1,4 +1,5 @@
-//! Training steps on a device against the CPU's float64, for every method (a software device will do).
+//! Training steps on a device against the CPU's float64, for every method (a software device will
+//! do).
 use crate::chosen::{data as folder, on_device};
 use ndarray::{Array2, s};
 use peft_limits::adapters::Method;
@@ -24,9 +25,9 @@ use std::sync::atomic::AtomicBool;
 
 /// Agreement asked of losses and gradients, relative (Frobenius) per tensor.
 const TOLERANCE: f64 = 1e-4;
-/// Agreement of weights after AdamW. It divides each entry by its own size, so where a gradient is as small as its
-/// rounding error the update has that error's sign: single entries move by up to 2 lr. The CPU's own f32 is held to
-/// the same 1e-3 in `tests/training/llama_fixtures.rs`.
+/// Agreement of weights after AdamW. It divides each entry by its own size, so where a gradient is
+/// as small as its rounding error the update has that error's sign: single entries move by up to 2
+/// lr. The CPU's own f32 is held to the same 1e-3 in `tests/training/llama_fixtures.rs`.
 const AFTER_ADAMW: f64 = 1e-3;
 
 fn batch(name: &str) -> Batch {
@@ -48,8 +49,8 @@ fn of_peft(name: &str) -> Model<f64> {
     model
 }
 
-/// A method on the checkpoint of `llama_full`; a factor that starts at zero is moved away from it, so that every
-/// gradient is there to be compared.
+/// A method on the checkpoint of `llama_full`; a factor that starts at zero is moved away from it,
+/// so that every gradient is there to be compared.
 fn adapted(params: &MethodParams) -> Model<f64> {
     let mut model: Model<f64> = Model::read(&folder("llama_full")).unwrap();
     params.apply(&mut model, None, 5).unwrap();
@@ -69,7 +70,11 @@ fn method(name: MethodName) -> MethodParams {
     MethodParams { rank: 3, ..MethodParams::named(name) }
 }
 
-fn device_step<B: Engine>(model: &DeviceModel<B>, batch: &Batch, options: &StepOptions) -> (f64, DeviceGradients<B>) {
+fn device_step<B: Engine>(
+    model: &DeviceModel<B>,
+    batch: &Batch,
+    options: &StepOptions,
+) -> (f64, DeviceGradients<B>) {
     let mut gradients = model.zero_gradients();
     let loss = model.loss_and_gradients(batch, options, &mut gradients, None).unwrap();
     (loss.read(model.on()).unwrap(), gradients)
@@ -80,7 +85,13 @@ fn check(model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: usize
     on_device!(on => check_on(on, model, batch, params, steps));
 }
 
-fn check_on<B: Engine>(on: &Opened<B>, mut model: Model<f64>, batch: &Batch, params: OptimizerParams, steps: usize) {
+fn check_on<B: Engine>(
+    on: &Opened<B>,
+    mut model: Model<f64>,
+    batch: &Batch,
+    params: OptimizerParams,
+    steps: usize,
+) {
     let mut there = DeviceModel::upload(&model, on).unwrap();
     let before = weights(&there, &model);
     let mut gradients = model.zero_gradients();
@@ -90,7 +101,8 @@ fn check_on<B: Engine>(on: &Opened<B>, mut model: Model<f64>, batch: &Batch, par
     let mut worst: (f64, String) = (0.0, String::new());
     for step in 0..steps.max(1) {
         gradients.fill_zero();
-        let want = model.loss_and_gradients(batch, &options, &mut gradients, &mut cost).unwrap().loss;
+        let want =
+            model.loss_and_gradients(batch, &options, &mut gradients, &mut cost).unwrap().loss;
         let (loss, found) = device_step(&there, batch, &options);
         assert!((loss - want).abs() <= TOLERANCE * want, "loss {loss} against {want}");
         if step == 0 {
@@ -99,7 +111,8 @@ fn check_on<B: Engine>(on: &Opened<B>, mut model: Model<f64>, batch: &Batch, par
             assert_eq!(found.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>(), names);
             for ((name, found), want) in found.iter().zip(want) {
                 let found = found.mapv(f64::from);
-                let gap = (&found - &want).mapv(|x| x * x).sum().sqrt() / want.mapv(|x| x * x).sum().sqrt();
+                let gap = (&found - &want).mapv(|x| x * x).sum().sqrt()
+                    / want.mapv(|x| x * x).sum().sqrt();
                 if gap > worst.0 {
                     worst = (gap, name.clone());
                 }
@@ -136,10 +149,16 @@ fn check_frozen(before: &[[Array2<f32>; 7]], after: &[[Array2<f32>; 7]], model: 
                 let trained = match &layer.projection(p).method {
                     Method::Full => true,
                     Method::Paca(paca) => paca.index.contains(&j),
-                    Method::S2ft(slice) => slice.range.contains(if slice.side == Side::Output { &i } else { &j }),
+                    Method::S2ft(slice) => {
+                        slice.range.contains(if slice.side == Side::Output { &i } else { &j })
+                    }
                     _ => false,
                 };
-                assert!(trained || x.to_bits() == after[[i, j]].to_bits(), "layer {l} {} [{i}, {j}]", p.module());
+                assert!(
+                    trained || x.to_bits() == after[[i, j]].to_bits(),
+                    "layer {l} {} [{i}, {j}]",
+                    p.module()
+                );
             }
         }
     }
@@ -186,10 +205,17 @@ fn dora_with_its_true_derivative() {
 fn moslora_paca_and_s2ft() {
     let batch = batch("llama_full");
     check(adapted(&method(MethodName::Moslora)), &batch, adamw(), 3);
-    check(adapted(&MethodParams { alpha: Some(6.0), ..method(MethodName::Paca) }), &batch, adamw(), 3);
+    check(
+        adapted(&MethodParams { alpha: Some(6.0), ..method(MethodName::Paca) }),
+        &batch,
+        adamw(),
+        3,
+    );
     // Both sides of slices: rows of q, v, gate and up, columns of o and down.
-    let ratios = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].map(|p| (p.to_string(), 0.3));
-    let s2ft = MethodParams { ratios: Some(ratios.into()), ..MethodParams::named(MethodName::S2ft) };
+    let ratios = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        .map(|p| (p.to_string(), 0.3));
+    let s2ft =
+        MethodParams { ratios: Some(ratios.into()), ..MethodParams::named(MethodName::S2ft) };
     check(adapted(&s2ft), &batch, adamw(), 3);
 }
 
@@ -197,7 +223,13 @@ fn moslora_paca_and_s2ft() {
 fn descent_with_and_without_momentum() {
     let batch = batch("llama_lora");
     for momentum in [0.0, 0.9] {
-        let sgd = OptimizerParams { kind: OptimizerKind::Sgd, lr: 0.05, momentum, weight_decay: 0.1, ..adamw() };
+        let sgd = OptimizerParams {
+            kind: OptimizerKind::Sgd,
+            lr: 0.05,
+            momentum,
+            weight_decay: 0.1,
+            ..adamw()
+        };
         check(of_peft("llama_lora"), &batch, sgd, 2);
     }
 }
@@ -205,7 +237,10 @@ fn descent_with_and_without_momentum() {
 /// Only the upper layer's projections are adapted: what lies below has no backward.
 #[test]
 fn nothing_is_kept_below_the_first_trainable_tensor() {
-    let mut model = adapted(&MethodParams { targets: Some(vec!["down_proj".into()]), ..method(MethodName::Lora) });
+    let mut model = adapted(&MethodParams {
+        targets: Some(vec!["down_proj".into()]),
+        ..method(MethodName::Lora)
+    });
     model.layers[0].projection_mut(Projection::Down).method = Method::Frozen;
     let batch = batch("llama_full");
     on_device!(on => {
@@ -221,7 +256,9 @@ fn nothing_is_kept_below_the_first_trainable_tensor() {
 #[test]
 fn the_saved_tensors_are_those_of_the_cpu() {
     let batch = batch("llama_full");
-    for name in [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Paca, MethodName::S2ft] {
+    for name in
+        [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Paca, MethodName::S2ft]
+    {
         let model = adapted(&method(name));
         for checkpointing in [false, true] {
             let options = StepOptions { checkpointing, ..StepOptions::default() };
@@ -231,7 +268,8 @@ fn the_saved_tensors_are_those_of_the_cpu() {
                 pass.saved_bytes_by_name()
             });
             let mut cost = Cost::default();
-            let pass = model.forward(&batch, &options, &mut model.zero_gradients(), &mut cost).unwrap();
+            let pass =
+                model.forward(&batch, &options, &mut model.zero_gradients(), &mut cost).unwrap();
             let mut want = pass.saved_bytes_by_name();
             want.iter_mut().for_each(|(_, bytes)| *bytes /= 2);
             found.sort();
@@ -304,13 +342,16 @@ fn partial_gradients_are_slices_of_the_full_one() {
     }
 }
 
-/// What rounding the operands of every product costs a whole step, for the precisions that the device has.
+/// What rounding the operands of every product costs a whole step, for the precisions that the
+/// device has.
 #[test]
 fn steps_with_rounded_products_cost_what_their_bits_say() {
     let (model, batch) = (of_peft("llama_lora"), batch("llama_lora"));
     let mut want = model.zero_gradients();
-    let exact =
-        model.loss_and_gradients(&batch, &StepOptions::default(), &mut want, &mut Cost::default()).unwrap().loss;
+    let exact = model
+        .loss_and_gradients(&batch, &StepOptions::default(), &mut want, &mut Cost::default())
+        .unwrap()
+        .loss;
     let squares = |all: &[Array2<f64>]| all.iter().map(|g| g.mapv(|x| x * x).sum()).sum::<f64>();
     let want: Vec<Array2<f64>> = want.named().into_iter().map(|(_, g)| g.to_owned()).collect();
     for products in Precision::ALL {
@@ -332,7 +373,8 @@ fn steps_with_rounded_products_cost_what_their_bits_say() {
             let found = found.download(on).unwrap().into_iter().map(|(_, g)| g.mapv(f64::from));
             let gaps: Vec<Array2<f64>> = found.zip(&want).map(|(found, want)| found - want).collect();
             let gap = (squares(&gaps) / squares(&want)).sqrt();
-            println!("{products} products: gradients off by {gap:.1e}, loss by {:.1e}", (loss - exact).abs() / exact);
+            println!("{products} products: gradients off by {gap:.1e}, loss by \
+                      {:.1e}", (loss - exact).abs() / exact);
             assert!((least..=most).contains(&gap), "{products}: {gap:e}");
             assert!((loss - exact).abs() <= most * exact, "{products}: {loss} against {exact}");
         });
@@ -344,10 +386,17 @@ fn padding_and_given_positions() {
     let (ids, labels) = (batch("llama_lora").input_ids, batch("llama_lora").labels);
     let (rows, length) = ids.dim();
     // Padding on the left of one row and on the right of the next.
-    let mask = Array2::from_shape_fn((rows, length), |(b, t)| if b % 2 == 0 { t >= 3 } else { t + 2 < length });
-    let labels = Array2::from_shape_fn((rows, length), |at| if mask[at] { labels[at] } else { -100 });
-    let positions =
-        Array2::from_shape_fn((rows, length), |(b, t)| if b % 2 == 0 { t.saturating_sub(3) } else { t } as u32);
+    let mask =
+        Array2::from_shape_fn(
+            (rows, length),
+            |(b, t)| if b % 2 == 0 { t >= 3 } else { t + 2 < length },
+        );
+    let labels =
+        Array2::from_shape_fn((rows, length), |at| if mask[at] { labels[at] } else { -100 });
+    let positions = Array2::from_shape_fn(
+        (rows, length),
+        |(b, t)| if b % 2 == 0 { t.saturating_sub(3) } else { t } as u32,
+    );
     let padded = Batch::new(ids, labels).unwrap().with_attention_mask(mask).unwrap();
     check(of_peft("llama_lora"), &padded.with_position_ids(positions).unwrap(), adamw(), 1);
 }
@@ -360,16 +409,26 @@ fn several_attention_tiles_agree_with_the_cpu() {
 fn check_attention_tiles<B: Engine>(on: &Opened<B>) {
     let shape = AttentionShape { batch: 2, length: 13, heads: 6, kv_heads: 2, head_dim: 4 };
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-    let mut random = |heads: usize| Array2::from_shape_simple_fn((26, heads * 4), || rng.random::<f64>() * 2.0 - 1.0);
+    let mut random = |heads: usize| {
+        Array2::from_shape_simple_fn((26, heads * 4), || rng.random::<f64>() * 2.0 - 1.0)
+    };
     let (query, key, value, upstream) = (random(6), random(2), random(2), random(6));
     let exact = Precision::F32;
     let keys = Array2::from_shape_fn((2, 13), |(b, t)| b == 1 || t != 0 && t != 7);
     for mask in [None, Some(keys.view())] {
         let visible = Visibility { keys: mask, ..Visibility::default() };
         let (scratch, cost) = (&mut Scratch::default(), &mut Cost::default());
-        let (output, lse) =
-            causal_attention_forward(query.view(), key.view(), value.view(), shape, visible, 0.5, scratch, cost)
-                .unwrap();
+        let (output, lse) = causal_attention_forward(
+            query.view(),
+            key.view(),
+            value.view(),
+            shape,
+            visible,
+            0.5,
+            scratch,
+            cost,
+        )
+        .unwrap();
         let cache = AttentionCache {
             query: query.view(),
             key: key.view(),
@@ -377,17 +436,38 @@ fn check_attention_tiles<B: Engine>(on: &Opened<B>) {
             output: output.view(),
             log_sum_exp: lse.view(),
         };
-        let want = causal_attention_backward(upstream.view(), &cache, shape, visible, 0.5, scratch, cost).unwrap();
+        let want =
+            causal_attention_backward(upstream.view(), &cache, shape, visible, 0.5, scratch, cost)
+                .unwrap();
         let padding = mask.map(|mask| tiled::Padding::upload(mask, &shape, &on.device));
         for tile in [1, 4, 13] {
-            let queries = |x: &Array2<f64>| tiled::split_queries(on.upload("x", x.view()).unwrap(), &shape);
-            let keys = |x: &Array2<f64>| tiled::split_keys(on.upload("x", x.view()).unwrap(), &shape);
+            let queries =
+                |x: &Array2<f64>| tiled::split_queries(on.upload("x", x.view()).unwrap(), &shape);
+            let keys =
+                |x: &Array2<f64>| tiled::split_keys(on.upload("x", x.view()).unwrap(), &shape);
             let (q, k, v) = (queries(&query), keys(&key), keys(&value));
-            let (o, lse) = tiled::causal_attention_forward(&q, &k, &v, &shape, padding.as_ref(), 0.5, tile, exact);
+            let (o, lse) = tiled::causal_attention_forward(
+                &q,
+                &k,
+                &v,
+                &shape,
+                padding.as_ref(),
+                0.5,
+                tile,
+                exact,
+            );
             let saved = tiled::AttentionSaved { query: q, key: k, value: v, log_sum_exp: lse };
             let g = queries(&upstream);
-            let (dq, dk, dv) =
-                tiled::causal_attention_backward(g, saved, o.clone(), &shape, padding.as_ref(), 0.5, tile, exact);
+            let (dq, dk, dv) = tiled::causal_attention_backward(
+                g,
+                saved,
+                o.clone(),
+                &shape,
+                padding.as_ref(),
+                0.5,
+                tile,
+                exact,
+            );
             let found = [
                 ("output", tiled::join_queries(o, &shape), &output),
                 ("dquery", tiled::join_queries(dq, &shape), &want.0),
@@ -428,8 +508,9 @@ fn a_resumed_run_continues_bit_for_bit() {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
     Model::<f32>::random(preset("pico").unwrap(), &mut rng).unwrap().write(&base).unwrap();
     let text = format!(
-        "[model]\npath = {base:?}\n[method]\nname = \"paca\"\nrank = 4\nalpha = 6.0\n[optimizer]\nclip = 1.0\n\
-         [train]\nsteps = 4\nbatch = 2\nlength = 48\ntruncate = true\neval_rows = 0\nsave_every = 2\n[[data]]\ntask = \"lists\"\n"
+        "[model]\npath = {base:?}\n[method]\nname = \"paca\"\nrank = 4\nalpha = \
+         6.0\n[optimizer]\nclip = 1.0\n[train]\nsteps = 4\nbatch = 2\nlength = 48\ntruncate = \
+         true\neval_rows = 0\nsave_every = 2\n[[data]]\ntask = \"lists\"\n"
     );
     let config = TrainConfig::from_toml("run.toml", &text).unwrap();
     let device = crate::chosen::device();
@@ -461,9 +542,16 @@ fn what_a_device_cannot_do_is_refused() {
     let device = crate::chosen::device();
     let config = TrainConfig::from_toml("run.toml", text).unwrap();
     let mut trainer = Trainer::<f32>::new(config.clone()).unwrap();
-    assert!(train_on(&mut trainer, &device, Precision::F32).unwrap_err().to_string().contains("bf16_storage"));
+    assert!(
+        train_on(&mut trainer, &device, Precision::F32)
+            .unwrap_err()
+            .to_string()
+            .contains("bf16_storage")
+    );
     let mut trainer = Trainer::<f64>::new(config).unwrap();
-    assert!(train_on(&mut trainer, &device, Precision::F32).unwrap_err().to_string().contains("f32"));
+    assert!(
+        train_on(&mut trainer, &device, Precision::F32).unwrap_err().to_string().contains("f32")
+    );
     let model = adapted(&MethodParams { rank: 3, ..MethodParams::named(MethodName::Qlora) });
     let refused = on_device!(on => DeviceModel::upload(&model, on).err().unwrap().to_string());
     assert!(refused.contains("packed"), "{refused}");

@@ -1,5 +1,5 @@
-//! The ladder on a device's own step: a clean step passes, planted faults are caught and named; and the memory account.
-//! One test after another, since the allocator of a device is shared.
+//! The ladder on a device's own step: a clean step passes, planted faults are caught and named; and
+//! the memory account. One test after another, since the allocator of a device is shared.
 use crate::chosen::{data as folder, on_device};
 use ndarray::Array2;
 use peft_limits::blocks::rope::RopeTable;
@@ -49,7 +49,8 @@ fn a_clean_step_climbs_the_whole_ladder() {
     let _alone = alone();
     for name in ["llama_full", "llama_lora", "llama_dora"] {
         let report = on_device!(on => report(name, on, None));
-        let shares: Vec<String> = report.rungs.iter().map(|r| format!("{} {:.2}", r.name.name(), r.share())).collect();
+        let shares: Vec<String> =
+            report.rungs.iter().map(|r| format!("{} {:.2}", r.name.name(), r.share())).collect();
         println!("{name}: {}", shares.join(", "));
         assert!(report.passed, "{name}: {:?}", report.first_failure());
     }
@@ -60,7 +61,9 @@ fn a_missing_rotary_backward_is_caught_and_named() {
     let _alone = alone();
     let shape = case("llama_lora");
     let length = shape.batch.input_ids.ncols();
-    let table = RopeTable::<f64>::new(length, shape.model.config.head_dim, shape.model.config.rope_theta).unwrap();
+    let table =
+        RopeTable::<f64>::new(length, shape.model.config.head_dim, shape.model.config.rope_theta)
+            .unwrap();
     let report = on_device!(on => {
         let angles = RotaryAngles::upload(&table, &on.device);
         // Rotating forward again undoes the rotation back.
@@ -89,9 +92,9 @@ fn a_wrong_forward_is_caught_where_it_happens() {
     assert!(report.first_failure().is_some());
 }
 
-/// Between forward and backward the allocator holds what was predicted, for every method: nothing else is kept alive,
-/// by a view of a larger buffer for instance. 5% covers index tensors. CUDA's engine pads rows to 512 bytes, so the widths
-/// of the model there are multiples of that.
+/// Between forward and backward the allocator holds what was predicted, for every method: nothing
+/// else is kept alive, by a view of a larger buffer for instance. 5% covers index tensors. CUDA's
+/// engine pads rows to 512 bytes, so the widths of the model there are multiples of that.
 #[test]
 fn the_allocator_holds_what_is_predicted() {
     let (device, _alone) = (crate::chosen::device(), alone());
@@ -104,10 +107,17 @@ fn the_allocator_holds_what_is_predicted() {
         _ => pico,
     };
     let base = Model::<f64>::random(config.clone(), &mut rng).unwrap();
-    let ids = Array2::from_shape_simple_fn((4, 64), || rng.random_range(0..config.vocab_size as u32));
+    let ids =
+        Array2::from_shape_simple_fn((4, 64), || rng.random_range(0..config.vocab_size as u32));
     let batch = Batch::new(ids.clone(), ids.mapv(i64::from)).unwrap();
-    let methods =
-        [MethodName::Full, MethodName::Lora, MethodName::Dora, MethodName::Moslora, MethodName::Paca, MethodName::S2ft];
+    let methods = [
+        MethodName::Full,
+        MethodName::Lora,
+        MethodName::Dora,
+        MethodName::Moslora,
+        MethodName::Paca,
+        MethodName::S2ft,
+    ];
     for name in methods {
         let mut model = base.clone();
         MethodParams { rank: 3, ..MethodParams::named(name) }.apply(&mut model, None, 5).unwrap();
@@ -120,7 +130,11 @@ fn the_allocator_holds_what_is_predicted() {
             ("after forward", memory.after_forward, memory.measured_after_forward),
         ] {
             let ratio = measured as f64 / predicted as f64;
-            assert!((0.95..1.05).contains(&ratio), "{} {what}: {predicted} predicted, {measured}", name.name());
+            assert!(
+                (0.95..1.05).contains(&ratio),
+                "{} {what}: {predicted} predicted, {measured}",
+                name.name()
+            );
         }
     }
 }

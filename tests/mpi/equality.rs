@@ -1,11 +1,14 @@
-//! Gradients over ranks against those of one process: to 1e-12 in f64, and the bytes that the formulas give.
+//! Gradients over ranks against those of one process: to 1e-12 in f64, and the bytes that the
+//! formulas give.
 
 use super::launch;
 use ndarray::Array2;
 use peft_limits::attention::exact::streaming;
 use peft_limits::attention::factorization::build;
 use peft_limits::attention::synthetic::SyntheticHead;
-use peft_limits::attention::{AttentionProblem, Gradients, Mask, Objective, Qkv, Request, SoftmaxKind, chained};
+use peft_limits::attention::{
+    AttentionProblem, Gradients, Mask, Objective, Qkv, Request, SoftmaxKind, chained,
+};
 use peft_limits::distributed::ranks::Traffic;
 use peft_limits::distributed::rows::{rows_of, shard};
 use peft_limits::distributed::traffic::Columns;
@@ -48,9 +51,16 @@ pub fn rank() -> ExitCode {
     let mut largest = 0.0f64;
     for mask in [Mask::Full, Mask::Causal] {
         for softmax in [SoftmaxKind::Standard, SoftmaxKind::One] {
-            // Neither length is a multiple of the ranks; the second fills several chunks on every rank.
+            // Neither length is a multiple of the ranks; the second fills several chunks on every
+            // rank.
             for tokens in [47, 1043] {
-                let head = SyntheticHead { mask, softmax, rank: 3, seed: 11, ..SyntheticHead::new(tokens, 5) };
+                let head = SyntheticHead {
+                    mask,
+                    softmax,
+                    rank: 3,
+                    seed: 11,
+                    ..SyntheticHead::new(tokens, 5)
+                };
                 let problem: AttentionProblem<f64> = head.draw().unwrap();
                 let given = given_upstream(&problem);
                 for (problem, request) in [(&problem, Request::Adapters), (&given, Request::All)] {
@@ -58,7 +68,8 @@ pub fn rank() -> ExitCode {
                     // Short causal heads have other exact chunks on several ranks: see `rows_of`.
                     if mask == Mask::Full || tokens > 3 * 256 || ranks.size() == 1 {
                         for spec in METHODS {
-                            largest = largest.max(chained_gap(ranks, problem, spec, request, 1e-12));
+                            largest =
+                                largest.max(chained_gap(ranks, problem, spec, request, 1e-12));
                         }
                     }
                 }
@@ -79,15 +90,28 @@ pub fn rank() -> ExitCode {
 fn given_upstream(problem: &AttentionProblem<f64>) -> AttentionProblem<f64> {
     let g = problem.objective().tensor().mapv(|y| 0.3 - y);
     let (source, mask) = (problem.source().clone(), problem.mask());
-    AttentionProblem::new(source, Objective::UpstreamGradient(g), mask, problem.softmax(), problem.beta()).unwrap()
+    AttentionProblem::new(
+        source,
+        Objective::UpstreamGradient(g),
+        mask,
+        problem.softmax(),
+        problem.beta(),
+    )
+    .unwrap()
 }
 
-fn streaming_gap<T: Scalar>(ranks: &Ranks, whole: &AttentionProblem<T>, request: Request, tolerance: f64) -> f64 {
+fn streaming_gap<T: Scalar>(
+    ranks: &Ranks,
+    whole: &AttentionProblem<T>,
+    request: Request,
+    tolerance: f64,
+) -> f64 {
     let before = ranks.traffic();
     let mine = shard(whole, ranks.rank(), ranks.size()).unwrap();
     let got = distributed::ring::gradients(ranks, &mine, request).unwrap();
-    let rows: Vec<usize> =
-        (0..ranks.size()).map(|r| rows_of(whole.num_keys(), r, ranks.size()).unwrap().len()).collect();
+    let rows: Vec<usize> = (0..ranks.size())
+        .map(|r| rows_of(whole.num_keys(), r, ranks.size()).unwrap().len())
+        .collect();
     let expected = Columns::of(whole, request).ring(&rows, ranks.rank(), size_of::<T>());
     assert_eq!(bytes(ranks.traffic(), before), (expected.reduced, expected.scanned, expected.sent));
     compare(ranks, "streaming", &got, &streaming::gradients(whole, request).unwrap(), tolerance)
@@ -105,13 +129,23 @@ fn chained_gap<T: Scalar>(
     let mine = shard(whole, ranks.rank(), ranks.size()).unwrap();
     let got = distributed::chained::gradients(ranks, &mine, method.as_ref(), request).unwrap();
     let expected = Columns::of(whole, request).chained(got.certificate.rank, size_of::<T>());
-    assert_eq!(bytes(ranks.traffic(), before), (expected.reduced, expected.scanned, expected.sent), "{spec}");
+    assert_eq!(
+        bytes(ranks.traffic(), before),
+        (expected.reduced, expected.scanned, expected.sent),
+        "{spec}"
+    );
     let want = chained::gradients(whole, method.as_ref(), request).unwrap();
     // Bounds and intervals are of the whole head; a maximum is exact, means are sums.
     let (ours, theirs) = (&got.certificate, &want.certificate);
     assert_eq!((&ours.spec, ours.rank, ours.degree), (&theirs.spec, theirs.rank, theirs.degree));
-    let b = |c: &peft_limits::attention::factorization::Certificate| c.interval.map_or(0.0, |(b, _)| b);
-    assert!((b(ours) - b(theirs)).abs() <= 1e-6 * b(theirs), "{spec}: {:?} {:?}", ours.interval, theirs.interval);
+    let b =
+        |c: &peft_limits::attention::factorization::Certificate| c.interval.map_or(0.0, |(b, _)| b);
+    assert!(
+        (b(ours) - b(theirs)).abs() <= 1e-6 * b(theirs),
+        "{spec}: {:?} {:?}",
+        ours.interval,
+        theirs.interval
+    );
     compare(ranks, spec, &got.gradients, &want.gradients, tolerance)
 }
 
@@ -120,7 +154,13 @@ fn bytes(after: Traffic, before: Traffic) -> (u64, u64, u64) {
 }
 
 /// Largest relative gap of any tensor; panics above the tolerance.
-fn compare<T: Scalar>(ranks: &Ranks, what: &str, got: &Gradients<T>, want: &Gradients<T>, tolerance: f64) -> f64 {
+fn compare<T: Scalar>(
+    ranks: &Ranks,
+    what: &str,
+    got: &Gradients<T>,
+    want: &Gradients<T>,
+    tolerance: f64,
+) -> f64 {
     let mut largest = 0.0f64;
     let mut judge = |name: &str, got: &Array2<T>, want: &Array2<T>| {
         assert_eq!(got.dim(), want.dim(), "{what}: {name}");
@@ -130,7 +170,9 @@ fn compare<T: Scalar>(ranks: &Ranks, what: &str, got: &Gradients<T>, want: &Grad
         largest = largest.max(gap);
     };
     let sums = |g: &Gradients<T>| [g.weight.clone(), g.lora_a.clone(), g.lora_b.clone()];
-    for (name, (got, want)) in ["dW", "dA", "dB"].into_iter().zip(sums(got).into_iter().zip(sums(want))) {
+    for (name, (got, want)) in
+        ["dW", "dA", "dB"].into_iter().zip(sums(got).into_iter().zip(sums(want)))
+    {
         for ((_, got), (_, want)) in got.named().into_iter().zip(want.named()) {
             assert_eq!(got.is_some(), want.is_some(), "{what}: {name}");
             if let (Some(got), Some(want)) = (got, want) {
@@ -142,7 +184,8 @@ fn compare<T: Scalar>(ranks: &Ranks, what: &str, got: &Gradients<T>, want: &Grad
     if let Some(output) = ranks.gather_rows(&got.output) {
         judge("O", &output, &want.output);
     }
-    for ((letter, got), (_, want)) in got.projected.named().into_iter().zip(want.projected.named()) {
+    for ((letter, got), (_, want)) in got.projected.named().into_iter().zip(want.projected.named())
+    {
         if let (Some(got), Some(want)) = (got, want)
             && let Some(rows) = ranks.gather_rows(got)
         {
@@ -160,11 +203,16 @@ fn compare<T: Scalar>(ranks: &Ranks, what: &str, got: &Gradients<T>, want: &Grad
 fn projected_inputs(ranks: &Ranks) {
     use peft_limits::attention::problem::Source;
     let matrix = |rows: usize, columns: usize, phase: f64| {
-        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) as f64 * 0.37 + phase).sin())
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 7 + j * 3) as f64 * 0.37 + phase).sin()
+        })
     };
-    let qkv = Qkv { query: matrix(31, 4, 0.0), key: matrix(523, 4, 1.0), value: matrix(523, 6, 2.0) };
+    let qkv =
+        Qkv { query: matrix(31, 4, 0.0), key: matrix(523, 4, 1.0), value: matrix(523, 6, 2.0) };
     let objective = Objective::Target(matrix(31, 6, 3.0));
-    let whole = AttentionProblem::new(Source::Projected(qkv), objective, Mask::Full, SoftmaxKind::One, 0.5).unwrap();
+    let whole =
+        AttentionProblem::new(Source::Projected(qkv), objective, Mask::Full, SoftmaxKind::One, 0.5)
+            .unwrap();
     streaming_gap(ranks, &whole, Request::All, 1e-12);
     chained_gap(ranks, &whole, "taylor:degree=4,center=both", Request::All, 1e-12);
 }

@@ -22,9 +22,12 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// `mpirun -n ranks program arguments`, one thread a rank.
 pub fn mpirun(ranks: usize, program: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new("mpirun");
-    // Root and more ranks than cores are refused by Open MPI unless asked for; other libraries ignore the variables.
+    // Root and more ranks than cores are refused by Open MPI unless asked for; other libraries
+    // ignore the variables.
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_hwloc_base_binding_policy", "none");
+    command
+        .env("OMPI_MCA_rmaps_base_oversubscribe", "1")
+        .env("OMPI_MCA_hwloc_base_binding_policy", "none");
     command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none").env("RAYON_NUM_THREADS", "1");
     command.arg("-n").arg(ranks.to_string()).arg(program).args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -42,7 +45,10 @@ pub fn role(ranks: usize, role: &str, arguments: &[&str]) -> Command {
 /// Starts a job.
 pub fn start(mut command: Command) -> Child {
     command.spawn().unwrap_or_else(|error| {
-        panic!("mpirun cannot be started ({error}); with feature mpi these tests need it (Debian: openmpi-bin)")
+        panic!(
+            "mpirun cannot be started ({error}); with feature mpi these tests need it (Debian: \
+                openmpi-bin)"
+        )
     })
 }
 
@@ -62,7 +68,8 @@ pub fn finish(mut child: Child) -> Output {
 /// Runs a job that must succeed; its standard output.
 pub fn succeeds(command: Command) -> String {
     let output = finish(start(command));
-    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, error) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}\n{out}\n{error}", output.status);
     out.into_owned()
 }
@@ -76,8 +83,9 @@ pub fn main(roles: &[Role], tests: &[Test]) -> ExitCode {
         };
     }
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let chosen =
-        tests.iter().filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())));
+    let chosen = tests.iter().filter(|(name, _)| {
+        filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()))
+    });
     let mut failed = 0;
     for (name, test) in chosen {
         let start = std::time::Instant::now();

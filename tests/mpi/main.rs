@@ -1,6 +1,7 @@
 //! Gradients over MPI: this program starts itself under `mpirun` and judges what the ranks say.
 //!
-//! `cargo test --features mpi --test mpi`; needs an `mpirun` (Debian: openmpi-bin). A name as argument selects tests.
+//! `cargo test --features mpi --test mpi`; needs an `mpirun` (Debian: openmpi-bin). A name as
+//! argument selects tests.
 
 mod command;
 mod equality;

@@ -21,11 +21,15 @@ pub fn rank() -> ExitCode {
     let ranks = job.ranks();
     let whole: AttentionProblem<f64> = SyntheticHead::new(64, 4).draw().unwrap();
     let mine = shard(&whole, ranks.rank(), ranks.size()).unwrap();
-    for spec in
-        ["nystrom:rank=8,seed=1", "fitted:degree=2", "support-basis:degree=1,threshold=1", "truncated-svd:rank=3"]
-    {
+    for spec in [
+        "nystrom:rank=8,seed=1",
+        "fitted:degree=2",
+        "support-basis:degree=1,threshold=1",
+        "truncated-svd:rank=3",
+    ] {
         let method = build::<f64>(spec).unwrap();
-        let error = chained::gradients(ranks, &mine, method.as_ref(), Request::Adapters).unwrap_err();
+        let error =
+            chained::gradients(ranks, &mine, method.as_ref(), Request::Adapters).unwrap_err();
         assert!(matches!(error, Error::InvalidParam { .. }), "{spec}: {error}");
         assert!(error.to_string().contains("positive-features"), "{error}");
     }
@@ -43,7 +47,12 @@ pub fn rank() -> ExitCode {
 
     // A denominator that is not positive, in a row of the last rank only.
     let taylor = build::<f64>("taylor:degree=1,b=40,check=off").unwrap();
-    let error = chained::gradients(ranks, &last_row_fails(ranks.rank(), ranks.size()), taylor.as_ref(), Request::All);
+    let error = chained::gradients(
+        ranks,
+        &last_row_fails(ranks.rank(), ranks.size()),
+        taylor.as_ref(),
+        Request::All,
+    );
     match error.unwrap_err() {
         Error::NonPositiveDenominator { row, .. } => assert_eq!((ranks.rank(), row), (2, 11)),
         Error::OtherRank { rank, .. } => assert!(ranks.rank() < 2 && rank == 2),
@@ -63,6 +72,7 @@ fn last_row_fails(rank: usize, ranks: usize) -> AttentionProblem<f64> {
     query.row_mut(11).fill(-5.0);
     let source = Source::Projected(Qkv { query, value: key.clone(), key });
     let objective = Objective::Target(Array2::zeros((12, 2)));
-    let whole = AttentionProblem::new(source, objective, Mask::Full, SoftmaxKind::Standard, 1.0).unwrap();
+    let whole =
+        AttentionProblem::new(source, objective, Mask::Full, SoftmaxKind::Standard, 1.0).unwrap();
     shard(&whole, rank, ranks).unwrap()
 }

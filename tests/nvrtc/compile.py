@@ -68,7 +68,17 @@ def commands(program, scratch, jobs):
     for head in HEADS[:1] if few else HEADS:
         path = str(DATA / f"attention_{head}.safetensors")
         for products in ["f32", "tf32", "bf16", "f16"]:
-            yield [program, "gradient", path, "--device", "cuda", "--products", products, "-o", f"{scratch}/out.safetensors"]
+            yield [
+                program,
+                "gradient",
+                path,
+                "--device",
+                "cuda",
+                "--products",
+                products,
+                "-o",
+                f"{scratch}/out.safetensors",
+            ]
         specs = SPECS[:3] if few else SPECS
         features = [part for spec in specs for part in ("--features", spec)]
         yield [program, "probe", path, "--device", "cuda", *features]
@@ -76,16 +86,38 @@ def commands(program, scratch, jobs):
         adapter = DATA / case / "adapter"
         batch = DATA / case / "reference.safetensors"
         extra = ["--adapter", str(adapter)] if adapter.exists() else []
-        yield [program, "validate", "--model", str(DATA / case), *extra, "--reference", str(batch), "--trainer", "cuda"]
+        yield [
+            program,
+            "validate",
+            "--model",
+            str(DATA / case),
+            *extra,
+            "--reference",
+            str(batch),
+            "--trainer",
+            "cuda",
+        ]
     for method in METHODS[:2] if few else METHODS:
         for kind in ["adamw", "sgd"]:
             config = Path(scratch) / f"{method}-{kind}.toml"
             # An adapter starts from a trained model: the first run's.
-            source = 'preset = "pico"' if method == "full" else f'path = "{scratch}/run-full-adamw/model"'
+            source = (
+                'preset = "pico"'
+                if method == "full"
+                else f'path = "{scratch}/run-full-adamw/model"'
+            )
             text = f'[model]\n{source}\n[method]\nname = "{method}"\n[optimizer]\nkind = "{kind}"\n'
-            text += "[train]\nsteps = 2\nbatch = 2\nlength = 48\ntruncate = true\neval_rows = 0\n[[data]]\ntask = \"lists\"\n"
+            text += '[train]\nsteps = 2\nbatch = 2\nlength = 48\ntruncate = true\neval_rows = 0\n[[data]]\ntask = "lists"\n'
             config.write_text(text)
-            yield [program, "train", str(config), "--device", "cuda", "--out", f"{scratch}/run-{method}-{kind}"]
+            yield [
+                program,
+                "train",
+                str(config),
+                "--device",
+                "cuda",
+                "--out",
+                f"{scratch}/run-{method}-{kind}",
+            ]
 
 
 def assemble(assembler, path):
@@ -96,7 +128,9 @@ def assemble(assembler, path):
     if not assembler:
         return name, "", "", "", None
     done = subprocess.run(
-        [str(assembler), "-arch=sm_90a", "-v", "-o", "/dev/null", str(path)], capture_output=True, text=True
+        [str(assembler), "-arch=sm_90a", "-v", "-o", "/dev/null", str(path)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         return name, "", "", "", (done.stderr or done.stdout).strip().splitlines()[:3]
@@ -107,13 +141,27 @@ def assemble(assembler, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--program", required=True, help="peft-limits, built with --features cuda")
     parser.add_argument("--out", required=True, help="folder for kernels.csv, the PTX and the log")
-    parser.add_argument("--jobs", choices=["few", "all"], default="all", help="few: the checks' smallest part")
-    parser.add_argument("--also", action="append", default=[], metavar="COMMAND", help="a further command line to run")
-    parser.add_argument("--only-also", action="store_true", help="nothing but the commands of --also")
-    parser.add_argument("--cache", help="folder in which the engine keeps what it compiled, for a card of this kind")
+    parser.add_argument(
+        "--jobs", choices=["few", "all"], default="all", help="few: the checks' smallest part"
+    )
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="a further command line to run",
+    )
+    parser.add_argument(
+        "--only-also", action="store_true", help="nothing but the commands of --also"
+    )
+    parser.add_argument(
+        "--cache", help="folder in which the engine keeps what it compiled, for a card of this kind"
+    )
     args = parser.parse_args()
     out = Path(args.out).resolve()
     (out / "ptx").mkdir(parents=True, exist_ok=True)
@@ -121,33 +169,52 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         found = toolkit(scratch)
         if not found:
-            print("NVRTC and CUDA's headers are not installed for this Python (see --help): no kernel was compiled")
+            print(
+                "NVRTC and CUDA's headers are not installed for this Python (see --help): no kernel was compiled"
+            )
             sys.exit(3)
         libraries, root, assembler = found
         stub = Path(scratch) / "driver"
         stub.mkdir()
         source = str(Path(__file__).with_name("driver.c"))
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(stub / "libcuda.so"), source, "-lpthread"], check=True)
-        cache = f'[compilation]\ncache = {{ file = "{Path(args.cache).resolve()}" }}\n' if args.cache else ""
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-O1", "-o", str(stub / "libcuda.so"), source, "-lpthread"],
+            check=True,
+        )
+        cache = (
+            f'[compilation]\ncache = {{ file = "{Path(args.cache).resolve()}" }}\n'
+            if args.cache
+            else ""
+        )
         (Path(scratch) / "cubecl.toml").write_text(cache)
         environment = os.environ | {
             "LD_LIBRARY_PATH": os.pathsep.join(map(str, [stub, *libraries])),
             "CUDA_PATH": str(root),
             "CUDA_STUB_OUT": str(out / "ptx"),
         }
-        lines = [] if args.only_also else list(commands(str(Path(args.program).resolve()), scratch, args.jobs))
+        lines = (
+            []
+            if args.only_also
+            else list(commands(str(Path(args.program).resolve()), scratch, args.jobs))
+        )
         lines += [shlex.split(text) for text in args.also]
         errors, began = [], time.monotonic()
         with open(out / "log.txt", "w") as log:
             for line in lines:
                 start = time.monotonic()
-                done = subprocess.run(line, cwd=scratch, env=environment, capture_output=True, text=True)
+                done = subprocess.run(
+                    line, cwd=scratch, env=environment, capture_output=True, text=True
+                )
                 said = done.stdout + done.stderr
                 shown = " ".join(line).replace(str(ROOT) + "/", "").replace(scratch, "scratch")
-                log.write(f"$ {shown}\n{said}\n[exit {done.returncode}, {time.monotonic() - start:.1f} s]\n\n")
+                log.write(
+                    f"$ {shown}\n{said}\n[exit {done.returncode}, {time.monotonic() - start:.1f} s]\n\n"
+                )
                 log.flush()
                 # Numbers are wrong here and checks fail; a kernel that does not compile says so.
-                failed = r"Compilation Error|CompilationError|Unable to load the PTX|is not known here"
+                failed = (
+                    r"Compilation Error|CompilationError|Unable to load the PTX|is not known here"
+                )
                 if re.search(failed, said) or ("panicked" in said and "test result:" not in said):
                     errors.append((shown, said.strip()[:1500]))
         seconds = time.monotonic() - began
@@ -162,13 +229,31 @@ def main():
             kernels.setdefault(name, []).append((path.stat().st_size, registers, spilled, shared))
     with open(out / "kernels.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["kernel", "architecture", "variants", "ptx bytes", "registers", "spilled bytes", "shared bytes"])
+        table.writerow(
+            [
+                "kernel",
+                "architecture",
+                "variants",
+                "ptx bytes",
+                "registers",
+                "spilled bytes",
+                "shared bytes",
+            ]
+        )
         for name, variants in sorted(kernels.items()):
-            table.writerow([name, "sm_90a", len(variants), *(max(v[i] for v in variants) for i in range(4))])
+            table.writerow(
+                [name, "sm_90a", len(variants), *(max(v[i] for v in variants) for i in range(4))]
+            )
     nvrtc = sorted(p.name for folder in libraries for p in folder.glob("libnvrtc.so*"))
-    print(f"{len(lines)} commands in {seconds:.0f} s; NVRTC: {', '.join(nvrtc)}; assembled: {'yes' if assembler else 'no'}")
-    print(f"{sum(map(len, kernels.values()))} kernels of {len(kernels)} names compiled for sm_90a -> {out / 'kernels.csv'}")
-    spilling = sorted({name for name, variants in kernels.items() if any(v[2] for v in variants if v[2] != "")})
+    print(
+        f"{len(lines)} commands in {seconds:.0f} s; NVRTC: {', '.join(nvrtc)}; assembled: {'yes' if assembler else 'no'}"
+    )
+    print(
+        f"{sum(map(len, kernels.values()))} kernels of {len(kernels)} names compiled for sm_90a -> {out / 'kernels.csv'}"
+    )
+    spilling = sorted(
+        {name for name, variants in kernels.items() if any(v[2] for v in variants if v[2] != "")}
+    )
     if spilling:
         print(f"spill registers: {', '.join(spilling)}")
     for where, error in errors:

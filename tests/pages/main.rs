@@ -1,4 +1,5 @@
-//! Pages, notebooks and steps for contributors stay true. Only in the repository: the package has no figures or notebooks.
+//! Pages, notebooks and steps for contributors stay true. Only in the repository: the package has
+//! no figures or notebooks.
 
 #![cfg(feature = "cli")] // which brings the reader of tables
 

@@ -1,5 +1,5 @@
-//! The notebooks are whole: format 4, no outputs in git, tables and columns that exist, and Rust cells that the tests run.
-//! `.ci/notebooks` executes them.
+//! The notebooks are whole: format 4, no outputs in git, tables and columns that exist, and Rust
+//! cells that the tests run. `.ci/notebooks` executes them.
 
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -29,7 +29,9 @@ fn language(notebook: &Value) -> &str {
 /// The texts of the code cells.
 fn code(notebook: &Value) -> Vec<String> {
     let cells = notebook["cells"].as_array().unwrap().iter().filter(|c| c["cell_type"] == "code");
-    cells.map(|c| c["source"].as_array().unwrap().iter().map(|l| l.as_str().unwrap()).collect()).collect()
+    cells
+        .map(|c| c["source"].as_array().unwrap().iter().map(|l| l.as_str().unwrap()).collect())
+        .collect()
 }
 
 /// Plain string literals ("...") of a text, up to `end` outside of any.
@@ -66,7 +68,8 @@ fn tables_read(cells: &[String]) -> Vec<(String, Vec<String>)> {
 /// Every string literal of an experiment's source.
 fn words_of_source(experiment: &str) -> BTreeSet<String> {
     let path = root().join("experiments/src").join(format!("{experiment}.rs"));
-    let source = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let source =
+        std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let harness = std::fs::read_to_string(root().join("experiments/src/harness/study.rs")).unwrap();
     source.lines().chain(harness.lines()).flat_map(|line| literals(line, None)).collect()
 }
@@ -81,15 +84,23 @@ fn format_4_without_outputs() {
             "{name}: cells have ids from 4.5 on"
         );
         let cells = notebook["cells"].as_array().unwrap();
-        let ids: BTreeSet<&str> = cells.iter().map(|c| c["id"].as_str().expect("a cell's id")).collect();
+        let ids: BTreeSet<&str> =
+            cells.iter().map(|c| c["id"].as_str().expect("a cell's id")).collect();
         assert_eq!(ids.len(), cells.len(), "{name}: ids repeat");
         for cell in cells {
             let id = &cell["id"];
             match cell["cell_type"].as_str() {
                 Some("markdown") => assert!(cell.get("outputs").is_none(), "{name}, {id}"),
                 Some("code") => {
-                    assert_eq!(cell["outputs"], serde_json::json!([]), "{name}, {id}: outputs are not committed");
-                    assert!(cell["execution_count"].is_null(), "{name}, {id}: execution counts are not committed");
+                    assert_eq!(
+                        cell["outputs"],
+                        serde_json::json!([]),
+                        "{name}, {id}: outputs are not committed"
+                    );
+                    assert!(
+                        cell["execution_count"].is_null(),
+                        "{name}, {id}: execution counts are not committed"
+                    );
                 }
                 other => panic!("{name}, {id}: a cell of type {other:?}"),
             }
@@ -115,7 +126,11 @@ fn every_column_read_is_in_the_committed_table() {
                 words_of_source(experiment)
             };
             for column in columns {
-                assert!(has.contains(column), "{}: {experiment} has no column {column:?}", path.display());
+                assert!(
+                    has.contains(column),
+                    "{}: {experiment} has no column {column:?}",
+                    path.display()
+                );
             }
         }
     }
@@ -131,7 +146,8 @@ fn files_named_by_cells_exist() {
             for chain in cell.split("ROOT / ").skip(1) {
                 let line = chain.lines().next().unwrap();
                 let parts = line.split(" / ").take_while(|part| part.starts_with('"'));
-                let file = parts.fold(root().to_path_buf(), |p, part| p.join(&literals(part, None)[0]));
+                let file =
+                    parts.fold(root().to_path_buf(), |p, part| p.join(&literals(part, None)[0]));
                 if file.starts_with(root().join("target")) {
                     continue;
                 }
@@ -150,15 +166,21 @@ fn rust_cells_are_the_example_that_runs() {
     let body = example.split_once("// cell: ").unwrap().1.split_once('\n').unwrap().1;
     let body = body.split_once("    // end").unwrap().0;
     let plain = |text: &str| -> Vec<String> {
-        let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("// cell: "));
+        let lines =
+            text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("// cell: "));
         lines.map(str::to_string).collect()
     };
     let all = notebooks();
     let (_, notebook) = all.iter().find(|(_, n)| language(n) == "rust").expect("a Rust notebook");
     let cells = code(notebook);
-    let (commands, rust): (Vec<&String>, Vec<&String>) = cells.iter().partition(|c| c.starts_with(':'));
+    let (commands, rust): (Vec<&String>, Vec<&String>) =
+        cells.iter().partition(|c| c.starts_with(':'));
     assert_eq!(commands, [r#":dep peft-limits = { path = "..", default-features = false }"#]);
     let rust: Vec<String> = rust.iter().flat_map(|cell| plain(cell)).collect();
-    assert_eq!(rust, plain(body), "notebooks/rust_gradients.ipynb and examples/notebook_gradients.rs differ");
+    assert_eq!(
+        rust,
+        plain(body),
+        "notebooks/rust_gradients.ipynb and examples/notebook_gradients.rs differ"
+    );
     assert!(rust.len() > 30);
 }

@@ -1,5 +1,6 @@
-//! The notes stay true: links resolve, the index from equation to function is complete and names what exists, the glossary's
-//! names are public, and numbers quoted from a figure stand in that figure's findings.
+//! The notes stay true: links resolve, the index from equation to function is complete and names
+//! what exists, the glossary's names are public, and numbers quoted from a figure stand in that
+//! figure's findings.
 
 use crate::pages::{code_spans, files, page, prose, root, section};
 use std::collections::BTreeSet;
@@ -15,10 +16,12 @@ fn read(path: &Path) -> String {
 
 /// Whether `source` defines an item of that name, or implements a type of that name.
 fn defines(source: &str, item: &str) -> bool {
-    let whole =
-        |at: usize, length: usize| !source[at + length..].starts_with(|c: char| c.is_alphanumeric() || c == '_');
-    let implements =
-        |line: &str| line.starts_with("impl") && line.split(|c: char| !c.is_alphanumeric()).any(|w| w == item);
+    let whole = |at: usize, length: usize| {
+        !source[at + length..].starts_with(|c: char| c.is_alphanumeric() || c == '_')
+    };
+    let implements = |line: &str| {
+        line.starts_with("impl") && line.split(|c: char| !c.is_alphanumeric()).any(|w| w == item)
+    };
     if source.lines().any(implements) {
         return true;
     }
@@ -35,8 +38,9 @@ fn is_item(span: &str) -> bool {
     })
 }
 
-/// Items that a table row names in a file but that the file does not define. A row holds `` `src/file.rs`: `item` ``
-/// one or more times; a later bare file name (`` `polynomial.rs` ``) lies in the folder of the file before it.
+/// Items that a table row names in a file but that the file does not define. A row holds ``
+/// `src/file.rs`: `item` `` one or more times; a later bare file name (`` `polynomial.rs` ``) lies
+/// in the folder of the file before it.
 fn missing(line: &str, names: &mut usize) -> Vec<String> {
     let mut missing = Vec::new();
     let mut file: Option<(PathBuf, String)> = None;
@@ -69,7 +73,9 @@ fn every_item_of_the_tables_exists() {
     let mut names = 0;
     let mut problems = Vec::new();
     for path in notes() {
-        for (number, line) in read(&path).lines().enumerate().filter(|(_, line)| line.starts_with('|')) {
+        for (number, line) in
+            read(&path).lines().enumerate().filter(|(_, line)| line.starts_with('|'))
+        {
             for problem in missing(line, &mut names) {
                 problems.push(format!("{}:{}: {problem}", path.display(), number + 1));
             }
@@ -120,10 +126,18 @@ fn the_index_holds_every_numbered_equation() {
             continue;
         }
         let name = path.file_stem().and_then(|s| s.to_str()).expect("a name");
-        let listed = section(&index, &format!("### {name}")).unwrap_or_else(|| panic!("no index section for {name}"));
-        let rows: String = listed.lines().filter(|l| l.starts_with('|')).flat_map(|l| l.split('|').nth(1)).collect();
+        let listed = section(&index, &format!("### {name}"))
+            .unwrap_or_else(|| panic!("no index section for {name}"));
+        let rows: String = listed
+            .lines()
+            .filter(|l| l.starts_with('|'))
+            .flat_map(|l| l.split('|').nth(1))
+            .collect();
         let lost: Vec<_> = tagged.difference(&numbers(&rows)).copied().collect();
-        assert!(lost.is_empty(), "{name}: equations {lost:?} are not in the index of paper-notes/README.md");
+        assert!(
+            lost.is_empty(),
+            "{name}: equations {lost:?} are not in the index of paper-notes/README.md"
+        );
         equations += tagged.len();
     }
     assert!(equations > 20, "{equations} equations were found");
@@ -134,7 +148,10 @@ fn every_note_is_linked_from_their_index() {
     let index = page("paper-notes/README.md");
     for path in notes() {
         let name = path.file_name().and_then(|n| n.to_str()).expect("a name");
-        assert!(name == "README.md" || index.contains(&format!("]({name})")), "{name} is not linked");
+        assert!(
+            name == "README.md" || index.contains(&format!("]({name})")),
+            "{name} is not linked"
+        );
     }
 }
 
@@ -142,7 +159,13 @@ fn every_note_is_linked_from_their_index() {
 fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     text.chars()
-        .filter_map(|c| if c == ' ' { Some('-') } else { (c.is_alphanumeric() || "-_".contains(c)).then_some(c) })
+        .filter_map(|c| {
+            if c == ' ' {
+                Some('-')
+            } else {
+                (c.is_alphanumeric() || "-_".contains(c)).then_some(c)
+            }
+        })
         .collect()
 }
 
@@ -159,7 +182,11 @@ fn broken(page: &Path, target: &str) -> Option<String> {
         return None;
     }
     let (file, fragment) = target.split_once('#').unwrap_or((target, ""));
-    let path = if file.is_empty() { page.to_path_buf() } else { page.parent().expect("a folder").join(file) };
+    let path = if file.is_empty() {
+        page.to_path_buf()
+    } else {
+        page.parent().expect("a folder").join(file)
+    };
     if !path.exists() {
         return Some("no such file".into());
     }
@@ -178,13 +205,18 @@ fn every_relative_link_resolves() {
         let text = read(&path);
         for target in prose(&text).flat_map(links) {
             count += 1;
-            problems.extend(broken(&path, target).map(|why| format!("{}: {target}: {why}", path.display())));
+            problems.extend(
+                broken(&path, target).map(|why| format!("{}: {target}: {why}", path.display())),
+            );
         }
     }
     assert!(count > 60, "{count} links were found");
     assert!(problems.is_empty(), "{}", problems.join("\n"));
     let here = root().join("README.md");
-    assert!(broken(&here, "paper-notes/lost.md").is_some() && broken(&here, "paper-notes/README.md#lost").is_some());
+    assert!(
+        broken(&here, "paper-notes/lost.md").is_some()
+            && broken(&here, "paper-notes/README.md#lost").is_some()
+    );
 }
 
 #[test]
@@ -203,8 +235,10 @@ fn every_path_in_code_marks_exists() {
     let mut problems = Vec::new();
     for path in files(".", "md") {
         for span in prose(&read(&path)).flat_map(code_spans) {
-            // A command's own arguments are looked at by the test of commands; `<name>` and `*` stand for many.
-            let named = FOLDERS.iter().any(|f| span.starts_with(f)) && !span.contains(['<', '*', ' ', '{']);
+            // A command's own arguments are looked at by the test of commands; `<name>` and `*`
+            // stand for many.
+            let named =
+                FOLDERS.iter().any(|f| span.starts_with(f)) && !span.contains(['<', '*', ' ', '{']);
             // Not committed: made by a run.
             if named && !span.starts_with("figures/quick") && !root().join(span).exists() {
                 problems.push(format!("{}: {span}", path.display()));
@@ -217,7 +251,8 @@ fn every_path_in_code_marks_exists() {
 /// Sources refer to notes by path; a page that was moved or renamed leaves none behind.
 #[test]
 fn every_note_named_in_a_source_exists() {
-    let sources = ["src", "tests", "experiments", "benches", "examples"].map(|f| files(f, "rs")).concat();
+    let sources =
+        ["src", "tests", "experiments", "benches", "examples"].map(|f| files(f, "rs")).concat();
     let mut count = 0;
     for path in sources.into_iter().chain(files("python", "py")) {
         // This file's own examples of broken names are not meant.
@@ -225,18 +260,26 @@ fn every_note_named_in_a_source_exists() {
             continue;
         }
         for rest in read(&path).split("paper-notes/").skip(1) {
-            let name = rest.split(|c: char| !(c.is_alphanumeric() || "-.".contains(c))).next().unwrap_or_default();
+            let name = rest
+                .split(|c: char| !(c.is_alphanumeric() || "-.".contains(c)))
+                .next()
+                .unwrap_or_default();
             let name = name.trim_end_matches('.');
             if name.ends_with(".md") {
                 count += 1;
-                assert!(root().join("paper-notes").join(name).exists(), "{}: paper-notes/{name}", path.display());
+                assert!(
+                    root().join("paper-notes").join(name).exists(),
+                    "{}: paper-notes/{name}",
+                    path.display()
+                );
             }
         }
     }
     assert!(count > 20, "{count} names were found");
 }
 
-/// Names that the library and the experiments make public: items, fields, methods, variants of enumerations, functions of traits.
+/// Names that the library and the experiments make public: items, fields, methods, variants of
+/// enumerations, functions of traits.
 fn public_names() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for path in [files("src", "rs"), files("experiments/src", "rs")].concat() {
@@ -250,13 +293,16 @@ fn public_names() -> BTreeSet<String> {
                 (0, "}") => (false, false),
                 _ => (inside_enum, inside_trait),
             };
-            let mut words = text.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|w| !w.is_empty());
+            let mut words =
+                text.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|w| !w.is_empty());
             let first = words.next().unwrap_or_default();
-            let variant = inside_enum && indent == 4 && first.starts_with(|c: char| c.is_uppercase());
+            let variant =
+                inside_enum && indent == 4 && first.starts_with(|c: char| c.is_uppercase());
             if variant {
                 names.insert(first.to_string());
             } else if inside_trait && indent == 4 && first == "fn" || text.starts_with("pub ") {
-                const KEYWORDS: [&str; 9] = ["fn", "const", "struct", "enum", "trait", "mod", "type", "static", "use"];
+                const KEYWORDS: [&str; 9] =
+                    ["fn", "const", "struct", "enum", "trait", "mod", "type", "static", "use"];
                 names.extend(words.find(|w| !KEYWORDS.contains(w)).map(String::from));
             }
         }
@@ -267,7 +313,10 @@ fn public_names() -> BTreeSet<String> {
 #[test]
 fn every_name_of_the_glossary_is_public() {
     let public = public_names();
-    assert!(!public.contains("packing") && public.contains("AttentionProblem"), "private names were taken for public");
+    assert!(
+        !public.contains("packing") && public.contains("AttentionProblem"),
+        "private names were taken for public"
+    );
     let glossary = page("paper-notes/glossary.md");
     let mut count = 0;
     for row in glossary.lines().filter(|l| l.starts_with('|')) {
@@ -309,9 +358,12 @@ fn numbers_quoted_from_a_figure_stand_in_its_findings() {
     let mut problems = Vec::new();
     for path in notes().into_iter().chain([root().join("README.md")]) {
         for text in pieces(&read(&path)) {
-            let sources: String =
-                cited(&text).iter().map(|name| page(&format!("figures/{name}/findings.md"))).collect();
-            // Numbers as the findings print them, with or without a word of context; not names of files, parameters or figures.
+            let sources: String = cited(&text)
+                .iter()
+                .map(|name| page(&format!("figures/{name}/findings.md")))
+                .collect();
+            // Numbers as the findings print them, with or without a word of context; not names of
+            // files, parameters or figures.
             let name = |s: &str| s.contains(".rs") || s.contains(':') || cited(&text).contains(&s);
             let number = |s: &str| s.contains(|c: char| c.is_ascii_digit()) && !name(s);
             for quoted in code_spans(&text).filter(|s| !sources.is_empty() && number(s)) {

@@ -1,4 +1,5 @@
-//! Updates apart from their model: extraction, fusion, switching, mixed batches, folders, checkpoints on disk.
+//! Updates apart from their model: extraction, fusion, switching, mixed batches, folders,
+//! checkpoints on disk.
 
 use crate::common::*;
 use ndarray::{Array2, s};
@@ -8,7 +9,9 @@ use peft_limits::adapters::update::WeightUpdate;
 use peft_limits::check::compare::assert_close;
 use peft_limits::cost::Cost;
 use peft_limits::linalg::Real;
-use peft_limits::model::update::{KEPT, ModelUpdate, Switchable, switch_off_on_disk, switch_on_on_disk};
+use peft_limits::model::update::{
+    KEPT, ModelUpdate, Switchable, switch_off_on_disk, switch_on_on_disk,
+};
 use peft_limits::model::{AdapterPlan, MethodSpec, Model, Projection};
 use peft_limits::tensor_file::{TensorFile, TensorWriter, float_bytes, write_float};
 use peft_limits::train::checkpoint::fingerprint;
@@ -16,7 +19,8 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use std::path::Path;
 
-/// Trained models of one base (`model(3)`) with the methods that leave projections only, moved off their start.
+/// Trained models of one base (`model(3)`) with the methods that leave projections only, moved off
+/// their start.
 fn trained<T: Real>() -> Vec<(&'static str, Model<T>)> {
     let mut all = every_method::<T>();
     all.retain(|(name, _)| !matches!(*name, "full" | "everything"));
@@ -29,7 +33,10 @@ fn trained<T: Real>() -> Vec<(&'static str, Model<T>)> {
 }
 
 fn updates<T: Real>() -> Vec<(&'static str, ModelUpdate<T>)> {
-    trained::<T>().iter().map(|(name, model)| (*name, ModelUpdate::of_adapters(model).unwrap())).collect()
+    trained::<T>()
+        .iter()
+        .map(|(name, model)| (*name, ModelUpdate::of_adapters(model).unwrap()))
+        .collect()
 }
 
 fn switched<T: Real>(update: &ModelUpdate<T>) -> Model<T> {
@@ -45,7 +52,9 @@ fn an_update_on_the_base_is_the_trained_model() {
         let got = logits(&switched(&update));
         assert_close(name, &got.view(), &logits(&trained).view(), 1e-12);
         assert!(
-            peft_limits::check::compare::gap(&got.view(), &logits(&model::<f64>(3)).view()).relative_frobenius > 1e-3
+            peft_limits::check::compare::gap(&got.view(), &logits(&model::<f64>(3)).view())
+                .relative_frobenius
+                > 1e-3
         );
         // As factors, and found again by comparing two plain models.
         let factors = update.to_low_rank().unwrap();
@@ -56,9 +65,15 @@ fn an_update_on_the_base_is_the_trained_model() {
         let compared = ModelUpdate::between(&model::<f64>(3), &merged).unwrap();
         assert_close(name, &logits(&switched(&compared)).view(), &got.view(), 1e-12);
         if name == "s2ft" || name.starts_with("paca") {
-            assert_eq!(compared.elements(), update.elements(), "{name}: nothing but the slices changed");
+            assert_eq!(
+                compared.elements(),
+                update.elements(),
+                "{name}: nothing but the slices changed"
+            );
             for (place, entry) in &compared.entries {
-                let (WeightUpdate::Slice(a), WeightUpdate::Slice(b)) = (entry, &update.entries[place]) else {
+                let (WeightUpdate::Slice(a), WeightUpdate::Slice(b)) =
+                    (entry, &update.entries[place])
+                else {
                     panic!("{name}: slices")
                 };
                 assert_eq!((a.place(), a.delta()), (b.place(), b.delta()), "{name} at {place:?}");
@@ -67,8 +82,10 @@ fn an_update_on_the_base_is_the_trained_model() {
             let (base, again) = (model::<f64>(3), switched(&compared));
             let mut safe = 0;
             for &(l, p) in compared.entries.keys() {
-                let weight = |model: &Model<f64>| model.layers[l].projection(p).base.dense().into_owned();
-                for ((b, t), got) in weight(&base).iter().zip(&weight(&merged)).zip(&weight(&again)) {
+                let weight =
+                    |model: &Model<f64>| model.layers[l].projection(p).base.dense().into_owned();
+                for ((b, t), got) in weight(&base).iter().zip(&weight(&merged)).zip(&weight(&again))
+                {
                     if b.to_bits() != t.to_bits() && (0.5..=2.0).contains(&(t / b)) {
                         safe += 1;
                         assert_eq!(got.to_bits(), t.to_bits(), "{name}: {b} trained to {t}");
@@ -76,14 +93,19 @@ fn an_update_on_the_base_is_the_trained_model() {
                 }
             }
             let (exact, all) = update.exact_numbers(&base, &merged).unwrap();
-            assert!(safe > 100 && (safe..=all).contains(&exact), "{name}: {safe} safe, {exact} of {all} exact");
+            assert!(
+                safe > 100 && (safe..=all).contains(&exact),
+                "{name}: {safe} safe, {exact} of {all} exact"
+            );
         }
     }
 }
 
 #[test]
 fn an_unmerged_sparse_adapter_gives_the_same_update() {
-    for (name, mut trained) in trained::<f64>().into_iter().filter(|(name, _)| !name.contains("lora")) {
+    for (name, mut trained) in
+        trained::<f64>().into_iter().filter(|(name, _)| !name.contains("lora"))
+    {
         let here = ModelUpdate::of_adapters(&trained).unwrap();
         trained.unmerge().unwrap();
         let away = ModelUpdate::of_adapters(&trained).unwrap();
@@ -107,7 +129,12 @@ fn fused_models_are_sums() {
                     want.scaled_add(weight, &part.dense());
                 }
             }
-            assert_close(&format!("{name} and {other} at {place:?}"), &entry.dense().view(), &want.view(), 1e-12);
+            assert_close(
+                &format!("{name} and {other} at {place:?}"),
+                &entry.dense().view(),
+                &want.view(),
+                1e-12,
+            );
         }
     }
     assert!(matches!(ModelUpdate::<f64>::fuse(&[]), Err(Error::InvalidParam { .. })));
@@ -159,9 +186,14 @@ fn a_mixed_batch_costs_what_its_slices_cost() {
     base.logits(ids.view(), &mut plain).unwrap();
     for (name, update) in &all {
         let mut cost = Cost::default();
-        base.logits_mixed(ids.view(), &[update], &[Some(0), None, Some(0), None], &mut cost).unwrap();
+        base.logits_mixed(ids.view(), &[update], &[Some(0), None, Some(0), None], &mut cost)
+            .unwrap();
         // Half of the tokens pay the update's numbers, once each.
-        assert_eq!(cost.multiply_adds - plain.multiply_adds, 10 * update.elements() as u64, "{name}");
+        assert_eq!(
+            cost.multiply_adds - plain.multiply_adds,
+            10 * update.elements() as u64,
+            "{name}"
+        );
     }
 }
 
@@ -171,7 +203,8 @@ fn folders_come_back_and_serve_as_lora() {
         let base = model::<f64>(3);
         let update = ModelUpdate::of_adapters(&trained).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let (plain, factors, own) = (folder.path().join("a"), folder.path().join("b"), folder.path().join("c"));
+        let (plain, factors, own) =
+            (folder.path().join("a"), folder.path().join("b"), folder.path().join("c"));
         update.write(&plain, &base.config, None).unwrap();
         let again = ModelUpdate::read(&plain, &base).unwrap();
         assert_eq!(logits(&switched(&again)), logits(&switched(&update)), "{name}: bit for bit");
@@ -200,9 +233,17 @@ fn peft_folders_keep_their_config_to_the_byte() {
         let name = "adapter_model.safetensors";
         let (ours, theirs) = (folder.path().join(name), root.join("adapter").join(name));
         let (ours, theirs) = (TensorFile::open(ours).unwrap(), TensorFile::open(theirs).unwrap());
-        assert_eq!(ours.names().collect::<Vec<_>>(), theirs.names().collect::<Vec<_>>(), "{fixture}");
+        assert_eq!(
+            ours.names().collect::<Vec<_>>(),
+            theirs.names().collect::<Vec<_>>(),
+            "{fixture}"
+        );
         for name in theirs.names() {
-            assert_eq!(ours.bytes(name, "test").unwrap(), theirs.bytes(name, "test").unwrap(), "{name}");
+            assert_eq!(
+                ours.bytes(name, "test").unwrap(),
+                theirs.bytes(name, "test").unwrap(),
+                "{name}"
+            );
         }
     }
 }
@@ -217,7 +258,8 @@ fn changed_settings_are_written_and_other_keys_kept() {
     std::fs::create_dir(&like).unwrap();
     let config = "adapter_config.json";
     let text = std::fs::read_to_string(root.join("adapter").join(config)).unwrap();
-    let text = text.replacen("\"auto_mapping\": null", "\"auto_mapping\": {\"kept\": [1, 2.50]}", 1);
+    let text =
+        text.replacen("\"auto_mapping\": null", "\"auto_mapping\": {\"kept\": [1, 2.50]}", 1);
     std::fs::write(like.join(config), &text).unwrap();
     let (same, doubled) = (folder.path().join("same"), folder.path().join("doubled"));
     update.write(&same, &base.config, Some(&like)).unwrap();
@@ -227,19 +269,30 @@ fn changed_settings_are_written_and_other_keys_kept() {
     let value: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(doubled.join(config)).unwrap()).unwrap();
     assert_eq!(value["auto_mapping"], serde_json::json!({"kept": [1, 2.5]}));
-    assert_eq!((value["r"].as_u64(), value["lora_alpha"].as_f64()), (Some(8), Some(8.0)), "rank 4 twice");
+    assert_eq!(
+        (value["r"].as_u64(), value["lora_alpha"].as_f64()),
+        (Some(8), Some(8.0)),
+        "rank 4 twice"
+    );
     assert_eq!(value["peft_version"], "0.21.2");
     // Factors that were subtracted from the base are no update of it.
-    let moved = text.replacen("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa_niter_4\"", 1);
+    let moved =
+        text.replacen("\"init_lora_weights\": true", "\"init_lora_weights\": \"pissa_niter_4\"", 1);
     assert_ne!(moved, text);
     for (file, content) in [
         (config, moved.as_bytes()),
-        ("adapter_model.safetensors", &std::fs::read(root.join("adapter/adapter_model.safetensors")).unwrap()),
+        (
+            "adapter_model.safetensors",
+            &std::fs::read(root.join("adapter/adapter_model.safetensors")).unwrap(),
+        ),
     ] {
         std::fs::write(like.join(file), content).unwrap();
     }
     let message = ModelUpdate::read(&like, &base).unwrap_err().to_string();
-    assert!(message.contains("key init_lora_weights") && message.contains("pissa_niter_4"), "{message}");
+    assert!(
+        message.contains("key init_lora_weights") && message.contains("pissa_niter_4"),
+        "{message}"
+    );
     let again = ModelUpdate::read(&doubled, &base).unwrap();
     for (place, entry) in &again.entries {
         let want = update.entries[place].dense() * 0.75;
@@ -252,11 +305,15 @@ fn rewrite(folder: &Path, dtype: Dtype, shards: bool) {
     let path = folder.join("model.safetensors");
     let file = TensorFile::open(&path).unwrap();
     let names = ["model-1.safetensors", "model-2.safetensors"];
-    let (mut writers, mut map) = ([TensorWriter::new(), TensorWriter::new()], serde_json::Map::new());
+    let (mut writers, mut map) =
+        ([TensorWriter::new(), TensorWriter::new()], serde_json::Map::new());
     for (i, name) in file.names().enumerate() {
         let (shape, values) = file.tensor::<f64>(name, "test").unwrap();
         let mut bytes = vec![0; values.len() * float_bytes(dtype)];
-        bytes.chunks_exact_mut(float_bytes(dtype)).zip(&values).for_each(|(to, &x)| write_float(dtype, x, to));
+        bytes
+            .chunks_exact_mut(float_bytes(dtype))
+            .zip(&values)
+            .for_each(|(to, &x)| write_float(dtype, x, to));
         writers[i % 2 * usize::from(shards)].raw(name, dtype, &shape, bytes);
         map.insert(name.into(), names[i % 2].into());
     }
@@ -282,10 +339,16 @@ fn contents(folder: &Path) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn a_checkpoint_on_disk_is_switched_and_comes_back_byte_for_byte() {
-    for (dtype, shards) in
-        [(Dtype::F64, false), (Dtype::F32, true), (Dtype::F16, false), (Dtype::BF16, true), (Dtype::BF16, false)]
-    {
-        for (name, trained) in trained::<f64>().into_iter().filter(|(n, _)| ["s2ft", "paca", "lora"].contains(n)) {
+    for (dtype, shards) in [
+        (Dtype::F64, false),
+        (Dtype::F32, true),
+        (Dtype::F16, false),
+        (Dtype::BF16, true),
+        (Dtype::BF16, false),
+    ] {
+        for (name, trained) in
+            trained::<f64>().into_iter().filter(|(n, _)| ["s2ft", "paca", "lora"].contains(n))
+        {
             let folder = tempfile::tempdir().unwrap();
             let (model, adapter) = (folder.path().join("model"), folder.path().join("adapter"));
             self::model::<f64>(3).write(&model).unwrap();
@@ -310,7 +373,11 @@ fn a_checkpoint_on_disk_is_switched_and_comes_back_byte_for_byte() {
                         _ => half::bf16::from_f64(x).to_f64(),
                     }
                 });
-                assert_eq!(now.layers[l].projection(p).base.dense(), want, "{name} {dtype:?} at {l} {p:?}");
+                assert_eq!(
+                    now.layers[l].projection(p).base.dense(),
+                    want,
+                    "{name} {dtype:?} at {l} {p:?}"
+                );
             }
             let message = switch_on_on_disk(&model, &adapter).unwrap_err().to_string();
             assert!(message.contains("in effect") && message.contains(KEPT), "{message}");
@@ -331,8 +398,11 @@ fn an_interrupted_switch_is_undone() {
     let before = contents(&model);
     switch_on_on_disk(&model, &adapter).unwrap();
     // As if the power had failed between the two shards.
-    std::fs::write(model.join("model-2.safetensors"), &before.iter().find(|f| f.0 == "model-2.safetensors").unwrap().1)
-        .unwrap();
+    std::fs::write(
+        model.join("model-2.safetensors"),
+        &before.iter().find(|f| f.0 == "model-2.safetensors").unwrap().1,
+    )
+    .unwrap();
     switch_off_on_disk(&model).unwrap().unwrap();
     assert!(contents(&model) == before);
     // Kept values of another model are refused and nothing changes.
@@ -360,16 +430,25 @@ fn what_does_not_fit_is_refused() {
     let plan = AdapterPlan::everywhere(&[Projection::Up], MethodSpec::Paca(PacaSpec::default()));
     adapted.attach(&plan, &mut rng(1)).unwrap();
     assert!(Switchable::new(adapted).unwrap_err().to_string().contains("layers.0.mlp.up_proj"));
-    assert!(ModelUpdate::of_adapters(&base).unwrap_err().to_string().contains("no projection carries"));
+    assert!(
+        ModelUpdate::of_adapters(&base).unwrap_err().to_string().contains("no projection carries")
+    );
     let mut full = base.clone();
-    full.attach(&AdapterPlan::everywhere(&[Projection::Up], MethodSpec::Full), &mut rng(1)).unwrap();
-    assert!(ModelUpdate::of_adapters(&full).unwrap_err().to_string().contains("compare with the base"));
+    full.attach(&AdapterPlan::everywhere(&[Projection::Up], MethodSpec::Full), &mut rng(1))
+        .unwrap();
+    assert!(
+        ModelUpdate::of_adapters(&full).unwrap_err().to_string().contains("compare with the base")
+    );
     let mut other = base.clone();
     other.embedding[[0, 0]] += 1.0;
     assert!(ModelUpdate::between(&base, &other).unwrap_err().to_string().contains("embed_tokens"));
-    assert!(ModelUpdate::between(&base, &base).unwrap_err().to_string().contains("equal to the base"));
+    assert!(
+        ModelUpdate::between(&base, &base).unwrap_err().to_string().contains("equal to the base")
+    );
     let ids = Array2::from_elem((2, 3), 1u32);
-    let mixed = |of: &[Option<usize>]| base.logits_mixed(ids.view(), &[&all[0].1], of, &mut Cost::default());
+    let mixed = |of: &[Option<usize>]| {
+        base.logits_mixed(ids.view(), &[&all[0].1], of, &mut Cost::default())
+    };
     assert!(mixed(&[None]).unwrap_err().to_string().contains("2 choices"));
     assert!(mixed(&[Some(1), None]).unwrap_err().to_string().contains("only 1 updates"));
 }
@@ -392,7 +471,10 @@ fn broken_slice_folders_are_refused_with_file_and_tensor() {
         edit(&mut writer);
         writer.write(&path).unwrap();
         let message = ModelUpdate::read(folder.path(), &base).unwrap_err().to_string();
-        assert!(message.contains("adapter_model.safetensors") && message.contains(prefix), "{message}");
+        assert!(
+            message.contains("adapter_model.safetensors") && message.contains(prefix),
+            "{message}"
+        );
         message
     };
     let columns = format!("{prefix}.slice_columns");
@@ -425,8 +507,8 @@ fn broken_slice_folders_are_refused_with_file_and_tensor() {
     );
 }
 
-/// Folders made by PEFT, or by a script in this crate's formats, with logits of PEFT and Transformers in f64
-/// (`python/adapter_round_trip.py`): read, extracted, as factors, fused.
+/// Folders made by PEFT, or by a script in this crate's formats, with logits of PEFT and
+/// Transformers in f64 (`python/adapter_round_trip.py`): read, extracted, as factors, fused.
 #[test]
 fn logits_are_those_of_peft() {
     let root = Path::new("tests/data/adapters");
@@ -457,21 +539,29 @@ fn logits_are_those_of_peft() {
     let fused = ModelUpdate::fuse(&[(0.5, &updates["lora"]), (-0.25, &updates["s2ft"])]).unwrap();
     check("0.5 lora - 0.25 s2ft", "fused", with(&fused));
 
-    // Modules that are trained whole: read, written again as the same folder, merged into a checkpoint.
+    // Modules that are trained whole: read, written again as the same folder, merged into a
+    // checkpoint.
     let folder = tempfile::tempdir().unwrap();
     let (again, merged) = (folder.path().join("again"), folder.path().join("merged"));
     let mut model = base.clone();
     model.read_adapter(&root.join("saved")).unwrap();
     check("saved", "saved", run(&model));
     let trained = model.trainable_names();
-    for name in ["layers.0.input_layernorm.weight", "layers.1.self_attn.o_proj.weight", "norm.weight"] {
+    for name in
+        ["layers.0.input_layernorm.weight", "layers.1.self_attn.o_proj.weight", "norm.weight"]
+    {
         assert!(trained.contains(&format!("model.{name}")), "{trained:?}");
     }
-    assert!(trained.contains(&"lm_head.weight".to_string()) && trained.len() == 5 + 2 + 8, "{trained:?}");
+    assert!(
+        trained.contains(&"lm_head.weight".to_string()) && trained.len() == 5 + 2 + 8,
+        "{trained:?}"
+    );
     model.write_adapter_like(&again, Some(&root.join("saved"))).unwrap();
     let files = [root.join("saved"), again].map(|folder| {
         let file = TensorFile::open(folder.join("adapter_model.safetensors")).unwrap();
-        let all = file.names().map(|name| (name.to_string(), file.raw_tensor::<f64>(name, "test").unwrap()));
+        let all = file
+            .names()
+            .map(|name| (name.to_string(), file.raw_tensor::<f64>(name, "test").unwrap()));
         (std::fs::read(folder.join("adapter_config.json")).unwrap(), all.collect::<Vec<_>>())
     });
     assert!(files[0] == files[1]);

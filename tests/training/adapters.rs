@@ -17,8 +17,8 @@ use rand::RngExt;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// (derivative along a random direction from the gradients, central differences of the loss along it);
-/// tensors whose name does not end in `suffix` are left alone.
+/// (derivative along a random direction from the gradients, central differences of the loss along
+/// it); tensors whose name does not end in `suffix` are left alone.
 fn directional(model: &Model<f64>, suffix: &str, seed: u64, h: f64) -> (f64, [f64; 3]) {
     let data = batch();
     let (_, gradients, _) = step(model, &data, &StepOptions::default());
@@ -30,7 +30,11 @@ fn directional(model: &Model<f64>, suffix: &str, seed: u64, h: f64) -> (f64, [f6
         .map(|(name, g)| (name, g.mapv(|_| rng.random::<f64>() - 0.5)))
         .collect();
     assert!(!directions.is_empty(), "no tensor ends in {suffix}");
-    let exact = gradients.named().iter().filter_map(|(name, g)| Some((directions.get(name)? * g).sum())).sum();
+    let exact = gradients
+        .named()
+        .iter()
+        .filter_map(|(name, g)| Some((directions.get(name)? * g).sum()))
+        .sum();
     let estimates = central_differences(
         |t| {
             let mut moved = model.clone();
@@ -81,12 +85,17 @@ fn full_gradients(model: &Model<f64>) -> Gradients<f64> {
 #[test]
 fn paca_gradients_are_columns_of_the_full_gradient() {
     let full = full_gradients(&model(3));
-    for (name, model) in every_method::<f64>().into_iter().filter(|(name, _)| name.starts_with("paca")) {
+    for (name, model) in
+        every_method::<f64>().into_iter().filter(|(name, _)| name.starts_with("paca"))
+    {
         let (_, gradients, _) = step(&model, &batch(), &StepOptions::default());
         for (l, layer) in model.layers.iter().enumerate() {
             for p in Projection::ALL {
-                let Method::Paca(paca) = &layer.projection(p).method else { panic!("attached everywhere") };
-                let want = full.layers[l].projections[&p][0].select(Axis(1), &paca.index) * paca.scaling;
+                let Method::Paca(paca) = &layer.projection(p).method else {
+                    panic!("attached everywhere")
+                };
+                let want =
+                    full.layers[l].projections[&p][0].select(Axis(1), &paca.index) * paca.scaling;
                 let got = &gradients.layers[l].projections[&p][0];
                 assert_close(&format!("{name} {l} {p:?}"), &got.view(), &want.view(), 1e-12);
             }
@@ -101,12 +110,20 @@ fn spft_gradients_are_entries_of_the_full_gradient() {
     let (_, gradients, _) = step(&model, &batch(), &StepOptions::default());
     for (l, layer) in model.layers.iter().enumerate() {
         for p in Projection::ALL {
-            let Method::Spft(spft) = &layer.projection(p).method else { panic!("attached everywhere") };
+            let Method::Spft(spft) = &layer.projection(p).method else {
+                panic!("attached everywhere")
+            };
             let whole = &full.layers[l].projections[&p][0];
-            let want: Vec<f64> = spft.index.iter().map(|i| whole[[i / whole.ncols(), i % whole.ncols()]]).collect();
+            let want: Vec<f64> =
+                spft.index.iter().map(|i| whole[[i / whole.ncols(), i % whole.ncols()]]).collect();
             let want = Array2::from_shape_vec((1, want.len()), want).unwrap();
             assert!(spft.index.len() > 5 && spft.index.is_sorted());
-            assert_close(&format!("{l} {p:?}"), &gradients.layers[l].projections[&p][0].view(), &want.view(), 1e-12);
+            assert_close(
+                &format!("{l} {p:?}"),
+                &gradients.layers[l].projections[&p][0].view(),
+                &want.view(),
+                1e-12,
+            );
         }
     }
 }
@@ -150,7 +167,10 @@ fn s2ft_gradients_are_slices_of_the_full_gradient_and_the_function_is_unchanged(
     let attached = sliced.attach_s2ft(&s2ft_everywhere(), None, &mut rng(5)).unwrap();
     assert_eq!(attached.len(), 3 * 7);
     // 0.4 and 0.5 of 3 groups, 0.2 and 0.3 of 34 channels.
-    assert_eq!(attached[..7].iter().map(|(_, _, n)| *n).collect::<Vec<_>>(), [1, 1, 1, 2, 7, 7, 10]);
+    assert_eq!(
+        attached[..7].iter().map(|(_, _, n)| *n).collect::<Vec<_>>(),
+        [1, 1, 1, 2, 7, 7, 10]
+    );
     assert_close("logits", &logits(&sliced).view(), &logits(&base).view(), 1e-13);
     assert!(
         sliced.layers.iter().any(|l| l.order.as_ref().unwrap().groups != [0, 1, 2]),
@@ -160,11 +180,15 @@ fn s2ft_gradients_are_slices_of_the_full_gradient_and_the_function_is_unchanged(
     for (l, layer) in sliced.layers.iter().enumerate() {
         let order = layer.order.as_ref().unwrap();
         for p in Projection::ALL {
-            let Method::S2ft(slice) = &layer.projection(p).method else { panic!("attached everywhere") };
+            let Method::S2ft(slice) = &layer.projection(p).method else {
+                panic!("attached everywhere")
+            };
             let positions = &original_positions(p, order)[slice.range.clone()];
-            let axis = if matches!(p, Projection::Output | Projection::Down) { Axis(1) } else { Axis(0) };
+            let axis =
+                if matches!(p, Projection::Output | Projection::Down) { Axis(1) } else { Axis(0) };
             let mut want = full.layers[l].projections[&p][0].select(axis, positions);
-            // The other side of o and down is the model width; of q, k, v, gate, up too: nothing else moves.
+            // The other side of o and down is the model width; of q, k, v, gate, up too: nothing
+            // else moves.
             assert_eq!(want.len_of(Axis(1 - axis.index())), 24);
             want = want.as_standard_layout().to_owned();
             let got = &gradients.layers[l].projections[&p][0];
@@ -213,13 +237,24 @@ fn merged_unmerged_and_reloaded_models_agree() {
     for (name, mut adapted) in every_method::<f64>() {
         train(&mut adapted, 2);
         let trained = logits(&adapted);
-        assert!(gap(&trained.view(), &base_logits.view()).relative_frobenius > 1e-3, "{name} changed nothing");
+        assert!(
+            gap(&trained.view(), &base_logits.view()).relative_frobenius > 1e-3,
+            "{name} changed nothing"
+        );
         let folder = tempfile::tempdir().unwrap();
         adapted.write(folder.path()).unwrap();
         let whole: Model<f64> = Model::read(folder.path()).unwrap();
-        assert_close(&format!("{name}: checkpoint"), &logits(&whole).view(), &trained.view(), 1e-12);
+        assert_close(
+            &format!("{name}: checkpoint"),
+            &logits(&whole).view(),
+            &trained.view(),
+            1e-12,
+        );
         if name == "full" || name == "everything" {
-            assert!(matches!(adapted.write_adapter(folder.path()), Err(Error::InvalidParam { .. })));
+            assert!(matches!(
+                adapted.write_adapter(folder.path()),
+                Err(Error::InvalidParam { .. })
+            ));
             assert!(matches!(adapted.unmerge(), Err(Error::InvalidParam { .. })));
             continue;
         }
@@ -236,15 +271,22 @@ fn merged_unmerged_and_reloaded_models_agree() {
         assert_close(&format!("{name}: merged"), &logits(&adapted).view(), &trained.view(), 1e-12);
         if name.contains("lora") || name.contains("dora") {
             let (mut gradients, mut cost) = (adapted.zero_gradients(), Cost::default());
-            let refused =
-                adapted.loss_and_gradients(&batch(), &StepOptions::default(), &mut gradients, &mut cost).unwrap_err();
+            let refused = adapted
+                .loss_and_gradients(&batch(), &StepOptions::default(), &mut gradients, &mut cost)
+                .unwrap_err();
             assert!(refused.to_string().contains("unmerge"), "{refused}");
             adapted.unmerge().unwrap();
             assert_eq!(logits(&adapted), trained, "{name}: unmerged");
         } else {
-            // In place methods: unmerging leaves the base function, merging brings the training back.
+            // In place methods: unmerging leaves the base function, merging brings the training
+            // back.
             adapted.unmerge().unwrap();
-            assert_close(&format!("{name}: out of effect"), &logits(&adapted).view(), &base_logits.view(), 1e-13);
+            assert_close(
+                &format!("{name}: out of effect"),
+                &logits(&adapted).view(),
+                &base_logits.view(),
+                1e-13,
+            );
             adapted.merge().unwrap();
             assert_eq!(logits(&adapted), trained, "{name}: merged again");
         }
@@ -303,8 +345,10 @@ fn selection_follows_its_scores() {
     ] {
         let mut adapted = base.clone();
         let rule = ColumnRule { score, order };
-        let plan =
-            AdapterPlan::everywhere(&[Projection::Down], MethodSpec::Paca(PacaSpec { rank: 4, alpha: None, rule }));
+        let plan = AdapterPlan::everywhere(
+            &[Projection::Down],
+            MethodSpec::Paca(PacaSpec { rank: 4, alpha: None, rule }),
+        );
         let outcome = adapted.attach(&plan, &mut rng(1));
         assert_eq!(outcome.is_err(), rule.needs_calibration(), "{score:?}");
         adapted.attach_with_scores(&plan, Some(&calibration), &mut rng(1)).unwrap();
@@ -324,8 +368,12 @@ fn selection_follows_its_scores() {
             let others = (0..34).filter(|j| !paca.index.contains(j)).map(value);
             let (low, high) = (f64::min as fn(f64, f64) -> f64, f64::max as fn(f64, f64) -> f64);
             match order {
-                Order::Largest => assert!(chosen.fold(f64::MAX, low) >= others.fold(0.0, high), "{score:?}"),
-                Order::Smallest => assert!(chosen.fold(0.0, high) <= others.fold(f64::MAX, low), "{score:?}"),
+                Order::Largest => {
+                    assert!(chosen.fold(f64::MAX, low) >= others.fold(0.0, high), "{score:?}")
+                }
+                Order::Smallest => {
+                    assert!(chosen.fold(0.0, high) <= others.fold(f64::MAX, low), "{score:?}")
+                }
             }
         }
     }
@@ -338,8 +386,11 @@ fn s2ft_counts_units_over_all_layers_or_in_each() {
     for scope in [Scope::AllLayers, Scope::EachLayer] {
         spec.scope = scope;
         let attached = base.clone().attach_s2ft(&spec, None, &mut rng(2)).unwrap();
-        let units = |p: Projection| attached.iter().filter(|(_, q, _)| *q == p).map(|(_, _, n)| n).sum::<usize>();
-        // 0.23 of 9 groups rounds to 2, of 3 groups to 1 per layer; 0.1 of 102 channels to 10, of 34 to 3.
+        let units = |p: Projection| {
+            attached.iter().filter(|(_, q, _)| *q == p).map(|(_, _, n)| n).sum::<usize>()
+        };
+        // 0.0.23 of 9 groups rounds to 2, of 3 groups to 1 per layer; 0.1 of 102 channels to 10, of
+        // 0.34 to 3.
         let want = if scope == Scope::AllLayers { (2, 10) } else { (3, 9) };
         assert_eq!((units(Projection::Output), units(Projection::Down)), want);
     }
@@ -357,13 +408,18 @@ fn s2ft_counts_units_over_all_layers_or_in_each() {
 #[test]
 fn bad_settings_are_refused_by_name() {
     let base: Model<f64> = model(3);
-    let attach = |spec| base.clone().attach(&AdapterPlan::everywhere(&[Projection::Key], spec), &mut rng(1));
+    let attach =
+        |spec| base.clone().attach(&AdapterPlan::everywhere(&[Projection::Key], spec), &mut rng(1));
     let text = |outcome: peft_limits::Result<()>| match outcome.unwrap_err() {
-        Error::InvalidParam { name, value, requirement } => format!("{name} = {value}: {requirement}"),
+        Error::InvalidParam { name, value, requirement } => {
+            format!("{name} = {value}: {requirement}")
+        }
         other => panic!("{other}"),
     };
     assert!(text(attach(MethodSpec::Lora(lora(0)))).contains("rank = 0: must be in 1..=65536"));
-    assert!(text(attach(MethodSpec::Lora(lora(65_537)))).contains("rank = 65537: must be in 1..=65536"));
+    assert!(
+        text(attach(MethodSpec::Lora(lora(65_537)))).contains("rank = 65537: must be in 1..=65536")
+    );
     let spec = peft_limits::adapters::lora::LoraSpec { alpha: f64::NAN, ..lora(2) };
     assert!(text(attach(MethodSpec::Lora(spec))).contains("alpha = NaN"));
     let spec = PacaSpec { rank: 25, ..PacaSpec::default() };
@@ -379,13 +435,23 @@ fn bad_settings_are_refused_by_name() {
         text(Paca::from_index(vec![3, 7, 3], 1.0, &mut weight.clone()).map(drop))
             .contains("index[2] = 3: appears twice")
     );
-    assert!(text("w_proj".parse::<Projection>().map(drop)).contains("target module = w_proj: must be one of q_proj"));
+    assert!(
+        text("w_proj".parse::<Projection>().map(drop))
+            .contains("target module = w_proj: must be one of q_proj")
+    );
     let plan = AdapterPlan::default().and(1..4, &[Projection::Up], MethodSpec::Full);
     assert!(text(base.clone().attach(&plan, &mut rng(1))).contains("the model has 3 layers"));
-    let s2ft = |ratios| base.clone().attach_s2ft(&S2ftSpec { ratios, ..S2ftSpec::default() }, None, &mut rng(1));
+    let s2ft = |ratios| {
+        base.clone().attach_s2ft(&S2ftSpec { ratios, ..S2ftSpec::default() }, None, &mut rng(1))
+    };
     assert!(text(s2ft([0.0; 7]).map(drop)).contains("at least one"));
-    assert!(text(s2ft([0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]).map(drop)).contains("share one set of heads"));
-    assert!(text(s2ft([0.0, 0.0, 0.0, 1.5, 0.0, 0.0, 0.0]).map(drop)).contains("ratio of o_proj = 1.5"));
+    assert!(
+        text(s2ft([0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]).map(drop))
+            .contains("share one set of heads")
+    );
+    assert!(
+        text(s2ft([0.0, 0.0, 0.0, 1.5, 0.0, 0.0, 0.0]).map(drop)).contains("ratio of o_proj = 1.5")
+    );
 }
 
 /// A codec that keeps quarters: stands for any packed base weight.
@@ -408,7 +474,8 @@ impl PackedWeight<f64> for Quarters {
     }
 }
 
-/// QLoRA, QDoRA, QPaCA: over a packed base weight every method computes what it does over the decoded one.
+/// QLoRA, QDoRA, QPaCA: over a packed base weight every method computes what it does over the
+/// decoded one.
 #[test]
 fn packed_base_weights_act_as_their_decoded_values() {
     let specs = [
@@ -421,7 +488,8 @@ fn packed_base_weights_act_as_their_decoded_values() {
             let mut model: Model<f64> = model(3);
             for layer in &mut model.layers {
                 for p in Projection::ALL {
-                    let quarters = layer.projection(p).base.dense().mapv(|x| (x * 4.0).round() as i16);
+                    let quarters =
+                        layer.projection(p).base.dense().mapv(|x| (x * 4.0).round() as i16);
                     let dense = quarters.mapv(|q| f64::from(q) / 4.0 + f64::from(q == 0) * 0.25);
                     let quarters = dense.mapv(|x| (x * 4.0) as i16);
                     layer.projection_mut(p).base = if packed {

@@ -6,7 +6,9 @@ use peft_limits::Error;
 use peft_limits::blocks::causal_attention::{
     AttentionCache, AttentionShape, Visibility, causal_attention_backward, causal_attention_forward,
 };
-use peft_limits::blocks::cross_entropy::{CrossEntropySinks, LOGIT_ROWS, cross_entropy, prediction_targets};
+use peft_limits::blocks::cross_entropy::{
+    CrossEntropySinks, LOGIT_ROWS, cross_entropy, prediction_targets,
+};
 use peft_limits::blocks::embedding::{embedding_backward, embedding_forward};
 use peft_limits::blocks::linear::{linear_backward_input, linear_backward_weight, linear_forward};
 use peft_limits::blocks::rms_norm::{rms_norm_backward, rms_norm_forward};
@@ -24,13 +26,21 @@ fn random<T: Real>(seed: u64, shape: (usize, usize), scale: f64) -> Array2<T> {
 }
 
 /// `f` along a direction against <gradient, direction>.
-fn check_derivative(what: &str, x: &Array2<f64>, gradient: &Array2<f64>, f: impl Fn(&Array2<f64>) -> f64) {
+fn check_derivative(
+    what: &str,
+    x: &Array2<f64>,
+    gradient: &Array2<f64>,
+    f: impl Fn(&Array2<f64>) -> f64,
+) {
     let direction: Array2<f64> = random(77, x.dim(), 1.0);
     let exact = (gradient * &direction).sum();
     let estimates = central_differences(|t| f(&(x + &(&direction * t))), 4e-3);
     let order = observed_order(&estimates, exact);
     assert!((order - 2.0).abs() < 0.1, "{what}: order {order}, {estimates:?} against {exact}");
-    assert!((estimates[2] - exact).abs() < 1e-4 * exact.abs(), "{what}: {estimates:?} against {exact}");
+    assert!(
+        (estimates[2] - exact).abs() < 1e-4 * exact.abs(),
+        "{what}: {estimates:?} against {exact}"
+    );
 }
 
 #[test]
@@ -47,7 +57,8 @@ fn linear_against_loops_and_slices() {
     assert_close("dW accumulates", &dw.view(), &(dy.t().dot(&x) * 2.0 + 1.0).view(), 1e-14);
     assert_eq!(cost.multiply_adds, 3 * 7 * 5 * 3);
     let mut part = Array2::zeros((2, 5));
-    linear_backward_weight(1.0, dy.slice(s![.., 1..3]), x.view(), &mut part.view_mut(), &mut cost).unwrap();
+    linear_backward_weight(1.0, dy.slice(s![.., 1..3]), x.view(), &mut part.view_mut(), &mut cost)
+        .unwrap();
     assert_close("slice", &part.view(), &dy.t().dot(&x).slice(s![1..3, ..]), 1e-14);
     match linear_forward(x.view(), random::<f64>(2, (3, 4), 1.0).view(), &mut cost) {
         Err(Error::ShapeMismatch { op, arg, expected, got }) => {
@@ -61,23 +72,44 @@ fn linear_against_loops_and_slices() {
 #[test]
 fn rms_norm_derivative_and_extreme_rows() {
     // 71 columns: a full set of lanes twice and a remainder; 130 rows: three tasks.
-    let (x, gain): (Array2<f64>, Array2<f64>) = (random(1, (130, 71), 1.0), random(2, (1, 71), 1.0));
+    let (x, gain): (Array2<f64>, Array2<f64>) =
+        (random(1, (130, 71), 1.0), random(2, (1, 71), 1.0));
     let g: Array2<f64> = random(3, (130, 71), 1.0);
     let mut cost = Cost::default();
     let gain_row = gain.row(0).to_vec();
-    let (y, inverse) = rms_norm_forward(x.view(), &gain_row, 1e-5, &mut Scratch::default(), &mut cost).unwrap();
+    let (y, inverse) =
+        rms_norm_forward(x.view(), &gain_row, 1e-5, &mut Scratch::default(), &mut cost).unwrap();
     let naive = |i: usize, j: usize| {
         let mean = x.row(i).iter().map(|x| x * x).sum::<f64>() / 71.0;
         gain_row[j] * x[[i, j]] / (mean + 1e-5).sqrt()
     };
-    assert_close("y", &y.view(), &Array2::from_shape_fn((130, 71), |(i, j)| naive(i, j)).view(), 1e-14);
+    assert_close(
+        "y",
+        &y.view(),
+        &Array2::from_shape_fn((130, 71), |(i, j)| naive(i, j)).view(),
+        1e-14,
+    );
     let (mut dx, mut dgain) = (Array2::zeros((130, 71)), vec![0.0; 71]);
-    rms_norm_backward(g.view(), x.view(), &inverse, &gain_row, Some(&mut dgain), Some(&mut dx.view_mut()), &mut cost)
-        .unwrap();
+    rms_norm_backward(
+        g.view(),
+        x.view(),
+        &inverse,
+        &gain_row,
+        Some(&mut dgain),
+        Some(&mut dx.view_mut()),
+        &mut cost,
+    )
+    .unwrap();
     let loss = |x: &Array2<f64>, gain: &Array2<f64>| {
-        let y = rms_norm_forward(x.view(), &gain.row(0).to_vec(), 1e-5, &mut Scratch::default(), &mut Cost::default())
-            .unwrap()
-            .0;
+        let y = rms_norm_forward(
+            x.view(),
+            &gain.row(0).to_vec(),
+            1e-5,
+            &mut Scratch::default(),
+            &mut Cost::default(),
+        )
+        .unwrap()
+        .0;
         (y * &g).sum()
     };
     check_derivative("dx", &x, &dx, |x| loss(x, &gain));
@@ -118,7 +150,9 @@ fn rope_preserves_norms_depends_on_distance_and_is_undone() {
     rope_forward(&mut y.view_mut(), &table, &mut cost).unwrap();
     for (before, after) in x.rows().into_iter().zip(y.rows()) {
         for h in 0..3 {
-            let norm = |r: &ndarray::ArrayView1<f64>| r.slice(s![6 * h..6 * h + 6]).iter().map(|x| x * x).sum::<f64>();
+            let norm = |r: &ndarray::ArrayView1<f64>| {
+                r.slice(s![6 * h..6 * h + 6]).iter().map(|x| x * x).sum::<f64>()
+            };
             assert!((norm(&before) - norm(&after)).abs() < 1e-14);
         }
     }
@@ -136,11 +170,16 @@ fn rope_preserves_norms_depends_on_distance_and_is_undone() {
     assert!((score(3, 1) - score(3, 2)).abs() > 1e-4);
     rope_backward(&mut y.view_mut(), &table, &mut cost).unwrap();
     assert_close("undone", &y.view(), &x.view(), 1e-15);
-    assert!(RopeTable::<f64>::new(4, 5, 1e4).is_err() && RopeTable::<f64>::new(4, 4, f64::NAN).is_err());
-    assert!(rope_forward(&mut random::<f64>(1, (12, 18), 1.0).view_mut(), &table, &mut cost).is_err());
+    assert!(
+        RopeTable::<f64>::new(4, 5, 1e4).is_err() && RopeTable::<f64>::new(4, 4, f64::NAN).is_err()
+    );
+    assert!(
+        rope_forward(&mut random::<f64>(1, (12, 18), 1.0).view_mut(), &table, &mut cost).is_err()
+    );
 }
 
-/// 2 sequences of 300 tokens (five query tiles, two key tiles), 4 heads of 6 in 2 groups, by plain loops.
+/// 2 sequences of 300 tokens (five query tiles, two key tiles), 4 heads of 6 in 2 groups, by plain
+/// loops.
 #[test]
 fn attention_against_dense_loops_over_several_tiles() {
     let shape = AttentionShape { batch: 2, length: 300, heads: 4, kv_heads: 2, head_dim: 6 };
@@ -159,8 +198,13 @@ fn attention_against_dense_loops_over_several_tiles() {
         &mut cost,
     )
     .unwrap();
-    let cache =
-        AttentionCache { query: q.view(), key: k.view(), value: v.view(), output: o.view(), log_sum_exp: lse.view() };
+    let cache = AttentionCache {
+        query: q.view(),
+        key: k.view(),
+        value: v.view(),
+        output: o.view(),
+        log_sum_exp: lse.view(),
+    };
     let (dq, dk, dv) = causal_attention_backward(
         g.view(),
         &cache,
@@ -173,7 +217,8 @@ fn attention_against_dense_loops_over_several_tiles() {
     .unwrap();
     assert!(cost.largest_buffer < 300 * 300, "no T x T buffer");
     let (mut want_o, mut want_dq) = (Array2::zeros((600, 24)), Array2::zeros((600, 24)));
-    let (mut want_dk, mut want_dv) = (Array2::<f64>::zeros((600, 12)), Array2::<f64>::zeros((600, 12)));
+    let (mut want_dk, mut want_dv) =
+        (Array2::<f64>::zeros((600, 12)), Array2::<f64>::zeros((600, 12)));
     for b in 0..2 {
         for h in 0..4 {
             let rows = s![300 * b..300 * b + 300, 6 * h..6 * h + 6];
@@ -202,7 +247,9 @@ fn attention_against_dense_loops_over_several_tiles() {
             dv += &p.t().dot(&g);
         }
     }
-    for (name, got, want) in [("O", &o, &want_o), ("dQ", &dq, &want_dq), ("dK", &dk, &want_dk), ("dV", &dv, &want_dv)] {
+    for (name, got, want) in
+        [("O", &o, &want_o), ("dQ", &dq, &want_dq), ("dK", &dk, &want_dk), ("dV", &dv, &want_dv)]
+    {
         assert_close(name, &got.view(), &want.view(), 1e-13);
     }
     let single = |a: &Array2<f64>| a.mapv(|x| x as f32);
@@ -251,7 +298,10 @@ fn attention_closed_forms() {
     )
     .unwrap();
     for i in 0..5 {
-        assert!((o[[i, 0]] - i as f64 / 2.0).abs() < 1e-14 && (o[[i, 1]] - 3.0 - i as f64 / 2.0).abs() < 1e-14);
+        assert!(
+            (o[[i, 0]] - i as f64 / 2.0).abs() < 1e-14
+                && (o[[i, 1]] - 3.0 - i as f64 / 2.0).abs() < 1e-14
+        );
         assert!((lse[[0, i]] - ((i + 1) as f64).ln()).abs() < 1e-15);
     }
     // Logits of +-1e6: the largest key wins, nothing overflows.
@@ -272,12 +322,15 @@ fn attention_closed_forms() {
 
 #[test]
 fn swiglu_derivative() {
-    let (gate, up): (Array2<f64>, Array2<f64>) = (random(1, (70, 13), 4.0), random(2, (70, 13), 1.0));
+    let (gate, up): (Array2<f64>, Array2<f64>) =
+        (random(1, (70, 13), 4.0), random(2, (70, 13), 1.0));
     let da: Array2<f64> = random(3, (70, 13), 1.0);
     let (mut dgate, mut dup) = (gate.clone(), up.clone());
     swiglu_backward(da.view(), &mut dgate, &mut dup, &mut Cost::default()).unwrap();
     let loss = |g: &Array2<f64>, u: &Array2<f64>| {
-        (swiglu_forward(g.view(), u.view(), &mut Scratch::default(), &mut Cost::default()).unwrap() * &da).sum()
+        (swiglu_forward(g.view(), u.view(), &mut Scratch::default(), &mut Cost::default()).unwrap()
+            * &da)
+            .sum()
     };
     check_derivative("dgate", &gate, &dgate, |g| loss(g, &up));
     let silu = gate.mapv(|g| g / (1.0 + (-g).exp()));
@@ -309,19 +362,29 @@ fn embedding_gathers_and_scatters() {
 fn cross_entropy_closed_form_chunks_and_derivative() {
     // Zero weights: every token has probability 1/V.
     let hidden: Array2<f64> = random(1, (4, 3), 1.0);
-    let uniform =
-        cross_entropy(hidden.view(), Array2::zeros((7, 3)).view(), &[(0, 1), (3, 6)], 2.0, None, &mut Cost::default());
+    let uniform = cross_entropy(
+        hidden.view(),
+        Array2::zeros((7, 3)).view(),
+        &[(0, 1), (3, 6)],
+        2.0,
+        None,
+        &mut Cost::default(),
+    );
     assert!((uniform.unwrap() - 7f64.ln()).abs() < 1e-15);
     // More targets than a chunk of logits; some rows do not count.
     let rows = 2 * LOGIT_ROWS + 37;
-    let (hidden, weight): (Array2<f64>, Array2<f64>) = (random(2, (rows, 5), 2.0), random(3, (11, 5), 2.0));
-    let targets: Vec<(usize, usize)> = (0..rows).filter(|i| i % 13 != 4).map(|i| (i, i % 11)).collect();
+    let (hidden, weight): (Array2<f64>, Array2<f64>) =
+        (random(2, (rows, 5), 2.0), random(3, (11, 5), 2.0));
+    let targets: Vec<(usize, usize)> =
+        (0..rows).filter(|i| i % 13 != 4).map(|i| (i, i % 11)).collect();
     let divisor = targets.len() as f64;
     let (mut dhidden, mut dweight) = (Array2::zeros((rows, 5)), Array2::zeros((11, 5)));
     let mut cost = Cost::default();
     let mut view = dhidden.view_mut();
     let sinks = CrossEntropySinks { dhidden: &mut view, dweight: Some(dweight.view_mut()) };
-    let loss = cross_entropy(hidden.view(), weight.view(), &targets, divisor, Some(sinks), &mut cost).unwrap();
+    let loss =
+        cross_entropy(hidden.view(), weight.view(), &targets, divisor, Some(sinks), &mut cost)
+            .unwrap();
     let naive: f64 = targets
         .iter()
         .map(|&(i, y)| {
@@ -331,13 +394,23 @@ fn cross_entropy_closed_form_chunks_and_derivative() {
         .sum();
     assert!((loss - naive / divisor).abs() < 1e-13 * loss);
     assert!(cost.largest_buffer <= (LOGIT_ROWS * 11) as u64, "logits exist one chunk at a time");
-    assert!(dhidden.row(4).iter().all(|x| x.to_bits() == 0), "a row that does not count has no gradient");
+    assert!(
+        dhidden.row(4).iter().all(|x| x.to_bits() == 0),
+        "a row that does not count has no gradient"
+    );
     let f = |h: &Array2<f64>, w: &Array2<f64>| {
         cross_entropy(h.view(), w.view(), &targets, divisor, None, &mut Cost::default()).unwrap()
     };
     check_derivative("dhidden", &hidden, &dhidden, |h| f(h, &weight));
     check_derivative("dweight", &weight, &dweight, |w| f(&hidden, w));
-    let broken = cross_entropy(array![[f64::NAN]].view(), array![[1.0], [2.0]].view(), &[(0, 1)], 1.0, None, &mut cost);
+    let broken = cross_entropy(
+        array![[f64::NAN]].view(),
+        array![[1.0], [2.0]].view(),
+        &[(0, 1)],
+        1.0,
+        None,
+        &mut cost,
+    );
     assert!(matches!(broken, Err(Error::NonFinite { op: "cross_entropy", .. })));
     for bad in [-1, 11, -99] {
         let refused = prediction_targets(array![[0, bad]].view(), 11).unwrap_err().to_string();

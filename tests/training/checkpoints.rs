@@ -64,13 +64,17 @@ fn a_tied_head_that_differs_from_the_embedding_is_a_table_of_its_own() {
     for again in with_head(0.25) {
         assert!(!again.is_tied() && !again.config.tie_word_embeddings);
     }
-    // The head alone moved, by the same in every entry: every logit by a quarter of the sum of the last hidden state.
+    // The head alone moved, by the same in every entry: every logit by a quarter of the sum of the
+    // last hidden state.
     let [moved, _] = with_head(0.25);
     let (before, after) = (logits(&tied), logits(&moved));
     for (before, after) in before.rows().into_iter().zip(after.rows()) {
         let shift = after[0] - before[0];
         assert!(shift.abs() > 1e-6);
-        assert!((&after - &before).iter().all(|d| (d - shift).abs() < 1e-12), "a softmax does not see it");
+        assert!(
+            (&after - &before).iter().all(|d| (d - shift).abs() < 1e-12),
+            "a softmax does not see it"
+        );
     }
 }
 
@@ -100,7 +104,10 @@ fn shards_are_read_through_their_index() {
     assert_eq!(logits(&Model::<f64>::read(folder.path()).unwrap()), logits(&model));
     // An index that points to the wrong shard.
     let mut wrong = map.clone();
-    wrong.insert("model.norm.weight".into(), names[usize::from(map["model.norm.weight"] == names[0])].into());
+    wrong.insert(
+        "model.norm.weight".into(),
+        names[usize::from(map["model.norm.weight"] == names[0])].into(),
+    );
     write_index(&wrong);
     match Model::<f64>::read(folder.path()) {
         Err(Error::MissingTensor { name, reason, .. }) => {
@@ -138,7 +145,9 @@ fn half_precisions_are_widened_exactly() {
                 .collect();
             stored.push((name.to_string(), shape, bytes));
         }
-        let views = stored.iter().map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
+        let views = stored
+            .iter()
+            .map(|(n, s, b)| (n.as_str(), TensorView::new(dtype, s.clone(), b).unwrap()));
         std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
         let read: Model<f32> = Model::read(folder.path()).unwrap();
         for (got, want) in read.embedding.iter().zip(&model.embedding) {
@@ -170,7 +179,10 @@ fn broken_checkpoints_are_refused_with_file_and_tensor() {
             w.tensor(n, &shape, v);
         })
     });
-    assert!(message.contains(name) && message.contains("(34, 24)") && message.contains("(24, 34)"), "{message}");
+    assert!(
+        message.contains(name) && message.contains("(34, 24)") && message.contains("(24, 34)"),
+        "{message}"
+    );
     let message = broken(&|folder| {
         rewrite(folder, |w, n, s, v| {
             if n != name {
@@ -187,7 +199,10 @@ fn broken_checkpoints_are_refused_with_file_and_tensor() {
             }
         })
     });
-    assert!(message.contains("model.layers.3.mlp.up_proj.weight") && message.contains("unknown name"), "{message}");
+    assert!(
+        message.contains("model.layers.3.mlp.up_proj.weight") && message.contains("unknown name"),
+        "{message}"
+    );
     let message = broken(&|folder| {
         rewrite(folder, |w, n, s, mut v| {
             if n == name {
@@ -205,7 +220,10 @@ fn broken_checkpoints_are_refused_with_file_and_tensor() {
         )
         .unwrap();
     });
-    assert!(message.contains("config.json") && message.contains("num_attention_heads"), "{message}");
+    assert!(
+        message.contains("config.json") && message.contains("num_attention_heads"),
+        "{message}"
+    );
     let message = broken(&|folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap());
     assert!(message.contains("model.safetensors"), "{message}");
 }
@@ -214,7 +232,9 @@ fn broken_checkpoints_are_refused_with_file_and_tensor() {
 #[test]
 fn patterns_of_rank_and_alpha_round_trip() {
     let mut adapted: Model<f64> = model(3);
-    let spec = |rank, alpha| MethodSpec::Lora(peft_limits::adapters::lora::LoraSpec { alpha, ..lora(rank) });
+    let spec = |rank, alpha| {
+        MethodSpec::Lora(peft_limits::adapters::lora::LoraSpec { alpha, ..lora(rank) })
+    };
     let plan = AdapterPlan::everywhere(&[Projection::Query, Projection::Down], spec(4, 8.0))
         .and(1..2, &[Projection::Down], spec(7, 3.0))
         .and(2..3, &[Projection::Key], spec(2, 8.0));
@@ -234,7 +254,12 @@ fn broken_adapters_are_refused_with_file_and_key() {
     let broken = |spec: MethodSpec, edit: &dyn Fn(&Path)| -> String {
         let folder = tempfile::tempdir().unwrap();
         let mut adapted: Model<f64> = model(3);
-        adapted.attach(&AdapterPlan::everywhere(&[Projection::Query, Projection::Down], spec), &mut rng(1)).unwrap();
+        adapted
+            .attach(
+                &AdapterPlan::everywhere(&[Projection::Query, Projection::Down], spec),
+                &mut rng(1),
+            )
+            .unwrap();
         adapted.write_adapter(folder.path()).unwrap();
         edit(folder.path());
         model::<f64>(3).read_adapter(folder.path()).unwrap_err().to_string()
@@ -253,7 +278,10 @@ fn broken_adapters_are_refused_with_file_and_key() {
     let message = broken(spec, &replace("\"q_proj\"", "\"k_proj\""));
     assert!(message.contains("no tensor named") && message.contains("k_proj.lora_A"), "{message}");
     let message = broken(spec, &replace("\"q_proj\"", "\"down_proj\""));
-    assert!(message.contains("q_proj.lora_A.weight") && message.contains("leave over"), "{message}");
+    assert!(
+        message.contains("q_proj.lora_A.weight") && message.contains("leave over"),
+        "{message}"
+    );
     let message = broken(spec, &replace("\"r\": 5", "\"r\": 4"));
     assert!(message.contains("shape (4, 24)") && message.contains("(5, 24)"), "{message}");
     let message = broken(spec, &replace("\"LORA\"", "\"IA3\""));
@@ -264,13 +292,20 @@ fn broken_adapters_are_refused_with_file_and_key() {
     assert!(message.contains("use_qalora") && message.contains("not implemented"), "{message}");
     let message = broken(spec, &replace("\"bias\"", "\"new_config\": {\"on\": 1}, \"bias\""));
     assert!(message.contains("key new_config") && message.contains("not known"), "{message}");
-    let message = broken(spec, &replace("\"bias\"", "\"target_parameters\": [\"q_proj.weight\"], \"bias\""));
-    assert!(message.contains("key target_parameters") && message.contains("no experts"), "{message}");
+    let message =
+        broken(spec, &replace("\"bias\"", "\"target_parameters\": [\"q_proj.weight\"], \"bias\""));
+    assert!(
+        message.contains("key target_parameters") && message.contains("no experts"),
+        "{message}"
+    );
 
-    let paca = MethodSpec::Paca(peft_limits::adapters::paca::PacaSpec { rank: 3, ..Default::default() });
-    for (index, expected) in
-        [([1.0, 1.0, 2.0], "appears twice"), ([0.0, 1.0, 24.0], "below 24"), ([0.5, 1.0, 2.0], "integers")]
-    {
+    let paca =
+        MethodSpec::Paca(peft_limits::adapters::paca::PacaSpec { rank: 3, ..Default::default() });
+    for (index, expected) in [
+        ([1.0, 1.0, 2.0], "appears twice"),
+        ([0.0, 1.0, 24.0], "below 24"),
+        ([0.5, 1.0, 2.0], "integers"),
+    ] {
         let message = broken(paca, &|folder| {
             let path = folder.join("adapter_model.safetensors");
             let file = TensorFile::open(&path).unwrap();
@@ -284,10 +319,14 @@ fn broken_adapters_are_refused_with_file_and_key() {
             }
             writer.write(&path).unwrap();
         });
-        assert!(message.contains("layers.1.self_attn.q_proj") && message.contains(expected), "{message}");
+        assert!(
+            message.contains("layers.1.self_attn.q_proj") && message.contains(expected),
+            "{message}"
+        );
     }
     let mut mixed: Model<f64> = model(3);
-    let plan = AdapterPlan::everywhere(&[Projection::Query], spec).and(0..1, &[Projection::Up], paca);
+    let plan =
+        AdapterPlan::everywhere(&[Projection::Query], spec).and(0..1, &[Projection::Up], paca);
     mixed.attach(&plan, &mut rng(1)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let message = mixed.write_adapter(folder.path()).unwrap_err().to_string();
@@ -300,17 +339,24 @@ fn broken_adapters_are_refused_with_file_and_key() {
     let _: Array2<f64> = whole.embedding;
 }
 
-/// A checkpoint of Transformers in bitsandbytes' NF4 or int8 stays packed; written, it is dense and computes the same.
+/// A checkpoint of Transformers in bitsandbytes' NF4 or int8 stays packed; written, it is dense and
+/// computes the same.
 #[test]
 fn quantized_checkpoints_are_read_as_they_are() {
     for (name, share) in [("qlora-bf16", 0.15), ("qlora-f32-single", 0.16), ("int8-bf16", 0.31)] {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/quantized/clean").join(name).join("model");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/data/quantized/clean")
+            .join(name)
+            .join("model");
         let model = Model::<f32>::read(&source).unwrap();
         let of_projections = || model.layers.iter().flat_map(|layer| layer.projections());
         let entries: usize = of_projections().map(|(_, p)| p.shape().0 * p.shape().1).sum();
         let bytes: usize = of_projections().map(|(_, p)| p.base.bytes()).sum();
         assert!(of_projections().all(|(_, p)| p.base.is_packed()), "{name}");
-        assert!((bytes as f64) < share * (4 * entries) as f64, "{name}: {bytes} bytes for {entries} entries");
+        assert!(
+            (bytes as f64) < share * (4 * entries) as f64,
+            "{name}: {bytes} bytes for {entries} entries"
+        );
         let folder = tempfile::tempdir().unwrap();
         model.write(folder.path()).unwrap();
         let dense = Model::<f32>::read(folder.path()).unwrap();
@@ -336,8 +382,11 @@ fn quantized_checkpoints_are_read_as_they_are() {
             Model::<f32>::read(folder.path()).map(drop).unwrap_err().to_string()
         };
         let weight = "model.layers.1.mlp.up_proj.weight";
-        let scales =
-            if name == "int8-bf16" { "model.layers.1.mlp.up_proj.SCB".to_string() } else { format!("{weight}.absmax") };
+        let scales = if name == "int8-bf16" {
+            "model.layers.1.mlp.up_proj.SCB".to_string()
+        } else {
+            format!("{weight}.absmax")
+        };
         let text = copy(&|text| text, &scales, "");
         assert!(text.contains(&scales) && text.contains("bitsandbytes"), "{text}");
         let text = copy(&|text| text, "", &scales);
@@ -345,7 +394,10 @@ fn quantized_checkpoints_are_read_as_they_are() {
         let text = copy(&|text| text, "", weight);
         assert!(text.contains(weight), "{text}");
         let text = copy(&|text| text.replace("quantization_config", "other"), "", "");
-        assert!(text.contains("quantization_config") && text.contains("quantized weights"), "{text}");
+        assert!(
+            text.contains("quantization_config") && text.contains("quantized weights"),
+            "{text}"
+        );
         let text = copy(&|text| text.replace("\"bitsandbytes\"", "\"gptq\""), "", "");
         assert!(text.contains("quant_method") && text.contains("gptq"), "{text}");
     }
@@ -380,7 +432,9 @@ fn saved_modules_that_do_not_fit_are_refused_by_name() {
         base.clone().read_adapter(folder.path()).unwrap_err().to_string()
     };
     let all = ["norm", "layers.1.self_attn.o_proj", "lm_head"];
-    let says = |text: String, words: &[&str]| assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    let says = |text: String, words: &[&str]| {
+        assert!(words.iter().all(|word| text.contains(word)), "{text}")
+    };
     let gone = |name: &str| (!name.contains("model.norm")).then(|| (name.to_string(), None));
     says(refusal(&all, &gone), &["adapter_model.safetensors", "model.norm.weight"]);
     let short = |name: &str| Some((name.to_string(), name.contains("model.norm").then_some(31)));
@@ -390,5 +444,8 @@ fn saved_modules_that_do_not_fit_are_refused_by_name() {
     let same = |name: &str| Some((name.to_string(), None));
     says(refusal(&["norm", "lm_head"], &same), &["o_proj.weight", "leave over"]);
     let score = |name: &str| Some((name.replace("lm_head", "score"), None));
-    says(refusal(&["norm", "layers.1.self_attn.o_proj", "score"], &score), &["modules_to_save", "score"]);
+    says(
+        refusal(&["norm", "layers.1.self_attn.o_proj", "score"], &score),
+        &["modules_to_save", "score"],
+    );
 }

@@ -1,4 +1,5 @@
-//! The closed forms of `paper-notes/cost-and-memory.md`, sections 2 and 3, to the multiply-add and to the byte.
+//! The closed forms of `paper-notes/cost-and-memory.md`, sections 2 and 3, to the multiply-add and
+//! to the byte.
 
 use crate::common::{self, batch, model, rng, step};
 use peft_limits::adapters::moslora::MixerInit;
@@ -9,18 +10,21 @@ use peft_limits::train::memory::{Memory, StepShape, predict};
 use peft_limits::train::method::{MethodName, MethodParams};
 use peft_limits::train::preset::{llama_2_7b, preset};
 
-const SHAPE: StepShape = StepShape { batch: 8, length: 512, bytes: 2, state: 2, checkpointing: false };
+const SHAPE: StepShape =
+    StepShape { batch: 8, length: 512, bytes: 2, state: 2, checkpointing: false };
 
-/// Numbers saved for backward by a model of which something is trained in every layer, embedding and gains frozen.
-/// `inputs`: every projection's input is kept whole. `slices`: numbers a row that the method keeps of its own, all layers
-/// together. `first`: numbers a row that the first layer does without.
+/// Numbers saved for backward by a model of which something is trained in every layer, embedding
+/// and gains frozen. `inputs`: every projection's input is kept whole. `slices`: numbers a row that
+/// the method keeps of its own, all layers together. `first`: numbers a row that the first layer
+/// does without.
 fn saved_numbers(config: &ModelConfig, inputs: bool, slices: usize, first: usize) -> usize {
     let (d, f, h) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
     let (query, key) = (h * config.head_dim, config.num_key_value_heads * config.head_dim);
     let kept = 2 * d + 2 + 2 * query + 2 * key + h + 2 * f + if inputs { 2 * d + f } else { 0 };
     let last = 2 * d + 1;
     let rows = SHAPE.batch * SHAPE.length;
-    rows * (config.num_hidden_layers * kept - first + slices + last) + SHAPE.length * config.head_dim
+    rows * (config.num_hidden_layers * kept - first + slices + last)
+        + SHAPE.length * config.head_dim
 }
 
 fn of(config: &ModelConfig, name: MethodName) -> Memory {
@@ -46,9 +50,11 @@ fn saved_activations() {
             assert_eq!(of(&config, name).activation_bytes(), want, "{name:?}, {d} wide");
         }
     }
-    // S2FT on o and down of every layer: the first one's attention has nothing trained before its output.
+    // S2FT on o and down of every layer: the first one's attention has nothing trained before its
+    // output.
     let config = llama_2_7b();
-    let (d, columns) = (config.hidden_size, of(&config, MethodName::S2ft).trained / config.hidden_size);
+    let (d, columns) =
+        (config.hidden_size, of(&config, MethodName::S2ft).trained / config.hidden_size);
     let first = d + 1 + 4 * d + config.num_attention_heads;
     let want = 2 * saved_numbers(&config, false, columns, first);
     assert_eq!(of(&config, MethodName::S2ft).activation_bytes(), want);
@@ -59,15 +65,23 @@ fn saved_activations() {
 fn numbers_at_rest() {
     let config = llama_2_7b();
     let shapes = Projection::ALL.map(|p| config.projection_shape(p));
-    let sums = shapes.iter().fold((0, 0, 0), |(both, out, all), &(o, i)| (both + o + i, out + o, all + o * i));
+    let sums = shapes
+        .iter()
+        .fold((0, 0, 0), |(both, out, all), &(o, i)| (both + o + i, out + o, all + o * i));
     assert_eq!(sums, (78_080, 42_496, 202_375_168));
     let lora = of(&config, MethodName::Lora);
     assert_eq!(lora.trained, 32 * 8 * 78_080);
     assert_eq!(lora.weights, 2 * (2 * 32_000 * 4096 + 32 * (2 * 4096 + 202_375_168) + 4096));
-    assert_eq!([lora.adapters, lora.gradients, lora.optimizer], [1, 1, 2].map(|n| 2 * n * lora.trained));
+    assert_eq!(
+        [lora.adapters, lora.gradients, lora.optimizer],
+        [1, 1, 2].map(|n| 2 * n * lora.trained)
+    );
     let paca = of(&config, MethodName::Paca);
     assert_eq!(paca.trained, 32 * 8 * 42_496);
-    assert_eq!([paca.adapters, paca.gradients, paca.optimizer], [1, 1, 2].map(|n| 2 * n * paca.trained));
+    assert_eq!(
+        [paca.adapters, paca.gradients, paca.optimizer],
+        [1, 1, 2].map(|n| 2 * n * paca.trained)
+    );
     // 53 of 1024 heads of 128 columns, 7045 of 352256 channels.
     assert_eq!(of(&config, MethodName::S2ft).trained, 4096 * (53 * 128 + 7045));
 }
@@ -84,7 +98,9 @@ fn operations_of_a_step() {
     };
     let paca = |rank| cost(MethodSpec::Paca(PacaSpec { rank, ..PacaSpec::default() }));
     let shapes = Projection::ALL.map(|p| common::config().projection_shape(p));
-    let sum = |f: &dyn Fn(u64, u64) -> u64| LAYERS * shapes.iter().map(|&(o, i)| f(o as u64, i as u64)).sum::<u64>();
+    let sum = |f: &dyn Fn(u64, u64) -> u64| {
+        LAYERS * shapes.iter().map(|&(o, i)| f(o as u64, i as u64)).sum::<u64>()
+    };
     // Without any method's own products.
     let frozen = paca(5) - sum(&|out, _| N * 5 * out);
     assert_eq!(paca(3), frozen + sum(&|out, _| N * 3 * out));
@@ -100,7 +116,8 @@ fn operations_of_a_step() {
     assert_eq!(cost(dora), frozen + sum(&|out, input| N * out * input + 4 * r * out * input));
 }
 
-/// S2FT: c columns of down cost N c out, c rows of up N c in; 7 more of 34 channels in each of 3 layers.
+/// S2FT: c columns of down cost N c out, c rows of up N c in; 7 more of 34 channels in each of 3
+/// layers.
 #[test]
 fn operations_of_slices() {
     let cost = |up: f64, down: f64| {

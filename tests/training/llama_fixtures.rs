@@ -53,7 +53,11 @@ fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f6
 
     let named = gradients.named();
     let expected = file.names().filter(|n| n.starts_with("grad.")).count();
-    assert_eq!(named.len(), expected, "every trainable tensor of the reference has a gradient here, and no other");
+    assert_eq!(
+        named.len(),
+        expected,
+        "every trainable tensor of the reference has a gradient here, and no other"
+    );
     for (ours, gradient) in &named {
         let theirs = format!("grad.{}", peft_name(ours, adapters));
         let (_, want) = file.tensor::<f64>(&theirs, "test").unwrap();
@@ -63,12 +67,18 @@ fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f6
 
     let losses = file.vector::<f64>("losses_adamw", "test").unwrap();
     // The recorded run: lr 1e-2, betas 0.9 and 0.999, eps 1e-8, decoupled decay 0.01.
-    let mut adamw = OptimizerParams { lr: 1e-2, weight_decay: 0.01, ..OptimizerParams::default() }.check().unwrap();
+    let mut adamw = OptimizerParams { lr: 1e-2, weight_decay: 0.01, ..OptimizerParams::default() }
+        .check()
+        .unwrap();
     for step in 1..=3usize {
         gradients.fill_zero();
         let out = model.loss_and_gradients(&batch, &options, &mut gradients, &mut cost).unwrap();
         let want = losses[step - 1];
-        assert!((out.loss - want).abs() <= tolerance * want, "step {step}: {} against {want}", out.loss);
+        assert!(
+            (out.loss - want).abs() <= tolerance * want,
+            "step {step}: {} against {want}",
+            out.loss
+        );
         update_model(&mut adamw, &mut model, &gradients, 1e-2, 1.0, |_| ()).unwrap();
     }
     for (ours, values) in &model.trainable_values() {
@@ -85,9 +95,14 @@ fn check<T: Real>(name: &str, mut model: Model<T>, adapters: bool, tolerance: f6
     }
 }
 
-/// Adam divides a gradient by its own size, so an entry whose gradient is as small as the rounding errors of f32 moves by those
-/// errors: no two computations in f32 need agree there. Such entries, few, are held to the farthest that three steps of 0.01 reach.
-fn leave_out_undetermined<T: Real>(want: &mut Array2<f64>, values: &Array2<T>, gradient: &Array2<f64>) {
+/// Adam divides a gradient by its own size, so an entry whose gradient is as small as the rounding
+/// errors of f32 moves by those errors: no two computations in f32 need agree there. Such entries,
+/// few, are held to the farthest that three steps of 0.01 reach.
+fn leave_out_undetermined<T: Real>(
+    want: &mut Array2<f64>,
+    values: &Array2<T>,
+    gradient: &Array2<f64>,
+) {
     let threshold = 1e-3 * gradient.pow2().mean().unwrap().sqrt();
     let mut left_out = 0;
     ndarray::Zip::from(want).and(values).and(gradient).for_each(|want, value, gradient| {

@@ -1,4 +1,5 @@
-//! The reference transformer: blocks, adapters, checkpoints, training, costs; and the examples of the library.
+//! The reference transformer: blocks, adapters, checkpoints, training, costs; and the examples of
+//! the library.
 
 mod adapter_updates;
 mod adapters;

@@ -25,7 +25,8 @@ fn config(folder: &Path) -> TrainConfig {
     config.train.batch = 5;
     config.train.length = 64;
     config.train.eval_rows = 0;
-    config.optimizer = OptimizerParams { lr: 3e-3, weight_decay: 0.01, clip: 1.0, ..OptimizerParams::default() };
+    config.optimizer =
+        OptimizerParams { lr: 3e-3, weight_decay: 0.01, clip: 1.0, ..OptimizerParams::default() };
     config.data = vec![Part { weight: 1.0, task: TaskParams::named("lists").unwrap() }];
     config
 }
@@ -47,7 +48,8 @@ fn fine_tuning(folder: &Path, method: MethodParams) -> TrainConfig {
 fn every_method() -> Vec<MethodParams> {
     MethodName::ALL
         .into_iter()
-        // alpha / rank = 7 / 3 is not a power of two: a stored PaCA tensor is not the weight itself.
+        // alpha / rank = 7 / 3 is not a power of two: a stored PaCA tensor is not the weight
+        // itself.
         .map(|name| MethodParams { rank: 3, alpha: Some(7.0), ..MethodParams::named(name) })
         .collect()
 }
@@ -58,7 +60,10 @@ fn values(trainer: &Trainer<f32>) -> Vec<(String, Vec<u32>)> {
         trainer.model.trainable_values().iter().map(|(name, a)| (name.clone(), bits(a))).collect();
     for (l, layer) in trainer.model.layers.iter().enumerate() {
         for p in Projection::ALL {
-            all.push((format!("{l}.{}", p.path()), bits(&layer.projection(p).effective_weight().unwrap())));
+            all.push((
+                format!("{l}.{}", p.path()),
+                bits(&layer.projection(p).effective_weight().unwrap()),
+            ));
         }
     }
     all
@@ -91,8 +96,11 @@ fn resuming_equals_not_stopping_bit_for_bit_for_every_method() {
 #[test]
 fn frozen_weights_are_bit_identical_after_training() {
     let folder = tempfile::tempdir().unwrap();
-    let method =
-        MethodParams { rank: 3, targets: Some(vec!["v_proj".into()]), ..MethodParams::named(MethodName::Paca) };
+    let method = MethodParams {
+        rank: 3,
+        targets: Some(vec!["v_proj".into()]),
+        ..MethodParams::named(MethodName::Paca)
+    };
     let mut trainer = Trainer::<f32>::new(fine_tuning(folder.path(), method)).unwrap();
     let before = values(&trainer);
     trainer.run(None, &mut [], &AtomicBool::new(false)).unwrap();
@@ -105,7 +113,8 @@ fn frozen_weights_are_bit_identical_after_training() {
     }
 }
 
-/// Three micro-batches of two rows give the update of one batch of six; so does activation checkpointing.
+/// Three micro-batches of two rows give the update of one batch of six; so does activation
+/// checkpointing.
 #[test]
 fn accumulation_and_checkpointing_change_nothing_but_roundoff() {
     let folder = tempfile::tempdir().unwrap();
@@ -129,9 +138,13 @@ fn accumulation_and_checkpointing_change_nothing_but_roundoff() {
         let want = run(&one);
         for (other, what) in [(&three, "accumulation"), (&checkpointed, "checkpointing")] {
             for (a, b) in run(other).iter().zip(&want) {
-                // Adam divides by the gradient's size, so a roundoff of a tiny gradient moves its entry by up to
-                // lr; three steps at lr 3e-3 leave 1e-8 on the loss.
-                assert!((a - b).abs() < 1e-8, "{what} with {}: {a} against {b}", one.method.name.name());
+                // Adam divides by the gradient's size, so a roundoff of a tiny gradient moves its
+                // entry by up to lr; three steps at lr 3e-3 leave 1e-8 on the loss.
+                assert!(
+                    (a - b).abs() < 1e-8,
+                    "{what} with {}: {a} against {b}",
+                    one.method.name.name()
+                );
             }
         }
     }
@@ -194,7 +207,9 @@ fn nan_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
     checkpoint::save(&trainer, &out).unwrap();
     trainer.model.final_norm.gain[3] = f32::NAN;
     match trainer.run(Some(&out), &mut [], &AtomicBool::new(false)).unwrap() {
-        StopReason::NonFinite { step, tensor } => assert_eq!((step, tensor.as_str()), (3, "logits")),
+        StopReason::NonFinite { step, tensor } => {
+            assert_eq!((step, tensor.as_str()), (3, "logits"))
+        }
         other => panic!("{other:?}"),
     }
     // An update that overflows a weight is noticed before it is saved.
@@ -202,7 +217,9 @@ fn nan_stops_names_the_step_and_keeps_the_last_good_checkpoint() {
     wild.optimizer = OptimizerParams { lr: 1e30, weight_decay: 1e30, ..OptimizerParams::default() };
     let mut trainer = Trainer::<f32>::new(wild).unwrap();
     match trainer.run(Some(&out), &mut [], &AtomicBool::new(false)).unwrap() {
-        StopReason::NonFinite { step, tensor } => assert_eq!((step, tensor.as_str()), (1, "model.embed_tokens.weight")),
+        StopReason::NonFinite { step, tensor } => {
+            assert_eq!((step, tensor.as_str()), (1, "model.embed_tokens.weight"))
+        }
         other => panic!("{other:?}"),
     }
     let kept = checkpoint::list(&out).unwrap();
@@ -218,11 +235,15 @@ fn target_loss_stops_early_and_two_checkpoints_are_kept() {
     let out = folder.path().join("run");
     let mut config = config(folder.path());
     config.train.save_every = 1;
-    Trainer::<f32>::new(config.clone()).unwrap().run(Some(&out), &mut [], &AtomicBool::new(false)).unwrap();
+    Trainer::<f32>::new(config.clone())
+        .unwrap()
+        .run(Some(&out), &mut [], &AtomicBool::new(false))
+        .unwrap();
     assert_eq!(checkpoint::list(&out).unwrap().iter().map(|c| c.0).collect::<Vec<_>>(), [5, 6]);
     assert_eq!(std::fs::read_dir(&out).unwrap().count(), 2, "nothing temporary is left");
     config.train.target_loss = 1e9;
-    let reason = Trainer::<f32>::new(config).unwrap().run(None, &mut [], &AtomicBool::new(false)).unwrap();
+    let reason =
+        Trainer::<f32>::new(config).unwrap().run(None, &mut [], &AtomicBool::new(false)).unwrap();
     assert!(matches!(reason, StopReason::TargetLoss { step: 1, .. }), "{reason:?}");
 }
 
@@ -230,7 +251,10 @@ fn target_loss_stops_early_and_two_checkpoints_are_kept() {
 fn a_run_cannot_continue_with_other_settings_another_base_or_broken_files() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    let config = fine_tuning(folder.path(), MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) });
+    let config = fine_tuning(
+        folder.path(),
+        MethodParams { rank: 3, ..MethodParams::named(MethodName::Lora) },
+    );
     let mut trainer = Trainer::<f32>::new(config.clone()).unwrap();
     trainer.step().unwrap();
     let refused = |config: &TrainConfig| {
@@ -282,7 +306,10 @@ fn training_learns_a_small_task() {
     config.train.steps = 120;
     config.train.batch = 16;
     let mut recorder = Recorder::default();
-    Trainer::<f32>::new(config).unwrap().run(None, &mut [&mut recorder], &AtomicBool::new(false)).unwrap();
+    Trainer::<f32>::new(config)
+        .unwrap()
+        .run(None, &mut [&mut recorder], &AtomicBool::new(false))
+        .unwrap();
     let mean = |r: &[StepRecord]| r.iter().map(|r| r.loss).sum::<f64>() / r.len() as f64;
     let (first, last) = (mean(&recorder.records[..5]), mean(&recorder.records[115..]));
     // From ln 259 = 5.6 nats at random to the entropy of digits, spaces and ends.

@@ -1,5 +1,5 @@
-//! Steps of several processes (tests/data/ranks, made by torch.distributed): right ones pass, each fault between the processes
-//! is named, folders that do not fit each other are refused by name.
+//! Steps of several processes (tests/data/ranks, made by torch.distributed): right ones pass, each
+//! fault between the processes is named, folders that do not fit each other are refused by name.
 
 use super::folders_in;
 use peft_limits::tensor_file::{TensorFile, TensorWriter};
@@ -16,7 +16,9 @@ fn root() -> PathBuf {
 
 fn judge(folder: &Path) -> Result<Report> {
     assert!(is_of_ranks(folder), "{}", folder.display());
-    let read = |paths: &_, manifest: &_| Case::read("ranks", paths, Some(manifest), &PlainSettings::default());
+    let read = |paths: &_, manifest: &_| {
+        Case::read("ranks", paths, Some(manifest), &PlainSettings::default())
+    };
     validate_ranks(&Ranks::read(folder)?, &read, &Silent)
 }
 
@@ -28,7 +30,11 @@ fn right_steps_of_several_processes_pass() {
         let report = judge(&path).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
         let shares: Vec<f64> = report.rungs.iter().map(|r| r.share()).collect();
-        assert!(report.passed && report.diagnoses.is_empty(), "{name}: {shares:?} {:?}", report.diagnoses);
+        assert!(
+            report.passed && report.diagnoses.is_empty(),
+            "{name}: {shares:?} {:?}",
+            report.diagnoses
+        );
         assert!(shares.iter().all(|s| *s < 0.8), "{name}: {shares:?}");
         let checked = report.rungs.iter().filter(|r| !r.tensors.is_empty()).count();
         assert!(checked >= 4, "{name}: {checked} rungs");
@@ -41,7 +47,11 @@ fn right_steps_of_several_processes_pass() {
         assert_eq!(Ranks::read(&path).unwrap().views().unwrap().views.len(), 1, "{name}");
     }
     let global = judge(&root().join("clean/ddp-global-f32")).unwrap();
-    assert!(global.rungs[0].problems[0].contains("tokens of all ranks, as recorded"), "{:?}", global.rungs[0].problems);
+    assert!(
+        global.rungs[0].problems[0].contains("tokens of all ranks, as recorded"),
+        "{:?}",
+        global.rungs[0].problems
+    );
 }
 
 #[test]
@@ -51,12 +61,16 @@ fn faults_between_processes_are_named() {
     for path in all {
         let report = judge(&path).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap();
-        let fault =
-            ["-f32", "-bf16", "-replicas"].iter().fold(name, |name, end| name.strip_suffix(end).unwrap_or(name));
+        let fault = ["-f32", "-bf16", "-replicas"]
+            .iter()
+            .fold(name, |name, end| name.strip_suffix(end).unwrap_or(name));
         let named: Vec<&str> = report.diagnoses.iter().map(|d| d.fault.as_str()).collect();
         assert!(!report.passed && named == [fault], "{name}: {:#?}", report.diagnoses);
         let first = &report.diagnoses[0];
-        assert!(first.complete && first.what.contains("rank") && !first.fix.is_empty(), "{name}: {first:?}");
+        assert!(
+            first.complete && first.what.contains("rank") && !first.fix.is_empty(),
+            "{name}: {first:?}"
+        );
     }
 }
 
@@ -64,11 +78,14 @@ fn faults_between_processes_are_named() {
 #[test]
 fn a_part_alone_is_refused() {
     let (paths, manifest) = DumpPaths::of_folder(&root().join("clean/ddp-f32/rank-0")).unwrap();
-    let refused = Case::read("part", &paths, Some(&manifest), &PlainSettings::default()).unwrap_err().to_string();
+    let refused = Case::read("part", &paths, Some(&manifest), &PlainSettings::default())
+        .unwrap_err()
+        .to_string();
     assert!(refused.contains("rank 0 of 2") && refused.contains("folder above"), "{refused}");
 }
 
-/// Parts put together are the whole: the base of a model that three processes divide is the checkpoint that they read.
+/// Parts put together are the whole: the base of a model that three processes divide is the
+/// checkpoint that they read.
 #[test]
 fn parts_are_put_together() {
     let views = Ranks::read(&root().join("clean/fsdp-base-f32")).unwrap().views().unwrap();
@@ -79,7 +96,11 @@ fn parts_are_put_together() {
     assert_eq!(merged.names().collect::<Vec<_>>(), names);
     for name in names {
         assert_eq!(merged.shape(name), whole.shape(name), "{name}");
-        assert_eq!(merged.bytes(name, "test").unwrap(), whole.bytes(name, "test").unwrap(), "{name}");
+        assert_eq!(
+            merged.bytes(name, "test").unwrap(),
+            whole.bytes(name, "test").unwrap(),
+            "{name}"
+        );
     }
 }
 
@@ -92,7 +113,11 @@ fn copy(name: &str) -> (tempfile::TempDir, PathBuf) {
                 let e = entry.unwrap();
                 (e.path(), to.join(e.file_name()))
             };
-            if path.is_dir() { folder(&path, &to) } else { std::fs::copy(&path, &to).map(drop).unwrap() }
+            if path.is_dir() {
+                folder(&path, &to)
+            } else {
+                std::fs::copy(&path, &to).map(drop).unwrap()
+            }
         }
     }
     let temporary = tempfile::tempdir().unwrap();
@@ -111,7 +136,8 @@ fn copy(name: &str) -> (tempfile::TempDir, PathBuf) {
 
 fn change(dump: &Path, rank: usize, edit: impl Fn(&mut Value)) {
     let path = dump.join(format!("rank-{rank}/manifest.json"));
-    let mut manifest: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let mut manifest: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
     edit(&mut manifest);
     std::fs::write(&path, manifest.to_string()).unwrap();
 }
@@ -133,7 +159,12 @@ fn change_tensor(path: &Path, name: &str, edit: impl Fn(&mut Vec<usize>, &mut Ve
 
 fn first_gradient(dump: &Path, rank: usize) -> (PathBuf, String) {
     let path = dump.join(format!("rank-{rank}/step.safetensors"));
-    let name = TensorFile::open(&path).unwrap().names().find(|n| n.starts_with("grad.")).unwrap().to_string();
+    let name = TensorFile::open(&path)
+        .unwrap()
+        .names()
+        .find(|n| n.starts_with("grad."))
+        .unwrap()
+        .to_string();
     (path, name)
 }
 
@@ -141,8 +172,16 @@ fn first_gradient(dump: &Path, rank: usize) -> (PathBuf, String) {
 fn folders_that_do_not_fit_are_refused_by_name() {
     type Break = fn(&Path);
     let cases: [(&str, Break, &[&str]); 14] = [
-        ("clean/ddp-f32", |d| std::fs::remove_dir_all(d.join("rank-1")).unwrap(), &["rank-1", "nothing of that name"]),
-        ("clean/ddp-f32", |d| std::fs::remove_dir_all(d.join("rank-0")).unwrap(), &["rank-0", "nothing of that name"]),
+        (
+            "clean/ddp-f32",
+            |d| std::fs::remove_dir_all(d.join("rank-1")).unwrap(),
+            &["rank-1", "nothing of that name"],
+        ),
+        (
+            "clean/ddp-f32",
+            |d| std::fs::remove_dir_all(d.join("rank-0")).unwrap(),
+            &["rank-0", "nothing of that name"],
+        ),
         (
             "clean/ddp-f32",
             |d| std::fs::rename(d.join("rank-1"), d.join("rank-1.writing")).unwrap(),
@@ -264,7 +303,8 @@ fn the_other_divisor_is_named() {
     let report = judge(&dump).unwrap();
     let named: Vec<&str> = report.diagnoses.iter().map(|d| d.fault.as_str()).collect();
     assert!(!report.passed && named == ["global-mean"], "{:?}", report.diagnoses);
-    // Undeclared and without the gradient of the logits, what explains the step is taken to be meant.
+    // Undeclared and without the gradient of the logits, what explains the step is taken to be
+    // meant.
     (0..2).for_each(|rank| {
         change(&dump, rank, |m| m["parallel"]["loss"] = Value::Null);
         let path = dump.join(format!("rank-{rank}/step.safetensors"));
@@ -278,10 +318,15 @@ fn the_other_divisor_is_named() {
     });
     let report = judge(&dump).unwrap();
     let layout = &report.rungs[0].problems[0];
-    assert!(report.passed && layout.contains("tokens of all ranks, as recorded"), "{layout} {:?}", report.diagnoses);
+    assert!(
+        report.passed && layout.contains("tokens of all ranks, as recorded"),
+        "{layout} {:?}",
+        report.diagnoses
+    );
 }
 
-/// One process's gradients are disturbed in a way that no fault makes: it fails, by name, and nothing is named for it.
+/// One process's gradients are disturbed in a way that no fault makes: it fails, by name, and
+/// nothing is named for it.
 #[test]
 fn an_unknown_fault_of_one_process_is_not_given_a_name() {
     let (_folder, dump) = copy("clean/ddp-f32");
@@ -293,7 +338,11 @@ fn an_unknown_fault_of_one_process_is_not_given_a_name() {
         }
     });
     let report = judge(&dump).unwrap();
-    assert!(!report.passed && report.diagnoses.iter().all(|d| !d.complete), "{:?}", report.diagnoses);
+    assert!(
+        !report.passed && report.diagnoses.iter().all(|d| !d.complete),
+        "{:?}",
+        report.diagnoses
+    );
     let wrong: Vec<(usize, usize)> = report.ranks.iter().map(|r| (r.rank, r.wrong)).collect();
     assert_eq!(wrong, [(0, 0), (1, 1)]);
 }

@@ -59,14 +59,27 @@ pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         panels.push(chart(title, width, label, lines(&switch, methods, "width", column)?).into());
     }
     let title = "Serving one batch of 32 sequences";
-    panels
-        .push(chart(title, "different adapters", "time (ms)", lines(&mixed, &SERVED, "adapters", "time (ms)")?).into());
-    let mut figure = Figure::new("Adapters after training: S2FT slices against LoRA of the same size", panels)
-        .columns(3)
-        .caption(
-            "Adapters of o and down: S2FT on 1/16 of the heads and channels, LoRA of the nearest rank. Old values are kept for the way back, \
-             except where LoRA is subtracted. One by one: switch, run that adapter's sequences, switch again. Medians over 5 seeds with their range.",
-        );
+    panels.push(
+        chart(
+            title,
+            "different adapters",
+            "time (ms)",
+            lines(&mixed, &SERVED, "adapters", "time (ms)")?,
+        )
+        .into(),
+    );
+    let mut figure = Figure::new(
+        "Adapters after training: S2FT slices against LoRA of the same \
+                                  size",
+        panels,
+    )
+    .columns(3)
+    .caption(
+        "Adapters of o and down: S2FT on 1/16 of the heads and channels, LoRA of the nearest \
+             rank. Old values are kept for the way back, except where LoRA is subtracted. One by \
+             one: switch, run that adapter's sequences, switch again. Medians over 5 seeds with \
+             their range.",
+    );
     figure.share_y = false;
     Ok(vec![NamedFigure::new("adapter_serving", figure)])
 }
@@ -76,27 +89,40 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
     let mut lines = Vec::new();
     let widths = numbers(&switch, "width")?;
     let last = widths[widths.len() - 1];
-    let at = |method: &str, column: &str| Ok::<f64, Error>(spread(&switch, method, ("width", last), column)?.0);
-    let time = [0, 1, 2].map(|i| at(SWITCHES[i], "time (ms)")).into_iter().collect::<Result<Vec<_>>>()?;
+    let at = |method: &str, column: &str| {
+        Ok::<f64, Error>(spread(&switch, method, ("width", last), column)?.0)
+    };
+    let time =
+        [0, 1, 2].map(|i| at(SWITCHES[i], "time (ms)")).into_iter().collect::<Result<Vec<_>>>()?;
     lines.push(format!(
-        "Width {last}: a switch takes {:.2} ms with slices, {:.2} ms with LoRA and kept weights ({:.0}x), {:.2} ms with LoRA subtracted ({:.0}x).",
-        time[0], time[1], time[1] / time[0], time[2], time[2] / time[0]
+        "Width {last}: a switch takes {:.2} ms with slices, {:.2} ms with LoRA and kept weights \
+         ({:.0}x), {:.2} ms with LoRA subtracted ({:.0}x).",
+        time[0],
+        time[1],
+        time[1] / time[0],
+        time[2],
+        time[2] / time[0]
     ));
     lines.push(format!(
-        "Memory overwritten by a switch: {:.2} MiB against {:.2} MiB; kept beside the model: the same amounts (nothing when LoRA is subtracted).",
+        "Memory overwritten by a switch: {:.2} MiB against {:.2} MiB; kept beside the model: the \
+         same amounts (nothing when LoRA is subtracted).",
         at(SWITCHES[0], "overwritten (bytes)")? / 1048576.0,
         at(SWITCHES[1], "overwritten (bytes)")? / 1048576.0,
     ));
     lines.push(format!(
-        "After {DRIFT_SWITCHES} switches the base comes back bit for bit where old values are kept; where LoRA is subtracted it has drifted by {:.1e} (relative, f32).",
+        "After {DRIFT_SWITCHES} switches the base comes back bit for bit where old values are \
+         kept; where LoRA is subtracted it has drifted by {:.1e} (relative, f32).",
         at(SWITCHES[2], "drift after switches")?
     ));
     let counts = numbers(&mixed, "adapters")?;
     let most = counts[counts.len() - 1];
-    let serve = |method: &str, column: &str| Ok::<f64, Error>(spread(&mixed, method, ("adapters", most), column)?.0);
+    let serve = |method: &str, column: &str| {
+        Ok::<f64, Error>(spread(&mixed, method, ("adapters", most), column)?.0)
+    };
     lines.push(format!(
-        "{most} adapters in one batch: {:.2} ms (S2FT) and {:.2} ms (LoRA) mixed, {:.2} and {:.2} ms one by one, {:.2} ms for the base alone; \
-         multiply-adds beyond the base {:.1}% and {:.1}%.",
+        "{most} adapters in one batch: {:.2} ms (S2FT) and {:.2} ms (LoRA) mixed, {:.2} and {:.2} \
+         ms one by one, {:.2} ms for the base alone; multiply-adds beyond the base {:.1}% and \
+         {:.1}%.",
         serve(SERVED[1], "time (ms)")?,
         serve(SERVED[2], "time (ms)")?,
         serve(SERVED[3], "time (ms)")?,
@@ -140,7 +166,9 @@ pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
             !gaps.is_empty() && gaps.iter().all(|g| *g < 1e-5),
         ),
         (
-            "a mixed batch of the most adapters does not take separably longer with slices than with LoRA".into(),
+            "a mixed batch of the most adapters does not take separably longer with slices than \
+             with LoRA"
+                .into(),
             serve(SERVED[1])?.1 <= serve(SERVED[2])?.2,
         ),
     ])
@@ -151,17 +179,21 @@ mod tests {
     use super::*;
     use peft_limits::report::{Cell, Row};
 
-    /// Times of a switch with slices and with LoRA, the drift of kept weights, the gap and the times of a mixed batch.
+    /// Times of a switch with slices and with LoRA, the drift of kept weights, the gap and the
+    /// times of a mixed batch.
     fn made_up(switch: [f64; 2], drift: f64, gap: f64, served: [f64; 2]) -> Vec<bool> {
         let mut table = Table::default();
         for seed in 0..3 {
             let noise = 1.0 + 0.01 * f64::from(seed);
             for (method, time) in SWITCHES.into_iter().zip([switch[0], switch[1], switch[1]]) {
-                let row = Row::new().with("part", "switch").with("method", method).with("width", 256.0);
-                table.push(&row.with("time (ms)", noise * time).with("drift after switches", drift));
+                let row =
+                    Row::new().with("part", "switch").with("method", method).with("width", 256.0);
+                table
+                    .push(&row.with("time (ms)", noise * time).with("drift after switches", drift));
             }
             for (method, time) in SERVED.into_iter().zip([1.0, served[0], served[1], 9.0, 9.0]) {
-                let row = Row::new().with("part", "mixed").with("method", method).with("adapters", 32.0);
+                let row =
+                    Row::new().with("part", "mixed").with("method", method).with("adapters", 32.0);
                 let gap = if method == SERVED[0] { Cell::Missing } else { Cell::Float(gap) };
                 let row = row.with("gap of logits, mixed against one by one", gap);
                 table.push(&row.with("time (ms)", noise * time));
@@ -173,11 +205,27 @@ mod tests {
     #[test]
     fn made_up_data_refute_what_they_should() {
         assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.0, 2.1]), [true; 4]);
-        assert_eq!(made_up([5.0, 5.0], 0.0, 1e-6, [2.0, 2.1]), [true, false, true, true], "LoRA switches as fast");
+        assert_eq!(
+            made_up([5.0, 5.0], 0.0, 1e-6, [2.0, 2.1]),
+            [true, false, true, true],
+            "LoRA switches as fast"
+        );
         assert_eq!(made_up([1.0, 5.0], 1e-7, 1e-6, [2.0, 2.1]), [false, true, true, true]);
         assert_eq!(made_up([1.0, 5.0], 0.0, 1e-3, [2.0, 2.1]), [true, true, false, true]);
-        assert_eq!(made_up([1.0, 5.0], 0.0, f64::NAN, [2.0, 2.1]), [true, true, false, true], "never compared");
-        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.2, 2.1]), [true, true, true, false], "separably longer");
-        assert_eq!(made_up([1.0, 5.0], 0.0, 1e-6, [2.11, 2.1]), [true; 4], "longer within the spread");
+        assert_eq!(
+            made_up([1.0, 5.0], 0.0, f64::NAN, [2.0, 2.1]),
+            [true, true, false, true],
+            "never compared"
+        );
+        assert_eq!(
+            made_up([1.0, 5.0], 0.0, 1e-6, [2.2, 2.1]),
+            [true, true, true, false],
+            "separably longer"
+        );
+        assert_eq!(
+            made_up([1.0, 5.0], 0.0, 1e-6, [2.11, 2.1]),
+            [true; 4],
+            "longer within the spread"
+        );
     }
 }

@@ -33,7 +33,11 @@ fn slice_update(base: &Model<f32>, seed: u64) -> Result<ModelUpdate<f32>> {
 /// A LoRA update of the same projections with about as many numbers.
 fn lora_update(base: &Model<f32>, numbers: usize, seed: u64) -> Result<ModelUpdate<f32>> {
     let per_rank: usize = base.layers.len()
-        * TARGETS.iter().map(|&p| base.config.projection_shape(p)).map(|(out, width)| out + width).sum::<usize>();
+        * TARGETS
+            .iter()
+            .map(|&p| base.config.projection_shape(p))
+            .map(|(out, width)| out + width)
+            .sum::<usize>();
     let rank = (numbers as f64 / per_rank as f64).round().max(1.0) as usize;
     let mut rng = generator(seed, "adapter/lora", 0);
     let mut model = base.clone();
@@ -66,7 +70,8 @@ fn add_in_place(model: &mut Model<f32>, update: &ModelUpdate<f32>, sign: f64) ->
 fn distance(a: &Model<f32>, b: &Model<f32>) -> f64 {
     let (mut squares, mut norm) = (0.0, 0.0);
     for p in TARGETS {
-        let (a, b) = (a.layers[0].projection(p).base.dense(), b.layers[0].projection(p).base.dense());
+        let (a, b) =
+            (a.layers[0].projection(p).base.dense(), b.layers[0].projection(p).base.dense());
         for (x, y) in a.iter().zip(&b) {
             squares += f64::from(x - y).powi(2);
             norm += f64::from(*y).powi(2);
@@ -77,10 +82,13 @@ fn distance(a: &Model<f32>, b: &Model<f32>) -> f64 {
 
 pub(super) fn switch(point: &Point) -> Result<Vec<Row>> {
     let (width, seed) = (point.usize("width")?, point.u64("seed")?);
-    let base: Model<f32> = Model::random(sizes(width, 1, 16), &mut generator(seed, "init/model", 0))?;
+    let base: Model<f32> =
+        Model::random(sizes(width, 1, 16), &mut generator(seed, "init/model", 0))?;
     let slices = [slice_update(&base, seed)?, slice_update(&base, seed + 1000)?];
-    let factors =
-        [lora_update(&base, slices[0].elements(), seed)?, lora_update(&base, slices[0].elements(), seed + 1000)?];
+    let factors = [
+        lora_update(&base, slices[0].elements(), seed)?,
+        lora_update(&base, slices[0].elements(), seed + 1000)?,
+    ];
     let before = fingerprint(&base);
     let mut rows = Vec::new();
     for (method, updates) in [(SWITCHES[0], &slices), (SWITCHES[1], &factors)] {
@@ -131,25 +139,34 @@ pub(super) fn switch(point: &Point) -> Result<Vec<Row>> {
 }
 
 pub(super) fn mixed(point: &Point) -> Result<Vec<Row>> {
-    let (width, adapters, seed) = (point.usize("width")?, point.usize("adapters")?, point.u64("seed")?);
-    let base: Model<f32> = Model::random(sizes(width, 2, 16), &mut generator(seed, "init/model", 0))?;
+    let (width, adapters, seed) =
+        (point.usize("width")?, point.usize("adapters")?, point.u64("seed")?);
+    let base: Model<f32> =
+        Model::random(sizes(width, 2, 16), &mut generator(seed, "init/model", 0))?;
     let mut rng = generator(seed, "tokens", 0);
     let ids = Array2::from_shape_simple_fn(BATCH, || rng.random_range(0..BYTE_VOCABULARY as u32));
-    let of_sequence: Vec<Option<usize>> = (0..BATCH.0).map(|i| Some(i * adapters / BATCH.0)).collect();
+    let of_sequence: Vec<Option<usize>> =
+        (0..BATCH.0).map(|i| Some(i * adapters / BATCH.0)).collect();
     let slices = (0..adapters as u64)
         .map(|i| slice_update(&base, seed + 1000 * i))
         .collect::<Result<Vec<ModelUpdate<f32>>>>()?;
     let numbers = slices[0].elements();
-    let factors =
-        (0..adapters as u64).map(|i| lora_update(&base, numbers, seed + 1000 * i)).collect::<Result<Vec<_>>>()?;
+    let factors = (0..adapters as u64)
+        .map(|i| lora_update(&base, numbers, seed + 1000 * i))
+        .collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::new();
     let mut cost = Cost::default();
     let time = repeated_seconds(REPEATS, || {
         cost = Cost::default();
         base.logits(ids.view(), &mut cost).map(drop)
     })?;
-    rows.push(timed(Row::new().with("method", SERVED[0]).with("multiply-adds", cost.multiply_adds), &time));
-    for (method, one_by_one, updates) in [(SERVED[1], SERVED[3], &slices), (SERVED[2], SERVED[4], &factors)] {
+    rows.push(timed(
+        Row::new().with("method", SERVED[0]).with("multiply-adds", cost.multiply_adds),
+        &time,
+    ));
+    for (method, one_by_one, updates) in
+        [(SERVED[1], SERVED[3], &slices), (SERVED[2], SERVED[4], &factors)]
+    {
         let given: Vec<&ModelUpdate<f32>> = updates.iter().collect();
         let mut together = Array2::zeros((0, 0));
         let time = repeated_seconds(REPEATS, || {
@@ -167,11 +184,14 @@ pub(super) fn mixed(point: &Point) -> Result<Vec<Row>> {
                 model.switch(Some(update))?;
                 let ids = ids.slice(ndarray::s![i * share..(i + 1) * share, ..]);
                 let logits = model.model().logits(ids, &mut cost)?;
-                apart.slice_mut(ndarray::s![i * share * BATCH.1..(i + 1) * share * BATCH.1, ..]).assign(&logits);
+                apart
+                    .slice_mut(ndarray::s![i * share * BATCH.1..(i + 1) * share * BATCH.1, ..])
+                    .assign(&logits);
             }
             model.switch(None)
         })?;
-        let difference = (&together - &apart).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let difference =
+            (&together - &apart).iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let norm = apart.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let gap = difference / norm;
         let row = |method: &str, cost: u64| {

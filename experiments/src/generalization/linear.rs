@@ -1,6 +1,8 @@
-//! The two-layer linear model with a finite sample and noise: both sides of the theorem (\[S2FT\], theorem 4.2 and F.7).
+//! The two-layer linear model with a finite sample and noise: both sides of the theorem (\[S2FT\],
+//! theorem 4.2 and F.7).
 //!
-//! With W = W2 W1 the pretrained map and S the second moment of the inputs in both worlds, unit energies
+//! With W = W2 W1 the pretrained map and S the second moment of the inputs in both worlds, unit
+//! energies
 //! ||. S^(1/2)||^2 = 1 of a shift Z that both tasks share, of R that only the new task has, of C that only the other has:
 //!
 //! ```text
@@ -12,7 +14,8 @@
 //! | sparse | W2[:, I] M with few channels I | the theorem's assumption (F.4), but for t R |
 //! | dense | of the same rank, no channels | violates it |
 //!
-//! Rows I of W1 move the map inside the range of W2[:, I] (projection P), so that over samples (`two_layer`)
+//! Rows I of W1 move the map inside the range of W2[:, I] (projection P), so that over samples
+//! (`two_layer`)
 //!
 //! ```text
 //! E risk(S2FT) = ||(1 - P)(Z + C) S^(1/2)||^2 + ||P (C - t R) S^(1/2)||^2 + sigma^2 k d / (n - d - 1)
@@ -73,7 +76,11 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
         shift / energy.sqrt()
     };
     let sparse = unit(
-        model.second.select(Axis(1), &shifted).dot(&normal(CHANNELS, SHARED_RANK)).dot(&normal(SHARED_RANK, SIDE)),
+        model
+            .second
+            .select(Axis(1), &shifted)
+            .dot(&normal(CHANNELS, SHARED_RANK))
+            .dot(&normal(SHARED_RANK, SIDE)),
     );
     let dense = unit(normal(SIDE, SHARED_RANK).dot(&normal(SHARED_RANK, SIDE)));
     let own = unit(normal(SIDE, 1).dot(&normal(1, SIDE)));
@@ -84,9 +91,13 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
         let other = Task { target: &product + &shared + &others, second_moment: moment.clone() };
         let pretrained = other.risk(&product)?;
         for t in OWN_SHIFTS {
-            let new = Task { target: &product + &shared + &(&own * t), second_moment: moment.clone() };
-            let sampled =
-                new.sampled(SAMPLES, NOISE, &mut generator(seed, &format!("generalization/{world}/{t}"), 0))?;
+            let new =
+                Task { target: &product + &shared + &(&own * t), second_moment: moment.clone() };
+            let sampled = new.sampled(
+                SAMPLES,
+                NOISE,
+                &mut generator(seed, &format!("generalization/{world}/{t}"), 0),
+            )?;
             let apart = new.risk(&other.target)?;
             let slice = |units: &[usize]| Update::FirstRows(units.to_vec());
             let methods = [
@@ -102,7 +113,8 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
                         let basis = Range::of(&model.second.select(Axis(1), units))?.basis;
                         let moved = basis.dot(&basis.t()).dot(&(&other.target - &new.target));
                         let spread = (&moved.dot(&moment) * &moved).sum();
-                        let variance = NOISE * NOISE * (CHANNELS * SIDE) as f64 / (SAMPLES - SIDE - 1) as f64;
+                        let variance =
+                            NOISE * NOISE * (CHANNELS * SIDE) as f64 / (SAMPLES - SIDE - 1) as f64;
                         pretrained + spread + variance
                     }
                     _ => apart,

@@ -3,7 +3,9 @@
 use super::{ALL, METHODS, SHARES, linear};
 use crate::harness::over_bases::{by_base, difference, interval, over_bases, word};
 use peft_limits::Result;
-use peft_limits::report::{Axis, Figure, LineChart, NamedFigure, Reference, Series, Summary, Table};
+use peft_limits::report::{
+    Axis, Figure, LineChart, NamedFigure, Reference, Series, Summary, Table,
+};
 use peft_limits::train::method::MethodName;
 
 pub(super) const IN_DOMAIN: &str = "in-domain loss (nats)";
@@ -47,10 +49,18 @@ fn shares(table: &Table, kind: &str) -> Result<Vec<&'static str>> {
 fn spread(rows: &Table, column: &str) -> Result<(f64, f64, f64)> {
     let bases = over_bases(rows, column)?;
     let summary = if bases.n > 1 { bases } else { Summary::of(&rows.floats(column)?) };
-    Ok(if summary.n > 1 { interval(&summary, 0.95) } else { (summary.mean, summary.mean, summary.mean) })
+    Ok(if summary.n > 1 {
+        interval(&summary, 0.95)
+    } else {
+        (summary.mean, summary.mean, summary.mean)
+    })
 }
 
-fn against_budget(table: &Table, kind: &str, panels: &[(&str, &str, bool)]) -> Result<Vec<LineChart>> {
+fn against_budget(
+    table: &Table,
+    kind: &str,
+    panels: &[(&str, &str, bool)],
+) -> Result<Vec<LineChart>> {
     let mut charts = Vec::new();
     let before = table.filter_eq("kind", kind).filter_eq("method", "none");
     for (title, column, _) in panels {
@@ -108,8 +118,14 @@ fn against_rate(table: &Table, kind: &str, x: (&str, &str), y: (&str, &str)) -> 
     })
 }
 
-fn of_world(table: &Table, world: &str, method: &str, column: &str) -> Result<Vec<(f64, f64, f64, f64)>> {
-    let rows = table.filter_eq("kind", "linear").filter_eq("world", world).filter_eq("method", method);
+fn of_world(
+    table: &Table,
+    world: &str,
+    method: &str,
+    column: &str,
+) -> Result<Vec<(f64, f64, f64, f64)>> {
+    let rows =
+        table.filter_eq("kind", "linear").filter_eq("world", world).filter_eq("method", method);
     let mut points = Vec::new();
     for (t, s) in rows.sorted_by("t")?.summarise(&["t"], column)? {
         let (mean, low, high) = interval(&s, 0.95);
@@ -133,12 +149,17 @@ fn linear_figure(table: &Table) -> Result<Figure> {
                     (linear::S2FT, "above s2ft: (1 + ε²) and noise"),
                     (linear::LORA, "below lora: distance of the tasks"),
                 ] {
-                    let points = of_world(table, world, method, linear::LIMIT)?.into_iter().map(|p| (p.0, p.1));
+                    let points = of_world(table, world, method, linear::LIMIT)?
+                        .into_iter()
+                        .map(|p| (p.0, p.1));
                     series.push(Series::prediction(name, points.collect::<Vec<_>>()).like(method));
                 }
             }
-            let shared =
-                if world == "sparse" { "shared shift in few channels (F.4)" } else { "shared shift in no channels" };
+            let shared = if world == "sparse" {
+                "shared shift in few channels (F.4)"
+            } else {
+                "shared shift in no channels"
+            };
             panels.push(LineChart {
                 title: format!("{what}; {shared}"),
                 x: Axis::linear("t, shift of the new task alone"),
@@ -149,30 +170,46 @@ fn linear_figure(table: &Table) -> Result<Figure> {
         }
     }
     let caption = format!(
-        "32 x 32 layers, 256 samples with noise; {} channels against LoRA of rank {} (as many numbers). Means over {} instances with 95% \
-         intervals. Dashed: the theorem's two sides, in expectation.",
+        "32 x 32 layers, 256 samples with noise; {} channels against LoRA of rank {} (as many \
+         numbers). Means over {} instances with 95% intervals. Dashed: the theorem's two sides, in \
+         expectation.",
         linear::CHANNELS,
         linear::RANK,
         linear::INSTANCES
     );
-    Ok(Figure::new("The two-layer linear model: both sides of the theorem", panels).columns(2).caption(caption))
+    Ok(Figure::new("The two-layer linear model: both sides of the theorem", panels)
+        .columns(2)
+        .caption(caption))
 }
 
 pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     let bases = by_base(&table.filter_eq("kind", OURS), IN_DOMAIN)?.len();
     let caption = format!(
-        "Each method at its best rate by in-domain loss on a base of its own. Means over {bases} pretrained models of ours with 95% intervals; a \
-         quick run has one budget and a rate that nobody chose."
+        "Each method at its best rate by in-domain loss on a base of its own. Means over {bases} \
+         pretrained models of ours with 95% intervals; a quick run has one budget and a rate that \
+         nobody chose."
     );
-    let ours = Figure::new("Memorized and generalized at equal budgets", against_budget(table, OURS, &OUR_PANELS)?);
+    let ours = Figure::new(
+        "Memorized and generalized at equal budgets",
+        against_budget(table, OURS, &OUR_PANELS)?,
+    );
     let mut figures = vec![NamedFigure::new("generalization", ours.columns(3).caption(caption))];
-    let mut rates =
-        vec![against_rate(table, OURS, ("in-domain tokens right", "in-domain tokens"), ("far tokens right", FAR))?];
+    let mut rates = vec![against_rate(
+        table,
+        OURS,
+        ("in-domain tokens right", "in-domain tokens"),
+        ("far tokens right", FAR),
+    )?];
     if !table.filter_eq("kind", DECODER).is_empty() {
-        let caption = "A trained decoder of 260,000 parameters that is not ours (stories260K) learns Shakespeare. Losses in nats a token; means \
-                       over 3 seeds with 95% intervals, one base; each method at its best rate.";
-        let figure = Figure::new("The same on a trained decoder", against_budget(table, DECODER, &DECODER_PANELS)?);
-        figures.push(NamedFigure::new("generalization_decoder", figure.columns(3).caption(caption)));
+        let caption = "A trained decoder of 260,000 parameters that is not ours (stories260K) \
+                       learns Shakespeare. Losses in nats a token; means over 3 seeds with 95% \
+                       intervals, one base; each method at its best rate.";
+        let figure = Figure::new(
+            "The same on a trained decoder",
+            against_budget(table, DECODER, &DECODER_PANELS)?,
+        );
+        figures
+            .push(NamedFigure::new("generalization_decoder", figure.columns(3).caption(caption)));
         rates.push(against_rate(
             table,
             DECODER,
@@ -181,7 +218,10 @@ pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
         )?);
     }
     let mut figure = Figure::new("Best rate and a quarter of it: learned against kept", rates)
-        .caption("Trained numbers: 1% of the parameters (full: all). A line joins the rates of a method, means over bases and seeds.");
+        .caption(
+            "Trained numbers: 1% of the parameters (full: all). A line joins the rates of a \
+                  method, means over bases and seeds.",
+        );
     figure.share_y = false;
     figure.share_x = false;
     figures.push(NamedFigure::new("generalization_rates", figure));
@@ -189,7 +229,8 @@ pub(super) fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
     Ok(figures)
 }
 
-/// A difference of two methods at one share over our bases, each at its best rate, with its interval at a level.
+/// A difference of two methods at one share over our bases, each at its best rate, with its
+/// interval at a level.
 pub(crate) fn compared(
     table: &Table,
     (a, b): (&str, &str),
@@ -197,7 +238,9 @@ pub(crate) fn compared(
     column: &str,
     level: f64,
 ) -> Result<(f64, f64, f64)> {
-    let of = |method: &str| at_best(&runs(table, OURS, method, if method == "full" { ALL } else { share }));
+    let of = |method: &str| {
+        at_best(&runs(table, OURS, method, if method == "full" { ALL } else { share }))
+    };
     Ok(interval(&difference(&of(a), &of(b), column)?, level))
 }
 
@@ -206,10 +249,15 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
     for (kind, panels) in [(OURS, &OUR_PANELS), (DECODER, &DECODER_PANELS)] {
         let before = table.filter_eq("kind", kind).filter_eq("method", "none");
         if before.is_empty() {
-            lines.push("Left out: the trained decoder; give --base DIR and --text FILE in the full profile.".into());
+            lines.push(
+                "Left out: the trained decoder; give --base DIR and --text FILE in the full \
+                        profile."
+                    .into(),
+            );
             continue;
         }
-        let name = if kind == OURS { "Our bases".to_string() } else { before.texts("base")?.remove(0) };
+        let name =
+            if kind == OURS { "Our bases".to_string() } else { before.texts("base")?.remove(0) };
         for (title, column, _) in panels {
             let start = over_bases(&before, column)?.mean;
             let mut parts = Vec::new();
@@ -223,7 +271,8 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
                 }
                 parts.push(format!("{share}: {}", means.join(", ")));
             }
-            let start = if start.is_finite() { format!(" (before {start:.3})") } else { String::new() };
+            let start =
+                if start.is_finite() { format!(" (before {start:.3})") } else { String::new() };
             lines.push(format!("{name}, {title}{start}: {}.", parts.join("; ")));
         }
         let rates = table.filter_eq("kind", kind).filter(|r| !r.f64("lr").is_nan());
@@ -242,20 +291,35 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
             }
         }
         if !low_rate.is_empty() {
-            lines.push(format!("{name}, at a quarter of the best rate, 1%: {}.", low_rate.join("; ")));
+            lines.push(format!(
+                "{name}, at a quarter of the best rate, 1%: {}.",
+                low_rate.join("; ")
+            ));
         }
         let mut best = Vec::new();
         for share in shares(table, kind)?.into_iter().chain([ALL]) {
-            let of = |method: &str| at_best(&runs(table, kind, method, share)).rows().next().map(|r| r.f64("lr"));
-            let found = METHODS.iter().filter_map(|m| Some(format!("{} {}", m.name(), of(m.name())?)));
+            let of = |method: &str| {
+                at_best(&runs(table, kind, method, share)).rows().next().map(|r| r.f64("lr"))
+            };
+            let found =
+                METHODS.iter().filter_map(|m| Some(format!("{} {}", m.name(), of(m.name())?)));
             best.push(format!("{share}: {}", found.collect::<Vec<_>>().join(", ")));
         }
         lines.push(format!("{name}, rates: {}.", best.join("; ")));
         let open = rates.rows().filter(|r| r.text("bracketed") == "false").count();
-        lines.push(format!("{name}: {open} of {} runs have a best rate that no worse ones bracket.", rates.len()));
+        lines.push(format!(
+            "{name}: {open} of {} runs have a best rate that no worse ones bracket.",
+            rates.len()
+        ));
     }
-    let pairs =
-        [("s2ft", "lora"), ("spft", "lora"), ("paca", "lora"), ("s2ft", "full"), ("spft", "full"), ("s2ft", "spft")];
+    let pairs = [
+        ("s2ft", "lora"),
+        ("spft", "lora"),
+        ("paca", "lora"),
+        ("s2ft", "full"),
+        ("spft", "full"),
+        ("s2ft", "spft"),
+    ];
     for (name, column) in [("near", "shifted tokens"), ("far", FAR), ("facts", "facts tokens")] {
         let mut parts = Vec::new();
         for pair in pairs {
@@ -272,7 +336,10 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
                 word(d)
             ));
         }
-        lines.push(format!("Our bases at 1%, {name}, 95% and corrected for ten pairs: {}.", parts.join("; ")));
+        lines.push(format!(
+            "Our bases at 1%, {name}, 95% and corrected for ten pairs: {}.",
+            parts.join("; ")
+        ));
     }
     for world in linear::WORLDS {
         let mut parts = Vec::new();
@@ -284,7 +351,8 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
             }
         }
         lines.push(format!(
-            "Linear model, shared shift {world}: risk on the other task for t = 0 to 2, share of the pretrained one (new task at 2): {}.",
+            "Linear model, shared shift {world}: risk on the other task for t = 0 to 2, share of \
+             the pretrained one (new task at 2): {}.",
             parts.join("; ")
         ));
     }
@@ -315,7 +383,11 @@ pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         below &= pairs.fold(true, |holds, (risk, bound)| holds && risk.3 >= bound.1);
     }
     Ok(vec![
-        ("linear model: a slice's risk on the other task is at most its bound, on average".into(), above),
+        (
+            "linear model: a slice's risk on the other task is at most its bound, on average"
+                .into(),
+            above,
+        ),
         ("linear model: LoRA's is not below the distance of the tasks".into(), below),
     ])
 }
@@ -362,23 +434,29 @@ mod tests {
         let rows = |slice: f64, lora: f64| {
             let mut table = Table::default();
             for world in linear::WORLDS {
-                for (method, risk, bound) in
-                    [(linear::S2FT, slice, 1.2), (linear::S2FT_RANDOM, 1.0, 1.2), (linear::LORA, lora, 1.0)]
-                {
+                for (method, risk, bound) in [
+                    (linear::S2FT, slice, 1.2),
+                    (linear::S2FT_RANDOM, 1.0, 1.2),
+                    (linear::LORA, lora, 1.0),
+                ] {
                     for seed in 0..3 {
                         let row = Row::new()
                             .with("kind", "linear")
                             .with("world", world)
                             .with("t", 0.0)
                             .with("method", method);
-                        let row = row.with(linear::OTHER, risk + 0.01 * f64::from(seed)).with(linear::LIMIT, bound);
+                        let row = row
+                            .with(linear::OTHER, risk + 0.01 * f64::from(seed))
+                            .with(linear::LIMIT, bound);
                         table.push(&row.with("base", Cell::Missing).with("share", Cell::Missing));
                     }
                 }
             }
             table
         };
-        let held = |slice, lora| checks(&rows(slice, lora)).unwrap().into_iter().map(|c| c.1).collect::<Vec<_>>();
+        let held = |slice, lora| {
+            checks(&rows(slice, lora)).unwrap().into_iter().map(|c| c.1).collect::<Vec<_>>()
+        };
         assert_eq!(held(1.1, 1.1), [true, true]);
         assert_eq!(held(1.3, 1.1), [false, true]);
         assert_eq!(held(1.1, 0.8), [true, false]);

@@ -8,7 +8,9 @@ use peft_limits::attention::factorization::truncated_svd::Oracle as Decompositio
 use peft_limits::attention::factorization::{FeatureMap, Scores, build};
 use peft_limits::attention::{AttentionProblem, Gradients, Request, chained};
 use peft_limits::cost::Cost;
-use peft_limits::limits::hardness::decision::{Oracle, gradient_margin, guaranteed, has_near_pair, output_tells};
+use peft_limits::limits::hardness::decision::{
+    Oracle, gradient_margin, guaranteed, has_near_pair, output_tells,
+};
 use peft_limits::limits::hardness::embedding::{Embedding, Form, HEAD_DIM};
 use peft_limits::limits::hardness::instance::Instance;
 use peft_limits::limits::hardness::row_sums::{distance_counts, outputs, query_adapter_gradient};
@@ -56,12 +58,14 @@ impl Tally {
         let mean = self.operations.iter().sum::<f64>() / self.operations.len() as f64;
         row.set("operations / exact", known(mean));
         let (wrong, right) = self.errors.unwrap_or((f64::NAN, f64::NAN));
-        row.with("least error of a wrong answer", known(wrong)).with("largest error of a right answer", known(right))
+        row.with("least error of a wrong answer", known(wrong))
+            .with("largest error of a right answer", known(right))
     }
 }
 
 pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
-    let (size, first, instances) = (point.usize("size")?, point.u64("seed")?, point.u64("instances")?);
+    let (size, first, instances) =
+        (point.usize("size")?, point.u64("seed")?, point.u64("instances")?);
     let drawn = |s: u64| {
         let planted = s.is_multiple_of(2);
         let seed = seed_stream(s, "instance").next_u64();
@@ -72,12 +76,16 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
         return exact(size, seeds.map(drawn));
     }
     let embedding = Embedding::at_threshold_ratio(size, point.f64("c")?)?;
-    let (families, powers) =
-        if point.text("kind")? == "budget" { (&BUDGET, &EXPONENTS[..]) } else { (&LADDER, &[][..]) };
+    let (families, powers) = if point.text("kind")? == "budget" {
+        (&BUDGET, &EXPONENTS[..])
+    } else {
+        (&LADDER, &[][..])
+    };
     let budgets: Vec<f64> = if powers.is_empty() { SHARES.to_vec() } else { powers.to_vec() };
     let tokens = 2 * size;
     let columns = |budget: f64| {
-        let k = if powers.is_empty() { budget * tokens as f64 } else { (tokens as f64).powf(budget) };
+        let k =
+            if powers.is_empty() { budget * tokens as f64 } else { (tokens as f64).powf(budget) };
         k.ceil() as usize
     };
     // (family, budget or missing, columns), the same for every instance.
@@ -87,7 +95,9 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
             SVD if size > DECOMPOSED => {}
             SVD => settings.extend(RANKS.map(|rank| (SVD, None, rank))),
             // Few of them may do where they are the right ones.
-            "sparse" => settings.extend((0..).map(|i| ("sparse", None, 1 << i)).take_while(|s| s.2 <= size)),
+            "sparse" => {
+                settings.extend((0..).map(|i| ("sparse", None, 1 << i)).take_while(|s| s.2 <= size))
+            }
             _ if powers.is_empty() => {
                 settings.push((*family, None, 1));
                 settings.extend(budgets.iter().map(|&b| (*family, Some(b), columns(b))));
@@ -105,16 +115,22 @@ pub(super) fn measure(point: &Point) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for ((family, budget, columns), tallies) in settings.iter().zip(&tallies) {
         // A method that has no member within the budget has no row.
-        for ((name, oracle), tally) in ORACLES.iter().zip(tallies).filter(|(_, t)| t.instances[0] > 0) {
+        for ((name, oracle), tally) in
+            ORACLES.iter().zip(tallies).filter(|(_, t)| t.instances[0] > 0)
+        {
             let row = row(family, name, *oracle, &embedding, tally);
-            rows.push(row.with("budget", budget.map_or(Cell::Missing, Cell::Float)).with("columns k", *columns));
+            rows.push(
+                row.with("budget", budget.map_or(Cell::Missing, Cell::Float))
+                    .with("columns k", *columns),
+            );
         }
     }
     Ok(rows)
 }
 
 fn row(family: &str, name: &str, oracle: Oracle, embedding: &Embedding, tally: &Tally) -> Row {
-    let mut row = Row::new().with("family", family).with("oracle", name).with("Gamma", embedding.gamma);
+    let mut row =
+        Row::new().with("family", family).with("oracle", name).with("Gamma", embedding.gamma);
     row.set("guaranteed", guaranteed(embedding, oracle));
     tally.row().cells().iter().for_each(|(name, cell)| row.set(name.clone(), cell.clone()));
     row
@@ -130,8 +146,10 @@ fn one(
     let Drawn { planted, seed, ref instance } = *drawn;
     let problems: Vec<AttentionProblem<f64>> =
         FORMS.into_iter().map(|form| embedding.head(instance, form)).collect::<Result<_>>()?;
-    let exact: Vec<Gradients<f64>> =
-        problems.iter().map(|p| streaming::gradients(p, Request::Adapters)).collect::<Result<_>>()?;
+    let exact: Vec<Gradients<f64>> = problems
+        .iter()
+        .map(|p| streaming::gradients(p, Request::Adapters))
+        .collect::<Result<_>>()?;
     let projected = problems[0].project(&mut Cost::default());
     let scores = Scores::of(&problems[0], &projected);
     let mut decomposition = None;
@@ -140,8 +158,13 @@ fn one(
         let map: Option<Box<dyn FeatureMap<f64>>> = match *family {
             EXACT => None,
             SVD => {
-                let of = decomposition.get_or_insert_with(|| Decomposition::new(&scores, &mut Cost::default()));
-                Some(of.as_ref().map_err(|e| Error::invalid("truncated-svd", *columns, e.to_string()))?.cut(*columns)?)
+                let of = decomposition
+                    .get_or_insert_with(|| Decomposition::new(&scores, &mut Cost::default()));
+                Some(
+                    of.as_ref()
+                        .map_err(|e| Error::invalid("truncated-svd", *columns, e.to_string()))?
+                        .cut(*columns)?,
+                )
             }
             _ => match within(family, *columns, embedding, seed % 1000) {
                 Some(spec) => Some(build::<f64>(&spec)?.prepare(&scores, &mut cost)?),
@@ -151,7 +174,13 @@ fn one(
         for (form, (problem, exact)) in problems.iter().zip(&exact).enumerate() {
             let found = match &map {
                 None => Some(exact.clone()),
-                Some(map) => match chained::with_map(problem, &projected, map.as_ref(), Request::Adapters, cost) {
+                Some(map) => match chained::with_map(
+                    problem,
+                    &projected,
+                    map.as_ref(),
+                    Request::Adapters,
+                    cost,
+                ) {
                     Ok(found) => Some(found.gradients),
                     Err(Error::NonPositiveDenominator { .. }) => None,
                     Err(error) => return Err(error),
@@ -161,7 +190,10 @@ fn one(
             let oracles = if form == 0 { &[0, 1][..] } else { &[2] };
             for &at in oracles {
                 let tally = &mut tallies[at];
-                let answer = found.as_ref().map(|g| has_near_pair(embedding, g, ORACLES[at].1)).transpose()?;
+                let answer = found
+                    .as_ref()
+                    .map(|g| has_near_pair(embedding, g, ORACLES[at].1))
+                    .transpose()?;
                 tally.add(planted, answer);
                 let Some(found) = &found else { continue };
                 tally.operations.push(found.cost.flops() as f64 / exact.cost.flops() as f64);
@@ -169,7 +201,11 @@ fn one(
                     let error = found.relative_gap(exact);
                     let (wrong, right) = tally.errors.unwrap_or((f64::INFINITY, f64::NEG_INFINITY));
                     let is_right = answer == Some(planted);
-                    tally.errors = Some(if is_right { (wrong, right.max(error)) } else { (wrong.min(error), right) });
+                    tally.errors = Some(if is_right {
+                        (wrong, right.max(error))
+                    } else {
+                        (wrong.min(error), right)
+                    });
                 }
             }
         }
@@ -182,12 +218,15 @@ fn within(family: &str, columns: usize, embedding: &Embedding, seed: u64) -> Opt
     let degree = (1..).take_while(|&g| count(HEAD_DIM, g) <= columns as u128).last();
     match family {
         "fitted" => degree.map(|g| format!("fitted:degree={g},seed={seed}")),
-        "tensor-sketch" => {
-            (columns > HEAD_DIM + 3).then(|| format!("tensor-sketch:degree=3,rank={columns},seed={seed}"))
-        }
-        // A threshold between the near pair's logit, 7/8 x, and the next possible one, 5/8 x, with x = Gamma^2 / 2.
+        "tensor-sketch" => (columns > HEAD_DIM + 3)
+            .then(|| format!("tensor-sketch:degree=3,rank={columns},seed={seed}")),
+        // A threshold between the near pair's logit, 7/8 x, and the next possible one, 5/8 x, with
+        // x = Gamma^2 / 2.
         "support-basis" => degree.map(|g| {
-            format!("support-basis:degree={g},threshold={},center=none", 0.375 * embedding.gamma * embedding.gamma)
+            format!(
+                "support-basis:degree={g},threshold={},center=none",
+                0.375 * embedding.gamma * embedding.gamma
+            )
         }),
         "sparse" => Some(format!("sparse:keys={columns}")),
         _ => Some(format!("{family}:rank={columns},seed={seed}")),
@@ -196,8 +235,12 @@ fn within(family: &str, columns: usize, embedding: &Embedding, seed: u64) -> Opt
 
 /// Exact answers at every c, and how far from turning they are.
 fn exact(size: usize, drawn: impl Iterator<Item = Result<Drawn>>) -> Result<Vec<Row>> {
-    let embeddings = RATIOS.into_iter().map(|c| Embedding::at_threshold_ratio(size, c)).collect::<Result<Vec<_>>>()?;
-    let mut found: Vec<[(Tally, Vec<[f64; 2]>); 3]> = embeddings.iter().map(|_| Default::default()).collect();
+    let embeddings = RATIOS
+        .into_iter()
+        .map(|c| Embedding::at_threshold_ratio(size, c))
+        .collect::<Result<Vec<_>>>()?;
+    let mut found: Vec<[(Tally, Vec<[f64; 2]>); 3]> =
+        embeddings.iter().map(|_| Default::default()).collect();
     for drawn in drawn {
         if interrupted() {
             return Err(Error::Interrupted);

@@ -3,7 +3,9 @@
 use super::{BUDGET, CHEAP, EXACT, EXPONENTS, LADDER, ORACLES, RATIOS, SIDES};
 use peft_limits::limits::exponent::fit_exponent;
 use peft_limits::limits::hardness::accuracy::clopper_pearson;
-use peft_limits::report::{Axis, Figure, LineChart, LineStyle, NamedFigure, PlotPoint, Reference, Series, Table};
+use peft_limits::report::{
+    Axis, Figure, LineChart, LineStyle, NamedFigure, PlotPoint, Reference, Series, Table,
+};
 use peft_limits::{Error, Result};
 
 /// Share of the planted and of the null instances that counts as deciding.
@@ -12,7 +14,8 @@ const DECIDES: f64 = 0.9;
 const CONSTANT: f64 = 2.309_401_076_758_503;
 /// Ratios at which the tolerated error is shown: below and above what the promise with G = 1 needs.
 const TOLERATED: [f64; 2] = [2.5, 3.5];
-const TURNS: [&str; 2] = ["error that turns a tenth (largest entry)", "error that turns a tenth (Frobenius)"];
+const TURNS: [&str; 2] =
+    ["error that turns a tenth (largest entry)", "error that turns a tenth (Frobenius)"];
 
 /// What a family answers over some blocks of instances.
 #[derive(Default)]
@@ -84,7 +87,10 @@ fn numbers(table: &Table, column: &str) -> Result<Vec<f64>> {
 /// Least c from which the promise decides at the size of the budgets.
 fn guarantee(table: &Table, oracle: &str) -> f64 {
     let rows = of_kind(table, "budget", EXACT, oracle);
-    rows.rows().filter(|r| r.text("guaranteed") == "true").map(|r| r.f64("c")).fold(f64::INFINITY, f64::min)
+    rows.rows()
+        .filter(|r| r.text("guaranteed") == "true")
+        .map(|r| r.f64("c"))
+        .fold(f64::INFINITY, f64::min)
 }
 
 /// Least c from which the exact answers decide at every larger c too, by size.
@@ -100,7 +106,8 @@ fn exact_from(table: &Table, oracle: &str, size: f64) -> Result<f64> {
     Ok(from)
 }
 
-/// Smallest k from which on every measured one decides, between measured ones on logarithms; `None` if the largest does not.
+/// Smallest k from which on every measured one decides, between measured ones on logarithms; `None`
+/// if the largest does not.
 fn smallest(rows: &Table) -> Result<Option<f64>> {
     let mut from = None;
     let mut last: Option<(f64, f64)> = None;
@@ -108,7 +115,8 @@ fn smallest(rows: &Table) -> Result<Option<f64>> {
         let share = Answers::of(&at(rows, "columns k", k))?.worse_side();
         if !(share >= DECIDES) {
             // The crossing lies between this one and the next larger.
-            from = last.map(|(above, high)| k * (above / k).powf((DECIDES - share) / (high - share)));
+            from =
+                last.map(|(above, high)| k * (above / k).powf((DECIDES - share) / (high - share)));
             return Ok(from.map(f64::ceil));
         }
         (from, last) = (Some(k), Some((k, share)));
@@ -150,7 +158,10 @@ fn budgets(table: &Table) -> Result<NamedFigure> {
                     series.push(Series::new(family, points));
                 }
             }
-            series.push(Series { line: LineStyle::None, ..Series::new("same answer to all", constants) });
+            series.push(Series {
+                line: LineStyle::None,
+                ..Series::new("same answer to all", constants)
+            });
             let mut references = vec![Reference::Horizontal(0.5, "guess".into())];
             let c = guarantee(table, oracle);
             if c.is_finite() {
@@ -165,10 +176,17 @@ fn budgets(table: &Table) -> Result<NamedFigure> {
             });
         }
     }
-    let figure = Figure::new("Planted and null nearest-neighbour instances", panels).columns(2).caption(
-        "Shares of the instances answered, 95% Clopper-Pearson intervals. A method that gives every instance of a c the same answer has a marker there and no line, \
-         one that answers fewer than half (denominators not positive) neither. Right of the dashed line an exact oracle is right whenever the promise holds. \
-         support-basis pays for its search (findings).",
+    let figure = Figure::new(
+        "Planted and null nearest-neighbour \
+                              instances",
+        panels,
+    )
+    .columns(2)
+    .caption(
+        "Shares of the instances answered, 95% Clopper-Pearson intervals. A method that gives \
+         every instance of a c the same answer has a marker there and no line, one that answers \
+         fewer than half (denominators not positive) neither. Right of the dashed line an exact \
+         oracle is right whenever the promise holds. support-basis pays for its search (findings).",
     );
     Ok(NamedFigure::new("hardness", figure))
 }
@@ -186,7 +204,11 @@ fn ladders(table: &Table) -> Result<NamedFigure> {
             }
             let lengths = numbers(&table.filter_eq("kind", "ladder"), "size")?;
             let all = lengths.into_iter().map(|n| (2.0 * n, 2.0 * n)).collect::<Vec<_>>();
-            series.push(Series { line: LineStyle::Dashed, markers: false, ..Series::new("k = L", all) });
+            series.push(Series {
+                line: LineStyle::Dashed,
+                markers: false,
+                ..Series::new("k = L", all)
+            });
             panels.push(LineChart {
                 title: format!("from the {oracle}, c = {c}"),
                 x: Axis::log2("L (keys)"),
@@ -197,8 +219,11 @@ fn ladders(table: &Table) -> Result<NamedFigure> {
         }
     }
     let figure = Figure::new("Columns that decide nine in ten", panels).columns(2).caption(
-        "Smallest k from which on a method is right on 90% of the planted and 90% of the null instances, between measured k on logarithms; k is keys a query for sparse. \
-         A method without a line does not decide with 3/4 L columns (sparse: L/2 keys); from the LoRA gradient at c = 2 not even exact answers do. sparse and truncated-svd have seen every pair; the latter is measured up to L = 512.",
+        "Smallest k from which on a method is right on 90% of the planted and 90% of the null \
+         instances, between measured k on logarithms; k is keys a query for sparse. A method \
+         without a line does not decide with 3/4 L columns (sparse: L/2 keys); from the LoRA \
+         gradient at c = 2 not even exact answers do. sparse and truncated-svd have seen every \
+         pair; the latter is measured up to L = 512.",
     );
     Ok(NamedFigure::new("columns", figure))
 }
@@ -228,7 +253,8 @@ fn exact_answers(table: &Table) -> Result<NamedFigure> {
         });
     }
     let figure = Figure::new("What exact answers decide", panels).columns(3).caption(
-        "From the distances alone, half of the instances planted; the worse of the shares of planted and of null ones.",
+        "From the distances alone, half of the instances planted; the worse of the shares of \
+         planted and of null ones.",
     );
     Ok(NamedFigure::new("exact", figure))
 }
@@ -241,11 +267,18 @@ fn tolerances(table: &Table) -> Result<NamedFigure> {
         // "LoRA ..." would take the colour of the method.
         for ((oracle, _), name) in ORACLES[1..].iter().zip(["G = 1", "Y = 0"]) {
             for (column, norm) in TURNS.into_iter().zip(["largest entry", "Frobenius"]) {
-                series.push(Series::new(format!("{name}, {norm}"), turning(table, oracle, c, column)?));
+                series.push(Series::new(
+                    format!("{name}, {norm}"),
+                    turning(table, oracle, c, column)?,
+                ));
             }
         }
         let theorem = sizes.iter().map(|&n| (2.0 * n, (2.0 * n).ln().powi(-4))).collect::<Vec<_>>();
-        series.push(Series { line: LineStyle::Dashed, markers: false, ..Series::new("(ln L)^-4", theorem) });
+        series.push(Series {
+            line: LineStyle::Dashed,
+            markers: false,
+            ..Series::new("(ln L)^-4", theorem)
+        });
         panels.push(LineChart {
             title: format!("error that turns one answer in ten, c = {c}"),
             x: Axis::log2("L (keys)"),
@@ -255,7 +288,9 @@ fn tolerances(table: &Table) -> Result<NamedFigure> {
         });
     }
     let figure = Figure::new("How exact a gradient must be to decide", panels).columns(2).caption(
-        "The error of dB_Q, placed where it harms most, that turns a tenth of the exact answers: relative to the largest entry, and to the Frobenius norm. Dashed: the error for which the theorems are stated.",
+        "The error of dB_Q, placed where it harms most, that turns a tenth of the exact answers: \
+         relative to the largest entry, and to the Frobenius norm. Dashed: the error for which the \
+         theorems are stated.",
     );
     Ok(NamedFigure::new("tolerance", figure))
 }
@@ -264,8 +299,10 @@ fn tolerances(table: &Table) -> Result<NamedFigure> {
 fn turning(table: &Table, oracle: &str, c: f64, column: &str) -> Result<Vec<(f64, f64)>> {
     let rows = at(&of_kind(table, EXACT, EXACT, oracle), "c", c);
     let by_size = rows.summarise(&["size"], column)?;
-    let mut points: Vec<(f64, f64)> =
-        by_size.into_iter().map(|(key, s)| (2.0 * key[0].as_f64().unwrap_or(f64::NAN), s.mean)).collect();
+    let mut points: Vec<(f64, f64)> = by_size
+        .into_iter()
+        .map(|(key, s)| (2.0 * key[0].as_f64().unwrap_or(f64::NAN), s.mean))
+        .collect();
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     Ok(points)
 }
@@ -281,12 +318,14 @@ fn in_words(rows: &Table, family: &str, from: f64) -> Result<String> {
         return Ok(format!("{family} has no member this small"));
     }
     let all = Answers::of(&above)?;
-    let cost: Vec<f64> = above.floats("operations / exact")?.into_iter().filter(|x| x.is_finite()).collect();
+    let cost: Vec<f64> =
+        above.floats("operations / exact")?.into_iter().filter(|x| x.is_finite()).collect();
     if cost.is_empty() {
         return Ok(format!("{family} gives no answer (denominators are not positive)"));
     }
     let mean = cost.iter().sum::<f64>() / cost.len() as f64;
-    let what = if all.constant() { "by the same answer to every instance" } else { "of its answers" };
+    let what =
+        if all.constant() { "by the same answer to every instance" } else { "of its answers" };
     let silent = match all.answered_share() {
         share if share < 1.0 => format!(", {:.0}% without an answer", 100.0 * (1.0 - share)),
         _ => String::new(),
@@ -302,7 +341,9 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
     for (oracle, _) in ORACLES {
         let c = guarantee(table, oracle);
         lines.push(format!(
-            "From the {oracle}: the promise alone decides from c = {c} on (of those measured, n = {}); exact answers are right on nine in ten of either kind from c = {} on at L = {} and from c = {} on at L = {}.",
+            "From the {oracle}: the promise alone decides from c = {c} on (of those measured, n = \
+             {}); exact answers are right on nine in ten of either kind from c = {} on at L = {} \
+             and from c = {} on at L = {}.",
             numbers(&table.filter_eq("kind", "budget"), "size")?[0],
             exact_from(table, oracle, short)?,
             2.0 * short,
@@ -321,7 +362,10 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
                 };
                 let slope = match fit_exponent(&points, 0.95) {
                     Ok(e) => {
-                        format!(", exponent {:.2} [{:.2}, {:.2}] over {} lengths", e.slope, e.low, e.high, e.points)
+                        format!(
+                            ", exponent {:.2} [{:.2}, {:.2}] over {} lengths",
+                            e.slope, e.low, e.high, e.points
+                        )
                     }
                     Err(_) => String::new(),
                 };
@@ -333,17 +377,22 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
             } else {
                 format!(" Not with 3/4 L columns (sparse: L/2 keys): {}.", none.join(", "))
             };
-            lines.push(format!("Smallest k that decides from the {oracle} at c = {c}: {words}.{none}"));
+            lines.push(format!(
+                "Smallest k that decides from the {oracle} at c = {c}: {words}.{none}"
+            ));
         }
     }
     for (oracle, _) in &ORACLES[1..] {
         for c in TOLERATED {
-            let (entry, whole) = (turning(table, oracle, c, TURNS[0])?, turning(table, oracle, c, TURNS[1])?);
+            let (entry, whole) =
+                (turning(table, oracle, c, TURNS[0])?, turning(table, oracle, c, TURNS[1])?);
             let slope = fit_exponent(&entry, 0.95).map_or(f64::NAN, |e| e.slope);
             let (Some(entry), Some(whole)) = (entry.last(), whole.last()) else { continue };
             let theorem = entry.0.ln().powi(-4);
             lines.push(format!(
-                "{oracle}, c = {c}, L = {}: a tenth of the exact answers turn at a gradient error of {:.2e} (of the largest entry; {:.2e} in the Frobenius norm), {:.0} times (ln L)^-4 = {theorem:.1e}; it changes like L^{slope:.2}.",
+                "{oracle}, c = {c}, L = {}: a tenth of the exact answers turn at a gradient error \
+                 of {:.2e} (of the largest entry; {:.2e} in the Frobenius norm), {:.0} times (ln \
+                 L)^-4 = {theorem:.1e}; it changes like L^{slope:.2}.",
                 entry.0,
                 entry.1,
                 whole.1,
@@ -359,16 +408,23 @@ pub(super) fn findings(table: &Table) -> Result<Vec<String>> {
                 .iter()
                 .map(|family| in_words(&of_kind(&of_budget, "budget", family, oracle), family, c))
                 .collect::<Result<Vec<_>>>()?;
-            lines.push(format!("From the {oracle} at c >= {c}, with k = L^{exponent}: {}.", words.join("; ")));
+            lines.push(format!(
+                "From the {oracle} at c >= {c}, with k = L^{exponent}: {}.",
+                words.join("; ")
+            ));
         }
         let wrong = |column: &str| -> Vec<f64> {
-            let rows = table.filter(|r| r.text("oracle") == oracle && r.f64("c") >= c && r.text("family") != EXACT);
+            let rows = table.filter(|r| {
+                r.text("oracle") == oracle && r.f64("c") >= c && r.text("family") != EXACT
+            });
             rows.rows().map(|r| r.f64(column)).filter(|x| x.is_finite()).collect()
         };
-        let least = wrong("least error of a wrong answer").into_iter().fold(f64::INFINITY, f64::min);
+        let least =
+            wrong("least error of a wrong answer").into_iter().fold(f64::INFINITY, f64::min);
         if least.is_finite() {
             lines.push(format!(
-                "From the {oracle} at c >= {c}: the least gradient error with which a method answers wrongly is {least:.1e} (Frobenius)."
+                "From the {oracle} at c >= {c}: the least gradient error with which a method \
+                 answers wrongly is {least:.1e} (Frobenius)."
             ));
         }
     }
@@ -407,23 +463,33 @@ pub(super) fn checks(table: &Table) -> Result<Vec<(String, bool)>> {
         }
     }
     let right = |r: &peft_limits::report::RowView| {
-        ["planted", "null"].iter().all(|kind| r.f64(kind) > 0.0 && r.f64(&format!("{kind} right")) >= r.f64(kind))
+        ["planted", "null"]
+            .iter()
+            .all(|kind| r.f64(kind) > 0.0 && r.f64(&format!("{kind} right")) >= r.f64(kind))
     };
     Ok(vec![
         (
             "the exact oracle is right on every instance where the promise decides".into(),
             !exact.is_empty() && exact.rows().all(|r| right(&r)),
         ),
-        ("no method that does not look at every pair decides nine in ten there with L^0.75 columns".into(), within),
+        (
+            "no method that does not look at every pair decides nine in ten there with L^0.75 \
+          columns"
+                .into(),
+            within,
+        ),
         (
             format!(
-                "at c = {} the columns with which such a method decides are at least L^0.5 and grow like L^0.5 or faster",
+                "at c = {} the columns with which such a method decides are at least L^0.5 and \
+                 grow like L^0.5 or faster",
                 SIDES[1]
             ),
             slow,
         ),
         (
-            "where the promise decides, a gradient error of (ln L)^-4 turns fewer than one exact answer in ten".into(),
+            "where the promise decides, a gradient error of (ln L)^-4 turns fewer than one exact \
+             answer in ten"
+                .into(),
             sharp,
         ),
     ])
@@ -436,7 +502,8 @@ mod tests {
 
     /// 100 planted and 100 null instances, and how many of each are right.
     fn row(kind: &str, size: f64, c: f64, family: &str, oracle: &str, right: [u64; 2]) -> Row {
-        let row = Row::new().with("kind", kind).with("size", size).with("c", c).with("family", family);
+        let row =
+            Row::new().with("kind", kind).with("size", size).with("c", c).with("family", family);
         let mut row = row.with("oracle", oracle).with("guaranteed", c >= 2.5);
         for (i, kind) in ["planted", "null"].into_iter().enumerate() {
             row.set(kind, 100u64);
@@ -446,8 +513,9 @@ mod tests {
         row.with("operations / exact", 0.5)
     }
 
-    /// An exact oracle that is right on `exact` of a hundred; a coreset that decides from `power` of L on, and in the budget on
-    /// `cheap` of a hundred planted ones; exact answers that turn at `error`.
+    /// An exact oracle that is right on `exact` of a hundred; a coreset that decides from `power`
+    /// of L on, and in the budget on `cheap` of a hundred planted ones; exact answers that turn at
+    /// `error`.
     fn made_up(exact: u64, cheap: u64, power: f64, error: f64) -> Table {
         let mut table = Table::default();
         for (oracle, _) in ORACLES {
@@ -465,7 +533,14 @@ mod tests {
             for size in [128.0f64, 256.0, 512.0] {
                 for k in [4.0, 16.0, 64.0, 256.0, 1024.0] {
                     let enough = k >= (2.0 * size).powf(power);
-                    let row = row("ladder", size, SIDES[1], "nystrom", oracle, [if enough { 95 } else { 30 }, 100]);
+                    let row = row(
+                        "ladder",
+                        size,
+                        SIDES[1],
+                        "nystrom",
+                        oracle,
+                        [if enough { 95 } else { 30 }, 100],
+                    );
                     table.push(&row.with("columns k", k));
                 }
             }
@@ -475,10 +550,11 @@ mod tests {
 
     #[test]
     fn made_up_data_refute_what_they_should() {
-        let outcome = |table: Table| checks(&table).unwrap().iter().map(|c| c.1).collect::<Vec<_>>();
+        let outcome =
+            |table: Table| checks(&table).unwrap().iter().map(|c| c.1).collect::<Vec<_>>();
         assert_eq!(outcome(made_up(100, 30, 0.9, 0.2)), [true; 4]);
-        // One wrong answer of an exact oracle; a coreset that decides within its budget; with few columns; exact answers that a
-        // small error turns.
+        // One wrong answer of an exact oracle; a coreset that decides within its budget; with few
+        // columns; exact answers that a small error turns.
         assert_eq!(outcome(made_up(99, 30, 0.9, 0.2)), [false, true, true, true]);
         assert_eq!(outcome(made_up(100, 92, 0.9, 0.2)), [true, false, true, true]);
         assert_eq!(outcome(made_up(100, 30, 0.2, 0.2)), [true, true, false, true]);
@@ -490,8 +566,16 @@ mod tests {
     fn a_constant_answer_decides_nothing() {
         let table = Table::from_rows(&[row("budget", 64.0, 3.0, "fitted", "output", [100, 0])]);
         let answers = Answers::of(&table).unwrap();
-        assert!(answers.constant() && answers.worse_side() <= 0.0 && (answers.share().unwrap().0 - 0.5).abs() < 1e-12);
-        assert!(in_words(&table, "fitted", 2.5).unwrap().contains("50% right by the same answer to every instance"));
+        assert!(
+            answers.constant()
+                && answers.worse_side() <= 0.0
+                && (answers.share().unwrap().0 - 0.5).abs() < 1e-12
+        );
+        assert!(
+            in_words(&table, "fitted", 2.5)
+                .unwrap()
+                .contains("50% right by the same answer to every instance")
+        );
     }
 
     #[test]
@@ -499,7 +583,9 @@ mod tests {
         let ladder = |shares: &[(u64, u64)]| {
             let rows: Vec<Row> = shares
                 .iter()
-                .map(|&(k, right)| row("ladder", 64.0, 3.5, "nystrom", "output", [right, 100]).with("columns k", k))
+                .map(|&(k, right)| {
+                    row("ladder", 64.0, 3.5, "nystrom", "output", [right, 100]).with("columns k", k)
+                })
                 .collect();
             smallest(&Table::from_rows(&rows)).unwrap()
         };

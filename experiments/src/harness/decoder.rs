@@ -1,14 +1,16 @@
-//! The study on a trained decoder that is not ours: fine-tuned on some text, and what it forgets of its own language.
+//! The study on a trained decoder that is not ours: fine-tuned on some text, and what it forgets of
+//! its own language.
 //!
-//! `--base DIR` is a checkpoint with its tokenizer (`python/convert_llama2c.py` converts the public ones of llama2.c),
-//! `--text FILE` what it learns. Measured are losses in nats a token,
+//! `--base DIR` is a checkpoint with its tokenizer (`python/convert_llama2c.py` converts the public
+//! ones of llama2.c), `--text FILE` what it learns. Measured are losses in nats a token,
 //!
-//! - *in-domain*: held-out windows of the first nine tenths of the text, from which training rows come;
+//! - *in-domain*: held-out windows of the first nine tenths of the text, from which training rows
+//!   come;
 //! - *near*: windows of the last tenth;
 //! - *far*: stories that we wrote (`experiments/data/stories.txt`), in the language of TinyStories;
 //!
-//! and *forgotten*, which is exact on what it is taken over: the mean of KL(base || tuned) of the next token over
-//! positions of texts that the base itself samples.
+//! and *forgotten*, which is exact on what it is taken over: the mean of KL(base || tuned) of the
+//! next token over positions of texts that the base itself samples.
 //!
 //! One such model is one base: seeds vary the rows, the selection and the start of the adapters.
 
@@ -60,7 +62,11 @@ pub struct Decoder {
 /// Name of the decoder of `--base`: its folder's. None without one.
 pub fn decoder_name() -> Option<String> {
     let (folder, _) = trained_decoder()?;
-    Some(folder.file_name().map_or_else(|| "decoder".into(), |name| name.to_string_lossy().into_owned()))
+    Some(
+        folder
+            .file_name()
+            .map_or_else(|| "decoder".into(), |name| name.to_string_lossy().into_owned()),
+    )
 }
 
 /// The decoder of `--base`, opened once in a process.
@@ -73,8 +79,9 @@ pub fn decoder() -> Result<Arc<Decoder>> {
     if let Some(decoder) = opened.as_ref() {
         return Ok(Arc::clone(decoder));
     }
-    let (folder, text) = trained_decoder()
-        .ok_or_else(|| Error::invalid("--base", "absent", "these points need --base DIR and --text FILE again"))?;
+    let (folder, text) = trained_decoder().ok_or_else(|| {
+        Error::invalid("--base", "absent", "these points need --base DIR and --text FILE again")
+    })?;
     let decoder = on_own_threads(1, || Decoder::open(&folder, &text))?;
     Ok(Arc::clone(opened.insert(Arc::new(decoder))))
 }
@@ -83,7 +90,8 @@ impl Decoder {
     /// Reads the model, cuts the text, draws the model's own samples.
     ///
     /// # Errors
-    /// As [`Model::read`] and [`Tokenizer::of_model`]; [`Error::Io`]; [`Error::Format`] for a text that is too short.
+    /// As [`Model::read`] and [`Tokenizer::of_model`]; [`Error::Io`]; [`Error::Format`] for a text
+    /// that is too short.
     pub fn open(folder: &Path, text: &Path) -> Result<Self> {
         let model = Model::<f32>::read(folder)?;
         let tokenizer = Tokenizer::of_model(folder, model.config.vocab_size)?;
@@ -102,7 +110,10 @@ impl Decoder {
             &later[from..later.floor_char_boundary(from + WINDOW)]
         });
         let near = batch(&tokenizer, windows)?;
-        let far = batch(&tokenizer, STORIES.split("\n\n").map(str::trim).filter(|story| !story.is_empty()))?;
+        let far = batch(
+            &tokenizer,
+            STORIES.split("\n\n").map(str::trim).filter(|story| !story.is_empty()),
+        )?;
         let samples = sample(&model, &tokenizer, SAMPLES)?;
         let log_probabilities = log_softmax(&model.logits(samples.view(), &mut Cost::default())?);
         Ok(Self {
@@ -121,7 +132,13 @@ impl Decoder {
     ///
     /// # Errors
     /// As [`Trainer::with_model`].
-    pub fn trainer(&self, method: MethodParams, lr: f64, seed: u64, steps: u64) -> Result<Trainer<f32>> {
+    pub fn trainer(
+        &self,
+        method: MethodParams,
+        lr: f64,
+        seed: u64,
+        steps: u64,
+    ) -> Result<Trainer<f32>> {
         let text = TextParams { path: self.text.clone(), window: WINDOW };
         let mut config = TrainConfig {
             seed,
@@ -175,7 +192,11 @@ fn batch<'a>(tokenizer: &Tokenizer, texts: impl Iterator<Item = &'a str>) -> Res
 }
 
 /// Texts drawn from the model, token by token, at temperature 1.
-fn sample(model: &Model<f32>, tokenizer: &Tokenizer, (rows, length): (usize, usize)) -> Result<Array2<u32>> {
+fn sample(
+    model: &Model<f32>,
+    tokenizer: &Tokenizer,
+    (rows, length): (usize, usize),
+) -> Result<Array2<u32>> {
     let mut rng = generator(0, "decoder/samples", 0);
     let mut ids = Array2::from_elem((rows, length), tokenizer.begin.unwrap_or(tokenizer.end));
     for t in 1..length {
@@ -212,11 +233,14 @@ mod tests {
     /// A decoder made here: a random model over bytes, and a text of digits.
     fn decoder() -> (tempfile::TempDir, Decoder) {
         let folder = tempfile::tempdir().unwrap();
-        let model = Model::<f32>::random(Study::sizes().unwrap(), &mut generator(3, "init/model", 0)).unwrap();
+        let model =
+            Model::<f32>::random(Study::sizes().unwrap(), &mut generator(3, "init/model", 0))
+                .unwrap();
         model.write(&folder.path().join("model")).unwrap();
         let text: String = (0..30_000).map(|i| format!("{i} ")).collect();
         std::fs::write(folder.path().join("text"), text).unwrap();
-        let opened = Decoder::open(&folder.path().join("model"), &folder.path().join("text")).unwrap();
+        let opened =
+            Decoder::open(&folder.path().join("model"), &folder.path().join("text")).unwrap();
         (folder, opened)
     }
 
@@ -224,7 +248,8 @@ mod tests {
     fn divergence_is_zero_at_the_base_and_rises_with_training() {
         let (_folder, decoder) = decoder();
         assert!(decoder.divergence(&decoder.model).unwrap().abs() < 1e-12);
-        let mut trainer = decoder.trainer(MethodParams::named(MethodName::Full), 3e-3, 1, 4).unwrap();
+        let mut trainer =
+            decoder.trainer(MethodParams::named(MethodName::Full), 3e-3, 1, 4).unwrap();
         let before = decoder.measure(&decoder.model).unwrap();
         train(&mut trainer, |_| Ok(())).unwrap();
         let after = decoder.measure(&trainer.model).unwrap();
@@ -236,8 +261,15 @@ mod tests {
     #[test]
     fn samples_follow_the_model() {
         let (_folder, decoder) = decoder();
-        assert!(decoder.log_probabilities.rows().into_iter().all(|r| (r.mapv(f64::exp).sum() - 1.0).abs() < 1e-9));
-        // Mean log-probability of the sampled tokens against minus the mean entropy: equal in expectation.
+        assert!(
+            decoder
+                .log_probabilities
+                .rows()
+                .into_iter()
+                .all(|r| (r.mapv(f64::exp).sum() - 1.0).abs() < 1e-9)
+        );
+        // Mean log-probability of the sampled tokens against minus the mean entropy: equal in
+        // expectation.
         let (rows, length) = decoder.samples.dim();
         let (mut drawn, mut entropy) = (Vec::new(), 0.0);
         for i in 0..rows {
@@ -259,6 +291,9 @@ mod tests {
         let short = folder.path().join("short");
         std::fs::write(&short, "once upon a time").unwrap();
         let error = Decoder::open(&folder.path().join("model"), &short).err().unwrap();
-        assert!(matches!(error, Error::Format { .. }) && error.to_string().contains("16 bytes"), "{error}");
+        assert!(
+            matches!(error, Error::Format { .. }) && error.to_string().contains("16 bytes"),
+            "{error}"
+        );
     }
 }

@@ -6,7 +6,9 @@ use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// How much is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 pub enum Profile {
     /// About a minute on two cores; written under `figures/quick`, never over a full result.
     Quick,
@@ -108,11 +110,20 @@ impl Point {
         self.typed(key, "true or false", Value::as_bool)
     }
 
-    fn typed<'a, T>(&'a self, key: &str, kind: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<T> {
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<T> {
         let value = self.config.get(key);
         value.and_then(read).ok_or_else(|| {
             let found = value.map_or("nothing".into(), Value::to_string);
-            Error::invalid(key, found, format!("the grid point \"{}\" must hold {kind} here", self.label))
+            Error::invalid(
+                key,
+                found,
+                format!("the grid point \"{}\" must hold {kind} here", self.label),
+            )
         })
     }
 }

@@ -23,20 +23,23 @@ pub struct Flags {
     /// Threads to use; 0 for all
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub threads: usize,
-    /// Keep what an interrupted or failing run finished, and measure only what is missing; without it such a folder is
-    /// refused
+    /// Keep what an interrupted or failing run finished, and measure only what is missing; without
+    /// it such a folder is refused
     #[arg(long)]
     pub resume: bool,
-    /// Discard the points of an interrupted run; replace a finished full result, or a quick one by a full one
+    /// Discard the points of an interrupted run; replace a finished full result, or a quick one by
+    /// a full one
     #[arg(long, conflicts_with = "resume")]
     pub force: bool,
     /// Folder of attention head files (*.safetensors) for real-heads [default: tests/data/heads]
     #[arg(long, value_name = "DIR")]
     pub heads: Option<PathBuf>,
-    /// Folder of right training steps for operating-curve, a dump each [default: tests/data/dumps/clean]
+    /// Folder of right training steps for operating-curve, a dump each [default:
+    /// tests/data/dumps/clean]
     #[arg(long, value_name = "DIR")]
     pub dumps: Option<PathBuf>,
-    /// Folder of a trained decoder with its tokenizer, for the studies of fine-tuning: they then run on it too
+    /// Folder of a trained decoder with its tokenizer, for the studies of fine-tuning: they then
+    /// run on it too
     #[arg(long, value_name = "DIR", requires = "text")]
     pub base: Option<PathBuf>,
     /// Text that the decoder of --base learns
@@ -63,13 +66,19 @@ pub fn heads_folder() -> PathBuf {
     HEADS.get().cloned().unwrap_or_else(|| PathBuf::from("tests/data/heads"))
 }
 
-/// The head files of [`heads_folder`], with their names (the file's without its ending), in order; none if it cannot be read.
+/// The head files of [`heads_folder`], with their names (the file's without its ending), in order;
+/// none if it cannot be read.
 pub fn head_files() -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir(heads_folder()).into_iter().flatten().flatten();
-    let mut files: Vec<PathBuf> =
-        entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "safetensors")).collect();
+    let mut files: Vec<PathBuf> = entries
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
     files.sort();
-    files.into_iter().map(|p| (p.file_stem().unwrap_or_default().to_string_lossy().into_owned(), p)).collect()
+    files
+        .into_iter()
+        .map(|p| (p.file_stem().unwrap_or_default().to_string_lossy().into_owned(), p))
+        .collect()
 }
 
 /// The folder of `--dumps`: by default the right steps that come with the project.
@@ -80,13 +89,18 @@ pub fn dumps_folder() -> PathBuf {
 /// The dumps of [`dumps_folder`], with their names, in order; none if it cannot be read.
 pub fn dump_folders() -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir(dumps_folder()).into_iter().flatten().flatten();
-    let mut folders: Vec<PathBuf> = entries.map(|e| e.path()).filter(|p| p.join("manifest.json").is_file()).collect();
+    let mut folders: Vec<PathBuf> =
+        entries.map(|e| e.path()).filter(|p| p.join("manifest.json").is_file()).collect();
     folders.sort();
-    folders.into_iter().map(|p| (p.file_name().unwrap_or_default().to_string_lossy().into_owned(), p)).collect()
+    folders
+        .into_iter()
+        .map(|p| (p.file_name().unwrap_or_default().to_string_lossy().into_owned(), p))
+        .collect()
 }
 
 impl Flags {
-    /// Sets what holds for the whole process: the thread pool, the folder of head files, the trained decoder.
+    /// Sets what holds for the whole process: the thread pool, the folder of head files, the
+    /// trained decoder.
     pub(super) fn use_for_process(&self) -> Result<()> {
         if let Some(folder) = &self.heads {
             // A second run in one process (tests) keeps the first folder.
@@ -107,8 +121,8 @@ impl Flags {
 }
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 a check or a point failed, 2 bad input or usage, 130 interrupted by Ctrl-C (finished points are kept \
-for --resume).";
+Exit codes: 0 done, 1 a check or a point failed, 2 bad input or usage, 130 interrupted by Ctrl-C \
+(finished points are kept for --resume).";
 
 #[derive(Debug, Parser)]
 struct SingleArguments {
@@ -131,7 +145,10 @@ pub(super) fn parse_single(
     experiment: &Experiment,
     arguments: impl IntoIterator<Item = OsString>,
 ) -> std::result::Result<Flags, u8> {
-    let about = format!("{}\n\nClaim: {}\n\nRefuted by: {}", experiment.title, experiment.claim, experiment.refuted_by);
+    let about = format!(
+        "{}\n\nClaim: {}\n\nRefuted by: {}",
+        experiment.title, experiment.claim, experiment.refuted_by
+    );
     let name = experiment.name;
     let examples = format!(
         "Examples:\n  \
@@ -140,7 +157,8 @@ pub(super) fn parse_single(
          cargo run --release --bin {name} -- --profile full --resume\n  \
          # other seeds, into a folder of your own\n  \
          cargo run --release --bin {name} -- --seed 7 --out runs/{name}-7\n  \
-         # only the figures and findings, again\n  cargo run --release --bin {name} -- --plot-only\n\n{EXIT_CODES}"
+         # only the figures and findings, again\n  cargo run --release --bin {name} -- \
+         --plot-only\n\n{EXIT_CODES}"
     );
     let command = SingleArguments::command().name(name).about(experiment.title).long_about(about);
     let matches = command
@@ -166,7 +184,8 @@ pub(super) fn parse_reproduce(
              # two of them as published\n  \
              cargo run --release -- --profile full --only phase_diagram,crossover\n  \
              # figures, findings and pages again, from the saved tables\n  \
-             cargo run --release -- --profile full --plot-only\n\n{EXIT_CODES}\n\nExperiments:{list}"
+             cargo run --release -- --profile full \
+             --plot-only\n\n{EXIT_CODES}\n\nExperiments:{list}"
         ))
         .version(env!("CARGO_PKG_VERSION"));
     let matches = command.try_get_matches_from(arguments).map_err(|e| shown(&e))?;

@@ -1,4 +1,5 @@
-//! `index.html` of a figures folder: every figure with its finding, readable on a phone, without any script.
+//! `index.html` of a figures folder: every figure with its finding, readable on a phone, without
+//! any script.
 
 use super::experiment::{Experiment, Profile};
 use peft_limits::atomic_file::write_bytes;
@@ -10,17 +11,26 @@ use std::path::Path;
 ///
 /// # Errors
 /// As [`super::index::write_index`].
-pub(super) fn write_gallery(root: &Path, profile: Profile, experiments: &[Experiment]) -> Result<()> {
+pub(super) fn write_gallery(
+    root: &Path,
+    profile: Profile,
+    experiments: &[Experiment],
+) -> Result<()> {
     let mut sections = String::new();
     let mut contents = String::new();
     for experiment in experiments {
         let Some(manifest) = Manifest::read(&root.join(experiment.name))? else { continue };
-        contents += &format!("<li><a href=\"#{}\">{}</a></li>\n", experiment.name, escaped(experiment.title));
+        contents += &format!(
+            "<li><a href=\"#{}\">{}</a></li>\n",
+            experiment.name,
+            escaped(experiment.title)
+        );
         sections += &section(experiment, &manifest);
     }
     let note = profile.pick(
         "<p class=\"note\">Quick profile: small grids, to be read as a check, not as a result.</p>",
-        "<p>What each figure claims, what was found, what is doubtful about it, and what would refute it.</p>",
+        "<p>What each figure claims, what was found, what is doubtful about it, and what would \
+         refute it.</p>",
     );
     let page = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -31,8 +41,8 @@ pub(super) fn write_gallery(root: &Path, profile: Profile, experiments: &[Experi
     write_bytes(&root.join("index.html"), page.as_bytes())
 }
 
-/// Figures keep their white ground in the dark, since their ink is dark. On a phone they stay wide enough to be read
-/// and scroll sideways in their own box.
+/// Figures keep their white ground in the dark, since their ink is dark. On a phone they stay wide
+/// enough to be read and scroll sideways in their own box.
 const STYLE: &str = "
 :root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:58rem;margin:0 auto;padding:0 1rem 4rem}
@@ -55,25 +65,40 @@ fn section(experiment: &Experiment, manifest: &Manifest) -> String {
         // The finding and the doubt stand under the first figure; they are about all of them.
         let caption = match at {
             0 => {
-                format!("<b>Found:</b> {} <b>Doubt:</b> {}", escaped(found), escaped(experiment.doubt))
+                format!(
+                    "<b>Found:</b> {} <b>Doubt:</b> {}",
+                    escaped(found),
+                    escaped(experiment.doubt)
+                )
             }
             _ => words.clone(),
         };
         text += &format!(
-            "<figure><a href=\"{name}/{figure}.svg\"><img loading=\"lazy\" src=\"{name}/{figure}.svg\" \
-             alt=\"{}, {words}: {}\"></a><figcaption>{caption}</figcaption></figure>\n",
+            "<figure><a href=\"{name}/{figure}.svg\"><img loading=\"lazy\" \
+             src=\"{name}/{figure}.svg\" alt=\"{}, {words}: \
+             {}\"></a><figcaption>{caption}</figcaption></figure>\n",
             escaped(experiment.title),
             escaped(found)
         );
     }
     text += &format!("<dl>\n<dt>Claim</dt><dd>{}</dd>\n", escaped(experiment.claim));
-    text += &format!("<dt>It would be refuted by</dt><dd>{}</dd>\n</dl>\n", escaped(experiment.refuted_by));
+    text += &format!(
+        "<dt>It would be refuted by</dt><dd>{}</dd>\n</dl>\n",
+        escaped(experiment.refuted_by)
+    );
     if manifest.findings.len() > 1 || !manifest.checks.is_empty() {
         text += "<details><summary>All findings and checks</summary>\n<ul>\n";
-        manifest.findings.iter().skip(1).for_each(|f| text += &format!("<li>{}</li>\n", escaped(f)));
+        manifest
+            .findings
+            .iter()
+            .skip(1)
+            .for_each(|f| text += &format!("<li>{}</li>\n", escaped(f)));
         for check in &manifest.checks {
             let (class, word) = if check.passed { ("pass", "holds") } else { ("fail", "fails") };
-            text += &format!("<li><span class=\"{class}\">{word}</span>: {}</li>\n", escaped(&check.check));
+            text += &format!(
+                "<li><span class=\"{class}\">{word}</span>: {}</li>\n",
+                escaped(&check.check)
+            );
         }
         text += "</ul>\n</details>\n";
     }

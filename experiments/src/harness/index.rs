@@ -10,13 +10,16 @@ use std::path::Path;
 /// Writes `root/README.md` from the manifests of the experiments' folders under `root`.
 ///
 /// # Errors
-/// [`Error::Io`](peft_limits::Error::Io); [`Error::Format`](peft_limits::Error::Format) on a broken manifest.
+/// [`Error::Io`](peft_limits::Error::Io); [`Error::Format`](peft_limits::Error::Format) on a broken
+/// manifest.
 pub(super) fn write_index(root: &Path, profile: Profile, experiments: &[Experiment]) -> Result<()> {
     let mut page = format!("# Figures ({} profile)\n\n", profile.name());
     page += "Made by `cargo run --release`; do not edit. ";
     page += profile.pick(
-        "This is the quick profile: small grids that show the shape of each result in about a minute.\n\n",
-        "Each folder holds `table.csv`, the figures drawn from it alone, `findings.md` and `manifest.json`.\n\n",
+        "This is the quick profile: small grids that show the shape of each result in about a \
+         minute.\n\n",
+        "Each folder holds `table.csv`, the figures drawn from it alone, `findings.md` and \
+         `manifest.json`.\n\n",
     );
     let mut sections = String::new();
     for experiment in experiments {
@@ -39,7 +42,8 @@ fn section(experiment: &Experiment, manifest: Option<&Manifest>) -> String {
     text += &statements(experiment);
     let seed = manifest.config.get("seed").and_then(serde_json::Value::as_u64).unwrap_or(0);
     text += &format!(
-        "**Command.** `cargo run --release --bin {} -- --profile {} --seed {seed}` ({:.0} s on {} threads{})\n\n",
+        "**Command.** `cargo run --release --bin {} -- --profile {} --seed {seed}` ({:.0} s on {} \
+         threads{})\n\n",
         experiment.name,
         manifest.profile,
         manifest.wall_seconds.ceil(),

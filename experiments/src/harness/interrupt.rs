@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Whether the user asked to stop. A point that takes minutes should look at this now and then and
-/// return [`Error::Interrupted`](peft_limits::Error::Interrupted); it is then measured again by `--resume`.
+/// return [`Error::Interrupted`](peft_limits::Error::Interrupted); it is then measured again by
+/// `--resume`.
 pub fn interrupted() -> bool {
     ASKED.load(Ordering::Relaxed)
 }

@@ -70,7 +70,8 @@ pub fn main(experiment: &Experiment) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// [`main`] with given arguments, stop signal, processes and standard output; returns the exit code.
+/// [`main`] with given arguments, stop signal, processes and standard output; returns the exit
+/// code.
 fn run_single(
     experiment: &Experiment,
     arguments: impl IntoIterator<Item = OsString>,
@@ -84,7 +85,8 @@ fn run_single(
     };
     let progress = Progress::new(None);
     let outcome = flags.use_for_process().and_then(|()| {
-        let folder = flags.out.clone().unwrap_or_else(|| flags.profile.root().join(experiment.name));
+        let folder =
+            flags.out.clone().unwrap_or_else(|| flags.profile.root().join(experiment.name));
         run::run(experiment, &flags, &folder, &progress, stop, crew)
     });
     match outcome {

@@ -15,8 +15,8 @@ pub fn best_device() -> Result<Device> {
     Device::open(DeviceChoice::Cuda(0)).or_else(|_| Device::open(DeviceChoice::Gpu(0)))
 }
 
-/// [`super::main`] of an experiment that runs on [`best_device`]: exit code 2 where there is none, or where results of a
-/// software device would land in `figures/`.
+/// [`super::main`] of an experiment that runs on [`best_device`]: exit code 2 where there is none,
+/// or where results of a software device would land in `figures/`.
 pub fn main_on_device(experiment: &Experiment) -> ExitCode {
     let flags = match flags::parse_single(experiment, std::env::args_os()) {
         Ok(flags) => flags,
@@ -37,8 +37,8 @@ pub fn main_on_device(experiment: &Experiment) -> ExitCode {
 fn accept(device: &DeviceInfo, folder: &Path) -> Result<()> {
     let published = folder.components().any(|part| part.as_os_str() == "figures");
     if device.kind == Kind::Software && published {
-        let requirement =
-            "is a software device: give an --out folder outside figures/, where only results of a real GPU lie";
+        let requirement = "is a software device: give an --out folder outside figures/, where only \
+                           results of a real GPU lie";
         return Err(Error::invalid("device", device, requirement));
     }
     Ok(())
@@ -61,7 +61,10 @@ mod tests {
         };
         for folder in ["figures", "figures/quick", "./figures/mine", "/there/figures/x"] {
             let error = accept(&device(Kind::Software), Path::new(folder)).unwrap_err();
-            assert!(matches!(&error, Error::InvalidParam { name, .. } if name == "device"), "{error}");
+            assert!(
+                matches!(&error, Error::InvalidParam { name, .. } if name == "device"),
+                "{error}"
+            );
             accept(&device(Kind::Discrete), Path::new(folder)).unwrap();
         }
         for folder in ["runs", "/tmp/my-figures", "figures2/x"] {

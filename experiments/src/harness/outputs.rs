@@ -26,7 +26,10 @@ impl Finished {
         for CheckOutcome { check, passed } in &self.manifest.checks {
             text += &format!("{} {check}\n", if *passed { "PASS" } else { "FAIL" });
         }
-        self.manifest.failures.iter().for_each(|f| text += &format!("FAILED {}: {}\n", f.point, f.error));
+        self.manifest
+            .failures
+            .iter()
+            .for_each(|f| text += &format!("FAILED {}: {}\n", f.point, f.error));
         text.push('\n');
         text
     }
@@ -54,11 +57,15 @@ pub(super) fn write_outputs(
     manifest.figures.clear();
     manifest.add_file(folder, "table.csv")?;
     let mut failures = Vec::new();
-    let mut record = |step: &str, error: Error| failures.push(Failure { point: step.into(), error: error.to_string() });
+    let mut record = |step: &str, error: Error| {
+        failures.push(Failure { point: step.into(), error: error.to_string() })
+    };
 
     // A table that was changed by hand may hold what no measurement does.
     let path = folder.join("table.csv");
-    let foreign = |text: String| Error::format(&path, "rows", "those of this experiment", format!("others ({text})"));
+    let foreign = |text: String| {
+        Error::format(&path, "rows", "those of this experiment", format!("others ({text})"))
+    };
     match caught(|| (experiment.plot)(&table), foreign) {
         Ok(figures) => {
             for named in figures {
@@ -79,12 +86,14 @@ pub(super) fn write_outputs(
         record(STEPS[1], error);
         Vec::new()
     });
-    let checks = caught(|| experiment.checks.map_or(Ok(Vec::new()), |checks| checks(&table)), foreign);
+    let checks =
+        caught(|| experiment.checks.map_or(Ok(Vec::new()), |checks| checks(&table)), foreign);
     let checks = checks.unwrap_or_else(|error| {
         record(STEPS[2], error);
         Vec::new()
     });
-    manifest.checks = checks.into_iter().map(|(check, passed)| CheckOutcome { check, passed }).collect();
+    manifest.checks =
+        checks.into_iter().map(|(check, passed)| CheckOutcome { check, passed }).collect();
     manifest.failures.extend(failures);
     manifest.stop_reason = if !manifest.failures.is_empty() {
         StopReason::PointsFailed
@@ -103,7 +112,9 @@ pub(super) fn write_outputs(
 
 /// Figures of the earlier result that this one no longer has; best effort.
 fn remove_stale_figures(folder: &Path, manifest: &Manifest, earlier: Option<&Manifest>) {
-    for name in earlier.into_iter().flat_map(|m| &m.figures).filter(|n| !manifest.figures.contains(n)) {
+    for name in
+        earlier.into_iter().flat_map(|m| &m.figures).filter(|n| !manifest.figures.contains(n))
+    {
         if !name.contains(['/', '\\']) {
             let _ = std::fs::remove_file(folder.join(format!("{name}.svg")));
             let _ = std::fs::remove_file(folder.join(format!("{name}.png")));

@@ -1,10 +1,12 @@
-//! Means and intervals over bases: what happens on one pretrained model is one observation, however many seeds it has.
+//! Means and intervals over bases: what happens on one pretrained model is one observation, however
+//! many seeds it has.
 
 use peft_limits::Result;
 use peft_limits::report::{Summary, Table};
 use std::collections::BTreeMap;
 
-/// The mean of a column on each base, by the base's name; a table without the column `base` is one base.
+/// The mean of a column on each base, by the base's name; a table without the column `base` is one
+/// base.
 ///
 /// # Errors
 /// As [`Table::floats`].
@@ -88,8 +90,8 @@ pub fn not_bracketed(runs: &Table, column: &str) -> Result<Option<f64>> {
     Ok(ends.is_some_and(|(a, b)| is_rate(a.0, at) || is_rate(b.0, at)).then_some(at))
 }
 
-/// Of each base the runs at the rate that the *other* bases find best by a column (less is better), so that no base chooses
-/// for itself; of a single base those at its best.
+/// Of each base the runs at the rate that the *other* bases find best by a column (less is better),
+/// so that no base chooses for itself; of a single base those at its best.
 ///
 /// # Errors
 /// As [`by_base`].
@@ -117,7 +119,8 @@ mod tests {
     use peft_limits::report::Row;
 
     fn table(rows: &[(&str, f64)]) -> Table {
-        let rows: Vec<Row> = rows.iter().map(|(base, x)| Row::new().with("base", *base).with("x", *x)).collect();
+        let rows: Vec<Row> =
+            rows.iter().map(|(base, x)| Row::new().with("base", *base).with("x", *x)).collect();
         Table::from_rows(&rows)
     }
 
@@ -132,14 +135,16 @@ mod tests {
             ("ours 2", 1.0, 1.0),
             ("ours 2", 2.0, 3.0),
         ];
-        let row =
-            |&(base, lr, loss): &(&str, f64, f64)| Row::new().with("base", base).with("lr", lr).with("loss", loss);
+        let row = |&(base, lr, loss): &(&str, f64, f64)| {
+            Row::new().with("base", base).with("lr", lr).with("loss", loss)
+        };
         let runs = Table::from_rows(&losses.iter().map(row).collect::<Vec<_>>());
         let chosen = at_best_rate(&runs, "loss").unwrap();
         assert_eq!(chosen.floats("lr").unwrap(), [1.0, 2.0, 2.0]);
         assert!(not_bracketed(&runs, "loss").unwrap().is_some());
-        let middle =
-            Table::from_rows(&[(1.0, 2.0), (2.0, 1.0), (4.0, 2.0)].map(|(lr, loss)| row(&("ours 0", lr, loss))));
+        let middle = Table::from_rows(
+            &[(1.0, 2.0), (2.0, 1.0), (4.0, 2.0)].map(|(lr, loss)| row(&("ours 0", lr, loss))),
+        );
         assert_eq!(not_bracketed(&middle, "loss").unwrap(), None);
         assert_eq!(at_best_rate(&middle, "loss").unwrap().floats("lr").unwrap(), [2.0]);
     }

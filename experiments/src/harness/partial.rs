@@ -1,5 +1,5 @@
-//! Finished points of a run in progress, kept in `rows.partial.jsonl` until the run ends; a rank of an MPI job other
-//! than the first keeps its own in `rows.partial.rank-N.jsonl`.
+//! Finished points of a run in progress, kept in `rows.partial.jsonl` until the run ends; a rank of
+//! an MPI job other than the first keeps its own in `rows.partial.rank-N.jsonl`.
 
 use super::experiment::{Experiment, Point};
 use peft_limits::atomic_file::write_bytes;
@@ -75,9 +75,10 @@ impl Partial {
         Ok(header.map(|h| h.profile))
     }
 
-    /// Starts the file of a run, keeping the points of an earlier one whose keys are in `keep`, whichever rank
-    /// measured them; returns their rows and how many others were moved to [`SET_ASIDE`] (with an empty `keep` none:
-    /// the earlier points are to be discarded). Files of other ranks are gone afterwards.
+    /// Starts the file of a run, keeping the points of an earlier one whose keys are in `keep`,
+    /// whichever rank measured them; returns their rows and how many others were moved to
+    /// [`SET_ASIDE`] (with an empty `keep` none: the earlier points are to be discarded). Files of
+    /// other ranks are gone afterwards.
     pub fn open(
         folder: &Path,
         experiment: &Experiment,
@@ -91,8 +92,12 @@ impl Partial {
         let header = Header { experiment: experiment.name.into(), profile: profile.into() };
         let mut text = line(&path, &header)?;
         if !keep.is_empty() {
-            // A line that a crash cut short, or that is damaged, is dropped; its point is measured again.
-            for earlier in std::iter::once(&path).chain(&others).map(|path| std::fs::read(path).unwrap_or_default()) {
+            // A line that a crash cut short, or that is damaged, is dropped; its point is measured
+            // again.
+            for earlier in std::iter::once(&path)
+                .chain(&others)
+                .map(|path| std::fs::read(path).unwrap_or_default())
+            {
                 let lines = earlier.split(|&b| b == b'\n').skip(1);
                 for finished in lines.filter_map(|l| serde_json::from_slice::<Finished>(l).ok()) {
                     if !keep.contains(&finished.key) {
@@ -115,9 +120,15 @@ impl Partial {
 
     /// Starts the file of a rank other than the first.
     #[cfg(feature = "mpi")]
-    pub fn of_rank(folder: &Path, experiment: &Experiment, profile: &str, rank: usize) -> Result<Self> {
+    pub fn of_rank(
+        folder: &Path,
+        experiment: &Experiment,
+        profile: &str,
+        rank: usize,
+    ) -> Result<Self> {
         let path = folder.join(format!("{RANK_PREFIX}{rank}.jsonl"));
-        let header = line(&path, &Header { experiment: experiment.name.into(), profile: profile.into() })?;
+        let header =
+            line(&path, &Header { experiment: experiment.name.into(), profile: profile.into() })?;
         Self::start(path, &header)
     }
 
@@ -131,7 +142,10 @@ impl Partial {
     pub fn append(&mut self, key: &str, label: &str, rows: &[Row]) -> Result<()> {
         let finished = Finished { key: key.into(), label: label.into(), rows: rows.to_vec() };
         let text = line(&self.path, &finished)?;
-        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(|e| Error::io(&self.path, e))
+        self.file
+            .write_all(text.as_bytes())
+            .and_then(|()| self.file.sync_data())
+            .map_err(|e| Error::io(&self.path, e))
     }
 
     /// Removes the file and those of other ranks: the run is complete.
@@ -167,7 +181,8 @@ fn files_of_ranks(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in entries {
         let path = entry.map_err(|e| Error::io(folder, e))?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name =
+            path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         if name.starts_with(RANK_PREFIX) && name.ends_with(".jsonl") {
             files.push(path);
         }
@@ -181,7 +196,8 @@ fn remove_all(files: &[PathBuf]) -> Result<()> {
 }
 
 fn line(path: &Path, value: &impl Serialize) -> Result<String> {
-    let json = serde_json::to_string(value).map_err(|e| Error::format(path, "row", "JSON", e.to_string()))?;
+    let json = serde_json::to_string(value)
+        .map_err(|e| Error::format(path, "row", "JSON", e.to_string()))?;
     Ok(json + "\n")
 }
 
@@ -208,7 +224,8 @@ mod tests {
     }
 
     proptest! {
-        /// A damaged file of finished points loses points, at worst all; it never panics and never invents one.
+        /// A damaged file of finished points loses points, at worst all; it never panics and never
+        /// invents one.
         #[test]
         fn damaged_rows_are_dropped(
             edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),

@@ -35,16 +35,27 @@ impl Progress {
     }
 
     /// Announces an experiment of `points` points, of which `reused` need no measurement.
-    pub fn start(&self, name: &'static str, points: usize, reused: usize) -> ExperimentProgress<'_> {
+    pub fn start(
+        &self,
+        name: &'static str,
+        points: usize,
+        reused: usize,
+    ) -> ExperimentProgress<'_> {
         let bar = if self.terminal {
             let bar = self.bars.add(ProgressBar::new(points as u64));
-            bar.set_style(style("{prefix:>24} [{bar:30}] {pos}/{len}  {elapsed}, {eta} left  {wide_msg}"));
+            bar.set_style(style(
+                "{prefix:>24} [{bar:30}] {pos}/{len}  {elapsed}, {eta} left  {wide_msg}",
+            ));
             bar.set_prefix(name);
             bar.set_position(reused as u64);
             bar.enable_steady_tick(Duration::from_millis(500));
             bar
         } else {
-            let kept = if reused > 0 { format!(", {reused} kept from an earlier run") } else { String::new() };
+            let kept = if reused > 0 {
+                format!(", {reused} kept from an earlier run")
+            } else {
+                String::new()
+            };
             eprintln!("{name}: {points} points{kept}");
             ProgressBar::hidden()
         };
@@ -91,5 +102,7 @@ impl ExperimentProgress<'_> {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ")
 }

@@ -1,9 +1,10 @@
 //! The points of a grid handed out over the ranks of an MPI job, as each becomes free.
 //!
-//! Rank 0 parses flags, shows progress, hands out points, collects rows and writes the results; it measures too, in a
-//! second thread. The other ranks wait for experiments ([`Message::Begin`]), ask for points and send rows back.
-//! Every rank first writes what it has measured into its own file of finished points, so that when a rank dies - and
-//! the launcher, as MPI launchers do, ends the job - `--resume` measures only what is missing.
+//! Rank 0 parses flags, shows progress, hands out points, collects rows and writes the results; it
+//! measures too, in a second thread. The other ranks wait for experiments ([`Message::Begin`]), ask
+//! for points and send rows back. Every rank first writes what it has measured into its own file of
+//! finished points, so that when a rank dies - and the launcher, as MPI launchers do, ends the
+//! job - `--resume` measures only what is missing.
 
 use super::experiment::{Experiment, Point};
 use super::flags::Flags;
@@ -27,7 +28,8 @@ pub(super) struct Crew<'a> {
     ranks: Option<&'a Ranks>,
 }
 
-/// Runs `lead` in rank 0, or in this process when no launcher started it; other ranks measure points for it.
+/// Runs `lead` in rank 0, or in this process when no launcher started it; other ranks measure
+/// points for it.
 pub(super) fn in_job(experiments: &[Experiment], lead: impl FnOnce(Crew) -> u8) -> u8 {
     let job = match Job::launched() {
         Ok(Some(job)) => job,
@@ -91,13 +93,15 @@ impl Crew<'_> {
         self.ranks.map_or(1, Ranks::size)
     }
 
-    /// Measures the missing points with all ranks; false, and nothing done, when this process is alone.
+    /// Measures the missing points with all ranks; false, and nothing done, when this process is
+    /// alone.
     pub fn measure(self, grid: &Grid, missing: &[usize], collected: &Mutex<Collected>) -> bool {
         let Some(ranks) = self.ranks else { return false };
         let folder = std::path::absolute(grid.folder).unwrap_or_else(|_| grid.folder.to_path_buf());
         let experiment = grid.experiment.name.to_string();
         tell_all(ranks, &Message::Begin { experiment, folder, flags: grid.flags.clone() });
-        let mut desk = Desk { ranks, grid, queue: missing.iter().copied().collect(), collected, working: 0 };
+        let mut desk =
+            Desk { ranks, grid, queue: missing.iter().copied().collect(), collected, working: 0 };
         // Rank 0's own points: indices one way, outcomes the other.
         let (give, take) = mpsc::channel::<Vec<usize>>();
         let (put, measured) = mpsc::channel();
@@ -136,11 +140,15 @@ impl Crew<'_> {
                         }
                         Ok(Answer::Measured(points)) => {
                             desk.working -= 1;
-                            points.into_iter().for_each(|(index, outcome)| desk.file(index, outcome));
+                            points
+                                .into_iter()
+                                .for_each(|(index, outcome)| desk.file(index, outcome));
                         }
                         Err(error) => lock(collected).broken = Some(unreadable(&error)),
                     }
-                    desk.hand_out(widths[from], |batch| tell(ranks, from, &Message::Measure(batch)));
+                    desk.hand_out(widths[from], |batch| {
+                        tell(ranks, from, &Message::Measure(batch))
+                    });
                 }
                 if idle {
                     std::thread::sleep(PATIENCE);
@@ -164,8 +172,8 @@ struct Desk<'a, 'b> {
 }
 
 impl Desk<'_, '_> {
-    /// Gives the next points, at most `width`, and fewer towards the end so that all finish together; none once the
-    /// run is to stop.
+    /// Gives the next points, at most `width`, and fewer towards the end so that all finish
+    /// together; none once the run is to stop.
     fn hand_out(&mut self, width: usize, give: impl FnOnce(Vec<usize>)) {
         let mut all = lock(self.collected);
         all.interrupted |= (self.grid.stop)();
@@ -193,7 +201,9 @@ impl Desk<'_, '_> {
             }
             Outcome::Failed(error) => all.fail(index, self.grid.points, error),
             Outcome::Interrupted => all.interrupted = true,
-            Outcome::Broken(path, reason) => all.broken = Some(Error::io(path, std::io::Error::other(reason))),
+            Outcome::Broken(path, reason) => {
+                all.broken = Some(Error::io(path, std::io::Error::other(reason)))
+            }
         }
     }
 }
@@ -212,7 +222,11 @@ fn follow(experiments: &[Experiment], ranks: &Ranks) -> Result<()> {
             Message::Quit => return Ok(()),
             Message::Begin { experiment, folder, flags } => {
                 let Some(experiment) = experiments.iter().find(|e| e.name == experiment) else {
-                    return Err(Error::invalid("experiment", experiment, "rank 0 runs another program"));
+                    return Err(Error::invalid(
+                        "experiment",
+                        experiment,
+                        "rank 0 runs another program",
+                    ));
                 };
                 if !set_up {
                     flags.use_for_process()?;
@@ -226,7 +240,12 @@ fn follow(experiments: &[Experiment], ranks: &Ranks) -> Result<()> {
     }
 }
 
-fn measure_for(experiment: &Experiment, folder: PathBuf, flags: &Flags, ranks: &Ranks) -> Result<()> {
+fn measure_for(
+    experiment: &Experiment,
+    folder: PathBuf,
+    flags: &Flags,
+    ranks: &Ranks,
+) -> Result<()> {
     let points = (experiment.grid)(flags.profile, flags.seed);
     let mut partial = None;
     tell_first(ranks, &Answer::Ready(width(experiment)));
@@ -236,7 +255,11 @@ fn measure_for(experiment: &Experiment, folder: PathBuf, flags: &Flags, ranks: &
             _ => return Ok(()),
         };
         if let Some(wrong) = batch.iter().find(|i| **i >= points.len()) {
-            return Err(Error::invalid("grid", wrong, format!("this rank's grid has {} points", points.len())));
+            return Err(Error::invalid(
+                "grid",
+                wrong,
+                format!("this rank's grid has {} points", points.len()),
+            ));
         }
         let done = measure_batch(experiment, &points, &batch, &interrupted);
         let mut answers = Vec::with_capacity(batch.len());
@@ -246,11 +269,17 @@ fn measure_for(experiment: &Experiment, folder: PathBuf, flags: &Flags, ranks: &
                     // The file appears with the first rows: a rank without any leaves none.
                     let file = match partial.take() {
                         Some(file) => Ok(file),
-                        None => Partial::of_rank(&folder, experiment, flags.profile.name(), ranks.rank()),
+                        None => Partial::of_rank(
+                            &folder,
+                            experiment,
+                            flags.profile.name(),
+                            ranks.rank(),
+                        ),
                     };
                     let key = run_key(experiment, flags.seed, &points[index]);
                     let label = &points[index].label;
-                    let written = file.and_then(|mut file| file.append(&key, label, &rows).map(|()| file));
+                    let written =
+                        file.and_then(|mut file| file.append(&key, label, &rows).map(|()| file));
                     match written {
                         Ok(file) => {
                             partial = Some(file);

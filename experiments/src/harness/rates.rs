@@ -2,7 +2,8 @@
 
 use peft_limits::error::Result;
 
-/// Learning rates that were tried with their losses, the best of them, and whether it lies between worse ones.
+/// Learning rates that were tried with their losses, the best of them, and whether it lies between
+/// worse ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RateSweep {
     /// Rate and loss (nats), by rising rate.
@@ -23,8 +24,8 @@ impl RateSweep {
     }
 }
 
-/// Tries half, once and twice `start`, then further factors of two on the better side until both neighbours of the best are
-/// worse, at most [`SWEEP_DOUBLINGS`] from `start`.
+/// Tries half, once and twice `start`, then further factors of two on the better side until both
+/// neighbours of the best are worse, at most [`SWEEP_DOUBLINGS`] from `start`.
 ///
 /// A loss that is NaN counts as infinite.
 ///
@@ -32,8 +33,9 @@ impl RateSweep {
 /// Those of `loss_at`.
 pub fn sweep_rates(start: f64, mut loss_at: impl FnMut(f64) -> Result<f64>) -> Result<RateSweep> {
     let (mut low, mut high) = (-1, 1);
-    let mut sweep =
-        RateSweep::of((low..=high).map(|power| attempt(start, power, &mut loss_at)).collect::<Result<_>>()?);
+    let mut sweep = RateSweep::of(
+        (low..=high).map(|power| attempt(start, power, &mut loss_at)).collect::<Result<_>>()?,
+    );
     loop {
         let power = if sweep.bracketed {
             return Ok(sweep);
@@ -51,7 +53,11 @@ pub fn sweep_rates(start: f64, mut loss_at: impl FnMut(f64) -> Result<f64>) -> R
     }
 }
 
-fn attempt(start: f64, power: i32, loss_at: &mut impl FnMut(f64) -> Result<f64>) -> Result<(f64, f64)> {
+fn attempt(
+    start: f64,
+    power: i32,
+    loss_at: &mut impl FnMut(f64) -> Result<f64>,
+) -> Result<(f64, f64)> {
     let rate = start * 2f64.powi(power);
     let loss = loss_at(rate)?;
     Ok((rate, if loss.is_nan() { f64::INFINITY } else { loss }))
@@ -69,7 +75,10 @@ mod tests {
     fn a_sweep_of_rates_ends_between_two_worse_ones() {
         // Least at 8: up from 1, past 8, to 16.
         let up = sweep_rates(1.0, |lr| Ok((lr.log2() - 3.0).powi(2))).unwrap();
-        assert_eq!(up.tried.iter().map(|t| t.0).collect::<Vec<_>>(), [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]);
+        assert_eq!(
+            up.tried.iter().map(|t| t.0).collect::<Vec<_>>(),
+            [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+        );
         assert!(up.bracketed && up.best.to_bits() == 8f64.to_bits());
         // Down, where the start breaks down.
         let down = sweep_rates(1.0, |lr| Ok(if lr > 0.3 { f64::NAN } else { 1.0 - lr })).unwrap();

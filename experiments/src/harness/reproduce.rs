@@ -15,8 +15,8 @@ use std::process::ExitCode;
 /// Runs the experiments (all, or those of `--only`) with the process's arguments and writes the
 /// index page `README.md` into the figures folder.
 ///
-/// `--out DIR` is the folder that holds one folder per experiment. An experiment that fails does not
-/// stop the others; the exit code is the worst of theirs.
+/// `--out DIR` is the folder that holds one folder per experiment. An experiment that fails does
+/// not stop the others; the exit code is the worst of theirs.
 pub fn reproduce(experiments: &[Experiment]) -> ExitCode {
     peft_limits::linalg::workers::keep_awake();
     interrupt::install();
@@ -26,7 +26,8 @@ pub fn reproduce(experiments: &[Experiment]) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// [`reproduce`] with given arguments, stop signal, processes and standard output; returns the exit code.
+/// [`reproduce`] with given arguments, stop signal, processes and standard output; returns the exit
+/// code.
 pub(super) fn run_all(
     experiments: &[Experiment],
     arguments: impl IntoIterator<Item = OsString>,
@@ -39,7 +40,9 @@ pub(super) fn run_all(
         Err(code) => return code,
     };
     let flags = &arguments.flags;
-    let chosen = match chosen(experiments, &arguments.only).and_then(|c| flags.use_for_process().map(|()| c)) {
+    let chosen = match chosen(experiments, &arguments.only)
+        .and_then(|c| flags.use_for_process().map(|()| c))
+    {
         Ok(chosen) => chosen,
         Err(error) => {
             eprintln!("reproduce: {error}");
@@ -50,7 +53,8 @@ pub(super) fn run_all(
     let progress = Progress::new(Some(chosen.len()));
     let mut worst = 0;
     for experiment in chosen {
-        let outcome = run::run(experiment, flags, &root.join(experiment.name), &progress, stop, crew);
+        let outcome =
+            run::run(experiment, flags, &root.join(experiment.name), &progress, stop, crew);
         progress.suspend(|| match &outcome {
             // A reader that has gone away is no error of the experiments.
             Ok(done) => drop(out.write_all(done.to_text(12).as_bytes())),
@@ -76,9 +80,18 @@ pub(super) fn run_all(
 }
 
 fn chosen<'a>(experiments: &'a [Experiment], only: &[String]) -> Result<Vec<&'a Experiment>> {
-    if let Some(unknown) = only.iter().find(|name| !experiments.iter().any(|e| e.name == name.as_str())) {
+    if let Some(unknown) =
+        only.iter().find(|name| !experiments.iter().any(|e| e.name == name.as_str()))
+    {
         let names: Vec<&str> = experiments.iter().map(|e| e.name).collect();
-        return Err(Error::invalid("--only", unknown, format!("the experiments are {}", names.join(", "))));
+        return Err(Error::invalid(
+            "--only",
+            unknown,
+            format!("the experiments are {}", names.join(", ")),
+        ));
     }
-    Ok(experiments.iter().filter(|e| only.is_empty() || only.iter().any(|name| name == e.name)).collect())
+    Ok(experiments
+        .iter()
+        .filter(|e| only.is_empty() || only.iter().any(|name| name == e.name))
+        .collect())
 }

@@ -37,7 +37,11 @@ pub(super) fn run(
     let points = (experiment.grid)(flags.profile, flags.seed);
     let keys: Vec<String> = points.iter().map(|p| run_key(experiment, flags.seed, p)).collect();
     if let Some(i) = (1..keys.len()).find(|&i| keys[..i].contains(&keys[i])) {
-        return Err(Error::invalid("grid", &points[i].label, "two points have the same configuration"));
+        return Err(Error::invalid(
+            "grid",
+            &points[i].label,
+            "two points have the same configuration",
+        ));
     }
     let unfinished = Partial::profile_in(folder)?;
     guard(folder, flags, earlier.as_ref(), unfinished.as_deref())?;
@@ -47,7 +51,8 @@ pub(super) fn run(
         && flags.resume
         && unfinished.is_none()
     {
-        let same = earlier.config == config && earlier.sources.package_version == env!("CARGO_PKG_VERSION");
+        let same = earlier.config == config
+            && earlier.sources.package_version == env!("CARGO_PKG_VERSION");
         if same {
             return redraw(experiment, folder, Some(earlier.clone()));
         }
@@ -128,25 +133,45 @@ fn redraw(experiment: &Experiment, folder: &Path, earlier: Option<Manifest>) -> 
 }
 
 /// Refuses what would destroy a more valuable result.
-pub(super) fn guard(folder: &Path, flags: &Flags, earlier: Option<&Manifest>, unfinished: Option<&str>) -> Result<()> {
+pub(super) fn guard(
+    folder: &Path,
+    flags: &Flags,
+    earlier: Option<&Manifest>,
+    unfinished: Option<&str>,
+) -> Result<()> {
     let (quick, full) = (Profile::Quick.name(), Profile::Full.name());
     let finished = earlier.map(|m| m.profile.as_str());
     if flags.profile == Profile::Quick && (finished == Some(full) || unfinished == Some(full)) {
-        return Err(refusal(folder, "holds a full result", "a quick run never replaces it; choose another --out"));
+        return Err(refusal(
+            folder,
+            "holds a full result",
+            "a quick run never replaces it; choose another --out",
+        ));
     }
     if flags.force {
         return Ok(());
     }
     if flags.profile == Profile::Full && finished == Some(quick) {
-        return Err(refusal(folder, "holds a quick result", "choose another --out, or --force to replace it"));
+        return Err(refusal(
+            folder,
+            "holds a quick result",
+            "choose another --out, or --force to replace it",
+        ));
     }
     if flags.profile == Profile::Full && finished == Some(full) && !flags.resume {
-        return Err(refusal(folder, "holds a finished full result", "--force replaces it, --resume keeps it"));
+        return Err(refusal(
+            folder,
+            "holds a finished full result",
+            "--force replaces it, --resume keeps it",
+        ));
     }
     if unfinished.is_some() && !flags.resume {
         return Err(refusal(
             folder,
-            &format!("holds the finished points of an earlier run that was interrupted or had failures ({PARTIAL})"),
+            &format!(
+                "holds the finished points of an earlier run that was interrupted or had failures \
+                 ({PARTIAL})"
+            ),
             "--resume keeps them and measures the rest, --force discards them",
         ));
     }
@@ -163,7 +188,8 @@ fn config_of(seed: u64, points: &[Point]) -> serde_json::Value {
 }
 
 fn seeds_of(seed: u64, points: &[Point]) -> Vec<u64> {
-    let mut seeds: Vec<u64> = points.iter().filter_map(|p| p.u64("seed").ok()).chain([seed]).collect();
+    let mut seeds: Vec<u64> =
+        points.iter().filter_map(|p| p.u64("seed").ok()).chain([seed]).collect();
     seeds.sort_unstable();
     seeds.dedup();
     seeds
@@ -217,8 +243,15 @@ impl Grid<'_> {
         rows: &mut HashMap<String, Vec<Row>>,
         crew: Crew,
     ) -> Result<(Partial, Vec<Failure>)> {
-        let missing: Vec<usize> = (0..self.points.len()).filter(|i| !rows.contains_key(&self.keys[*i])).collect();
-        let collected = Mutex::new(Collected { partial, rows, failures: Vec::new(), interrupted: false, broken: None });
+        let missing: Vec<usize> =
+            (0..self.points.len()).filter(|i| !rows.contains_key(&self.keys[*i])).collect();
+        let collected = Mutex::new(Collected {
+            partial,
+            rows,
+            failures: Vec::new(),
+            interrupted: false,
+            broken: None,
+        });
         let one = |i: usize| {
             let halted = (self.stop)();
             {
@@ -252,7 +285,9 @@ impl Grid<'_> {
     }
 }
 
-pub(super) fn lock<'m, 'a>(collected: &'m Mutex<Collected<'a>>) -> std::sync::MutexGuard<'m, Collected<'a>> {
+pub(super) fn lock<'m, 'a>(
+    collected: &'m Mutex<Collected<'a>>,
+) -> std::sync::MutexGuard<'m, Collected<'a>> {
     collected.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
@@ -279,12 +314,16 @@ impl Collected<'_> {
 
 /// A panic in one point is that point's failure, not the run's.
 pub(super) fn measure_caught(experiment: &Experiment, point: &Point) -> Result<Vec<Row>> {
-    let failed = |text: String| Error::invalid("measure", &point.label, format!("panicked: {text}"));
+    let failed =
+        |text: String| Error::invalid("measure", &point.label, format!("panicked: {text}"));
     caught(|| (experiment.measure)(point), failed)
 }
 
 /// Runs `act`; a panic in it becomes the error that `failed` makes of its message.
-pub(super) fn caught<T>(act: impl FnOnce() -> Result<T>, failed: impl FnOnce(String) -> Error) -> Result<T> {
+pub(super) fn caught<T>(
+    act: impl FnOnce() -> Result<T>,
+    failed: impl FnOnce(String) -> Error,
+) -> Result<T> {
     catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));

@@ -1,15 +1,18 @@
-//! The fine-tuning study that several experiments share: small pretrained models, one new task, three accuracies.
+//! The fine-tuning study that several experiments share: small pretrained models, one new task,
+//! three accuracies.
 //!
-//! A model is pretrained by the run itself on lists of up to nine digits (largest, smallest, first, last, length,
-//! backwards) and on facts, and then learns to **sort** lists of up to six. Measured are
+//! A model is pretrained by the run itself on lists of up to nine digits (largest, smallest, first,
+//! last, length, backwards) and on facts, and then learns to **sort** lists of up to six. Measured
+//! are
 //!
 //! - *in-domain*: sorting unseen lists of up to six digits;
 //! - *shifted* (near): sorting lists of seven to nine, lengths that only pretraining has seen;
-//! - *retained*: the pretraining tasks, unseen problems: the lists (far: the same form, other questions) and the facts
-//!   (forgotten: another language), and their mean.
+//! - *retained*: the pretraining tasks, unseen problems: the lists (far: the same form, other
+//!   questions) and the facts (forgotten: another language), and their mean.
 //!
-//! Everything is a function of the seeds. **A base is one pretrained model**: its number seeds its weights and its data,
-//! and what is independent is bases (`harness::over_bases`). Each is made once per process and shared.
+//! Everything is a function of the seeds. **A base is one pretrained model**: its number seeds its
+//! weights and its data, and what is independent is bases (`harness::over_bases`). Each is made
+//! once per process and shared.
 
 use super::{Point, Profile};
 use peft_limits::error::{Error, Result};
@@ -71,7 +74,8 @@ pub struct Study {
     pub rows: usize,
 }
 
-/// The three accuracies (shares of rows with every token right, and of tokens right), and the losses in nats.
+/// The three accuracies (shares of rows with every token right, and of tokens right), and the
+/// losses in nats.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accuracies {
     /// Sorting up to six digits.
@@ -106,7 +110,8 @@ impl Accuracies {
             row.set(format!("{task} tokens"), scores.tokens);
             row.set(format!("{task} loss (nats)"), scores.loss);
         }
-        row.with("in-domain loss (nats)", self.in_domain.loss).with("shifted loss (nats)", self.shifted.loss)
+        row.with("in-domain loss (nats)", self.in_domain.loss)
+            .with("shifted loss (nats)", self.shifted.loss)
     }
 }
 
@@ -126,13 +131,19 @@ impl Study {
         Self { pretraining_steps: 800, steps: 120, rows: 192 }
     }
 
-    /// Sizes of the model: `pico` (0.2 M parameters) with eight heads of eight, so that selections of heads can differ.
+    /// Sizes of the model: `pico` (0.2 M parameters) with eight heads of eight, so that selections
+    /// of heads can differ.
     ///
     /// # Errors
     /// As [`preset`].
     pub fn sizes() -> Result<ModelConfig> {
         let (heads, head_dim) = (8, 8);
-        Ok(ModelConfig { num_attention_heads: heads, num_key_value_heads: heads, head_dim, ..preset("pico")? })
+        Ok(ModelConfig {
+            num_attention_heads: heads,
+            num_key_value_heads: heads,
+            head_dim,
+            ..preset("pico")?
+        })
     }
 
     /// Writes the study into a grid point.
@@ -143,7 +154,8 @@ impl Study {
             .with("test rows", self.rows)
     }
 
-    /// As [`Study::point`], of a seed and its base: its own in the full profile, one of [`QUICK_BASES`] in the quick one.
+    /// As [`Study::point`], of a seed and its base: its own in the full profile, one of
+    /// [`QUICK_BASES`] in the quick one.
     pub fn seeded(&self, label: impl Into<String>, profile: Profile, seed: u64) -> Point {
         let base = profile.pick(seed % QUICK_BASES, seed);
         self.point(label).with("base", format!("{OURS}{base}")).with("seed", seed)
@@ -163,9 +175,9 @@ impl Study {
 
     /// Peak learning rate of a method at the study's budget.
     ///
-    /// Chosen for full, LoRA, PaCA and S2FT among a few rates, factors of two, on one or two seeds that no experiment
-    /// reports. DoRA, MosLoRA and the packed methods take LoRA's or PaCA's rate unswept: the full profile of
-    /// `peft_accuracy` sweeps around it.
+    /// Chosen for full, LoRA, PaCA and S2FT among a few rates, factors of two, on one or two seeds
+    /// that no experiment reports. DoRA, MosLoRA and the packed methods take LoRA's or PaCA's rate
+    /// unswept: the full profile of `peft_accuracy` sweeps around it.
     pub fn learning_rate(&self, name: MethodName) -> f64 {
         if name == MethodName::Full { 4e-3 } else { 2e-2 }
     }
@@ -182,22 +194,36 @@ impl Study {
 
     fn pretraining_data() -> Vec<Part> {
         use Operation::{First, Last, Length, Max, Min, Reverse};
-        let lists = ListsParams { length: READ, operations: vec![Max, Min, First, Last, Length, Reverse] };
+        let lists =
+            ListsParams { length: READ, operations: vec![Max, Min, First, Last, Length, Reverse] };
         let facts = FactsParams { entities: 16, ..FactsParams::default() };
         // Fact rows are twice as long, so the model sees as many tokens of each.
-        vec![Part { weight: 2.0, task: TaskParams::Lists(lists) }, Part { weight: 1.0, task: TaskParams::Facts(facts) }]
+        vec![
+            Part { weight: 2.0, task: TaskParams::Lists(lists) },
+            Part { weight: 1.0, task: TaskParams::Facts(facts) },
+        ]
     }
 
     /// The configuration of pretraining.
     pub fn pretraining(&self, base: u64) -> TrainConfig {
         let mut config = TrainConfig {
             seed: PRETRAINING_SEED + base,
-            optimizer: OptimizerParams { lr: 5e-3, beta2: 0.99, clip: 1.0, ..OptimizerParams::default() },
-            schedule: ScheduleParams { decay: Decay::Linear, warmup: 30.min(self.pretraining_steps), floor: 0.0 },
+            optimizer: OptimizerParams {
+                lr: 5e-3,
+                beta2: 0.99,
+                clip: 1.0,
+                ..OptimizerParams::default()
+            },
+            schedule: ScheduleParams {
+                decay: Decay::Linear,
+                warmup: 30.min(self.pretraining_steps),
+                floor: 0.0,
+            },
             data: Self::pretraining_data(),
             ..TrainConfig::default()
         };
-        (config.train.steps, config.train.batch, config.train.length) = (self.pretraining_steps, 48, 96);
+        (config.train.steps, config.train.batch, config.train.length) =
+            (self.pretraining_steps, 48, 96);
         config
     }
 
@@ -209,7 +235,11 @@ impl Study {
             model: ModelSource::Path("pretrained".into()),
             method,
             optimizer: OptimizerParams { lr, clip: 1.0, ..OptimizerParams::default() },
-            schedule: ScheduleParams { decay: Decay::Linear, warmup: 10.min(self.steps), floor: 0.0 },
+            schedule: ScheduleParams {
+                decay: Decay::Linear,
+                warmup: 10.min(self.steps),
+                floor: 0.0,
+            },
             data: vec![Part { weight: 1.0, task: TaskParams::Lists(sort) }],
             retain: Self::pretraining_data(),
             ..TrainConfig::default()
@@ -229,7 +259,8 @@ impl Study {
         let config = self.pretraining(base);
         let key = config.to_toml()?;
         let slot = {
-            let mut models = MODELS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+            let mut models =
+                MODELS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(models.entry(key).or_default())
         };
         // Held while training: points that want the same model wait for it, others make theirs.
@@ -238,7 +269,8 @@ impl Study {
             return Ok(Arc::clone(model));
         }
         let model = on_own_threads(1, || {
-            let weights = Model::random(Self::sizes()?, &mut generator(config.seed, "init/model", 0))?;
+            let weights =
+                Model::random(Self::sizes()?, &mut generator(config.seed, "init/model", 0))?;
             let mut trainer = Trainer::<f32>::with_model(config, weights)?;
             train(&mut trainer, |_| Ok(()))?;
             let mut model = trainer.model;
@@ -263,7 +295,13 @@ impl Study {
     ///
     /// # Errors
     /// As [`Trainer::with_model`].
-    pub fn trainer(&self, base: &Model<f32>, method: MethodParams, lr: f64, seed: u64) -> Result<Trainer<f32>> {
+    pub fn trainer(
+        &self,
+        base: &Model<f32>,
+        method: MethodParams,
+        lr: f64,
+        seed: u64,
+    ) -> Result<Trainer<f32>> {
         Trainer::with_model(self.fine_tuning(method, lr, seed), base.clone())
     }
 
@@ -279,8 +317,12 @@ impl Study {
 /// Runs the steps that are left; `each` sees the trainer after every step and the step's loss.
 ///
 /// # Errors
-/// As [`Trainer::step`]; [`Error::NonFinite`] if NaN or infinity stops the run; [`Error::Interrupted`].
-pub fn train(trainer: &mut Trainer<f32>, mut each: impl FnMut((&Trainer<f32>, f64)) -> Result<()>) -> Result<()> {
+/// As [`Trainer::step`]; [`Error::NonFinite`] if NaN or infinity stops the run;
+/// [`Error::Interrupted`].
+pub fn train(
+    trainer: &mut Trainer<f32>,
+    mut each: impl FnMut((&Trainer<f32>, f64)) -> Result<()>,
+) -> Result<()> {
     while trainer.steps_done() < trainer.config.train.steps {
         if super::interrupted() {
             return Err(Error::Interrupted);
@@ -289,7 +331,12 @@ pub fn train(trainer: &mut Trainer<f32>, mut each: impl FnMut((&Trainer<f32>, f6
             StepOutcome::Done(record) => each((trainer, record.loss))?,
             StepOutcome::NonFinite { tensor } => {
                 let index = vec![trainer.steps_done() as usize];
-                return Err(Error::NonFinite { op: "training step", tensor, index, value: f64::NAN });
+                return Err(Error::NonFinite {
+                    op: "training step",
+                    tensor,
+                    index,
+                    value: f64::NAN,
+                });
             }
         }
     }
@@ -317,12 +364,16 @@ pub fn accuracies(trainer: &Trainer<f32>) -> Result<Accuracies> {
 
 /// Runs `work` in a thread pool of its own while the calling thread sleeps.
 ///
-/// Points that are measured at the same time, each with parallel products inside, would otherwise steal one
-/// another: a thread that waits for a product would begin another point on the same stack.
+/// Points that are measured at the same time, each with parallel products inside, would otherwise
+/// steal one another: a thread that waits for a product would begin another point on the same
+/// stack.
 ///
 /// # Errors
 /// Those of `work`; [`Error::InvalidParam`] if the system gives no threads.
-pub fn on_own_threads<R: Send>(threads: usize, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+pub fn on_own_threads<R: Send>(
+    threads: usize,
+    work: impl FnOnce() -> Result<R> + Send,
+) -> Result<R> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|e| Error::invalid("threads", threads, e.to_string()))?;
     let outcome = std::thread::scope(|scope| scope.spawn(|| pool.install(work)).join());
@@ -348,7 +399,9 @@ mod tests {
         assert_ne!(other.embedding, a.embedding);
         let shorter = Study { pretraining_steps: 1, ..study.clone() }.pretrained(0).unwrap();
         assert_ne!(shorter.embedding, a.embedding);
-        let bases = |profile| [0, 3].map(|seed| study.seeded("x", profile, seed).text("base").unwrap().to_string());
+        let bases = |profile| {
+            [0, 3].map(|seed| study.seeded("x", profile, seed).text("base").unwrap().to_string())
+        };
         assert_eq!(
             (bases(Profile::Quick), bases(Profile::Full)),
             (["ours 0"; 2].map(String::from), ["ours 0".into(), "ours 3".into()])
@@ -362,7 +415,8 @@ mod tests {
         let study = tiny();
         let base = study.pretrained(0).unwrap();
         let run = || {
-            let mut trainer = study.trainer(&base, MethodParams::named(MethodName::Paca), 1e-3, 3).unwrap();
+            let mut trainer =
+                study.trainer(&base, MethodParams::named(MethodName::Paca), 1e-3, 3).unwrap();
             let mut losses = Vec::new();
             train(&mut trainer, |(_, loss)| {
                 losses.push(loss.to_bits());
@@ -373,9 +427,15 @@ mod tests {
         };
         let (losses, found) = run();
         assert_eq!(losses.len(), 2);
-        assert_eq!(found.retained.iter().map(|r| r.0.as_str()).collect::<Vec<_>>(), ["lists", "facts"]);
+        assert_eq!(
+            found.retained.iter().map(|r| r.0.as_str()).collect::<Vec<_>>(),
+            ["lists", "facts"]
+        );
         assert!(
-            (found.retained_tokens() - (found.retained[0].1.tokens + found.retained[1].1.tokens) / 2.0).abs() < 1e-15
+            (found.retained_tokens()
+                - (found.retained[0].1.tokens + found.retained[1].1.tokens) / 2.0)
+                .abs()
+                < 1e-15
         );
         assert_eq!(run().0, losses);
         assert_eq!(run().1.row(), found.row());

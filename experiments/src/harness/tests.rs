@@ -35,7 +35,8 @@ fn measure(point: &Point) -> Result<Vec<Row>> {
 }
 
 fn plot(table: &Table) -> Result<Vec<NamedFigure>> {
-    let points: Vec<(f64, f64)> = table.floats("n (tokens)")?.into_iter().zip(table.floats("time (s)")?).collect();
+    let points: Vec<(f64, f64)> =
+        table.floats("n (tokens)")?.into_iter().zip(table.floats("time (s)")?).collect();
     let chart = LineChart {
         x: Axis::log2("n (tokens)"),
         y: Axis::log10("time (s)"),
@@ -62,11 +63,15 @@ const DEMO: Experiment = Experiment {
     plot,
     findings,
     checks: Some(|table| {
-        Ok(vec![("all times are positive".into(), table.floats("time (s)")?.iter().all(|t| *t > 0.0))])
+        Ok(vec![(
+            "all times are positive".into(),
+            table.floats("time (s)")?.iter().all(|t| *t > 0.0),
+        )])
     }),
 };
 
-/// Runs `experiment` with `--out folder` and `flags`; (exit code, standard output, labels measured).
+/// Runs `experiment` with `--out folder` and `flags`; (exit code, standard output, labels
+/// measured).
 fn execute(
     experiment: &Experiment,
     folder: &Path,
@@ -91,8 +96,10 @@ fn after(n: usize) -> impl Fn() -> bool + Sync {
 }
 
 fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -124,10 +131,15 @@ fn a_run_leaves_its_files_and_their_checksums() {
     assert_eq!(manifest.files.len(), 4);
     let finding = "The largest of 3 points takes 3.57 s.";
     let page = text(&folder, "findings.md");
-    for part in [finding, DEMO.claim, DEMO.refuted_by, "pass: all times are positive", "Quick profile"] {
+    for part in
+        [finding, DEMO.claim, DEMO.refuted_by, "pass: all times are positive", "Quick profile"]
+    {
         assert!(page.contains(part), "{part} is not in {page}");
     }
-    assert!(out.contains(finding) && out.contains("PASS all times") && out.contains("n (tokens)"), "{out}");
+    assert!(
+        out.contains(finding) && out.contains("PASS all times") && out.contains("n (tokens)"),
+        "{out}"
+    );
 }
 
 #[test]
@@ -206,7 +218,9 @@ fn finished_points_of_a_quick_run_are_not_thrown_away_either() {
     match run::guard(home.path(), &flags_of(""), None, Some("quick")) {
         Err(Error::InvalidParam { name, requirement, .. }) => {
             assert!(
-                name == "--out" && requirement.contains("--resume") && requirement.contains("--force"),
+                name == "--out"
+                    && requirement.contains("--resume")
+                    && requirement.contains("--force"),
                 "{requirement}"
             )
         }
@@ -259,14 +273,18 @@ fn a_finished_result_is_protected_by_its_profile() {
         assert_eq!(text(home.path(), "manifest.json"), kept, "{flags:?}");
     }
     assert_eq!(run("--profile full --resume"), (0, 0), "nothing is missing");
-    assert_eq!(manifest(home.path()).started_at, serde_json::from_str::<Manifest>(&kept).unwrap().started_at);
+    assert_eq!(
+        manifest(home.path()).started_at,
+        serde_json::from_str::<Manifest>(&kept).unwrap().started_at
+    );
     assert_eq!(run("--profile full --force"), (0, 5));
 }
 
 #[test]
 fn a_false_check_fails_the_run() {
     let home = tempfile::tempdir().unwrap();
-    let experiment = Experiment { checks: Some(|_| Ok(vec![("moon is cheese".into(), false)])), ..DEMO };
+    let experiment =
+        Experiment { checks: Some(|_| Ok(vec![("moon is cheese".into(), false)])), ..DEMO };
     let (code, out, _) = execute(&experiment, home.path(), "", &never);
     assert_eq!(code, 1);
     assert!(out.contains("FAIL moon is cheese"), "{out}");
@@ -281,23 +299,33 @@ fn plot_only_reads_the_table_and_measures_nothing() {
     execute(&DEMO, home.path(), "", &never);
     let before = manifest(home.path());
     let csv = text(home.path(), "table.csv");
-    std::fs::write(home.path().join("table.csv"), csv.replace("3.5714285714285716", "9.25")).unwrap();
+    std::fs::write(home.path().join("table.csv"), csv.replace("3.5714285714285716", "9.25"))
+        .unwrap();
     std::fs::remove_file(home.path().join("cost.png")).unwrap();
     // A figure of another name replaces the old one.
     let renamed = Experiment {
-        plot: |table| Ok(plot(table)?.into_iter().map(|f| NamedFigure { name: "price".into(), ..f }).collect()),
+        plot: |table| {
+            Ok(plot(table)?
+                .into_iter()
+                .map(|f| NamedFigure { name: "price".into(), ..f })
+                .collect())
+        },
         ..DEMO
     };
     let (code, _, measured) = execute(&renamed, home.path(), "--plot-only", &never);
     assert_eq!((code, measured.len()), (0, 0));
     assert!(text(home.path(), "findings.md").contains("takes 9.25 s"));
-    assert_eq!(names(home.path()), ["findings.md", "manifest.json", "price.png", "price.svg", "table.csv"]);
+    assert_eq!(
+        names(home.path()),
+        ["findings.md", "manifest.json", "price.png", "price.svg", "table.csv"]
+    );
     let after = manifest(home.path());
     assert_eq!((&after.started_at, &after.config), (&before.started_at, &before.config));
     assert_ne!(after.files["table.csv"], before.files["table.csv"]);
 }
 
-/// A table that somebody changed: no panic, and what cannot be drawn is a failure that names the file.
+/// A table that somebody changed: no panic, and what cannot be drawn is a failure that names the
+/// file.
 #[test]
 fn a_table_of_another_form_is_said_to_be_one() {
     let home = tempfile::tempdir().unwrap();
@@ -309,7 +337,10 @@ fn a_table_of_another_form_is_said_to_be_one() {
     let panics = Experiment { findings: |table| Ok(vec![table.columns()[1000].clone()]), ..DEMO };
     assert_eq!(execute(&panics, home.path(), "--plot-only", &never).0, 1);
     let failures = manifest(home.path()).failures;
-    assert!(failures[0].point == "(findings)" && failures[0].error.contains("table.csv"), "{failures:?}");
+    assert!(
+        failures[0].point == "(findings)" && failures[0].error.contains("table.csv"),
+        "{failures:?}"
+    );
 }
 
 #[test]
@@ -322,7 +353,10 @@ fn an_experiment_that_cannot_draw_or_judge_says_so() {
     };
     assert_eq!(execute(&experiment, home.path(), "", &never).0, 1);
     let failures = manifest(home.path()).failures;
-    assert_eq!(failures.iter().map(|f| f.point.as_str()).collect::<Vec<_>>(), ["(figures)", "(checks)"]);
+    assert_eq!(
+        failures.iter().map(|f| f.point.as_str()).collect::<Vec<_>>(),
+        ["(figures)", "(checks)"]
+    );
     // Mended, the measurements serve.
     let (code, _, measured) = execute(&DEMO, home.path(), "--plot-only", &never);
     assert_eq!((code, measured.len()), (0, 0));
@@ -340,12 +374,22 @@ fn parallel_points_give_the_same_table() {
 #[test]
 fn usage_errors_are_two_and_help_is_zero() {
     let home = tempfile::tempdir().unwrap();
-    for flags in ["--profile medium", "--unknown", "--seed -1", "--resume --force", "--plot-only --force", "stray"] {
+    for flags in [
+        "--profile medium",
+        "--unknown",
+        "--seed -1",
+        "--resume --force",
+        "--plot-only --force",
+        "stray",
+    ] {
         assert_eq!(execute(&DEMO, home.path(), flags, &never).0, 2, "{flags}");
     }
     assert_eq!(execute(&DEMO, home.path(), "--help", &never).0, 0);
     assert!(names(home.path()).is_empty());
-    let twice = Experiment { grid: |_, _| vec![Point::new("a").with("n", 1), Point::new("b").with("n", 1)], ..DEMO };
+    let twice = Experiment {
+        grid: |_, _| vec![Point::new("a").with("n", 1), Point::new("b").with("n", 1)],
+        ..DEMO
+    };
     assert_eq!(execute(&twice, home.path(), "", &never).0, 2);
 }
 
@@ -370,7 +414,8 @@ fn reproduce_runs_all_and_writes_the_index() {
     let later = Experiment { name: "later", title: "Later", ..DEMO };
     let all = [broken, DEMO, later];
     let run = |flags: &str| {
-        let arguments = ["reproduce", "--out"].map(OsString::from).into_iter().chain([home.path().into()]);
+        let arguments =
+            ["reproduce", "--out"].map(OsString::from).into_iter().chain([home.path().into()]);
         let mut out = Vec::new();
         let code = run_all(
             &all,

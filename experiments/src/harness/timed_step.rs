@@ -42,15 +42,23 @@ pub struct TimedStep {
 }
 
 impl TimedStep {
-    /// Random weights and `shape.batch` random rows of `shape.length` tokens, the same for every method.
+    /// Random weights and `shape.batch` random rows of `shape.length` tokens, the same for every
+    /// method.
     ///
     /// # Errors
     /// As [`MethodParams::apply`] and [`Batch::new`].
-    pub fn new(config: &ModelConfig, method: &MethodParams, shape: &StepShape, seed: u64) -> Result<Self> {
+    pub fn new(
+        config: &ModelConfig,
+        method: &MethodParams,
+        shape: &StepShape,
+        seed: u64,
+    ) -> Result<Self> {
         let mut rng = generator(seed, "timed_step", 0);
         let mut model: Model<f32> = Model::random(config.clone(), &mut rng)?;
         let vocabulary = config.vocab_size as u32;
-        let ids = Array2::from_shape_simple_fn((shape.batch, shape.length), || rng.random_range(0..vocabulary));
+        let ids = Array2::from_shape_simple_fn((shape.batch, shape.length), || {
+            rng.random_range(0..vocabulary)
+        });
         method.apply(&mut model, None, seed)?;
         Ok(Self {
             gradients: model.zero_gradients(),
@@ -70,7 +78,8 @@ impl TimedStep {
         self.cost = Cost::default();
         let start = Instant::now();
         self.gradients.fill_zero();
-        let pass = self.model.forward(&self.batch, &self.options, &mut self.gradients, &mut self.cost)?;
+        let pass =
+            self.model.forward(&self.batch, &self.options, &mut self.gradients, &mut self.cost)?;
         let forward = start.elapsed().as_secs_f64();
         self.model.backward(pass, &mut self.gradients, &mut self.cost)?;
         let backward = start.elapsed().as_secs_f64();
@@ -84,7 +93,13 @@ impl TimedStep {
     /// # Errors
     /// As [`ledger::measure`].
     pub fn memory(&mut self) -> Result<Memory> {
-        ledger::measure(&self.model, &self.optimizer, &mut self.gradients, &self.batch, &self.options)
+        ledger::measure(
+            &self.model,
+            &self.optimizer,
+            &mut self.gradients,
+            &self.batch,
+            &self.options,
+        )
     }
 }
 
@@ -106,7 +121,8 @@ mod tests {
             assert!(seconds.forward > 0.0 && seconds.backward > 0.0 && seconds.update > 0.0);
             assert!(step.cost.flops() > 0);
         }
-        let (live, predicted) = (step.memory().unwrap(), predict(&config, &method, &shape).unwrap());
+        let (live, predicted) =
+            (step.memory().unwrap(), predict(&config, &method, &shape).unwrap());
         assert_eq!(live.activation_bytes(), predicted.activation_bytes());
         assert_eq!((live.weights, live.optimizer), (predicted.weights, predicted.optimizer));
     }

@@ -16,29 +16,43 @@ const WANTED: &str = "PEFT_LIMITS_TEST_POINTS";
 const POINTS: u64 = 23;
 
 fn grid(_: Profile, seed: u64) -> Vec<Point> {
-    (0..POINTS).map(|n| Point::new(format!("n = {n}")).with("n (tokens)", n + 1).with("seed", seed)).collect()
+    (0..POINTS)
+        .map(|n| Point::new(format!("n = {n}")).with("n (tokens)", n + 1).with("seed", seed))
+        .collect()
 }
 
 fn measure(point: &Point) -> peft_limits::Result<Vec<Row>> {
     let n = point.u64("n (tokens)")?;
     if let Ok(folder) = std::env::var(TRACES) {
         // One line a measurement, appended in one write: the ranks' process and the point.
-        let rank = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"].iter().find_map(|name| std::env::var(name).ok());
+        let rank = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
+            .iter()
+            .find_map(|name| std::env::var(name).ok());
         let line = format!("{} {} {n}\n", rank.unwrap_or_else(|| "-".into()), std::process::id());
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(Path::new(&folder).join("measured"));
-        file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|e| Error::io(&folder, e))?;
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(Path::new(&folder).join("measured"));
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
+            .map_err(|e| Error::io(&folder, e))?;
     }
     match std::env::var(WANTED).ok().as_deref() {
         Some("fail") if n == 5 => return Err(Error::invalid("n", n, "fails on request")),
         Some("fail") if n == 9 => panic!("panics on request"),
-        Some(milliseconds) => std::thread::sleep(Duration::from_millis(milliseconds.parse().unwrap_or(0))),
+        Some(milliseconds) => {
+            std::thread::sleep(Duration::from_millis(milliseconds.parse().unwrap_or(0)))
+        }
         None => {}
     }
-    Ok(vec![Row::new().with("cost (flops)", (n * n) as f64 / 7.0), Row::new().with("cost (flops)", n as f64)])
+    Ok(vec![
+        Row::new().with("cost (flops)", (n * n) as f64 / 7.0),
+        Row::new().with("cost (flops)", n as f64),
+    ])
 }
 
 fn plot(table: &Table) -> peft_limits::Result<Vec<NamedFigure>> {
-    let points: Vec<(f64, f64)> = table.floats("n (tokens)")?.into_iter().zip(table.floats("cost (flops)")?).collect();
+    let points: Vec<(f64, f64)> =
+        table.floats("n (tokens)")?.into_iter().zip(table.floats("cost (flops)")?).collect();
     let chart = LineChart {
         x: Axis::log2("n (tokens)"),
         y: Axis::log10("cost (flops)"),
@@ -75,7 +89,8 @@ pub fn several() -> ExitCode {
 /// A run of the role in `folder`.
 fn run(ranks: usize, role: &str, folder: &Path, flags: &[&str], points: &str) -> Command {
     let out = folder.join("out");
-    let arguments: Vec<&str> = ["--out", out.to_str().unwrap()].into_iter().chain(flags.iter().copied()).collect();
+    let arguments: Vec<&str> =
+        ["--out", out.to_str().unwrap()].into_iter().chain(flags.iter().copied()).collect();
     let mut command = match ranks {
         0 => {
             let mut alone = Command::new(std::env::current_exe().unwrap());
@@ -104,7 +119,9 @@ fn table(folder: &Path, path: &str) -> String {
 }
 
 fn leftovers(folder: &Path) -> Vec<String> {
-    let names = std::fs::read_dir(folder.join("out")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let names = std::fs::read_dir(folder.join("out"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.contains("partial")).collect()
 }
 
@@ -118,11 +135,17 @@ pub fn same_table() {
     assert_eq!(points, (1..=POINTS).collect::<Vec<_>>(), "every point once");
     for rank in ["0", "1", "2"] {
         // 23 points of 20 ms: no rank can have been idle.
-        assert!(measured(three.path()).iter().any(|(r, _, _)| r == rank), "rank {rank} measured nothing");
+        assert!(
+            measured(three.path()).iter().any(|(r, _, _)| r == rank),
+            "rank {rank} measured nothing"
+        );
     }
     assert!(leftovers(three.path()).is_empty());
     let manifest = table(three.path(), "manifest.json");
-    assert!(manifest.contains("\"ranks\": 3") && !table(one.path(), "manifest.json").contains("\"ranks\""));
+    assert!(
+        manifest.contains("\"ranks\": 3")
+            && !table(one.path(), "manifest.json").contains("\"ranks\"")
+    );
 
     // Several experiments in one job, one of them with points in batches.
     let two = tempfile::tempdir().unwrap();
@@ -147,7 +170,8 @@ pub fn failures() {
     again.sort_unstable();
     assert_eq!(again, [5, 9]);
     // A usage error ends all ranks.
-    let output = launch::finish(launch::start(run(2, "grid", home.path(), &["--no-such-flag"], "0")));
+    let output =
+        launch::finish(launch::start(run(2, "grid", home.path(), &["--no-such-flag"], "0")));
     assert_eq!(output.status.code(), Some(2));
 }
 
@@ -158,7 +182,8 @@ pub fn killed_and_resumed() {
     // Wait until the victim has finished a point and is in another.
     let deadline = Instant::now() + Duration::from_secs(60);
     let victim = loop {
-        let of_two: Vec<_> = measured(folder).into_iter().filter(|(rank, _, _)| rank == "2").collect();
+        let of_two: Vec<_> =
+            measured(folder).into_iter().filter(|(rank, _, _)| rank == "2").collect();
         if of_two.len() >= 2 {
             break of_two[0].1.clone();
         }
@@ -179,7 +204,11 @@ pub fn killed_and_resumed() {
     let kept = finished(folder);
     let begun = measured(folder).len();
     assert!(kept >= 1 && kept < begun && begun < POINTS as usize, "{kept} kept of {begun} begun");
-    assert!(leftovers(folder).iter().any(|name| name.contains("rank-2")), "{:?}", leftovers(folder));
+    assert!(
+        leftovers(folder).iter().any(|name| name.contains("rank-2")),
+        "{:?}",
+        leftovers(folder)
+    );
 
     // On another number of ranks: the missing points, no other.
     std::fs::remove_file(folder.join("measured")).unwrap();
@@ -196,7 +225,10 @@ pub fn killed_and_resumed() {
 pub fn strangers() {
     let folder = tempfile::tempdir().unwrap();
     let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
-    alone.args(["--out", folder.path().to_str().unwrap()]).env(launch::ROLE, "grid").env("SLURM_STEP_NUM_TASKS", "2");
+    alone
+        .args(["--out", folder.path().to_str().unwrap()])
+        .env(launch::ROLE, "grid")
+        .env("SLURM_STEP_NUM_TASKS", "2");
     alone.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let output = launch::finish(launch::start(alone));
     let text = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,6 +1,7 @@
 //! Experiments over MPI: this program starts itself under `mpirun` and judges what the ranks say.
 //!
-//! `cargo test --features mpi --test mpi_grid`; needs an `mpirun` (Debian: openmpi-bin). A name as argument selects tests.
+//! `cargo test --features mpi --test mpi_grid`; needs an `mpirun` (Debian: openmpi-bin). A name as
+//! argument selects tests.
 
 mod grid;
 #[path = "../../../tests/mpi/launch.rs"]

@@ -7,16 +7,19 @@
 //! restored w^ = round(q_code c^),   c^ = d_byte s + m (each operation in f32), round: to the format of the weight
 //! ```
 //!
-//! \[QLoRA\] (arXiv 2305.14314) section 3, "4-bit NormalFloat Quantization" and "Double Quantization"; the dynamic type is
-//! that of arXiv 1511.04561, as arXiv 2110.02861 has it for optimizer states. The levels are equally likely under a normal
-//! law; the two halves have different numbers of steps so that zero is exact.
+//! \[QLoRA\] (arXiv 2305.14314) section 3, "4-bit NormalFloat Quantization" and "Double
+//! Quantization"; the dynamic type is that of arXiv 1511.04561, as arXiv 2110.02861 has it for
+//! optimizer states. The levels are equally likely under a normal law; the two halves have
+//! different numbers of steps so that zero is exact.
 //!
-//! What was measured of bitsandbytes 0.50.2 on the processor and is followed here: a last block that is not full divides by c
-//! where full ones multiply by 1 / c; ties go to the smaller level; the eight-bit code is that of the nearest of 65536 even
-//! steps on [-1, 1], so a scale within half a step of a boundary may get the second nearest value, and a scale of m gets
-//! 2.1e-5 s more. Not followed: for rows that are no whole number of blocks its kernel for AVX-512 restores some blocks by
-//! their neighbour's scale (see the tests). m is an f32 mean: this crate sums in f64, so its last bit may differ from PyTorch's, whose order of
-//! summation depends on the machine. Stored weights carry m and are restored without any of this.
+//! What was measured of bitsandbytes 0.50.2 on the processor and is followed here: a last block
+//! that is not full divides by c where full ones multiply by 1 / c; ties go to the smaller level;
+//! the eight-bit code is that of the nearest of 65536 even steps on [-1, 1], so a scale within half
+//! a step of a boundary may get the second nearest value, and a scale of m gets 2.1e-5 s more. Not
+//! followed: for rows that are no whole number of blocks its kernel for AVX-512 restores some
+//! blocks by their neighbour's scale (see the tests). m is an f32 mean: this crate sums in f64, so
+//! its last bit may differ from PyTorch's, whose order of summation depends on the machine. Stored
+//! weights carry m and are restored without any of this.
 //!
 //! Memory per entry: 4 bits + 8/64 bits (scale) + 32/(64 * 256) bits (second level) = 4.127 bits.
 
@@ -63,15 +66,20 @@ impl Nf4Matrix {
         Self::quantize_as(w, true, Precision::F32)
     }
 
-    /// Quantizes a matrix, its scales again if `double`, to be restored in a format. Cost O(entries).
+    /// Quantizes a matrix, its scales again if `double`, to be restored in a format. Cost
+    /// O(entries).
     ///
     /// # Errors
-    /// [`Error::NonFinite`] with the position of a NaN or infinity; [`Error::InvalidParam`] for an empty
-    /// matrix or entries beyond the range of f32, in which everything is computed.
+    /// [`Error::NonFinite`] with the position of a NaN or infinity; [`Error::InvalidParam`] for an
+    /// empty matrix or entries beyond the range of f32, in which everything is computed.
     pub fn quantize_as<T: Real>(w: ArrayView2<T>, double: bool, format: Precision) -> Result<Self> {
         norms::require_finite("Nf4Matrix::quantize", "weight", &w)?;
         if w.is_empty() {
-            return Err(Error::invalid("weight", format!("shape {:?}", w.dim()), "at least one entry is needed"));
+            return Err(Error::invalid(
+                "weight",
+                format!("shape {:?}", w.dim()),
+                "at least one entry is needed",
+            ));
         }
         let flat: Vec<f32> = w.iter().map(|x| x.widen() as f32).collect();
         if let Some(x) = flat.iter().position(|x| !x.is_finite()) {
@@ -118,7 +126,8 @@ impl Nf4Matrix {
         }
         let entries = shape.0 * shape.1;
         let blocks = entries.div_ceil(block);
-        let mut checks = vec![("codes", codes.len(), entries.div_ceil(2)), ("scales", scales.len(), blocks)];
+        let mut checks =
+            vec![("codes", codes.len(), entries.div_ceil(2)), ("scales", scales.len(), blocks)];
         if let Scales::Double { second, .. } = &scales {
             checks.push(("second", second.len(), blocks.div_ceil(nested)));
         }
@@ -182,16 +191,21 @@ impl Nf4Matrix {
         self.scales.of(block)
     }
 
-    /// Largest |w - w^| possible in a block that [`Nf4Matrix::quantize`] made: half the largest gap between levels times the
-    /// block's scale, what the rounding of the scale adds, and that of the restored number.
+    /// Largest |w - w^| possible in a block that [`Nf4Matrix::quantize`] made: half the largest gap
+    /// between levels times the block's scale, what the rounding of the scale adds, and that of the
+    /// restored number.
     pub fn error_bound(&self, block: usize) -> f64 {
-        let half_gap = (0..15).map(|i| f64::from(LEVELS[i + 1] - LEVELS[i]) / 2.0).fold(0.0, f64::max);
+        let half_gap =
+            (0..15).map(|i| f64::from(LEVELS[i + 1] - LEVELS[i]) / 2.0).fold(0.0, f64::max);
         let of_scale = self.scales.error_bound(block);
         let scale = f64::from(self.scale(block).abs()) + of_scale;
-        half_gap * scale + of_scale + scale * (self.format.epsilon() + 4.0 * f64::from(f32::EPSILON))
+        half_gap * scale
+            + of_scale
+            + scale * (self.format.epsilon() + 4.0 * f64::from(f32::EPSILON))
     }
 
-    /// Restores rows `first..first + out.nrows()` into `out` without allocating. Cost O(entries of `out`).
+    /// Restores rows `first..first + out.nrows()` into `out` without allocating. Cost O(entries of
+    /// `out`).
     ///
     /// # Panics
     /// If `out` reaches past the last row or has another number of columns: an internal error.
@@ -201,7 +215,10 @@ impl Nf4Matrix {
 
     fn rows_in<T: Real>(&self, format: Precision, first: usize, mut out: ArrayViewMut2<T>) {
         let columns = self.shape.1;
-        assert!(out.ncols() == columns && first + out.nrows() <= self.shape.0, "row tile outside the matrix");
+        assert!(
+            out.ncols() == columns && first + out.nrows() <= self.shape.0,
+            "row tile outside the matrix"
+        );
         for (i, mut row) in out.rows_mut().into_iter().enumerate() {
             let start = (first + i) * columns;
             match row.as_slice_mut() {
@@ -274,7 +291,8 @@ impl<T: Real> super::PackedWeight<T> for Nf4Matrix {
     fn misread(&self) -> Vec<(&'static str, Arc<dyn super::PackedWeight<T>>)> {
         let mut swapped = self.clone();
         swapped.codes.iter_mut().for_each(|byte| *byte = byte.rotate_left(4));
-        let mut all: Vec<(&'static str, Arc<dyn super::PackedWeight<T>>)> = vec![("nf4-nibbles", Arc::new(swapped))];
+        let mut all: Vec<(&'static str, Arc<dyn super::PackedWeight<T>>)> =
+            vec![("nf4-nibbles", Arc::new(swapped))];
         let mut without = self.clone();
         if let Scales::Double { mean, .. } = &mut without.scales {
             *mean = 0.0;
@@ -290,5 +308,9 @@ impl<T: Real> super::PackedWeight<T> for Nf4Matrix {
 
 fn set_code(codes: &mut [u8], position: usize, code: u8) {
     let byte = &mut codes[position / 2];
-    *byte = if position.is_multiple_of(2) { (*byte & 0x0f) | (code << 4) } else { (*byte & 0xf0) | code };
+    *byte = if position.is_multiple_of(2) {
+        (*byte & 0x0f) | (code << 4)
+    } else {
+        (*byte & 0xf0) | code
+    };
 }

@@ -1,11 +1,13 @@
-//! The sixteen levels, and scales of blocks: single, or quantized again to the dynamic eight-bit type.
+//! The sixteen levels, and scales of blocks: single, or quantized again to the dynamic eight-bit
+//! type.
 
 use std::sync::{Arc, LazyLock};
 
 /// Scales that share one second-level scale.
 pub const SCALE_BLOCK: usize = 256;
 
-/// The sixteen levels, ascending from -1 to 1, with an exact zero at position 7 (\[QLoRA\] appendix E).
+/// The sixteen levels, ascending from -1 to 1, with an exact zero at position 7 (\[QLoRA\] appendix
+/// E).
 ///
 /// They are quantiles of a normal law, rounded on the way: `Phi^-1(p) / Phi^-1(p_max)` to 2e-6.
 pub const LEVELS: [f32; 16] = [
@@ -39,8 +41,8 @@ pub fn nearest(x: f32) -> u8 {
     MIDPOINTS.partition_point(|&m| m < x) as u8
 }
 
-/// The 256 values of the dynamic eight-bit type, ascending: 0, 1 and, for each exponent i from -6 to 0, 2^(i + 6) means
-/// of even steps of [0.1, 1] times 10^i, with both signs.
+/// The 256 values of the dynamic eight-bit type, ascending: 0, 1 and, for each exponent i from -6
+/// to 0, 2^(i + 6) means of even steps of [0.1, 1] times 10^i, with both signs.
 pub fn dynamic_values() -> &'static [f32; 256] {
     static VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let mut values = vec![0.0, 1.0];
@@ -49,7 +51,11 @@ pub fn dynamic_values() -> &'static [f32; 256] {
             // PyTorch's linspace counts from either end up to the middle, in f32.
             let step = (1.0f32 - 0.1) / steps as f32;
             let boundary = |k: usize| {
-                if 2 * k < steps + 1 { step.mul_add(k as f32, 0.1) } else { (-step).mul_add((steps - k) as f32, 1.0) }
+                if 2 * k < steps + 1 {
+                    step.mul_add(k as f32, 0.1)
+                } else {
+                    (-step).mul_add((steps - k) as f32, 1.0)
+                }
             };
             // The power is an f64 that a product with an f32 tensor rounds.
             let power = 10f64.powi(i - 6) as f32;
@@ -102,13 +108,16 @@ impl Scales {
     /// Scales of blocks, quantized again.
     pub(super) fn double(scales: &[f32]) -> Self {
         static VALUES: LazyLock<Arc<[f32; 256]>> = LazyLock::new(|| Arc::new(*dynamic_values()));
-        let mean = (scales.iter().map(|&c| f64::from(c)).sum::<f64>() / scales.len().max(1) as f64) as f32;
+        let mean =
+            (scales.iter().map(|&c| f64::from(c)).sum::<f64>() / scales.len().max(1) as f64) as f32;
         let (mut bytes, mut second) = (Vec::with_capacity(scales.len()), Vec::new());
         for group in scales.chunks(SCALE_BLOCK) {
             let s = group.iter().fold(0.0f32, |m, c| m.max((c - mean).abs()));
             second.push(s);
             let inverse = 1.0 / s;
-            bytes.extend(group.iter().map(|c| if s > 0.0 { dynamic_code((c - mean) * inverse) } else { 0 }));
+            bytes.extend(
+                group.iter().map(|c| if s > 0.0 { dynamic_code((c - mean) * inverse) } else { 0 }),
+            );
         }
         Self::Double { bytes, second, values: VALUES.clone(), mean, block: SCALE_BLOCK }
     }
@@ -147,7 +156,8 @@ impl Scales {
                 let ends = [1.0 + values[0], 1.0 - values[255]];
                 let gaps = values.windows(2).map(|pair| (pair[1] - pair[0]) / 2.0).chain(ends);
                 let half_gap = f64::from(gaps.fold(0.0, f32::max));
-                s * (half_gap + 1.0 / 65535.0) + 4.0 * f64::from(f32::EPSILON) * (s + f64::from(mean.abs()))
+                s * (half_gap + 1.0 / 65535.0)
+                    + 4.0 * f64::from(f32::EPSILON) * (s + f64::from(mean.abs()))
             }
         }
     }

@@ -33,7 +33,8 @@ fn every_case_of_bitsandbytes_is_equal_bit_for_bit() {
             assert_eq!(packed.codes(), bytes(&of("packed")), "{name} {kind}");
             match packed.scales() {
                 Scales::Single(scales) => assert_eq!(*scales, floats(&of("absmax")), "{name}"),
-                // PyTorch's f32 mean of these six scales is one unit above the nearest, and all that follows from it with it.
+                // PyTorch's f32 mean of these six scales is one unit above the nearest, and all
+                // that follows from it with it.
                 Scales::Double { mean, .. } if name == "zeros" => {
                     let theirs = floats(&of("offset"))[0];
                     assert_eq!(mean.to_bits() + 1, theirs.to_bits());
@@ -52,9 +53,11 @@ fn every_case_of_bitsandbytes_is_equal_bit_for_bit() {
             }
             let theirs = file.matrix::<f32>(&of("dequantized"), "test").unwrap();
             let ours: Array2<f32> = packed.dequantize();
-            let equal = |a: &Array2<f32>| a.iter().zip(&theirs).all(|(a, b)| a.to_bits() == b.to_bits());
-            // Rows of 96 are no whole number of blocks: the kernel for AVX-512 takes block row (96 / 64) + column / 64
-            // where quantization used the entries in sequence. That restores other weights than were stored.
+            let equal =
+                |a: &Array2<f32>| a.iter().zip(&theirs).all(|(a, b)| a.to_bits() == b.to_bits());
+            // Rows of 96 are no whole number of blocks: the kernel for AVX-512 takes block row
+            // (96 / 64) + column / 64 where quantization used the entries in sequence. That
+            // restores other weights than were stored.
             let misplaced = Array2::from_shape_fn(ours.dim(), |(i, j)| {
                 let position = i * ours.ncols() + j;
                 let byte = packed.codes()[position / 2];
@@ -76,7 +79,9 @@ fn every_case_of_bitsandbytes_is_equal_bit_for_bit() {
 fn levels_are_quantiles_of_a_normal_law() {
     let law = Normal::standard();
     let top = 1.0 - (1.0 / 32.0 + 1.0 / 30.0) / 2.0;
-    let quantile = |i: usize, n: usize| law.inverse_cdf(top - (top - 0.5) * i as f64 / n as f64) / law.inverse_cdf(top);
+    let quantile = |i: usize, n: usize| {
+        law.inverse_cdf(top - (top - 0.5) * i as f64 / n as f64) / law.inverse_cdf(top)
+    };
     for i in 0..8 {
         assert!((f64::from(LEVELS[i]) + quantile(i, 7)).abs() < 2e-6, "level {i}");
         assert!((f64::from(LEVELS[15 - i]) - quantile(i, 8)).abs() < 2e-6, "level {}", 15 - i);
@@ -153,7 +158,8 @@ fn zero_blocks_stay_exactly_zero() {
     w.row_mut(2).fill(0.0);
     let restored: Array2<f64> = Nf4Matrix::quantize(w.view()).unwrap().dequantize();
     assert!(restored.row(2).iter().all(|x| *x == 0.0));
-    let zero: Array2<f32> = Nf4Matrix::quantize(Array2::<f32>::zeros((3, 70)).view()).unwrap().dequantize();
+    let zero: Array2<f32> =
+        Nf4Matrix::quantize(Array2::<f32>::zeros((3, 70)).view()).unwrap().dequantize();
     assert!(zero.iter().all(|x| *x == 0.0));
 }
 
@@ -167,11 +173,20 @@ fn hostile_input_is_refused() {
     }
     w[[1, 2]] = 1e300; // beyond f32
     assert!(matches!(Nf4Matrix::quantize(w.view()), Err(Error::InvalidParam { .. })));
-    assert!(matches!(Nf4Matrix::quantize(Array2::<f32>::zeros((0, 4)).view()), Err(Error::InvalidParam { .. })));
+    assert!(matches!(
+        Nf4Matrix::quantize(Array2::<f32>::zeros((0, 4)).view()),
+        Err(Error::InvalidParam { .. })
+    ));
     let packed = Nf4Matrix::quantize_as(normal(3, 70, 1).view(), false, Precision::Bf16).unwrap();
     let Scales::Single(scales) = packed.scales().clone() else { panic!("{:?}", packed.scales()) };
     let parts = |codes: &[u8], scales: Vec<f32>| {
-        Nf4Matrix::from_parts((3, 70), codes.to_vec(), Scales::Single(scales), BLOCK, Precision::Bf16)
+        Nf4Matrix::from_parts(
+            (3, 70),
+            codes.to_vec(),
+            Scales::Single(scales),
+            BLOCK,
+            Precision::Bf16,
+        )
     };
     assert_eq!(parts(packed.codes(), scales.clone()).unwrap(), packed);
     match parts(&packed.codes()[1..], scales.clone()) {

@@ -8,13 +8,14 @@ use std::collections::BTreeSet;
 
 /// sum_i w_i update_i of one weight.
 ///
-/// Slices of the same side give the slice of the union of their indices, added where they overlap. Any other mix
-/// gives low-rank factors: `[w_1 s_1 B_1, w_2 s_2 B_2, ...]` times the stacked `A_i`, so ranks add and nothing is
-/// approximated (slices enter through their selection matrix). One update of weight 1 comes back as it is.
+/// Slices of the same side give the slice of the union of their indices, added where they overlap.
+/// Any other mix gives low-rank factors: `[w_1 s_1 B_1, w_2 s_2 B_2, ...]` times the stacked `A_i`,
+/// so ranks add and nothing is approximated (slices enter through their selection matrix). One
+/// update of weight 1 comes back as it is.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for no part or a weight that is not finite; [`Error::ShapeMismatch`] for updates of
-/// different weights.
+/// [`Error::InvalidParam`] for no part or a weight that is not finite; [`Error::ShapeMismatch`] for
+/// updates of different weights.
 ///
 /// ```
 /// use ndarray::array;
@@ -55,12 +56,15 @@ pub fn fuse<T: Real>(parts: &[(f64, &WeightUpdate<T>)]) -> Result<WeightUpdate<T
     {
         return fuse_slices(&slices).map(WeightUpdate::Slice);
     }
-    let factors = parts.iter().map(|(w, u)| Ok((*w, u.to_low_rank()?))).collect::<Result<Vec<_>>>()?;
-    let b: Vec<Array2<T>> = factors.iter().map(|(w, f)| f.b.mapv(|x| x * T::of(w * f.scaling))).collect();
+    let factors =
+        parts.iter().map(|(w, u)| Ok((*w, u.to_low_rank()?))).collect::<Result<Vec<_>>>()?;
+    let b: Vec<Array2<T>> =
+        factors.iter().map(|(w, f)| f.b.mapv(|x| x * T::of(w * f.scaling))).collect();
     let b_views: Vec<_> = b.iter().map(|b| b.view()).collect();
     let a_views: Vec<_> = factors.iter().map(|(_, f)| f.a.view()).collect();
     let join = |axis, views: &[_]| {
-        concatenate(axis, views).map_err(|e| Error::invalid("factors", e, "must have the sides of one weight"))
+        concatenate(axis, views)
+            .map_err(|e| Error::invalid("factors", e, "must have the sides of one weight"))
     };
     let b = join(Axis(1), &b_views)?.as_standard_layout().into_owned();
     compact(b, join(Axis(0), &a_views)?).map(WeightUpdate::LowRank)
@@ -68,7 +72,8 @@ pub fn fuse<T: Real>(parts: &[(f64, &WeightUpdate<T>)]) -> Result<WeightUpdate<T
 
 fn fuse_slices<T: Real>(parts: &[(f64, &SliceUpdate<T>)]) -> Result<SliceUpdate<T>> {
     let (shape, side) = (parts[0].1.shape(), parts[0].1.place().side);
-    let union: BTreeSet<usize> = parts.iter().flat_map(|(_, s)| s.place().index.iter().copied()).collect();
+    let union: BTreeSet<usize> =
+        parts.iter().flat_map(|(_, s)| s.place().index.iter().copied()).collect();
     let place = SlicePlace { side, index: union.into_iter().collect() };
     let zeros = Array2::zeros(place.shape_in(shape));
     let mut total = SliceUpdate::new(shape, side, place.index, zeros)?;
@@ -105,12 +110,16 @@ mod tests {
             0 => {
                 let index = pick(out, rng);
                 let delta = random((index.len(), width), rng);
-                WeightUpdate::Slice(SliceUpdate::new((out, width), Side::Output, index, delta).unwrap())
+                WeightUpdate::Slice(
+                    SliceUpdate::new((out, width), Side::Output, index, delta).unwrap(),
+                )
             }
             1 => {
                 let index = pick(width, rng);
                 let delta = random((out, index.len()), rng);
-                WeightUpdate::Slice(SliceUpdate::new((out, width), Side::Input, index, delta).unwrap())
+                WeightUpdate::Slice(
+                    SliceUpdate::new((out, width), Side::Input, index, delta).unwrap(),
+                )
             }
             _ => {
                 let rank = rng.random_range(1..=out.min(width));
@@ -122,7 +131,8 @@ mod tests {
     }
 
     proptest! {
-        /// The fused update, its factors and its products all equal the weighted sum of dense updates.
+        /// The fused update, its factors and its products all equal the weighted sum of dense
+        /// updates.
         #[test]
         fn fusion_is_the_weighted_sum(
             kinds in prop::collection::vec(0u8..3, 1..4), out in 1usize..9, width in 1usize..9, seed: u64,
@@ -169,10 +179,14 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let (a, b) = (update(0, (3, 4), &mut rng), update(2, (4, 3), &mut rng));
         assert!(matches!(fuse::<f64>(&[]), Err(Error::InvalidParam { .. })));
-        assert!(matches!(fuse(&[(f64::NAN, &a)]), Err(Error::InvalidParam { name, .. }) if name == "fusion weight"));
+        assert!(
+            matches!(fuse(&[(f64::NAN, &a)]), Err(Error::InvalidParam { name, .. }) if name == "fusion weight")
+        );
         assert!(matches!(fuse(&[(1.0, &a), (1.0, &b)]), Err(Error::ShapeMismatch { .. })));
         let delta = Array2::<f64>::zeros((2, 4));
-        let bad = |index: Vec<usize>| SliceUpdate::new((3, 4), Side::Output, index, delta.clone()).unwrap_err();
+        let bad = |index: Vec<usize>| {
+            SliceUpdate::new((3, 4), Side::Output, index, delta.clone()).unwrap_err()
+        };
         assert!(bad(vec![1, 1]).to_string().contains("twice"));
         assert!(bad(vec![1, 3]).to_string().contains("below 3"));
         assert!(matches!(bad(vec![1]), Error::ShapeMismatch { .. }));

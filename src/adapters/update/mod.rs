@@ -1,9 +1,10 @@
-//! What training added to one weight, apart from the weight: a slice of rows or columns, or a low-rank product.
+//! What training added to one weight, apart from the weight: a slice of rows or columns, or a
+//! low-rank product.
 //!
-//! \[S2FT\] and \[PaCA\] change a slice of W and nothing else, so W' - W is that slice: an adapter that can be stored,
-//! added to others, put in place and taken out again, and served beside other adapters. \[LoRA\]'s update is the
-//! product s B A. Both are a [`WeightUpdate`] here. Sums of updates are in [`fuse()`]; derivations and costs in
-//! `paper-notes/adapter-algebra.md`.
+//! \[S2FT\] and \[PaCA\] change a slice of W and nothing else, so W' - W is that slice: an adapter
+//! that can be stored, added to others, put in place and taken out again, and served beside other
+//! adapters. \[LoRA\]'s update is the product s B A. Both are a [`WeightUpdate`] here. Sums of
+//! updates are in [`fuse()`]; derivations and costs in `paper-notes/adapter-algebra.md`.
 
 mod fuse;
 mod slice;
@@ -61,7 +62,8 @@ impl<T: Real> WeightUpdate<T> {
         }
     }
 
-    /// weight += update. Slice: one addition per number of the slice; low rank: out r in multiply-adds.
+    /// weight += update. Slice: one addition per number of the slice; low rank: out r in
+    /// multiply-adds.
     ///
     /// Shapes: weight `out x in`.
     pub fn add_to(&self, weight: &mut ArrayViewMut2<T>, cost: &mut Cost) {
@@ -71,8 +73,8 @@ impl<T: Real> WeightUpdate<T> {
         }
     }
 
-    /// y += x update^T without forming the update: k in (or k out) multiply-adds per row of x for a slice of k
-    /// rows (columns), r (in + out) for rank r.
+    /// y += x update^T without forming the update: k in (or k out) multiply-adds per row of x for a
+    /// slice of k rows (columns), r (in + out) for rank r.
     ///
     /// Shapes: x `N x in`, y `N x out`.
     pub fn forward_add(&self, x: ArrayView2<T>, y: &mut ArrayViewMut2<T>, cost: &mut Cost) {
@@ -91,9 +93,9 @@ impl<T: Real> WeightUpdate<T> {
 
     /// The same update as factors B A with scaling 1.
     ///
-    /// A slice of rows is S D with S the `out x k` selection of those rows and D the slice; a slice of columns is
-    /// D S^T. No number is rounded. Factors whose rank exceeds the smaller side of the weight are replaced by the
-    /// update itself and an identity.
+    /// A slice of rows is S D with S the `out x k` selection of those rows and D the slice; a slice
+    /// of columns is D S^T. No number is rounded. Factors whose rank exceeds the smaller side of
+    /// the weight are replaced by the update itself and an identity.
     ///
     /// # Errors
     /// As [`Lora::from_factors`]; an update held here has none.
@@ -114,7 +116,9 @@ impl<T: Real> WeightUpdate<T> {
         };
         let (b, a) = match slice.place().side {
             Side::Output => (selection(out), delta),
-            Side::Input => (delta, selection(width).reversed_axes().as_standard_layout().into_owned()),
+            Side::Input => {
+                (delta, selection(width).reversed_axes().as_standard_layout().into_owned())
+            }
         };
         unscaled(b, a)
     }
@@ -130,7 +134,11 @@ fn unscaled<T: Real>(b: Array2<T>, a: Array2<T>) -> Result<Lora<T>> {
 /// A dense update as factors: itself and an identity on the smaller side.
 fn from_dense<T: Real>(update: Array2<T>) -> Result<Lora<T>> {
     let (out, width) = update.dim();
-    if out <= width { unscaled(Array2::eye(out), update) } else { unscaled(update, Array2::eye(width)) }
+    if out <= width {
+        unscaled(Array2::eye(out), update)
+    } else {
+        unscaled(update, Array2::eye(width))
+    }
 }
 
 /// [`unscaled`], or [`from_dense`] of the product where the rank exceeds the smaller side.

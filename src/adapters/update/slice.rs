@@ -84,8 +84,14 @@ impl<T: Real> SliceUpdate<T> {
     /// Shapes: delta `k x in` (rows) or `out x k` (columns).
     ///
     /// # Errors
-    /// [`crate::Error::InvalidParam`] for an index that repeats or leaves the weight; [`crate::Error::ShapeMismatch`].
-    pub fn new(shape: (usize, usize), side: Side, index: Vec<usize>, delta: Array2<T>) -> Result<Self> {
+    /// [`crate::Error::InvalidParam`] for an index that repeats or leaves the weight;
+    /// [`crate::Error::ShapeMismatch`].
+    pub fn new(
+        shape: (usize, usize),
+        side: Side,
+        index: Vec<usize>,
+        delta: Array2<T>,
+    ) -> Result<Self> {
         let extent = if side == Side::Output { shape.0 } else { shape.1 };
         crate::adapters::paca::check_index(&index, extent)?;
         let mut place = SlicePlace { side, index };
@@ -98,8 +104,8 @@ impl<T: Real> SliceUpdate<T> {
         Ok(Self { shape, place, delta })
     }
 
-    /// `trained - base` on the rows or the columns in which they differ, whichever is the smaller slice; `None` if
-    /// they are equal.
+    /// `trained - base` on the rows or the columns in which they differ, whichever is the smaller
+    /// slice; `None` if they are equal.
     ///
     /// # Errors
     /// [`crate::Error::ShapeMismatch`].
@@ -113,7 +119,9 @@ impl<T: Real> SliceUpdate<T> {
                 (rows[i], columns[j]) = (true, true);
             }
         }
-        let chosen = |flags: &[bool]| flags.iter().enumerate().filter(|f| *f.1).map(|f| f.0).collect::<Vec<_>>();
+        let chosen = |flags: &[bool]| {
+            flags.iter().enumerate().filter(|f| *f.1).map(|f| f.0).collect::<Vec<_>>()
+        };
         let (rows, columns) = (chosen(&rows), chosen(&columns));
         if rows.is_empty() {
             return Ok(None);
@@ -184,7 +192,10 @@ impl<T: Real> SliceUpdate<T> {
         let axis = axis(self.place.side);
         for (k, i) in self.place.index.iter().enumerate() {
             if let Ok(at) = total.place.index.binary_search(i) {
-                total.delta.index_axis_mut(axis, at).scaled_add(factor, &self.delta.index_axis(axis, k));
+                total
+                    .delta
+                    .index_axis_mut(axis, at)
+                    .scaled_add(factor, &self.delta.index_axis(axis, k));
             }
         }
     }

@@ -1,10 +1,11 @@
 //! The chain under a causal mask: a chunked prefix scan, the diagonal chunks exact; linear in L.
 //!
-//! A query of chunk t sees the keys of chunks before t through the running moments M_t = sum_{s < t} Psi_s^T [...]
-//! and those of its own chunk through their exact exponentials, on the same scale exp(S - shift). The key
-//! side is the mirror image, scanned from the last chunk. Groups of chunks run in parallel: their totals
-//! come first, then each group scans from the sum of the groups before (or after) it. Shards of rows are further
-//! groups: each starts from the sum of the shards before (or after) it. Chunks begin at the first row of a shard.
+//! A query of chunk t sees the keys of chunks before t through the running moments M_t = sum_{s <
+//! t} Psi_s^T [...] and those of its own chunk through their exact exponentials, on the same scale
+//! exp(S - shift). The key side is the mirror image, scanned from the last chunk. Groups of chunks
+//! run in parallel: their totals come first, then each group scans from the sum of the groups
+//! before (or after) it. Shards of rows are further groups: each starts from the sum of the shards
+//! before (or after) it. Chunks begin at the first row of a shard.
 
 use super::query_results::QueryResults;
 use super::sparse::QuerySide;
@@ -21,12 +22,17 @@ use std::ops::Range;
 /// Fixed number of groups, so that results do not depend on the number of threads.
 const GROUPS: usize = 8;
 
-pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cost: &mut Cost) -> Result<Chained<T>> {
+pub(super) fn products<T: Real>(
+    chain: &Chain<T>,
+    shards: &dyn RowShards<T>,
+    cost: &mut Cost,
+) -> Result<Chained<T>> {
     let w = chain.widths;
     let rank = chain.map.rank();
     let tokens = chain.problem.num_queries();
     let groups = tile_groups(tokens, TILE, GROUPS);
-    let tile_memory = rayon::current_num_threads() * (TILE * (rank + w.right().max(w.left())) + TILE * TILE);
+    let tile_memory =
+        rayon::current_num_threads() * (TILE * (rank + w.right().max(w.left())) + TILE * TILE);
     cost.hold(tile_memory);
     cost.hold(groups.len() * rank * w.right());
     cost.hold(groups.len() * rank * w.left());
@@ -62,7 +68,8 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
             }
         })
         .collect();
-    let outcomes: Vec<Result<(Array2<T>, Cost)>> = jobs.par_iter_mut().map(|job| forward_scan(chain, job)).collect();
+    let outcomes: Vec<Result<(Array2<T>, Cost)>> =
+        jobs.par_iter_mut().map(|job| forward_scan(chain, job)).collect();
     drop(jobs);
     let mut totals = together(shards, in_order(outcomes, cost))?;
     let mut later = total_of(&totals);
@@ -97,9 +104,19 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
                 chain.add_corrected_keys(chunk.clone(), chunk.end, side.as_ref(), out, &mut cost);
                 let phi = chain.query_features(chunk.clone(), &mut cost);
                 let rows = s![chunk.clone(), ..];
-                let columns =
-                    chain.left_columns(chunk.clone(), upstream_view.slice(rows), state_view.slice(rows), &mut cost);
-                product_into(phi.view(), columns.view(), T::one(), &mut state.view_mut(), &mut cost);
+                let columns = chain.left_columns(
+                    chunk.clone(),
+                    upstream_view.slice(rows),
+                    state_view.slice(rows),
+                    &mut cost,
+                );
+                product_into(
+                    phi.view(),
+                    columns.view(),
+                    T::one(),
+                    &mut state.view_mut(),
+                    &mut cost,
+                );
             }
             cost
         })
@@ -138,7 +155,12 @@ fn forward_scan<T: Real>(chain: &Chain<T>, job: &mut ForwardJob<T>) -> Result<(A
         chain.add_corrected_rows(chunk.clone(), chunk.start, &mut sums, &mut cost);
         chain.finish_queries(sums.view(), tile, &mut cost)?;
         chain.add_corrected_scores(chunk.start, tile, &mut cost);
-        let left = chain.left_columns(chunk.clone(), tile.upstream.view(), tile.row_state.view(), &mut cost);
+        let left = chain.left_columns(
+            chunk.clone(),
+            tile.upstream.view(),
+            tile.row_state.view(),
+            &mut cost,
+        );
         let key_sums = product(exact.t(), left.view(), &mut cost);
         chain.add_keys(chunk.clone(), key_sums.view(), out, &mut cost);
         product_into(phi.view(), left.view(), T::one(), &mut total.view_mut(), &mut cost);
@@ -152,7 +174,8 @@ fn forward_scan<T: Real>(chain: &Chain<T>, job: &mut ForwardJob<T>) -> Result<(A
 fn diagonal<T: Real>(chain: &Chain<T>, chunk: Range<usize>, cost: &mut Cost) -> Array2<T> {
     let beta = T::of(chain.problem.beta());
     let query = chain.projected.qkv.query.slice(s![chunk.clone(), ..]).mapv(|x| x * beta);
-    let mut scores = product(query.view(), chain.projected.qkv.key.slice(s![chunk.clone(), ..]).t(), cost);
+    let mut scores =
+        product(query.view(), chain.projected.qkv.key.slice(s![chunk.clone(), ..]).t(), cost);
     for (i, mut row) in scores.rows_mut().into_iter().enumerate() {
         row.slice_mut(s![i + 1..]).fill(T::neg_infinity());
     }
@@ -191,7 +214,10 @@ fn in_parallel<T: Real>(
 }
 
 /// The results, with their operations added.
-fn in_order<T>(outcomes: Vec<Result<(Array2<T>, Cost)>>, cost: &mut Cost) -> Result<Vec<Array2<T>>> {
+fn in_order<T>(
+    outcomes: Vec<Result<(Array2<T>, Cost)>>,
+    cost: &mut Cost,
+) -> Result<Vec<Array2<T>>> {
     let mut results = Vec::with_capacity(outcomes.len());
     for outcome in outcomes {
         let (result, part) = outcome?;
@@ -203,7 +229,9 @@ fn in_order<T>(outcomes: Vec<Result<(Array2<T>, Cost)>>, cost: &mut Cost) -> Res
 
 /// Sum of the matrices.
 fn total_of<T: Real>(matrices: &[Array2<T>]) -> Array2<T> {
-    let mut total = matrices.first().map_or_else(|| Array2::zeros((0, 0)), |first| Array2::zeros(first.raw_dim()));
+    let mut total = matrices
+        .first()
+        .map_or_else(|| Array2::zeros((0, 0)), |first| Array2::zeros(first.raw_dim()));
     matrices.iter().for_each(|matrix| total += matrix);
     total
 }

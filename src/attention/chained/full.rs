@@ -16,7 +16,11 @@ const GROUPS: usize = 16;
 /// The moments are sums over the rows of all shards, everything else is of this shard's rows.
 ///
 /// Right moments over keys; then queries, with left moments over them; then keys again.
-pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cost: &mut Cost) -> Result<Chained<T>> {
+pub(super) fn products<T: Real>(
+    chain: &Chain<T>,
+    shards: &dyn RowShards<T>,
+    cost: &mut Cost,
+) -> Result<Chained<T>> {
     let w = chain.widths;
     let rank = chain.map.rank();
     let (queries, keys) = (chain.problem.num_queries(), chain.problem.num_keys());
@@ -24,8 +28,11 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
     cost.hold(tile_memory);
 
     // Pass 1: Psi^T [1 | V | R | V' * Z].
-    let mut right: Array2<T> =
-        ordered_sum(tile_groups(keys, TILE, GROUPS), (rank, w.right()), cost, |group, sum, cost| {
+    let mut right: Array2<T> = ordered_sum(
+        tile_groups(keys, TILE, GROUPS),
+        (rank, w.right()),
+        cost,
+        |group, sum, cost| {
             for start in group.clone().step_by(TILE) {
                 let range = start..(start + TILE).min(group.end);
                 let psi = chain.key_features(range.clone(), cost);
@@ -33,7 +40,8 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
                 product_into(psi.view(), columns.view(), T::one(), &mut sum.view_mut(), cost);
             }
             Ok(())
-        })?;
+        },
+    )?;
 
     shards.sum(entries(&mut right))?;
 
@@ -46,7 +54,12 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, shards: &dyn RowShards<T>, cos
             chain.add_corrected_rows(tile.range.clone(), keys, &mut sums, cost);
             chain.finish_queries(sums.view(), tile, cost)?;
             chain.add_corrected_scores(keys, tile, cost);
-            let columns = chain.left_columns(tile.range.clone(), tile.upstream.view(), tile.row_state.view(), cost);
+            let columns = chain.left_columns(
+                tile.range.clone(),
+                tile.upstream.view(),
+                tile.row_state.view(),
+                cost,
+            );
             product_into(phi.view(), columns.view(), T::one(), &mut sum.view_mut(), cost);
         }
         Ok(())

@@ -1,22 +1,24 @@
-//! Chained low-rank gradients: O(L k r d_v) operations from factors exp(S) ~= Phi Psi^T (design 2.2).
+//! Chained low-rank gradients: O(L k r d_v) operations from factors exp(S) ~= Phi Psi^T (design
+//! 2.2).
 //!
-//! With D = Phi (Psi^T 1) and U = D^{-1} Phi, the approximate probabilities are P^ = U Psi^T. Writing
-//! V' = [V | 1] and G' = [G | -delta], the gradient of the scores is
+//! With D = Phi (Psi^T 1) and U = D^{-1} Phi, the approximate probabilities are P^ = U Psi^T.
+//! Writing V' = [V | 1] and G' = [G | -delta], the gradient of the scores is
 //!
 //! ```text
 //! dS^ = P^ o (G V^T - delta 1^T) = sum_c diag(G'_c) U Psi^T diag(V'_c)
 //! ```
 //!
-//! so a product with it is a sum over the d_v + 1 columns c of thin products, all made at once with the row-wise
-//! Khatri-Rao product `*`:
+//! so a product with it is a sum over the d_v + 1 columns c of thin products, all made at once with
+//! the row-wise Khatri-Rao product `*`:
 //!
 //! ```text
 //! (dS^ Z)_i   = sum_c G'_ic [U (Psi^T (V' * Z))]_{i,(c,:)}
 //! (dS^^T W)_j = sum_c V'_jc [Psi (U^T (G' * W))]_{j,(c,:)}
 //! ```
 //!
-//! Without a mask, three passes over row tiles do it; a causal mask scans chunks and treats the diagonal ones exactly.
-//! Without columns (a sparse P^ alone) there is nothing to chain: each pair is treated as in the exact gradient.
+//! Without a mask, three passes over row tiles do it; a causal mask scans chunks and treats the
+//! diagonal ones exactly. Without columns (a sparse P^ alone) there is nothing to chain: each pair
+//! is treated as in the exact gradient.
 
 mod causal;
 mod full;
@@ -50,12 +52,14 @@ pub struct ChainedGradients<T> {
 
 /// Chained gradients of a head.
 ///
-/// O(L k (d_v + 1) m) operations with m = 2 r columns for [`Request::Adapters`] and d_h for [`Request::All`], causal
-/// mask included; features are made tile by tile, so memory is O(L d + k (d_v + 1) m) for each thread.
+/// O(L k (d_v + 1) m) operations with m = 2 r columns for [`Request::Adapters`] and d_h for
+/// [`Request::All`], causal mask included; features are made tile by tile, so memory is O(L d + k
+/// (d_v + 1) m) for each thread.
 ///
 /// # Errors
-/// Those of the factorization's `prepare`; [`crate::Error::NonPositiveDenominator`] when an approximate softmax
-/// denominator is not positive; [`crate::Error::InvalidParam`] for [`Request::Adapters`] without adapters.
+/// Those of the factorization's `prepare`; [`crate::Error::NonPositiveDenominator`] when an
+/// approximate softmax denominator is not positive; [`crate::Error::InvalidParam`] for
+/// [`Request::Adapters`] without adapters.
 pub fn gradients<T: Real>(
     problem: &AttentionProblem<T>,
     factorization: &dyn SoftmaxFactorization<T>,
@@ -81,12 +85,15 @@ pub fn with_map<T: Real>(
     on_shard(problem, projected, map, request, &WholeHead, cost)
 }
 
-/// As [`with_map`], for one shard of a head's rows: `problem`, `projected` and `map` are of this shard's rows.
+/// As [`with_map`], for one shard of a head's rows: `problem`, `projected` and `map` are of this
+/// shard's rows.
 ///
-/// Rows of the result (O, dQ, dK, dV) are this shard's; its dW, dA, dB and loss are still to be summed over the shards.
+/// Rows of the result (O, dQ, dK, dV) are this shard's; its dW, dA, dB and loss are still to be
+/// summed over the shards.
 ///
 /// # Errors
-/// As [`gradients`], rows being counted from the shard's first; [`crate::Error::OtherRank`] when another shard fails.
+/// As [`gradients`], rows being counted from the shard's first; [`crate::Error::OtherRank`] when
+/// another shard fails.
 pub fn on_shard<T: Real>(
     problem: &AttentionProblem<T>,
     projected: &Projected<T>,
@@ -108,11 +115,11 @@ pub fn on_shard<T: Real>(
     Ok(ChainedGradients { gradients, inverse_denominators, certificate: map.certificate().clone() })
 }
 
-/// Multiply-adds of a chained gradient with k feature columns on self-attention, as counted by [`gradients`] apart
-/// from the projections, whose cost every method shares.
+/// Multiply-adds of a chained gradient with k feature columns on self-attention, as counted by
+/// [`gradients`] apart from the projections, whose cost every method shares.
 ///
-/// `moment_columns` is m of both dS Z and dS^T W: 2 r for adapters on Q and K, d_h for all gradients;
-/// `value_columns` is that of P R and P^T N together.
+/// `moment_columns` is m of both dS Z and dS^T W: 2 r for adapters on Q and K, d_h for all
+/// gradients; `value_columns` is that of P R and P^T N together.
 pub fn predicted_multiply_adds(
     tokens: usize,
     feature_columns: u128,
@@ -125,8 +132,13 @@ pub fn predicted_multiply_adds(
     tokens as f64 * (feature_columns as f64 * columns + 2.0 * contracted as f64)
 }
 
-/// Multiply-adds of a gradient from kept pairs alone, as counted by [`gradients`] apart from the projections and the
-/// search. Columns as in [`predicted_multiply_adds`].
-pub fn predicted_pair_multiply_adds(pairs: u64, value_dim: usize, moment_columns: usize, value_columns: usize) -> f64 {
+/// Multiply-adds of a gradient from kept pairs alone, as counted by [`gradients`] apart from the
+/// projections and the search. Columns as in [`predicted_multiply_adds`].
+pub fn predicted_pair_multiply_adds(
+    pairs: u64,
+    value_dim: usize,
+    moment_columns: usize,
+    value_columns: usize,
+) -> f64 {
     pairs as f64 * (2 * value_dim + 2 * moment_columns + value_columns) as f64
 }

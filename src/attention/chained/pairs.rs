@@ -1,8 +1,9 @@
 //! The gradient of a sparse P^ alone: every kept pair as in the exact gradient, and nothing else.
 //!
-//! One pass over the queries: [1 | V | R] summed over a row's pairs give D, O and P R; then G and delta; then each pair adds
-//! dS_ij Z_j to its row and dS_ij W_i, P_ij N_i to its key, with dS_ij = P_ij (G_i.V_j - delta_i). That is
-//! 2 d_v + the columns of R, Z, W and N in multiply-adds a pair, on O(L k) numbers.
+//! One pass over the queries: [1 | V | R] summed over a row's pairs give D, O and P R; then G and
+//! delta; then each pair adds dS_ij Z_j to its row and dS_ij W_i, P_ij N_i to its key, with dS_ij =
+//! P_ij (G_i.V_j - delta_i). That is 2 d_v + the columns of R, Z, W and N in multiply-adds a pair,
+//! on O(L k) numbers.
 
 use super::full::grouped;
 use super::query_results::QueryResults;
@@ -31,25 +32,40 @@ pub(super) fn products<T: Real>(chain: &Chain<T>, cost: &mut Cost) -> Result<Cha
     cost.hold(values.entries.len() + right.entries.len() + left.entries.len());
 
     let mut results = QueryResults::new(queries, w, cost);
-    let sums = ordered_sum(grouped(results.tiles()), (keys, score_width + value_width), cost, |group, sum, cost| {
-        for tile in group {
-            let rows = tile.range.len();
-            let mut outputs = Array2::zeros((rows, 1 + w.value + w.value_right));
-            let first = tile.range.start;
-            vectorized(Outputs { pairs, first, values: &values, out: &mut outputs });
-            chain.finish_outputs(outputs.view(), tile)?;
-            let value_left = chain.contraction.value_left(chain.problem, tile.upstream.view(), cost);
-            let upstream = Records::new([tile.upstream.view()]);
-            let value_left = Records::new([value_left.view()]);
-            let kept = (0..rows).map(|i| pairs.row_slices(first + i).0.len()).sum::<usize>();
-            let scores = Scores { pairs, tile, values: &values, right: &right, left: &left, upstream, value_left };
-            vectorized(ScoresInto { scores, sum });
-            cost.elementwise += (3 * kept + rows * (1 + 3 * w.value + w.value_right)) as u64;
-            cost.multiply_adds +=
-                (kept * (2 * w.value + w.value_right + w.score_right + w.score_left + w.value_left)) as u64;
-        }
-        Ok(())
-    })?;
+    let sums = ordered_sum(
+        grouped(results.tiles()),
+        (keys, score_width + value_width),
+        cost,
+        |group, sum, cost| {
+            for tile in group {
+                let rows = tile.range.len();
+                let mut outputs = Array2::zeros((rows, 1 + w.value + w.value_right));
+                let first = tile.range.start;
+                vectorized(Outputs { pairs, first, values: &values, out: &mut outputs });
+                chain.finish_outputs(outputs.view(), tile)?;
+                let value_left =
+                    chain.contraction.value_left(chain.problem, tile.upstream.view(), cost);
+                let upstream = Records::new([tile.upstream.view()]);
+                let value_left = Records::new([value_left.view()]);
+                let kept = (0..rows).map(|i| pairs.row_slices(first + i).0.len()).sum::<usize>();
+                let scores = Scores {
+                    pairs,
+                    tile,
+                    values: &values,
+                    right: &right,
+                    left: &left,
+                    upstream,
+                    value_left,
+                };
+                vectorized(ScoresInto { scores, sum });
+                cost.elementwise += (3 * kept + rows * (1 + 3 * w.value + w.value_right)) as u64;
+                cost.multiply_adds += (kept
+                    * (2 * w.value + w.value_right + w.score_right + w.score_left + w.value_left))
+                    as u64;
+            }
+            Ok(())
+        },
+    )?;
     let mut key_side = Array2::zeros((keys, w.score_left + w.value_left));
     key_side.slice_mut(s![.., ..w.score_left]).assign(&sums.slice(s![.., ..w.score_left]));
     let values_left = sums.slice(s![.., score_width..score_width + w.value_left]);
@@ -165,11 +181,14 @@ impl<T: Real> Kernel for ScoresInto<'_, '_, T> {
     fn run(self) {
         let Scores { pairs, tile, values, right, left, upstream, value_left } = self.scores;
         let width = self.sum.ncols();
-        let Some(sum) = self.sum.as_slice_mut() else { unreachable!("a fresh matrix is row-major") };
+        let Some(sum) = self.sum.as_slice_mut() else {
+            unreachable!("a fresh matrix is row-major")
+        };
         let mut row_sum = vec![T::zero(); right.width];
         for (local, i) in tile.range.clone().enumerate() {
             let (inverse, delta) = (tile.row_state[[local, 0]], tile.row_state[[local, 1]]);
-            let (upstream, value_left, left) = (upstream.row(local), value_left.row(local), left.row(i));
+            let (upstream, value_left, left) =
+                (upstream.row(local), value_left.row(local), left.row(i));
             row_sum.fill(T::zero());
             let (keys, weights) = pairs.row_slices(i);
             for (&j, &weight) in keys.iter().zip(weights) {

@@ -1,8 +1,10 @@
-//! The part of the chain that treats single pairs: with E^ = Phi Psi^T + C, everything linear in E^ gains a sum over C.
+//! The part of the chain that treats single pairs: with E^ = Phi Psi^T + C, everything linear in E^
+//! gains a sum over C.
 //!
-//! P^ and dS^ are D^-1 E^ times row and column quantities, so a corrected pair adds C_ij to the denominator, C_ij [V | R]_j
-//! to the output, and once G^ and delta^ are known C_ij (G^_i.V_j - delta^_i) / D_i times Z_j or W_i to the products with
-//! dS^: d_v + m operations a pair, as in the exact gradient.
+//! P^ and dS^ are D^-1 E^ times row and column quantities, so a corrected pair adds C_ij to the
+//! denominator, C_ij [V | R]_j to the output, and once G^ and delta^ are known C_ij (G^_i.V_j -
+//! delta^_i) / D_i times Z_j or W_i to the products with dS^: d_v + m operations a pair, as in the
+//! exact gradient.
 
 use super::tile::{Chain, QueryTile};
 use crate::cost::Cost;
@@ -32,8 +34,15 @@ impl<'a, T: Real> QuerySide<'a, T> {
 }
 
 impl<T: Real> Chain<'_, T> {
-    /// Adds C [1 | V | R] to the products of a query tile with the right moments; keys below `end` only.
-    pub fn add_corrected_rows(&self, range: Range<usize>, end: usize, sums: &mut Array2<T>, cost: &mut Cost) {
+    /// Adds C [1 | V | R] to the products of a query tile with the right moments; keys below `end`
+    /// only.
+    pub fn add_corrected_rows(
+        &self,
+        range: Range<usize>,
+        end: usize,
+        sums: &mut Array2<T>,
+        cost: &mut Cost,
+    ) {
         let Some(sparse) = self.map.sparse() else { return };
         let (value, right) = (&self.projected.qkv.value, &self.contraction.value_right);
         let split = 1 + self.widths.value;
@@ -66,7 +75,8 @@ impl<T: Real> Chain<'_, T> {
         cost.multiply_adds += (pairs * (self.widths.value + right.ncols())) as u64;
     }
 
-    /// Adds the corrected pairs' part of [dS^T W | P^T N] to key rows; queries from `first` on only.
+    /// Adds the corrected pairs' part of [dS^T W | P^T N] to key rows; queries from `first` on
+    /// only.
     pub fn add_corrected_keys(
         &self,
         range: Range<usize>,

@@ -1,4 +1,5 @@
-//! What one row tile does: gather the columns that moments are made of, and contract moments into outputs.
+//! What one row tile does: gather the columns that moments are made of, and contract moments into
+//! outputs.
 
 use crate::attention::contraction::{Contraction, Products};
 use crate::attention::factorization::FeatureMap;
@@ -86,7 +87,11 @@ impl<'a, T: Real> Chain<'a, T> {
         let mut out = Array2::zeros((self.map.rank(), range.len()));
         cost.elementwise += out.len() as u64;
         self.map.count_key_features(range.len(), cost);
-        self.map.key_features(range.start, self.projected.qkv.key.slice(s![range, ..]), out.view_mut());
+        self.map.key_features(
+            range.start,
+            self.projected.qkv.key.slice(s![range, ..]),
+            out.view_mut(),
+        );
         out
     }
 
@@ -95,7 +100,11 @@ impl<'a, T: Real> Chain<'a, T> {
         let mut out = Array2::zeros((self.map.rank(), range.len()));
         cost.elementwise += 2 * out.len() as u64;
         self.map.count_query_features(range.len(), cost);
-        self.map.query_features(range.start, self.projected.qkv.query.slice(s![range, ..]), out.view_mut());
+        self.map.query_features(
+            range.start,
+            self.projected.qkv.query.slice(s![range, ..]),
+            out.view_mut(),
+        );
         out
     }
 
@@ -108,7 +117,8 @@ impl<'a, T: Real> Chain<'a, T> {
         let value = self.projected.qkv.value.slice(s![range.clone(), ..]);
         out.slice_mut(s![.., 1..=w.value]).assign(&value);
         let start = 1 + w.value + w.value_right;
-        out.slice_mut(s![.., 1 + w.value..start]).assign(&self.contraction.value_right.slice(s![range.clone(), ..]));
+        out.slice_mut(s![.., 1 + w.value..start])
+            .assign(&self.contraction.value_right.slice(s![range.clone(), ..]));
         let z = self.contraction.score_right.slice(s![range, ..]);
         face_splitting_into(value, &vec![T::one(); rows], z, out.slice_mut(s![.., start..]));
         cost.elementwise += (rows * (w.value + 1) * w.score_right) as u64;
@@ -126,9 +136,18 @@ impl<'a, T: Real> Chain<'a, T> {
         let w = self.widths;
         let rows = range.len();
         let mut out = Array2::zeros((rows, w.left()));
-        out.slice_mut(s![.., ..w.value_left]).assign(&self.contraction.value_left(self.problem, upstream, cost));
+        out.slice_mut(s![.., ..w.value_left]).assign(&self.contraction.value_left(
+            self.problem,
+            upstream,
+            cost,
+        ));
         let left = self.contraction.score_left.slice(s![range, ..]);
-        face_splitting_into(upstream, &negated_delta(row_state), left, out.slice_mut(s![.., w.value_left..]));
+        face_splitting_into(
+            upstream,
+            &negated_delta(row_state),
+            left,
+            out.slice_mut(s![.., w.value_left..]),
+        );
         for (mut row, state) in out.rows_mut().into_iter().zip(row_state.rows()) {
             let inverse = state[0];
             row.mapv_inplace(|x| x * inverse);
@@ -141,12 +160,22 @@ impl<'a, T: Real> Chain<'a, T> {
     ///
     /// # Errors
     /// [`Error::NonPositiveDenominator`].
-    pub fn finish_queries(&self, sums: ArrayView2<T>, tile: &mut QueryTile<T>, cost: &mut Cost) -> Result<()> {
+    pub fn finish_queries(
+        &self,
+        sums: ArrayView2<T>,
+        tile: &mut QueryTile<T>,
+        cost: &mut Cost,
+    ) -> Result<()> {
         let w = self.widths;
         self.finish_outputs(sums, tile)?;
         let start = 1 + w.value + w.value_right;
         let last = negated_delta(tile.row_state.view());
-        contract_into(tile.upstream.view(), &last, sums.slice(s![.., start..]), tile.score_right.view_mut());
+        contract_into(
+            tile.upstream.view(),
+            &last,
+            sums.slice(s![.., start..]),
+            tile.score_right.view_mut(),
+        );
         for (mut row, state) in tile.score_right.rows_mut().into_iter().zip(tile.row_state.rows()) {
             let inverse = state[0];
             row.mapv_inplace(|x| x * inverse);
@@ -166,7 +195,9 @@ impl<'a, T: Real> Chain<'a, T> {
             let row = tile.range.start + i;
             let extra = match self.problem.softmax() {
                 SoftmaxKind::Standard => T::zero(),
-                SoftmaxKind::One => self.map.row_shift().map_or(T::one(), |shift| (-shift[row]).exp()),
+                SoftmaxKind::One => {
+                    self.map.row_shift().map_or(T::one(), |shift| (-shift[row]).exp())
+                }
             };
             let denominator = sums[[i, 0]] + extra;
             if !(denominator > T::zero() && denominator.is_finite()) {
@@ -180,13 +211,17 @@ impl<'a, T: Real> Chain<'a, T> {
             let mut output = tile.output.row_mut(i);
             output.zip_mut_with(&sums.slice(s![i, 1..=w.value]), |o, &x| *o = x * inverse);
             let mut right = tile.value_right.row_mut(i);
-            right.zip_mut_with(&sums.slice(s![i, 1 + w.value..1 + w.value + w.value_right]), |o, &x| *o = x * inverse);
+            right.zip_mut_with(
+                &sums.slice(s![i, 1 + w.value..1 + w.value + w.value_right]),
+                |o, &x| *o = x * inverse,
+            );
             let mut upstream = tile.upstream.row_mut(i);
             let given = self.problem.objective().tensor().row(row);
             match self.problem.objective() {
-                Objective::Target(_) => {
-                    ndarray::Zip::from(&mut upstream).and(&output).and(&given).for_each(|g, &o, &y| *g = o - y)
-                }
+                Objective::Target(_) => ndarray::Zip::from(&mut upstream)
+                    .and(&output)
+                    .and(&given)
+                    .for_each(|g, &o, &y| *g = o - y),
                 Objective::UpstreamGradient(_) => upstream.assign(&given),
             }
             let delta = upstream.dot(&output);
@@ -196,13 +231,25 @@ impl<'a, T: Real> Chain<'a, T> {
         Ok(())
     }
 
-    /// Adds products with the left moments (`rows x left()`) to the key side's results [dS^T W | P^T N].
-    pub fn add_keys(&self, range: Range<usize>, sums: ArrayView2<T>, out: &mut ArrayViewMut2<T>, cost: &mut Cost) {
+    /// Adds products with the left moments (`rows x left()`) to the key side's results [dS^T W |
+    /// P^T N].
+    pub fn add_keys(
+        &self,
+        range: Range<usize>,
+        sums: ArrayView2<T>,
+        out: &mut ArrayViewMut2<T>,
+        cost: &mut Cost,
+    ) {
         let w = self.widths;
         let value = self.projected.qkv.value.slice(s![range.clone(), ..]);
         let (score, mut left) = out.view_mut().split_at(ndarray::Axis(1), w.score_left);
         left += &sums.slice(s![.., ..w.value_left]);
-        contract_into(value, &vec![T::one(); range.len()], sums.slice(s![.., w.value_left..]), score);
+        contract_into(
+            value,
+            &vec![T::one(); range.len()],
+            sums.slice(s![.., w.value_left..]),
+            score,
+        );
         cost.multiply_adds += (range.len() * (w.value + 1) * w.score_left) as u64;
     }
 }

@@ -85,7 +85,14 @@ pub fn gradients(problem: &AttentionProblem<f64>, request: Request) -> Result<Gr
     for _ in 0..5 {
         cost.hold(L_q * L_k); // S, P, G V^T, T, dS
     }
-    for (m, k, n) in [(L_q, d, L_k), (L_q, L_k, d_v), (L_q, d_v, L_k), (L_q, L_k, d), (L_k, L_q, d), (L_k, L_q, d_v)] {
+    for (m, k, n) in [
+        (L_q, d, L_k),
+        (L_q, L_k, d_v),
+        (L_q, d_v, L_k),
+        (L_q, L_k, d),
+        (L_k, L_q, d),
+        (L_k, L_q, d_v),
+    ] {
         cost.product(m, k, n);
     }
     cost.exponentials += (L_q * L_k) as u64;
@@ -105,13 +112,17 @@ pub fn gradients(problem: &AttentionProblem<f64>, request: Request) -> Result<Gr
         cost: Cost::default(),
     };
     if let Some(hidden) = problem.hidden() {
-        let mut one = |X: ArrayView2<f64>, dP: &Array2<f64>, p: &crate::attention::problem::Projection<f64>| {
+        let mut one = |X: ArrayView2<f64>,
+                       dP: &Array2<f64>,
+                       p: &crate::attention::problem::Projection<f64>| {
             let dW = X.t().dot(dP);
             cost.product(X.ncols(), X.nrows(), dP.ncols());
             let (dA, dB) = p
                 .adapter
                 .as_ref()
-                .map(|a| (a.lora_b.t().dot(&dW) * hidden.scaling, dW.dot(&a.lora_a.t()) * hidden.scaling))
+                .map(|a| {
+                    (a.lora_b.t().dot(&dW) * hidden.scaling, dW.dot(&a.lora_a.t()) * hidden.scaling)
+                })
                 .unzip();
             ((request == Request::All).then_some(dW), dA, dB)
         };

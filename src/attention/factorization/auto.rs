@@ -1,14 +1,18 @@
-//! `auto:eps=E[,seed=S][,columns=W]`: the cheapest method that is predicted to reach an error, checked afterwards.
+//! `auto:eps=E[,seed=S][,columns=W]`: the cheapest method that is predicted to reach an error,
+//! checked afterwards.
 //!
-//! Every method is tried with rising parameters on a sample of queries and keys, where the relative error of the
-//! probabilities is measured; the cost of each on the whole head is predicted from its columns; the cheapest that
-//! reaches the target is prepared on the whole head and measured on a sample of whole rows. If it misses, the next
-//! cheapest is taken. The exact gradient competes: where it is predicted to be cheaper, there is no choice but an error
-//! that says so. Prediction and measurement are reported in the certificate.
+//! Every method is tried with rising parameters on a sample of queries and keys, where the relative
+//! error of the probabilities is measured; the cost of each on the whole head is predicted from its
+//! columns; the cheapest that reaches the target is prepared on the whole head and measured on a
+//! sample of whole rows. If it misses, the next cheapest is taken. The exact gradient competes:
+//! where it is predicted to be cheaper, there is no choice but an error that says so. Prediction
+//! and measurement are reported in the certificate.
 
 use super::large_logits::large_logits;
 use super::monomials::{MonomialMap, count};
-use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization, SparseCorrection, approximation, build};
+use super::{
+    Certificate, FeatureMap, Scores, SoftmaxFactorization, SparseCorrection, approximation, build,
+};
 use crate::attention::problem::Mask;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
@@ -58,7 +62,8 @@ pub struct Selection {
     pub measured_error: f64,
     /// Predicted multiply-adds of the exact streaming gradient, in the same terms.
     pub exact_multiply_adds: f64,
-    /// The cheapest candidate of every family that reached the target on the sample, cheapest first.
+    /// The cheapest candidate of every family that reached the target on the sample, cheapest
+    /// first.
     pub candidates: Vec<Candidate>,
 }
 
@@ -67,19 +72,23 @@ const SAMPLE_KEYS: usize = 512;
 const MEASURED_ROWS: usize = 48;
 /// Columns up to which methods are tried.
 const MOST_COLUMNS: usize = 4096;
-/// Parameters beyond the first sufficient one that a family may offer, should the first miss on the whole head.
+/// Parameters beyond the first sufficient one that a family may offer, should the first miss on the
+/// whole head.
 const RESERVES: usize = 3;
 
 impl Auto {
-    /// Every candidate with its prediction: for each family those from the first that reaches `eps` on the sample on.
+    /// Every candidate with its prediction: for each family those from the first that reaches `eps`
+    /// on the sample on.
     ///
     /// # Errors
     /// Those of preparing a method, apart from parameters that do not fit the head.
     pub fn predict<T: Real>(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Vec<Candidate>> {
         let queries = sample(self.seed, "auto-queries", scores.query.nrows(), SAMPLE_QUERIES);
         let keys = sample(self.seed, "auto-keys", scores.key.nrows(), SAMPLE_KEYS);
-        let (query, key) = (scores.query.select(Axis(0), &queries), scores.key.select(Axis(0), &keys));
-        let pilot = Scores { query: query.view(), key: key.view(), beta: scores.beta, mask: Mask::Full };
+        let (query, key) =
+            (scores.query.select(Axis(0), &queries), scores.key.select(Axis(0), &keys));
+        let pilot =
+            Scores { query: query.view(), key: key.view(), beta: scores.beta, mask: Mask::Full };
         let exact = probabilities(&pilot);
         cost.product(query.nrows(), query.ncols(), key.nrows());
         cost.exponentials += exact.len() as u64;
@@ -89,11 +98,20 @@ impl Auto {
             let mut reached = 0;
             // What costs more than the exact gradient is not even tried.
             for step in family.into_iter().filter(|step| step.multiply_adds < most) {
-                let Some((predicted_error, kept)) = error_of(&step.pilot, &pilot, &exact, cost)? else { continue };
+                let Some((predicted_error, kept)) = error_of(&step.pilot, &pilot, &exact, cost)?
+                else {
+                    continue;
+                };
                 if predicted_error <= self.eps {
-                    let predicted_multiply_adds = step.multiply_adds + kept * pairs * step.for_each_pair;
+                    let predicted_multiply_adds =
+                        step.multiply_adds + kept * pairs * step.for_each_pair;
                     let Step { spec, rank, .. } = step;
-                    offered.push(Candidate { spec, rank, predicted_error, predicted_multiply_adds });
+                    offered.push(Candidate {
+                        spec,
+                        rank,
+                        predicted_error,
+                        predicted_multiply_adds,
+                    });
                     reached += 1;
                 }
                 if reached > RESERVES {
@@ -112,21 +130,32 @@ impl Auto {
         let tokens = lq + lk;
         let w = self.moment_columns(d);
         let most = MOST_COLUMNS.min(scores.key.nrows());
-        let ranks: Vec<usize> =
-            (0..).map(|i| (16.0 * 2f64.powf(f64::from(i) / 2.0)) as usize).take_while(|&k| k <= most).collect();
+        let ranks: Vec<usize> = (0..)
+            .map(|i| (16.0 * 2f64.powf(f64::from(i) / 2.0)) as usize)
+            .take_while(|&k| k <= most)
+            .collect();
         let seed = self.seed;
         let mut families = Vec::new();
         for name in ["taylor", "chebyshev", "fitted"] {
             let options = if name == "fitted" { "" } else { ",center=both" };
             let degrees = (1..).map(|g| (g, count(d, g))).take_while(|&(_, k)| k <= most as u128);
-            let step =
-                |(g, k)| Step::new(format!("{name}:degree={g}{options}"), k as usize, tokens * k as f64 * (w + 1.0));
+            let step = |(g, k)| {
+                Step::new(
+                    format!("{name}:degree={g}{options}"),
+                    k as usize,
+                    tokens * k as f64 * (w + 1.0),
+                )
+            };
             families.push(degrees.map(step).collect());
         }
         // The largest exponents take a pass of their own.
         let positive = |&k: &usize| {
             let per_column = w + 2.5 * d as f64 + EXPONENTIAL;
-            Step::new(format!("positive-features:rank={k},seed={seed}"), k, tokens * k as f64 * per_column)
+            Step::new(
+                format!("positive-features:rank={k},seed={seed}"),
+                k,
+                tokens * k as f64 * per_column,
+            )
         };
         families.push(ranks.iter().map(positive).collect());
         for degree in [2usize, 3, 5] {
@@ -138,7 +167,11 @@ impl Auto {
             families.push(ranks.iter().filter(|&&k| k > d + degree).map(sketch).collect());
         }
         // A coreset larger than half of the sampled keys says nothing about more keys than those.
-        let believable = if scores.key.nrows() > pilot.key.nrows() { pilot.key.nrows() / 2 } else { pilot.key.nrows() };
+        let believable = if scores.key.nrows() > pilot.key.nrows() {
+            pilot.key.nrows() / 2
+        } else {
+            pilot.key.nrows()
+        };
         let nystrom = |&k: &usize| {
             let own = lk * (k + d) as f64 + lq * (k as f64 + 2.0 * d as f64 + EXPONENTIAL);
             Step::new(format!("nystrom:rank={k},seed={seed}"), k, k as f64 * (tokens * w + own))
@@ -162,7 +195,8 @@ impl Auto {
         let sparse = |share: f64| {
             let spec = format!("sparse:threshold={share}");
             let step = Step::new(spec, 0, search);
-            // Where weights are spread, an entry of P is as much larger on the sample as the sample has fewer keys.
+            // Where weights are spread, an entry of P is as much larger on the sample as the sample
+            // has fewer keys.
             let on_pilot = share * visible_pairs(scores) / (lq * pilot.key.nrows() as f64);
             let pilot = format!("sparse:threshold={}", on_pilot.min(0.5));
             Step { pilot, for_each_pair: self.for_each_pair(d) - 2.0 * d as f64, ..step }
@@ -216,9 +250,14 @@ fn visible_pairs<T>(scores: &Scores<T>) -> f64 {
     if scores.mask == Mask::Causal { lq * (lq + 1.0) / 2.0 } else { lq * lk }
 }
 
-/// Thresholds that leave out the largest 0.1%, 1%, 5% and 20% of the sampled centered logits, falling.
+/// Thresholds that leave out the largest 0.1%, 1%, 5% and 20% of the sampled centered logits,
+/// falling.
 fn thresholds<T: Real>(pilot: &Scores<T>) -> Result<Vec<f64>> {
-    let centered = super::centering::Centered::new(pilot, super::centering::Center::Both, &mut Cost::default())?;
+    let centered = super::centering::Centered::new(
+        pilot,
+        super::centering::Center::Both,
+        &mut Cost::default(),
+    )?;
     let all = large_logits(&centered.scores(pilot), 0.0, &mut Cost::default())?;
     let mut logits: Vec<f64> = all.iter().flatten().map(|(_, s)| s.widen().abs()).collect();
     logits.sort_by(|a, b| b.total_cmp(a));
@@ -247,8 +286,8 @@ fn probabilities<T: Real>(scores: &Scores<T>) -> Array2<f64> {
     p
 }
 
-/// Relative Frobenius error of P of a method on a sample, and the share of its pairs that are treated one by one; `None`
-/// if its parameters do not fit it.
+/// Relative Frobenius error of P of a method on a sample, and the share of its pairs that are
+/// treated one by one; `None` if its parameters do not fit it.
 fn error_of<T: Real>(
     spec: &str,
     scores: &Scores<T>,
@@ -286,7 +325,12 @@ fn square_gap<T: Real>(row: ArrayView1<T>, want: ArrayView1<f64>) -> f64 {
 }
 
 /// As [`probability_error`], on a sample of whole rows of the head, visible keys only.
-fn measured_error<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>, seed: u64, cost: &mut Cost) -> f64 {
+fn measured_error<T: Real>(
+    map: &dyn FeatureMap<T>,
+    scores: &Scores<T>,
+    seed: u64,
+    cost: &mut Cost,
+) -> f64 {
     let rows = sample(seed, "auto-measured", scores.query.nrows(), MEASURED_ROWS);
     let mut psi = Array2::zeros((map.rank(), scores.key.nrows()));
     map.key_features(0, scores.key, psi.view_mut());
@@ -294,7 +338,8 @@ fn measured_error<T: Real>(map: &dyn FeatureMap<T>, scores: &Scores<T>, seed: u6
     for &i in &rows {
         let visible = if scores.mask == Mask::Causal { i + 1 } else { scores.key.nrows() };
         let query = scores.query.slice(s![i..=i, ..]);
-        let exact = probabilities(&Scores { query, key: scores.key.slice(s![..visible, ..]), ..*scores });
+        let exact =
+            probabilities(&Scores { query, key: scores.key.slice(s![..visible, ..]), ..*scores });
         let mut phi = Array2::zeros((map.rank(), 1));
         map.query_features(i, query, phi.view_mut());
         let mut row = phi.column(0).dot(&psi.slice(s![.., ..visible]));
@@ -315,12 +360,13 @@ impl<T: Real> SoftmaxFactorization<T> for Auto {
     }
 
     /// # Errors
-    /// [`Error::InvalidParam`] if no method with at most L columns reaches the target, or none at less than the exact
-    /// gradient's cost.
+    /// [`Error::InvalidParam`] if no method with at most L columns reaches the target, or none at
+    /// less than the exact gradient's cost.
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         let candidates = self.predict(scores, cost)?;
         let exact_multiply_adds = self.exact_multiply_adds(scores);
-        for chosen in candidates.iter().filter(|c| c.predicted_multiply_adds < exact_multiply_adds) {
+        for chosen in candidates.iter().filter(|c| c.predicted_multiply_adds < exact_multiply_adds)
+        {
             let map = build::<T>(&chosen.spec)?.prepare(scores, cost)?;
             let measured_error = measured_error(map.as_ref(), scores, self.seed, cost);
             if measured_error <= self.eps {
@@ -331,13 +377,14 @@ impl<T: Real> SoftmaxFactorization<T> for Auto {
                     exact_multiply_adds,
                     candidates: candidates.clone(),
                 };
-                let certificate = Certificate { selection: Some(selection), ..map.certificate().clone() };
+                let certificate =
+                    Certificate { selection: Some(selection), ..map.certificate().clone() };
                 return Ok(Box::new(Chosen { map, certificate }));
             }
         }
         let why = format!(
-            "no factorization is predicted to reach it on this head with fewer than the {exact_multiply_adds:.1e} multiply-adds of the exact gradient; \
-             take the exact gradient"
+            "no factorization is predicted to reach it on this head with fewer than the \
+             {exact_multiply_adds:.1e} multiply-adds of the exact gradient; take the exact gradient"
         );
         Err(Error::invalid("eps", self.eps, why))
     }

@@ -1,9 +1,10 @@
 //! Taking the means of queries and keys out of the scores, exactly.
 //!
-//! With means q0 and k0, beta q_i.k_j = beta q_i.k0 + beta q0.(k_j - k0) + beta (q_i - q0).(k_j - k0). The first
-//! term is a shift of row i, which the softmax does not see; the second is a factor of column j, which goes to
-//! Psi; only the third, whose entries are smaller, is left to the polynomial. Trained heads have large means:
-//! without centering a polynomial spends its degrees on a constant.
+//! With means q0 and k0, beta q_i.k_j = beta q_i.k0 + beta q0.(k_j - k0) + beta (q_i - q0).(k_j -
+//! k0). The first term is a shift of row i, which the softmax does not see; the second is a factor
+//! of column j, which goes to Psi; only the third, whose entries are smaller, is left to the
+//! polynomial. Trained heads have large means: without centering a polynomial spends its degrees on
+//! a constant.
 
 use super::Scores;
 use crate::attention::shards::{RowShards, WholeHead, together};
@@ -63,7 +64,8 @@ pub struct Centered<T> {
     pub row_shift: Option<Vec<T>>,
     /// exp(beta q0.(k_j - k0)) for each key, if queries are centered.
     pub column_factor: Option<Vec<T>>,
-    /// Largest column factor of all shards (1 without any): an error of the polynomial is multiplied by at most this.
+    /// Largest column factor of all shards (1 without any): an error of the polynomial is
+    /// multiplied by at most this.
     pub largest_factor: f64,
 }
 
@@ -80,29 +82,41 @@ impl<T: Real> Centered<T> {
     ///
     /// # Errors
     /// As [`Centered::new`]; those of the shards.
-    pub fn of_shard(scores: &Scores<T>, center: Center, shards: &dyn RowShards<T>, cost: &mut Cost) -> Result<Self> {
+    pub fn of_shard(
+        scores: &Scores<T>,
+        center: Center,
+        shards: &dyn RowShards<T>,
+        cost: &mut Cost,
+    ) -> Result<Self> {
         let d = scores.query.ncols();
         let mean = |a: &ArrayView2<T>| -> Result<Array1<T>> {
             if shards.count() == 1 {
                 return Ok(a.mean_axis(Axis(0)).unwrap_or_else(|| Array1::zeros(d)));
             }
             let sum = a.sum_axis(Axis(0));
-            let mut wide: Vec<f64> = sum.iter().map(|x| x.widen()).chain([a.nrows() as f64]).collect();
+            let mut wide: Vec<f64> =
+                sum.iter().map(|x| x.widen()).chain([a.nrows() as f64]).collect();
             shards.sum_wide(&mut wide)?;
             let rows = wide[d].max(1.0);
             Ok(wide[..d].iter().map(|x| T::of(x / rows)).collect())
         };
         let key_mean = if center == Center::None { Array1::zeros(d) } else { mean(&scores.key)? };
-        let query_mean = if center == Center::Both { mean(&scores.query)? } else { Array1::zeros(d) };
+        let query_mean =
+            if center == Center::Both { mean(&scores.query)? } else { Array1::zeros(d) };
         let (query, key) = (&scores.query - &query_mean, &scores.key - &key_mean);
         let beta = T::of(scores.beta);
-        let row_shift =
-            (center != Center::None).then(|| scores.query.dot(&key_mean).iter().map(|&x| beta * x).collect());
-        let column_factor: Option<Vec<T>> =
-            (center == Center::Both).then(|| key.dot(&query_mean).iter().map(|&x| (beta * x).exp()).collect());
-        let overflows = column_factor.as_ref().is_some_and(|factors| factors.iter().any(|x| !x.is_finite()));
+        let row_shift = (center != Center::None)
+            .then(|| scores.query.dot(&key_mean).iter().map(|&x| beta * x).collect());
+        let column_factor: Option<Vec<T>> = (center == Center::Both)
+            .then(|| key.dot(&query_mean).iter().map(|&x| (beta * x).exp()).collect());
+        let overflows =
+            column_factor.as_ref().is_some_and(|factors| factors.iter().any(|x| !x.is_finite()));
         let checked = match overflows {
-            true => Err(Error::invalid("center", "both", "a column factor exp(beta q0.(k - k0)) overflows")),
+            true => Err(Error::invalid(
+                "center",
+                "both",
+                "a column factor exp(beta q0.(k - k0)) overflows",
+            )),
             false => Ok(()),
         };
         together(shards, checked)?;

@@ -1,4 +1,5 @@
-//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best polynomial on the interval of the logits \[AA22\].
+//! `chebyshev:degree=g|eps=E[,b=B][,check=norms|scan|off][,center=none|keys|both]`: near-best
+//! polynomial on the interval of the logits \[AA22\].
 
 use super::centering::{Center, Centered};
 use super::degree::degree;
@@ -38,7 +39,14 @@ pub struct Chebyshev {
 
 impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
     fn spec(&self) -> String {
-        super::spec::polynomial_spec("chebyshev", self.degree, self.eps, self.b, self.check, self.center)
+        super::spec::polynomial_spec(
+            "chebyshev",
+            self.degree,
+            self.eps,
+            self.b,
+            self.check,
+            self.center,
+        )
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
@@ -53,11 +61,18 @@ impl<T: Real> SoftmaxFactorization<T> for Chebyshev {
     ) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
         let centered = Centered::of_shard(scores, self.center, shards, cost)?;
-        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
+        let (b, evidence) =
+            settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
         let degree = match (self.degree, self.eps) {
             (Some(g), None) => g,
             (None, Some(eps)) => degree(b, eps)?.max(1),
-            _ => return Err(Error::invalid("chebyshev", &spec, "give exactly one of degree and eps")),
+            _ => {
+                return Err(Error::invalid(
+                    "chebyshev",
+                    &spec,
+                    "give exactly one of degree and eps",
+                ));
+            }
         };
         let certificate = Certificate {
             spec,

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 /// Corrections of single pairs: exp(S - shift) ~= Phi Psi^T + C with C sparse.
 ///
-/// Entries are kept by rows for the query side and, once a column is asked for, by columns for the key side, so that
-/// both sides are summed in a fixed order and in parallel.
+/// Entries are kept by rows for the query side and, once a column is asked for, by columns for the
+/// key side, so that both sides are summed in a fixed order and in parallel.
 #[derive(Debug, Clone, Default)]
 pub struct SparseCorrection<T> {
     by_row: Compressed<T>,
@@ -26,7 +26,10 @@ struct Compressed<T> {
 impl<T: Real> Compressed<T> {
     fn list(&self, i: usize) -> impl Iterator<Item = (usize, T)> + '_ {
         let range = self.starts[i]..self.starts[i + 1];
-        self.indices[range.clone()].iter().map(|&j| j as usize).zip(self.values[range].iter().copied())
+        self.indices[range.clone()]
+            .iter()
+            .map(|&j| j as usize)
+            .zip(self.values[range].iter().copied())
     }
 
     fn transposed(&self, columns: usize) -> Self {
@@ -49,8 +52,8 @@ impl<T: Real> Compressed<T> {
     }
 }
 
-/// Most entries that a correction may have: 1 GB in double precision. A threshold that keeps more has lost to the
-/// exact gradient, which stores no pair at all.
+/// Most entries that a correction may have: 1 GB in double precision. A threshold that keeps more
+/// has lost to the exact gradient, which stores no pair at all.
 pub const MAX_PAIRS: usize = 1 << 26;
 
 impl<T: Real> SparseCorrection<T> {

@@ -8,9 +8,9 @@ pub const MAX_DEGREE: usize = 4096;
 
 /// Smallest degree whose truncated Chebyshev series has uniform error at most `eps` on [-b, b].
 ///
-/// Computed from the exact error 2 sum_{n > g} I_n(b), not from an asymptotic formula (\[AA22\] gives
-/// Theta(b + log(1/eps) / log(log(1/eps) / b)) for the optimal degree). The best polynomial of any
-/// kind needs at least [`lower_bound`], which is at most a few below.
+/// Computed from the exact error 2 sum_{n > g} I_n(b), not from an asymptotic formula (\[AA22\]
+/// gives Theta(b + log(1/eps) / log(log(1/eps) / b)) for the optimal degree). The best polynomial
+/// of any kind needs at least [`lower_bound`], which is at most a few below.
 ///
 /// # Errors
 /// [`Error::InvalidParam`] unless b and eps are positive and finite, or if no degree up to
@@ -28,9 +28,9 @@ pub fn degree(b: f64, eps: f64) -> Result<usize> {
 
 /// A degree that no polynomial of uniform error `eps` can go below.
 ///
-/// The Chebyshev coefficient a_{g+1} = 2 I_{g+1}(b) of exp is that of exp - p for every p of degree g, and it
-/// is 2/pi times an integral of (exp - p) T_{g+1} against the Chebyshev weight, of which |T_{g+1}| has
-/// integral 2: so the best error is at least pi/4 a_{g+1}.
+/// The Chebyshev coefficient a_{g+1} = 2 I_{g+1}(b) of exp is that of exp - p for every p of degree
+/// g, and it is 2/pi times an integral of (exp - p) T_{g+1} against the Chebyshev weight, of which
+/// |T_{g+1}| has integral 2: so the best error is at least pi/4 a_{g+1}.
 ///
 /// # Errors
 /// As [`degree`].
@@ -60,7 +60,11 @@ fn search(b: f64, eps: f64, error: impl Fn(usize) -> f64) -> Result<usize> {
         low = high;
         high *= 2;
         if high > MAX_DEGREE {
-            return Err(Error::invalid("eps", eps, format!("no degree up to {MAX_DEGREE} suffices on [-{b}, {b}]")));
+            return Err(Error::invalid(
+                "eps",
+                eps,
+                format!("no degree up to {MAX_DEGREE} suffices on [-{b}, {b}]"),
+            ));
         }
     }
     while high - low > 1 {
@@ -82,14 +86,19 @@ mod tests {
                 assert!(chebyshev_error(g, b) <= eps);
                 assert!(g == 0 || chebyshev_error(g - 1, b) > eps);
                 let low = lower_bound(b, eps).unwrap();
-                assert!(low <= g && g <= low + 4 + (b.sqrt() as usize), "b {b} eps {eps}: {low} {g}");
+                assert!(
+                    low <= g && g <= low + 4 + (b.sqrt() as usize),
+                    "b {b} eps {eps}: {low} {g}"
+                );
             }
         }
     }
 
     #[test]
     fn bad_arguments_are_refused() {
-        for (b, eps) in [(0.0, 0.1), (f64::NAN, 0.1), (1.0, 0.0), (1.0, f64::INFINITY), (800.0, 0.1)] {
+        for (b, eps) in
+            [(0.0, 0.1), (f64::NAN, 0.1), (1.0, 0.0), (1.0, f64::INFINITY), (800.0, 0.1)]
+        {
             assert!(matches!(degree(b, eps), Err(Error::InvalidParam { .. })), "{b} {eps}");
         }
     }

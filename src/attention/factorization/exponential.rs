@@ -1,7 +1,8 @@
 //! Features that are exponentials of linear functions: exp(W x + offset - shift), column by column.
 //!
-//! The shift of a column is the largest exponent of its row of features, so that nothing overflows and the largest
-//! feature is 1; the feature map reports it as a row shift, which the softmax does not see.
+//! The shift of a column is the largest exponent of its row of features, so that nothing overflows
+//! and the largest feature is 1; the feature map reports it as a row shift, which the softmax does
+//! not see.
 
 use crate::cost::Cost;
 use crate::linalg::elementwise::exp_columns;

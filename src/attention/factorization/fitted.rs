@@ -1,7 +1,9 @@
-//! `fitted:degree=g[,samples=N][,seed=S][,center=both|keys|none]`: the polynomial of least squares on sampled logits.
+//! `fitted:degree=g[,samples=N][,seed=S][,center=both|keys|none]`: the polynomial of least squares
+//! on sampled logits.
 //!
-//! Logits concentrate near 0, far inside the worst-case interval, and the fit spends its degrees there. The
-//! certificate still bounds the error on the whole interval that the norms allow, which shows the price.
+//! Logits concentrate near 0, far inside the worst-case interval, and the fit spends its degrees
+//! there. The certificate still bounds the error on the whole interval that the norms allow, which
+//! shows the price.
 
 use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
@@ -45,9 +47,12 @@ impl Fitted {
         cost.product(self.samples, scores.query.ncols(), 1);
         (0..self.samples)
             .map(|_| {
-                let (mut i, mut j) =
-                    (rng.random_range(0..scores.query.nrows()), rng.random_range(0..scores.key.nrows()));
-                // Reflection maps a uniform pair to a uniform visible one (the diagonal counts twice).
+                let (mut i, mut j) = (
+                    rng.random_range(0..scores.query.nrows()),
+                    rng.random_range(0..scores.key.nrows()),
+                );
+                // Reflection maps a uniform pair to a uniform visible one (the diagonal counts
+                // twice).
                 if scores.mask == Mask::Causal && j > i {
                     std::mem::swap(&mut i, &mut j);
                 }
@@ -59,8 +64,8 @@ impl Fitted {
 
 /// The polynomial that minimises sum_i (p(s_i) - exp(s_i))^2, with the largest |s_i|.
 ///
-/// Solved in the Chebyshev basis of the sampled interval, which keeps the system well conditioned; the
-/// degree is lowered when the sample has too few distinct values to determine it.
+/// Solved in the Chebyshev basis of the sampled interval, which keeps the system well conditioned;
+/// the degree is lowered when the sample has too few distinct values to determine it.
 ///
 /// # Errors
 /// [`Error::InvalidParam`] if exp overflows on the sample.
@@ -101,7 +106,11 @@ impl<T: Real> SoftmaxFactorization<T> for Fitted {
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
         if self.samples <= self.degree {
-            return Err(Error::invalid("samples", self.samples, format!("must exceed the degree {}", self.degree)));
+            return Err(Error::invalid(
+                "samples",
+                self.samples,
+                format!("must exceed the degree {}", self.degree),
+            ));
         }
         let centered = Centered::new(scores, self.center, cost)?;
         let left = centered.scores(scores);
@@ -124,7 +133,8 @@ mod tests {
 
     #[test]
     fn the_fit_is_stationary_and_beats_its_neighbours() {
-        let logits: Vec<f64> = (0..200).map(|i| ((i * 37 % 101) as f64 / 50.0 - 1.0).powi(3)).collect();
+        let logits: Vec<f64> =
+            (0..200).map(|i| ((i * 37 % 101) as f64 / 50.0 - 1.0).powi(3)).collect();
         let (p, _) = fit(3, &logits).unwrap();
         let residual: Vec<f64> = logits.iter().map(|&s| p.evaluate(s) - s.exp()).collect();
         // Optimality: the residual is orthogonal to every power up to the degree.

@@ -1,4 +1,5 @@
-//! The interval [-b, b] that holds every visible logit: where b comes from and whether it was checked.
+//! The interval [-b, b] that holds every visible logit: where b comes from and whether it was
+//! checked.
 
 use super::Scores;
 use crate::attention::shards::RowShards;
@@ -44,8 +45,9 @@ impl fmt::Display for Evidence {
 /// Settles b: the given one, checked, or else the smallest that the check proves.
 ///
 /// # Errors
-/// [`Error::LogitOutsideInterval`] if the check does not prove a given b, [`Error::InvalidParam`] for a b that is
-/// not positive and finite, for `check=off` without b, or for `check=scan` on one of several shards.
+/// [`Error::LogitOutsideInterval`] if the check does not prove a given b, [`Error::InvalidParam`]
+/// for a b that is not positive and finite, for `check=off` without b, or for `check=scan` on one
+/// of several shards.
 pub fn settle<T: Real>(
     spec: &str,
     scores: &Scores<T>,
@@ -64,10 +66,15 @@ pub fn settle<T: Real>(
             cost.elementwise += 2 * (scores.query.len() + scores.key.len()) as u64;
             let query = shards.largest(norms::max_row_norm(scores.query))?;
             let bound = scores.beta * query * shards.largest(norms::max_row_norm(scores.key))?;
-            (bound, Evidence::Norms, "bound by the norms of Q and K; check=scan computes the largest logit itself")
+            (
+                bound,
+                Evidence::Norms,
+                "bound by the norms of Q and K; check=scan computes the largest logit itself",
+            )
         }
         Check::Scan if shards.count() > 1 => {
-            let why = "sees every pair of tokens, which no rank holds; use norms, or off with an explicit b";
+            let why = "sees every pair of tokens, which no rank holds; use norms, or off with an \
+                       explicit b";
             return Err(Error::invalid("check", "scan", why));
         }
         Check::Scan => {
@@ -84,8 +91,11 @@ pub fn settle<T: Real>(
     match b {
         None => Ok((found.max(f64::MIN_POSITIVE), evidence)),
         Some(b) if found <= b => Ok((b, evidence)),
-        Some(b) => {
-            Err(Error::LogitOutsideInterval { factorization: spec.to_string(), assumed: b, found, evidence: words })
-        }
+        Some(b) => Err(Error::LogitOutsideInterval {
+            factorization: spec.to_string(),
+            assumed: b,
+            found,
+            evidence: words,
+        }),
     }
 }

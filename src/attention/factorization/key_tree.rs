@@ -1,9 +1,10 @@
 //! Keys in blocks, and boxes over the blocks: which keys can have a large product with a query.
 //!
-//! Products are made for [`WIDTH`] keys at a time. A tree of boxes (centre c, half-widths h) passes over keys that cannot
-//! matter: q.k <= q.c + |q|.h for every key of a box, so the search is exact. Boxes are drawn in coordinates in which the
-//! queries have no preferred direction, q' = q A and k' = k B with A B^T = 1, and the keys' axes are the principal
-//! ones: q'.k' = q.k, but the sum over |q'_c| h_c is far smaller where queries lie in few directions.
+//! Products are made for [`WIDTH`] keys at a time. A tree of boxes (centre c, half-widths h) passes
+//! over keys that cannot matter: q.k <= q.c + |q|.h for every key of a box, so the search is exact.
+//! Boxes are drawn in coordinates in which the queries have no preferred direction, q' = q A and
+//! k' = k B with A B^T = 1, and the keys' axes are the principal ones: q'.k' = q.k, but the sum
+//! over |q'_c| h_c is far smaller where queries lie in few directions.
 
 use crate::attention::problem::Mask;
 use crate::cost::Cost;
@@ -20,8 +21,8 @@ use super::Scores;
 pub(super) const WIDTH: usize = 16;
 /// Query rows of one task.
 const ROWS: usize = 64;
-/// Directions of the queries with less than this share of the largest variance count as if they had it: the
-/// conditioning of the change of coordinates is then at most a thousand.
+/// Directions of the queries with less than this share of the largest variance count as if they had
+/// it: the conditioning of the change of coordinates is then at most a thousand.
 const LEAST_VARIANCE: f64 = 1e-6;
 
 /// What a search looks for.
@@ -143,7 +144,8 @@ fn add_products<T: Real>(block: &[T], query: &[T], out: &mut [T; WIDTH]) {
 /// Boxes over keys. Node 0 is the root; a node's children are nodes or, in the last level, blocks.
 pub(super) struct Tree<T> {
     blocks: Blocks<T>,
-    /// Centre and half-width of each child of each node, both `d x WIDTH`, one node after the other.
+    /// Centre and half-width of each child of each node, both `d x WIDTH`, one node after the
+    /// other.
     centres: Vec<T>,
     halves: Vec<T>,
     /// Number of each child, `u32::MAX` where there is none.
@@ -165,10 +167,11 @@ impl<T: Real> Tree<T> {
         let boxed = cast::<T, f64>(scores.key).dot(&b);
         cost.product(keys, d, d);
         let column_length = |c: usize| norms::frobenius(&a.column(c));
-        let slack = (0..d).map(|c| column_length(c) * norms::max_abs(&boxed.column(c))).sum::<f64>()
-            * 8.0
-            * d as f64
-            * T::epsilon().widen();
+        let slack =
+            (0..d).map(|c| column_length(c) * norms::max_abs(&boxed.column(c))).sum::<f64>()
+                * 8.0
+                * d as f64
+                * T::epsilon().widen();
         let mut tree = Self {
             blocks: Blocks::new(d),
             centres: Vec::new(),
@@ -191,7 +194,13 @@ impl<T: Real> Tree<T> {
     }
 
     /// Adds a node whose children hold at most `capacity` keys each, and returns its number.
-    fn add(&mut self, key: ArrayView2<T>, boxed: ArrayView2<f64>, keys: &mut [u32], capacity: usize) -> u32 {
+    fn add(
+        &mut self,
+        key: ArrayView2<T>,
+        boxed: ArrayView2<f64>,
+        keys: &mut [u32],
+        capacity: usize,
+    ) -> u32 {
         let (node, d) = (self.last_level.len(), boxed.ncols());
         self.centres.resize((node + 1) * d * WIDTH, T::zero());
         self.halves.resize((node + 1) * d * WIDTH, T::zero());
@@ -259,7 +268,8 @@ impl<T: Real> Tree<T> {
                 }
             }
             // The highest bound is looked at first.
-            open[..count].sort_unstable_by(|a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal));
+            open[..count]
+                .sort_unstable_by(|a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal));
             if self.last_level[node] {
                 for &(bound, block) in open[..count].iter().rev() {
                     if bound >= collector.threshold() {
@@ -294,7 +304,8 @@ fn coordinates<T: Real>(scores: &Scores<T>, cost: &mut Cost) -> Result<(Array2<f
     Ok((whitened.dot(&axes), coloured.dot(&axes)))
 }
 
-/// Splits keys into parts of nearly equal size, by halving along the coordinate of largest variance.
+/// Splits keys into parts of nearly equal size, by halving along the coordinate of largest
+/// variance.
 fn split<'a>(boxed: ArrayView2<f64>, keys: &'a mut [u32], parts: usize) -> Vec<&'a mut [u32]> {
     if parts <= 1 {
         return vec![keys];
@@ -375,7 +386,9 @@ impl<T: Real> Index<T> {
     ) -> (Vec<C::Found>, f64) {
         let outcomes: Vec<(Vec<C::Found>, Looked, Cost)> = queries
             .par_chunks(ROWS)
-            .map(|queries| vectorized(SearchTile { index: self, scores, queries, collector: collector() }))
+            .map(|queries| {
+                vectorized(SearchTile { index: self, scores, queries, collector: collector() })
+            })
             .collect();
         let d = scores.query.ncols() as u64;
         let width = WIDTH as u64;
@@ -427,7 +440,8 @@ impl<T: Real, C: Collector<T>> Kernel for SearchTile<'_, '_, T, C> {
             match self.index {
                 Index::Scan(blocks) => {
                     let count = (end as usize).div_ceil(WIDTH);
-                    // The last keys are often the largest: known first, they keep others from being offered.
+                    // The last keys are often the largest: known first, they keep others from being
+                    // offered.
                     blocks.seed(count - 1, &query, end, collector);
                     for block in 0..count {
                         blocks.visit(block, &query, end, collector);

@@ -1,7 +1,8 @@
 //! Factorizations of the exponentiated scores: exp(S - shift) ~= Phi Psi^T, one file each.
 //!
-//! A [`SoftmaxFactorization`] is a method with its parameters. Given one head's queries and keys it prepares a
-//! [`FeatureMap`], which makes rows of Phi and Psi tile by tile, and a [`Certificate`] of what it assumed.
+//! A [`SoftmaxFactorization`] is a method with its parameters. Given one head's queries and keys it
+//! prepares a [`FeatureMap`], which makes rows of Phi and Psi tile by tile, and a [`Certificate`]
+//! of what it assumed.
 
 pub mod auto;
 pub mod centering;
@@ -64,15 +65,16 @@ pub struct Certificate {
     pub rank: usize,
     /// Polynomial degree, for polynomial methods.
     pub degree: Option<usize>,
-    /// Half-width b of the interval [-b, b] on which the bound holds, with how it was obtained. For centered
-    /// methods it is the interval of the centered logits.
+    /// Half-width b of the interval [-b, b] on which the bound holds, with how it was obtained. For
+    /// centered methods it is the interval of the centered logits.
     pub interval: Option<(f64, interval::Evidence)>,
-    /// Bound on |Phi Psi^T - exp(S - shift)| for every logit in the interval, if the mathematics gives one; the
-    /// shift is that of [`FeatureMap::row_shift`].
+    /// Bound on |Phi Psi^T - exp(S - shift)| for every logit in the interval, if the mathematics
+    /// gives one; the shift is that of [`FeatureMap::row_shift`].
     pub exp_error_bound: Option<f64>,
     /// Visible pairs that are corrected one by one, for methods with a sparse part.
     pub corrected_pairs: u64,
-    /// What finding those pairs took, for `sparse`: part of the counted cost, unless an oracle is said to know them.
+    /// What finding those pairs took, for `sparse`: part of the counted cost, unless an oracle is
+    /// said to know them.
     pub search: Option<Cost>,
     /// How `auto` came to its choice.
     pub selection: Option<auto::Selection>,
@@ -83,13 +85,16 @@ pub trait FeatureMap<T: Real>: Send + Sync {
     /// Number of columns k.
     fn rank(&self) -> usize;
 
-    /// Fills `out` (`k x rows`, the transpose of a row tile of Phi) for the query rows starting at `first_row`.
+    /// Fills `out` (`k x rows`, the transpose of a row tile of Phi) for the query rows starting at
+    /// `first_row`.
     fn query_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>);
 
-    /// Fills `out` (`k x rows`, the transpose of a row tile of Psi) for the key rows starting at `first_row`.
+    /// Fills `out` (`k x rows`, the transpose of a row tile of Psi) for the key rows starting at
+    /// `first_row`.
     fn key_features(&self, first_row: usize, rows: ArrayView2<T>, out: ArrayViewMut2<T>);
 
-    /// Adds the products and exponentials of `rows` rows of Phi; the chain itself counts elementwise steps.
+    /// Adds the products and exponentials of `rows` rows of Phi; the chain itself counts
+    /// elementwise steps.
     fn count_query_features(&self, _rows: usize, _cost: &mut Cost) {}
 
     /// The same for Psi.
@@ -105,7 +110,8 @@ pub trait FeatureMap<T: Real>: Send + Sync {
         None
     }
 
-    /// The monomials behind the features, where they are nothing else: another device can make them itself.
+    /// The monomials behind the features, where they are nothing else: another device can make them
+    /// itself.
     fn monomials(&self) -> Option<&monomials::MonomialMap<T>> {
         None
     }
@@ -122,11 +128,13 @@ pub trait SoftmaxFactorization<T: Real>: Send + Sync {
     /// Settles everything that depends on the head; operations are added to `cost`.
     ///
     /// # Errors
-    /// [`crate::Error::LogitOutsideInterval`] when an assumption fails, [`crate::Error::TooLarge`] when the rank would
-    /// exceed the limit, [`crate::Error::InvalidParam`] for parameters that do not fit the head.
+    /// [`crate::Error::LogitOutsideInterval`] when an assumption fails, [`crate::Error::TooLarge`]
+    /// when the rank would exceed the limit, [`crate::Error::InvalidParam`] for parameters that do
+    /// not fit the head.
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>>;
 
-    /// As [`SoftmaxFactorization::prepare`], from one shard of the rows and sums and maxima over all of them.
+    /// As [`SoftmaxFactorization::prepare`], from one shard of the rows and sums and maxima over
+    /// all of them.
     ///
     /// Methods that must see all queries or keys at once do not have it.
     ///
@@ -141,14 +149,14 @@ pub trait SoftmaxFactorization<T: Real>: Send + Sync {
         Err(Error::invalid(
             "features",
             self.spec(),
-            "needs all queries and keys in one process; with rows divided among ranks use taylor or chebyshev \
-             (check=norms or off), positive-features or tensor-sketch",
+            "needs all queries and keys in one process; with rows divided among ranks use taylor \
+             or chebyshev (check=norms or off), positive-features or tensor-sketch",
         ))
     }
 }
 
-/// Largest number of feature columns that a factorization may have: above it a single tile of features
-/// outgrows any cache and the method has lost to the exact one at every length we can run.
+/// Largest number of feature columns that a factorization may have: above it a single tile of
+/// features outgrows any cache and the method has lost to the exact one at every length we can run.
 pub const MAX_RANK: usize = 1 << 18;
 
 /// The approximation of exp(S - shift) in full, sparse part included: for tests and small studies.

@@ -11,7 +11,8 @@ use crate::linalg::Real;
 use crate::linalg::elementwise::{Kernel, vectorized};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
-/// C(d + g, g), the number of monomials of degree at most g in d variables; saturates at `u128::MAX`.
+/// C(d + g, g), the number of monomials of degree at most g in d variables; saturates at
+/// `u128::MAX`.
 ///
 /// ```
 /// use peft_limits::attention::factorization::monomials::count;
@@ -50,8 +51,8 @@ pub struct MonomialMap<T> {
 }
 
 impl<T: Real> MonomialMap<T> {
-    /// Prepares the columns for p(beta q.k) of centered queries and keys; the error bound of the certificate is
-    /// multiplied by the largest column factor of all shards.
+    /// Prepares the columns for p(beta q.k) of centered queries and keys; the error bound of the
+    /// certificate is multiplied by the largest column factor of all shards.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if C(d + g, g) exceeds [`MAX_RANK`].
@@ -73,7 +74,8 @@ impl<T: Real> MonomialMap<T> {
             });
         }
         certificate.rank = rank as usize;
-        certificate.exp_error_bound = certificate.exp_error_bound.map(|e| e * centered.largest_factor);
+        certificate.exp_error_bound =
+            certificate.exp_error_bound.map(|e| e * centered.largest_factor);
         let mut steps = vec![Step { parent: 0, variable: 0 }];
         let mut multinomials = vec![1.0f64];
         let mut degrees = vec![0usize];
@@ -83,8 +85,11 @@ impl<T: Real> MonomialMap<T> {
         for n in 1..=degree {
             let end = steps.len();
             for parent in first_of_degree..end {
-                let (start, run) =
-                    if n == 1 { (0, 0) } else { (steps[parent].variable as usize, last_exponent[parent]) };
+                let (start, run) = if n == 1 {
+                    (0, 0)
+                } else {
+                    (steps[parent].variable as usize, last_exponent[parent])
+                };
                 for variable in start..dimension {
                     let exponent = if n > 1 && variable == start { run + 1 } else { 1 };
                     steps.push(Step { parent: parent as u32, variable: variable as u32 });
@@ -96,8 +101,18 @@ impl<T: Real> MonomialMap<T> {
             first_of_degree = end;
         }
         debug_assert_eq!(steps.len(), certificate.rank);
-        let weights = multinomials.iter().zip(&degrees).map(|(m, &n)| T::of(m * polynomial.coefficients[n])).collect();
-        Ok(Self { steps, weights, input_scale: T::of((beta / polynomial.scale).sqrt()), centered, certificate })
+        let weights = multinomials
+            .iter()
+            .zip(&degrees)
+            .map(|(m, &n)| T::of(m * polynomial.coefficients[n]))
+            .collect();
+        Ok(Self {
+            steps,
+            weights,
+            input_scale: T::of((beta / polynomial.scale).sqrt()),
+            centered,
+            certificate,
+        })
     }
 
     /// Coefficient of each column, a factor of Phi.
@@ -120,14 +135,16 @@ impl<T: Real> MonomialMap<T> {
         (&rows - &self.centered.key_mean) * self.input_scale
     }
 
-    /// For each degree from 1 on, in the order of the columns: the place of each monomial's parent among the
-    /// monomials of one degree less, and the variable that it is multiplied with.
+    /// For each degree from 1 on, in the order of the columns: the place of each monomial's parent
+    /// among the monomials of one degree less, and the variable that it is multiplied with.
     pub fn by_degree(&self) -> Vec<(Vec<u32>, Vec<u32>)> {
         let mut degrees = Vec::new();
         // The columns of the degree below.
         let mut below = 0..1;
         while below.end < self.steps.len() {
-            let children = self.steps[below.end..].iter().take_while(|step| (step.parent as usize) < below.end);
+            let children = self.steps[below.end..]
+                .iter()
+                .take_while(|step| (step.parent as usize) < below.end);
             let degree: (Vec<u32>, Vec<u32>) =
                 children.map(|step| (step.parent - below.start as u32, step.variable)).unzip();
             below = below.end..below.end + degree.0.len();
@@ -136,10 +153,19 @@ impl<T: Real> MonomialMap<T> {
         degrees
     }
 
-    fn fill(&self, rows: ArrayView2<T>, mean: &Array1<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
+    fn fill(
+        &self,
+        rows: ArrayView2<T>,
+        mean: &Array1<T>,
+        mut out: ArrayViewMut2<T>,
+        weighted: bool,
+    ) {
         let scaled = ((&rows - mean) * self.input_scale).t().as_standard_layout().into_owned();
         let width = rows.nrows();
-        assert!(out.is_standard_layout() && out.dim() == (self.steps.len(), width), "a k x rows tile");
+        assert!(
+            out.is_standard_layout() && out.dim() == (self.steps.len(), width),
+            "a k x rows tile"
+        );
         let (Some(out), Some(inputs)) = (out.as_slice_mut(), scaled.as_slice()) else { return };
         let weights = weighted.then_some(&self.weights[..]);
         vectorized(Fill { steps: &self.steps, weights, inputs, width, out });

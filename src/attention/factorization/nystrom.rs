@@ -1,14 +1,17 @@
-//! `nystrom:rank=k[,seed=S][,temperature=T][,tolerance=E][,center=both|keys|none]`: a coreset of keys \[WildCat\].
+//! `nystrom:rank=k[,seed=S][,temperature=T][,tolerance=E][,center=both|keys|none]`: a coreset of
+//! keys \[WildCat\].
 //!
-//! With x = sqrt(beta) t q and y = sqrt(beta) k / t, exp(beta q.k) = exp(x.y) is an inner product of the kernel
-//! exp(y.y') on keys. Projecting every key on the span of k chosen ones S gives the approximation
+//! With x = sqrt(beta) t q and y = sqrt(beta) k / t, exp(beta q.k) = exp(x.y) is an inner product
+//! of the kernel exp(y.y') on keys. Projecting every key on the span of k chosen ones S gives the
+//! approximation
 //!
 //! ```text
 //! exp(x_i.y_j) ~= exp(x_i.y_S) M_SS^-1 M_Sj,   M_jl = exp(y_j.y_l)
 //! ```
 //!
-//! whose weights M_SS^-1 M_Sj are optimal for S, and S comes from randomly pivoted Cholesky. t^2 = temperature: a
-//! hotter kernel spreads over fewer directions on the key side at the price of longer queries.
+//! whose weights M_SS^-1 M_Sj are optimal for S, and S comes from randomly pivoted Cholesky. t^2 =
+//! temperature: a hotter kernel spreads over fewer directions on the key side at the price of
+//! longer queries.
 
 use super::centering::{Center, Centered};
 use super::exponential::Exponents;
@@ -34,8 +37,8 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 /// | `tolerance` | 64 eps, at least eps of the precision | residual, relative to its start, of a key that counts as represented | 0 to 1 |
 /// | `center` | both | which means are taken out | |
 ///
-/// With k the number of distinct keys the approximation is exact up to rounding and `tolerance`. The bound of the
-/// certificate follows from the residuals r_j of the factorization:
+/// With k the number of distinct keys the approximation is exact up to rounding and `tolerance`.
+/// The bound of the certificate follows from the residuals r_j of the factorization:
 /// |error_ij|^2 <= exp(|x_i|^2) r_j (Cauchy-Schwarz in the space of the kernel).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Nystrom {
@@ -53,7 +56,8 @@ pub struct Nystrom {
 
 impl<T: Real> SoftmaxFactorization<T> for Nystrom {
     fn spec(&self) -> String {
-        let optional = |name: &str, x: Option<f64>| x.map_or_else(String::new, |x| format!(",{name}={x}"));
+        let optional =
+            |name: &str, x: Option<f64>| x.map_or_else(String::new, |x| format!(",{name}={x}"));
         format!(
             "nystrom:rank={},seed={}{}{}{}",
             self.rank,
@@ -68,7 +72,11 @@ impl<T: Real> SoftmaxFactorization<T> for Nystrom {
         let keys = scores.key.nrows();
         let most = keys.min(MAX_RANK);
         if self.rank == 0 || self.rank > most {
-            return Err(Error::invalid("rank", self.rank, format!("must be between 1 and {most}, the number of keys")));
+            return Err(Error::invalid(
+                "rank",
+                self.rank,
+                format!("must be between 1 and {most}, the number of keys"),
+            ));
         }
         if let Some(t) = self.temperature
             && !(t > 0.0 && t.is_finite())
@@ -88,8 +96,14 @@ impl<T: Real> SoftmaxFactorization<T> for Nystrom {
         let kernel = KeyKernel::new(&centered, of_key);
         let mut rng = seed_stream(self.seed, "nystrom");
         let diagonal = kernel.diagonal();
-        let chosen =
-            randomly_pivoted_cholesky(&diagonal, |rows| kernel.rows(rows), self.rank, tolerance, &mut rng, cost);
+        let chosen = randomly_pivoted_cholesky(
+            &diagonal,
+            |rows| kernel.rows(rows),
+            self.rank,
+            tolerance,
+            &mut rng,
+            cost,
+        );
         cost.exponentials += (chosen.pivots.len() * keys) as u64;
         cost.product(chosen.pivots.len(), scores.key.ncols(), keys);
         let exponents = Exponents {
@@ -108,7 +122,13 @@ impl<T: Real> SoftmaxFactorization<T> for Nystrom {
         let certificate = Certificate {
             spec: SoftmaxFactorization::<T>::spec(self),
             rank,
-            exp_error_bound: Some(error_bound(&centered, of_query, &query_shift, kernel.scale, &chosen)),
+            exp_error_bound: Some(error_bound(
+                &centered,
+                of_query,
+                &query_shift,
+                kernel.scale,
+                &chosen,
+            )),
             ..Certificate::default()
         };
         Ok(Box::new(NystromMap {
@@ -122,7 +142,8 @@ impl<T: Real> SoftmaxFactorization<T> for Nystrom {
     }
 }
 
-/// max_i exp(|x_i|^2 / 2 - shift_i) max_j sqrt(r_j) with r_j = exp(2 scale) times the residual of the scaled kernel.
+/// max_i exp(|x_i|^2 / 2 - shift_i) max_j sqrt(r_j) with r_j = exp(2 scale) times the residual of
+/// the scaled kernel.
 fn error_bound<T: Real>(
     centered: &Centered<T>,
     of_query: f64,
@@ -130,15 +151,16 @@ fn error_bound<T: Real>(
     scale: f64,
     chosen: &PivotedCholesky,
 ) -> f64 {
-    let exponent = centered.query.rows().into_iter().zip(shift).fold(f64::NEG_INFINITY, |m, (row, shift)| {
-        m.max(0.5 * of_query * of_query * row.dot(&row).widen() - shift.widen())
-    });
+    let exponent =
+        centered.query.rows().into_iter().zip(shift).fold(f64::NEG_INFINITY, |m, (row, shift)| {
+            m.max(0.5 * of_query * of_query * row.dot(&row).widen() - shift.widen())
+        });
     let residual = chosen.residual.iter().fold(0.0f64, |m, &r| m.max(r));
     (exponent + scale).exp() * residual.sqrt()
 }
 
-/// The kernel exp(y_j.y_l) f_j f_l exp(-2 scale) on the keys, f the column factors and the scale such that the
-/// largest entry is 1.
+/// The kernel exp(y_j.y_l) f_j f_l exp(-2 scale) on the keys, f the column factors and the scale
+/// such that the largest entry is 1.
 struct KeyKernel {
     /// y as rows.
     points: Array2<f64>,
@@ -155,8 +177,10 @@ impl KeyKernel {
             Some(factors) => factors.iter().map(|f| f.widen().ln()).collect(),
             None => vec![0.0; points.nrows()],
         };
-        let half_squares: Vec<f64> = points.rows().into_iter().map(|row| 0.5 * row.dot(&row)).collect();
-        let scale = log_factor.iter().zip(&half_squares).fold(f64::NEG_INFINITY, |m, (l, h)| m.max(l + h));
+        let half_squares: Vec<f64> =
+            points.rows().into_iter().map(|row| 0.5 * row.dot(&row)).collect();
+        let scale =
+            log_factor.iter().zip(&half_squares).fold(f64::NEG_INFINITY, |m, (l, h)| m.max(l + h));
         Self { points, log_factor, half_squares, scale }
     }
 

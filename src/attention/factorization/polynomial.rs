@@ -27,8 +27,8 @@ impl Polynomial {
 
     /// Bound on max |p(s) - exp(s)| over [-b, b], rigorous up to rounding.
     ///
-    /// A grid with spacing h gives the maximum at its points; between them the error moves by at most
-    /// h/2 times the bound of |p'| + exp' on the interval.
+    /// A grid with spacing h gives the maximum at its points; between them the error moves by at
+    /// most h/2 times the bound of |p'| + exp' on the interval.
     pub fn uniform_error(&self, b: f64) -> f64 {
         const POINTS: u32 = 20_000;
         let h = 2.0 * b / f64::from(POINTS);
@@ -84,7 +84,8 @@ pub fn taylor_error(degree: usize, b: f64) -> f64 {
     sum
 }
 
-/// Modified Bessel functions I_0(b), ..., I_n(b) by their power series, whose terms are all positive.
+/// Modified Bessel functions I_0(b), ..., I_n(b) by their power series, whose terms are all
+/// positive.
 pub fn bessel_i(n: usize, b: f64) -> Vec<f64> {
     let half = b / 2.0;
     let mut lead = 1.0; // (b/2)^n / n!
@@ -116,11 +117,13 @@ pub fn chebyshev(degree: usize, b: f64) -> Result<Polynomial> {
     if bessel.iter().any(|x| !x.is_finite()) {
         return Err(Error::invalid("b", b, "exp(b) must not overflow"));
     }
-    let series: Vec<f64> = bessel.iter().enumerate().map(|(n, i)| if n == 0 { *i } else { 2.0 * i }).collect();
+    let series: Vec<f64> =
+        bessel.iter().enumerate().map(|(n, i)| if n == 0 { *i } else { 2.0 * i }).collect();
     Ok(Polynomial { coefficients: chebyshev_to_powers(&series), scale: b })
 }
 
-/// Error of [`chebyshev`] on [-b, b]: exactly 2 sum_{n > g} I_n(b), attained at s = b, where every T_n is 1.
+/// Error of [`chebyshev`] on [-b, b]: exactly 2 sum_{n > g} I_n(b), attained at s = b, where every
+/// T_n is 1.
 ///
 /// ```
 /// use peft_limits::attention::factorization::polynomial::{chebyshev, chebyshev_error};
@@ -136,8 +139,8 @@ pub fn chebyshev_error(degree: usize, b: f64) -> f64 {
 
 /// Coefficients of powers from coefficients of Chebyshev polynomials.
 ///
-/// Cancellation costs a factor of up to (1 + sqrt 2)^g in relative precision: 4e-8 at degree 20 in doubles
-/// in the worst case, far less for exp, whose series falls faster than that.
+/// Cancellation costs a factor of up to (1 + sqrt 2)^g in relative precision: 4e-8 at degree 20 in
+/// doubles in the worst case, far less for exp, whose series falls faster than that.
 pub fn chebyshev_to_powers(series: &[f64]) -> Vec<f64> {
     let n = series.len();
     let mut powers = vec![0.0; n];
@@ -173,8 +176,8 @@ mod tests {
 
     #[test]
     fn bessel_values_from_their_integral() {
-        // I_n(b) = (1/pi) int_0^pi exp(b cos t) cos(n t) dt, by the trapezoidal rule, which converges
-        // geometrically for periodic integrands.
+        // I_n(b) = (1/pi) int_0^pi exp(b cos t) cos(n t) dt, by the trapezoidal rule, which
+        // converges geometrically for periodic integrands.
         for b in [0.1, 1.0, 5.0, 20.0] {
             let values = bessel_i(6, b);
             for (n, value) in values.iter().enumerate() {
@@ -186,7 +189,10 @@ mod tests {
                     })
                     .sum::<f64>()
                     / f64::from(points);
-                assert!((value - integral).abs() < 1e-13 * b.exp(), "I_{n}({b}) = {value}, integral {integral}");
+                assert!(
+                    (value - integral).abs() < 1e-13 * b.exp(),
+                    "I_{n}({b}) = {value}, integral {integral}"
+                );
             }
         }
     }
@@ -203,9 +209,15 @@ mod tests {
                 };
                 let c = chebyshev(degree, b).unwrap();
                 let (c_error, c_measured) = (chebyshev_error(degree, b), measured(&c));
-                assert!((c_measured - c_error).abs() <= 1e-9 * c_error + rounding, "chebyshev {degree} on {b}");
+                assert!(
+                    (c_measured - c_error).abs() <= 1e-9 * c_error + rounding,
+                    "chebyshev {degree} on {b}"
+                );
                 let (t_error, t_measured) = (taylor_error(degree, b), measured(&taylor(degree)));
-                assert!((t_measured - t_error).abs() <= 1e-9 * t_error + rounding, "taylor {degree} on {b}");
+                assert!(
+                    (t_measured - t_error).abs() <= 1e-9 * t_error + rounding,
+                    "taylor {degree} on {b}"
+                );
                 assert!(c_error < t_error, "the Chebyshev series is the better one");
                 let rigorous = c.uniform_error(b);
                 assert!(rigorous >= c_measured && rigorous <= 1.1 * c_error + 1e-3 * b.exp());

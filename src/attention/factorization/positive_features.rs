@@ -1,9 +1,11 @@
-//! `positive-features:rank=k[,seed=S][,directions=orthogonal|iid][,center=both|keys|none]`: FAVOR+ \[Performer\].
+//! `positive-features:rank=k[,seed=S][,directions=orthogonal|iid][,center=both|keys|none]`: FAVOR+
+//! \[Performer\].
 //!
-//! For w standard normal, E exp(w.x - |x|^2/2) exp(w.y - |y|^2/2) = exp(x.y). With x = sqrt(beta) t q and
-//! y = sqrt(beta) k / t the mean of k such products is an unbiased, positive estimate of exp(beta q.k) for any t; the
-//! variance, (exp(|x|^2 + |y|^2 + 4 x.y) - exp(2 x.y)) / k for independent directions, is least where |x| and |y| are
-//! alike, so t balances their root mean squares. The published estimator is t = 1 without centering.
+//! For w standard normal, E exp(w.x - |x|^2/2) exp(w.y - |y|^2/2) = exp(x.y). With x = sqrt(beta) t
+//! q and y = sqrt(beta) k / t the mean of k such products is an unbiased, positive estimate of
+//! exp(beta q.k) for any t; the variance, (exp(|x|^2 + |y|^2 + 4 x.y) - exp(2 x.y)) / k for
+//! independent directions, is least where |x| and |y| are alike, so t balances their root mean
+//! squares. The published estimator is t = 1 without centering.
 
 use super::centering::{Center, Centered};
 use super::exponential::Exponents;
@@ -21,8 +23,8 @@ use std::fmt;
 /// How the directions of one block of d_h features are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Directions {
-    /// Orthogonal to each other, with the lengths of independent normal vectors: each is still standard normal, and
-    /// the variance of the estimate is smaller.
+    /// Orthogonal to each other, with the lengths of independent normal vectors: each is still
+    /// standard normal, and the variance of the estimate is smaller.
     #[default]
     Orthogonal,
     /// Independent.
@@ -64,7 +66,9 @@ impl PositiveFeatures {
     /// Those of the QR decomposition.
     pub fn draw_directions(&self, dimension: usize) -> Result<Array2<f64>> {
         let mut rng = seed_stream(self.seed, "positive-features");
-        let mut normal = |rows| Array2::from_shape_simple_fn((rows, dimension), || StandardNormal.sample(&mut rng));
+        let mut normal = |rows| {
+            Array2::from_shape_simple_fn((rows, dimension), || StandardNormal.sample(&mut rng))
+        };
         if self.directions == Directions::Iid {
             return Ok(normal(self.rank));
         }
@@ -103,7 +107,11 @@ impl<T: Real> SoftmaxFactorization<T> for PositiveFeatures {
         cost: &mut Cost,
     ) -> Result<Box<dyn FeatureMap<T>>> {
         if self.rank == 0 || self.rank > MAX_RANK {
-            return Err(Error::invalid("rank", self.rank, format!("must be between 1 and {MAX_RANK}")));
+            return Err(Error::invalid(
+                "rank",
+                self.rank,
+                format!("must be between 1 and {MAX_RANK}"),
+            ));
         }
         let centered = Centered::of_shard(scores, self.center, shards, cost)?;
         let directions = self.draw_directions(scores.query.ncols())?;
@@ -115,7 +123,8 @@ impl<T: Real> SoftmaxFactorization<T> for PositiveFeatures {
         };
         let query = side(of_query, &centered.query_mean);
         let key = side(of_key, &centered.key_mean);
-        // Exponents are w.x - |x|^2/2. The largest of each query row, and the largest of all keys, go to the shift.
+        // Exponents are w.x - |x|^2/2. The largest of each query row, and the largest of all keys,
+        // go to the shift.
         let half_squares = |rows: &Array2<T>, scale: f64| -> Vec<T> {
             let half = T::of(0.5 * scale * scale);
             rows.rows().into_iter().map(|row| half * row.dot(&row)).collect()
@@ -128,7 +137,8 @@ impl<T: Real> SoftmaxFactorization<T> for PositiveFeatures {
             key_half.iter_mut().zip(factors).for_each(|(h, f)| *h -= f.ln());
         }
         let key_largest = key.largest(scores.key, cost);
-        let largest = key_largest.iter().zip(&key_half).fold(T::neg_infinity(), |m, (&x, &h)| m.max(x - h));
+        let largest =
+            key_largest.iter().zip(&key_half).fold(T::neg_infinity(), |m, (&x, &h)| m.max(x - h));
         let largest = T::of(shards.largest(largest.widen())?);
         let key_shift: Vec<T> = key_half.into_iter().map(|h| h + largest).collect();
         // Phi Psi^T is the sum, not the mean, of the products: hence ln k.
@@ -140,20 +150,33 @@ impl<T: Real> SoftmaxFactorization<T> for PositiveFeatures {
             })
             .collect();
         cost.hold(2 * row_shift.len() + key_shift.len());
-        let certificate =
-            Certificate { spec: SoftmaxFactorization::<T>::spec(self), rank: self.rank, ..Certificate::default() };
+        let certificate = Certificate {
+            spec: SoftmaxFactorization::<T>::spec(self),
+            rank: self.rank,
+            ..Certificate::default()
+        };
         Ok(Box::new(PositiveMap { query, key, query_shift, key_shift, row_shift, certificate }))
     }
 }
 
-/// Factors of q and k: sqrt(beta) t and sqrt(beta) / t with t^2 the ratio of root mean squares, keys over queries.
+/// Factors of q and k: sqrt(beta) t and sqrt(beta) / t with t^2 the ratio of root mean squares,
+/// keys over queries.
 ///
 /// # Errors
 /// Those of the shards.
-pub(super) fn balance<T: Real>(centered: &Centered<T>, beta: f64, shards: &dyn RowShards<T>) -> Result<(f64, f64)> {
+pub(super) fn balance<T: Real>(
+    centered: &Centered<T>,
+    beta: f64,
+    shards: &dyn RowShards<T>,
+) -> Result<(f64, f64)> {
     let square = |a: &Array2<T>| a.iter().map(|x| x.widen() * x.widen()).sum::<f64>();
     let rows = |a: &Array2<T>| a.nrows() as f64;
-    let mut sums = [square(&centered.query), rows(&centered.query), square(&centered.key), rows(&centered.key)];
+    let mut sums = [
+        square(&centered.query),
+        rows(&centered.query),
+        square(&centered.key),
+        rows(&centered.key),
+    ];
     shards.sum_wide(&mut sums)?;
     let (q, k) = (sums[0] / sums[1].max(1.0), sums[2] / sums[3].max(1.0));
     let t = if q > 0.0 && k > 0.0 { (k / q).powf(0.25) } else { 1.0 };

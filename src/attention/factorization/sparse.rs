@@ -1,12 +1,14 @@
-//! `sparse:threshold=E[,keys=K][,search=exact|tree|oracle][,remainder=dropped|G]`: of each query the largest probabilities, exactly.
+//! `sparse:threshold=E[,keys=K][,search=exact|tree|oracle][,remainder=dropped|G]`: of each query
+//! the largest probabilities, exactly.
 //!
-//! A softmax that condenses on few keys is a sparse matrix. Of each query the largest entries are kept: at most K, each at
-//! least E times the sum of those kept. The rest is dropped, or carried by a polynomial of degree G as in
-//! [`super::support_basis`]. Dropped entries are below E of the kept sum, which is the certificate. Derivation:
-//! paper-notes/factorizations-and-bounds.md, section 1.
+//! A softmax that condenses on few keys is a sparse matrix. Of each query the largest entries are
+//! kept: at most K, each at least E times the sum of those kept. The rest is dropped, or carried by
+//! a polynomial of degree G as in [`super::support_basis`]. Dropped entries are below E of the kept
+//! sum, which is the certificate. Derivation: paper-notes/factorizations-and-bounds.md, section 1.
 //!
-//! Finding the entries is the cost: every pair is looked at (`exact`), or only the keys of boxes that can hold one
-//! (`tree`, the same result); `oracle` is told them, and its search is not counted.
+//! Finding the entries is the cost: every pair is looked at (`exact`), or only the keys of boxes
+//! that can hold one (`tree`, the same result); `oracle` is told them, and its search is not
+//! counted.
 
 use super::centering::{Center, Centered};
 use super::fitted::fit;
@@ -26,14 +28,15 @@ use std::fmt;
 /// How the largest entries are found; all three find the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Search {
-    /// Every visible pair is looked at: L^2 d_h multiply-adds (half of it with a causal mask), no exponential for
-    /// what is not kept.
+    /// Every visible pair is looked at: L^2 d_h multiply-adds (half of it with a causal mask), no
+    /// exponential for what is not kept.
     #[default]
     Exact,
-    /// Boxes over keys are passed over where they cannot matter: sub-quadratic on heads whose keys cluster, never
-    /// much above `exact`.
+    /// Boxes over keys are passed over where they cannot matter: sub-quadratic on heads whose keys
+    /// cluster, never much above `exact`.
     Tree,
-    /// The entries are known: their search is reported in [`Certificate::search`] and left out of the cost.
+    /// The entries are known: their search is reported in [`Certificate::search`] and left out of
+    /// the cost.
     Oracle,
 }
 
@@ -56,12 +59,12 @@ impl fmt::Display for Search {
 /// | `search` | exact | how the entries are found | |
 /// | `remainder` | dropped | degree of the polynomial that carries the others; k = C(d + g, g) columns | >= 1 |
 ///
-/// At least one of `threshold` and `keys` is needed. The same E for all rows keeps the largest entries of P as a
-/// whole, which is the best choice for a Frobenius error; a fixed number of keys a row needs two to four times as
-/// many on trained heads.
+/// At least one of `threshold` and `keys` is needed. The same E for all rows keeps the largest
+/// entries of P as a whole, which is the best choice for a Frobenius error; a fixed number of keys
+/// a row needs two to four times as many on trained heads.
 ///
-/// The gradient with a dropped remainder is the exact gradient of the sparse softmax with its pattern held fixed;
-/// with a polynomial it is the chain's, dS^ = P^ o (G V^T - delta).
+/// The gradient with a dropped remainder is the exact gradient of the sparse softmax with its
+/// pattern held fixed; with a polynomial it is the chain's, dS^ = P^ o (G V^T - delta).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sparse {
     /// E.
@@ -93,7 +96,11 @@ impl<T: Real> SoftmaxFactorization<T> for Sparse {
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
         if !(0.0..1.0).contains(&self.threshold) || (self.threshold == 0.0 && self.keys.is_none()) {
-            return Err(Error::invalid("threshold", self.threshold, "must be above 0 and below 1, or keys be given"));
+            return Err(Error::invalid(
+                "threshold",
+                self.threshold,
+                "must be above 0 and below 1, or keys be given",
+            ));
         }
         if self.keys == Some(0) {
             return Err(Error::invalid("keys", 0, "must be at least 1"));
@@ -123,7 +130,8 @@ impl<T: Real> SoftmaxFactorization<T> for Sparse {
                 let values: Vec<Vec<(u32, T)>> = rows.into_iter().map(|row| row.pairs).collect();
                 let sparse = SparseCorrection::from_rows(&values, scores.key.nrows())?;
                 cost.hold(2 * sparse.len() + row_shift.len());
-                let certificate = Certificate { corrected_pairs: sparse.len() as u64, ..certificate };
+                let certificate =
+                    Certificate { corrected_pairs: sparse.len() as u64, ..certificate };
                 Ok(Box::new(SparseMap { sparse, row_shift, certificate }))
             }
         }
@@ -159,10 +167,12 @@ struct Row<T> {
     largest_dropped: T,
 }
 
-/// Collects the largest entries e^s of a row: the most that satisfy, in falling order, e_m >= E (e_1 + ... + e_m) and m <= K.
+/// Collects the largest entries e^s of a row: the most that satisfy, in falling order, e_m >= E
+/// (e_1 + ... + e_m) and m <= K.
 ///
-/// The condition holds for a first stretch and fails from there on. An entry that fails among some of a row's entries fails
-/// among all of them, since more entries are then above it: so the order in which they come does not matter.
+/// The condition holds for a first stretch and fails from there on. An entry that fails among some
+/// of a row's entries fails among all of them, since more entries are then above it: so the order
+/// in which they come does not matter.
 struct Largest<T> {
     share: T,
     log_share: T,
@@ -208,8 +218,8 @@ impl<T: Real> Collector<T> for Largest<T> {
 
     fn finish(&mut self, cost: &mut Cost) -> Row<T> {
         let sum = self.cut();
-        // Dropped for the share: below it times the sum with itself, so below E / (1 - E) of the kept sum. Dropped for
-        // the number: at most the last kept one.
+        // Dropped for the share: below it times the sum with itself, so below E / (1 - E) of the
+        // kept sum. Dropped for the number: at most the last kept one.
         let mut largest_dropped = self.share / (T::one() - self.share);
         if self.keys.len() == self.most {
             let last = self.weights.iter().fold(T::one(), |low, &e| low.min(e));
@@ -258,14 +268,16 @@ impl<T: Real> Largest<T> {
         logit - T::of(16.0) * T::epsilon() * (T::one() + self.top.abs())
     }
 
-    /// Cuts the list to the stretch that is kept, raises the threshold, and returns the sum of e^(s - top).
+    /// Cuts the list to the stretch that is kept, raises the threshold, and returns the sum of
+    /// e^(s - top).
     #[inline(never)]
     fn cut(&mut self) -> T {
         self.weights.clear();
         self.weights.extend_from_slice(&self.logits);
         self.exponentials += self.weights.len() as u64;
         // Sure to be kept: at least E of everything. Sure to be dropped: below E of those.
-        let (all, mut sum) = vectorized(Weights { entries: &mut self.weights, top: self.top, share: self.share });
+        let (all, mut sum) =
+            vectorized(Weights { entries: &mut self.weights, top: self.top, share: self.share });
         let (low, high) = (self.share * sum, self.share * all);
         let mut between: Vec<(T, u32)> = Vec::new();
         for (&key, &e) in self.keys.iter().zip(&self.weights) {
@@ -285,7 +297,8 @@ impl<T: Real> Largest<T> {
         self.keep_up_to(last);
         let mut threshold = self.lowered(self.top + self.log_share + sum.ln());
         if self.keys.len() > self.most {
-            let mut all: Vec<(T, u32)> = self.weights.iter().copied().zip(self.keys.iter().copied()).collect();
+            let mut all: Vec<(T, u32)> =
+                self.weights.iter().copied().zip(self.keys.iter().copied()).collect();
             let order = |a: &(T, u32), b: &(T, u32)| falling(a.0, b.0).then(a.1.cmp(&b.1));
             let last = *all.select_nth_unstable_by(self.most - 1, order).1;
             self.keep_up_to(last);
@@ -315,7 +328,8 @@ fn falling<T: Real>(a: T, b: T) -> std::cmp::Ordering {
     b.partial_cmp(&a).unwrap_or(std::cmp::Ordering::Equal)
 }
 
-/// Replaces logits by e^(s - top); returns their sum, and the sum of those that are at least `share` of it.
+/// Replaces logits by e^(s - top); returns their sum, and the sum of those that are at least
+/// `share` of it.
 struct Weights<'a, T> {
     entries: &'a mut [T],
     top: T,
@@ -371,9 +385,15 @@ fn remainder<T: Real>(
     corrected(scores, centered, &polynomial, &pairs, certificate, cost)
 }
 
-/// Logits of about [`SAMPLES`] evenly spaced visible pairs that are not kept; a zero if there are none.
-fn dropped_logits<T: Real>(scores: &Scores<T>, rows: &[Row<T>], logit: impl Fn(usize, usize) -> T) -> Vec<f64> {
-    let total: usize = rows.iter().enumerate().map(|(i, row)| visible(scores, i) - row.pairs.len()).sum();
+/// Logits of about [`SAMPLES`] evenly spaced visible pairs that are not kept; a zero if there are
+/// none.
+fn dropped_logits<T: Real>(
+    scores: &Scores<T>,
+    rows: &[Row<T>],
+    logit: impl Fn(usize, usize) -> T,
+) -> Vec<f64> {
+    let total: usize =
+        rows.iter().enumerate().map(|(i, row)| visible(scores, i) - row.pairs.len()).sum();
     let step = total.div_ceil(SAMPLES).max(1);
     let mut sample = Vec::new();
     let mut skip = step / 2;

@@ -35,7 +35,8 @@ pub const METHODS: [(&str, &str); 10] = [
 /// Makes a factorization from its spec.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for an unknown method or key, a missing or repeated key, or a value out of range.
+/// [`Error::InvalidParam`] for an unknown method or key, a missing or repeated key, or a value out
+/// of range.
 ///
 /// ```
 /// use peft_limits::attention::factorization::build;
@@ -104,7 +105,9 @@ pub fn build<T: Real>(spec: &str) -> Result<Box<dyn SoftmaxFactorization<T>>> {
         }),
         "support-basis" => Box::new(SupportBasis {
             degree: keys.degree()?,
-            threshold: keys.positive("threshold")?.ok_or_else(|| keys.error("threshold is missing"))?,
+            threshold: keys
+                .positive("threshold")?
+                .ok_or_else(|| keys.error("threshold is missing"))?,
             center: keys.center(Center::Both)?,
         }),
         "sparse" => {
@@ -191,7 +194,9 @@ impl<'a> Keys<'a> {
     fn positive(&mut self, key: &str) -> Result<Option<f64>> {
         let value: Option<f64> = self.take(key)?;
         match value {
-            Some(x) if !(x > 0.0 && x.is_finite()) => Err(self.error(format!("{key} must be positive and finite"))),
+            Some(x) if !(x > 0.0 && x.is_finite()) => {
+                Err(self.error(format!("{key} must be positive and finite")))
+            }
             other => Ok(other),
         }
     }
@@ -200,7 +205,9 @@ impl<'a> Keys<'a> {
         match self.values.remove("directions") {
             None | Some("orthogonal") => Ok(Directions::Orthogonal),
             Some("iid") => Ok(Directions::Iid),
-            Some(other) => Err(self.error(format!("directions cannot be {other:?}: orthogonal or iid"))),
+            Some(other) => {
+                Err(self.error(format!("directions cannot be {other:?}: orthogonal or iid")))
+            }
         }
     }
 
@@ -209,7 +216,9 @@ impl<'a> Keys<'a> {
             None | Some("exact") => Ok(Search::Exact),
             Some("tree") => Ok(Search::Tree),
             Some("oracle") => Ok(Search::Oracle),
-            Some(other) => Err(self.error(format!("search cannot be {other:?}: exact, tree or oracle"))),
+            Some(other) => {
+                Err(self.error(format!("search cannot be {other:?}: exact, tree or oracle")))
+            }
         }
     }
 
@@ -229,16 +238,18 @@ impl<'a> Keys<'a> {
             None | Some("norms") => Ok(Check::Norms),
             Some("scan") => Ok(Check::Scan),
             Some("off") => Ok(Check::Off),
-            Some(other) => Err(self.error(format!("check cannot be {other:?}: norms, scan or off"))),
+            Some(other) => {
+                Err(self.error(format!("check cannot be {other:?}: norms, scan or off")))
+            }
         }
     }
 
     fn center(&mut self, default: Center) -> Result<Center> {
         match self.values.remove("center") {
             None => Ok(default),
-            Some(text) => {
-                text.parse().map_err(|()| self.error(format!("center cannot be {text:?}: none, keys or both")))
-            }
+            Some(text) => text
+                .parse()
+                .map_err(|()| self.error(format!("center cannot be {text:?}: none, keys or both"))),
         }
     }
 
@@ -318,7 +329,10 @@ mod tests {
         ] {
             assert_eq!(build::<f32>(spec).unwrap().spec(), spec);
         }
-        assert_eq!(build::<f64>("fitted:degree=3").unwrap().spec(), "fitted:degree=3,samples=4096,seed=0");
+        assert_eq!(
+            build::<f64>("fitted:degree=3").unwrap().spec(),
+            "fitted:degree=3,samples=4096,seed=0"
+        );
     }
 
     #[test]

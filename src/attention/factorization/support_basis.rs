@@ -1,7 +1,9 @@
-//! `support-basis:degree=g,threshold=T[,center=both|keys|none]`: large logits one by one, the rest by a polynomial \[SupportBasis\].
+//! `support-basis:degree=g,threshold=T[,center=both|keys|none]`: large logits one by one, the rest
+//! by a polynomial \[SupportBasis\].
 //!
-//! exp(S) = p(S) + [exp(S) - p(S)], and on |S| <= T the Chebyshev polynomial p of degree g is within its known error, so
-//! only pairs with |S| > T are kept of the bracket: a sparse matrix. T, not the largest logit, decides the degree.
+//! exp(S) = p(S) + [exp(S) - p(S)], and on |S| <= T the Chebyshev polynomial p of degree g is
+//! within its known error, so only pairs with |S| > T are kept of the bracket: a sparse matrix. T,
+//! not the largest logit, decides the degree.
 
 use super::centering::{Center, Centered};
 use super::interval::Evidence;
@@ -22,8 +24,8 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 /// | `threshold` | none | T: pairs with a (centered) logit above it in magnitude are exact | > 0, exp(T) finite |
 /// | `center` | both | which means are taken out | |
 ///
-/// A threshold below every logit keeps every pair: the result is then exact up to rounding, at quadratic memory, until
-/// the pairs exceed [`super::correction::MAX_PAIRS`], which is an error.
+/// A threshold below every logit keeps every pair: the result is then exact up to rounding, at
+/// quadratic memory, until the pairs exceed [`super::correction::MAX_PAIRS`], which is an error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SupportBasis {
     /// Degree g.
@@ -58,7 +60,8 @@ impl<T: Real> SoftmaxFactorization<T> for SupportBasis {
     }
 }
 
-/// A polynomial of the centered logits with the given pairs (key, centered logit) of each query made exact.
+/// A polynomial of the centered logits with the given pairs (key, centered logit) of each query
+/// made exact.
 ///
 /// # Errors
 /// [`Error::TooLarge`] for too many pairs or columns.
@@ -72,8 +75,10 @@ pub(super) fn corrected<T: Real>(
 ) -> Result<Box<dyn FeatureMap<T>>> {
     let factor = |j: u32| centered.column_factor.as_ref().map_or(1.0, |f| f[j as usize].widen());
     // Rows are divided by their largest exponential, so that it does not overflow.
-    let row_log: Vec<f64> =
-        pairs.iter().map(|row| row.iter().fold(0.0f64, |m, &(j, s)| m.max(s.widen() + factor(j).ln()))).collect();
+    let row_log: Vec<f64> = pairs
+        .iter()
+        .map(|row| row.iter().fold(0.0f64, |m, &(j, s)| m.max(s.widen() + factor(j).ln())))
+        .collect();
     let corrections: Vec<Vec<(u32, T)>> = pairs
         .iter()
         .zip(&row_log)

@@ -1,4 +1,5 @@
-//! `taylor:degree=g[,b=B][,check=norms|scan|off][,center=none|keys|both]`: the Taylor polynomial of exp \[AS23\].
+//! `taylor:degree=g[,b=B][,check=norms|scan|off][,center=none|keys|both]`: the Taylor polynomial of
+//! exp \[AS23\].
 
 use super::centering::{Center, Centered};
 use super::interval::{Check, settle};
@@ -32,7 +33,14 @@ pub struct Taylor {
 
 impl<T: Real> SoftmaxFactorization<T> for Taylor {
     fn spec(&self) -> String {
-        super::spec::polynomial_spec("taylor", Some(self.degree), None, self.b, self.check, self.center)
+        super::spec::polynomial_spec(
+            "taylor",
+            Some(self.degree),
+            None,
+            self.b,
+            self.check,
+            self.center,
+        )
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
@@ -47,7 +55,8 @@ impl<T: Real> SoftmaxFactorization<T> for Taylor {
     ) -> Result<Box<dyn FeatureMap<T>>> {
         let spec = SoftmaxFactorization::<T>::spec(self);
         let centered = Centered::of_shard(scores, self.center, shards, cost)?;
-        let (b, evidence) = settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
+        let (b, evidence) =
+            settle(&spec, &centered.scores(scores), self.b, self.check, shards, cost)?;
         let certificate = Certificate {
             spec,
             degree: Some(self.degree),

@@ -1,17 +1,21 @@
-//! `tensor-sketch:degree=g,rank=k[,seed=S][,nonnegative=true][,center=both|keys|none]`: sketched polynomial kernels \[PolySketch\].
+//! `tensor-sketch:degree=g,rank=k[,seed=S][,nonnegative=true][,center=both|keys|none]`: sketched
+//! polynomial kernels \[PolySketch\].
 //!
-//! A count sketch C: R^d -> R^m sends coordinate l to bucket h(l) with sign s(l); the circular convolution of n
-//! independent ones is a sketch of x (x) ... (x) x whose inner products are unbiased: E <T_n x, T_n y> = (x.y)^n. A
-//! convolution is a product of discrete Fourier transforms, and by Parseval's identity the inner product can be taken
-//! there too, so features are products of transforms and no inverse transform is made. The transform of a count
-//! sketch is linear in x, m real numbers from d: at head widths it is made as a product with a fixed `m x d` matrix, inside
+//! A count sketch C: R^d -> R^m sends coordinate l to bucket h(l) with sign s(l); the circular
+//! convolution of n independent ones is a sketch of x (x) ... (x) x whose inner products are
+//! unbiased: E <T_n x, T_n y> = (x.y)^n. A convolution is a product of discrete Fourier transforms,
+//! and by Parseval's identity the inner product can be taken there too, so features are products of
+//! transforms and no inverse transform is made. The transform of a count sketch is linear in x, m
+//! real numbers from d: at head widths it is made as a product with a fixed `m x d` matrix, inside
 //! GEMM (the FFT is the independent path of the tests).
 //!
-//! Features are those of the Taylor polynomial: degrees 0 and 1 exactly (1 + d_h columns), the others sketched with
-//! equal shares of the rest, so Phi Psi^T is unbiased for that polynomial of the (centered) scores.
+//! Features are those of the Taylor polynomial: degrees 0 and 1 exactly (1 + d_h columns), the
+//! others sketched with equal shares of the rest, so Phi Psi^T is unbiased for that polynomial of
+//! the (centered) scores.
 //!
-//! `nonnegative` sketches exp(s / 2) at degree g / 2 and squares: the features are all products of two, so
-//! Phi Psi^T = (inner product)^2 >= 0 and no denominator is negative. The square is biased upwards by the variance.
+//! `nonnegative` sketches exp(s / 2) at degree g / 2 and squares: the features are all products of
+//! two, so Phi Psi^T = (inner product)^2 >= 0 and no denominator is negative. The square is biased
+//! upwards by the variance.
 
 use super::centering::{Center, Centered};
 use super::polynomial::taylor;
@@ -54,7 +58,10 @@ impl<T: Real> SoftmaxFactorization<T> for TensorSketch {
     fn spec(&self) -> String {
         let sign = if self.nonnegative { ",nonnegative=true" } else { "" };
         let center = super::spec::center_suffix(self.center);
-        format!("tensor-sketch:degree={},rank={},seed={}{sign}{center}", self.degree, self.rank, self.seed)
+        format!(
+            "tensor-sketch:degree={},rank={},seed={}{sign}{center}",
+            self.degree, self.rank, self.seed
+        )
     }
 
     fn prepare(&self, scores: &Scores<T>, cost: &mut Cost) -> Result<Box<dyn FeatureMap<T>>> {
@@ -72,10 +79,18 @@ impl<T: Real> SoftmaxFactorization<T> for TensorSketch {
             return Err(Error::invalid("rank", self.rank, format!("must be at most {MAX_RANK}")));
         }
         if self.nonnegative && (!self.degree.is_multiple_of(2) || self.degree < 4) {
-            return Err(Error::invalid("degree", self.degree, "must be even and at least 4 with nonnegative=true"));
+            return Err(Error::invalid(
+                "degree",
+                self.degree,
+                "must be even and at least 4 with nonnegative=true",
+            ));
         }
         if self.degree < 2 {
-            return Err(Error::invalid("degree", self.degree, "must be at least 2: degrees 0 and 1 are not sketched"));
+            return Err(Error::invalid(
+                "degree",
+                self.degree,
+                "must be at least 2: degrees 0 and 1 are not sketched",
+            ));
         }
         let degree = if self.nonnegative { self.degree / 2 } else { self.degree };
         // Products of two of w columns: w (w + 1) / 2.
@@ -115,7 +130,16 @@ impl<T: Real> SoftmaxFactorization<T> for TensorSketch {
         cost.hold(transforms.len());
         let input_scale = T::of((scores.beta * share).sqrt());
         let nonnegative = self.nonnegative;
-        Ok(Box::new(SketchMap { transforms, length, degree, weights, input_scale, nonnegative, centered, certificate }))
+        Ok(Box::new(SketchMap {
+            transforms,
+            length,
+            degree,
+            weights,
+            input_scale,
+            nonnegative,
+            centered,
+            certificate,
+        }))
     }
 }
 
@@ -140,8 +164,9 @@ impl CountSketch {
         }
     }
 
-    /// The matrix of the discrete Fourier transform of the sketch, `m x d`, as real rows: the real entry 0; for
-    /// even m the real entry m/2; then real and imaginary part of entries 1, 2, ... below m/2.
+    /// The matrix of the discrete Fourier transform of the sketch, `m x d`, as real rows: the real
+    /// entry 0; for even m the real entry m/2; then real and imaginary part of entries 1, 2, ...
+    /// below m/2.
     pub fn transform(&self) -> Array2<f64> {
         let m = self.length;
         let mut matrix = Array2::zeros((m, self.buckets.len()));
@@ -196,18 +221,31 @@ impl<T: Real> SketchMap<T> {
         out.row_mut(0).fill(T::one());
         out.slice_mut(s![1..=d, ..]).assign(&inputs.t());
         let mut spectra = Array2::zeros((self.degree * m, rows.nrows()));
-        product_into(self.transforms.view(), inputs.t(), T::zero(), &mut spectra.view_mut(), &mut Cost::default());
+        product_into(
+            self.transforms.view(),
+            inputs.t(),
+            T::zero(),
+            &mut spectra.view_mut(),
+            &mut Cost::default(),
+        );
         for n in 2..=self.degree {
             let start = 1 + d + (n - 2) * m;
             let (before, mut block) = out.view_mut().split_at(Axis(0), start);
             let mut block = block.slice_mut(s![..m, ..]);
             let next = spectra.slice(s![(n - 1) * m..n * m, ..]);
-            let left = if n == 2 { spectra.slice(s![..m, ..]) } else { before.slice(s![start - m.., ..]) };
+            let left =
+                if n == 2 { spectra.slice(s![..m, ..]) } else { before.slice(s![start - m.., ..]) };
             multiply_spectra(left, next, &mut block);
         }
     }
 
-    fn fill(&self, rows: ArrayView2<T>, mean: &Array1<T>, mut out: ArrayViewMut2<T>, weighted: bool) {
+    fn fill(
+        &self,
+        rows: ArrayView2<T>,
+        mean: &Array1<T>,
+        mut out: ArrayViewMut2<T>,
+        weighted: bool,
+    ) {
         let weight_rows = |mut a: ArrayViewMut2<T>| {
             if weighted {
                 a.rows_mut().into_iter().zip(&self.weights).for_each(|(mut row, &w)| row *= w);
@@ -246,7 +284,10 @@ impl<T: Real> SketchMap<T> {
 fn multiply_spectra<T: Real>(a: ArrayView2<T>, b: ArrayView2<T>, out: &mut ArrayViewMut2<T>) {
     let real = real_entries(out.nrows());
     for f in 0..real {
-        ndarray::Zip::from(out.row_mut(f)).and(a.row(f)).and(b.row(f)).for_each(|o, &x, &y| *o = x * y);
+        ndarray::Zip::from(out.row_mut(f))
+            .and(a.row(f))
+            .and(b.row(f))
+            .for_each(|o, &x, &y| *o = x * y);
     }
     for re in (real..out.nrows()).step_by(2) {
         let im = re + 1;

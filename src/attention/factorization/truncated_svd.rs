@@ -1,4 +1,5 @@
-//! `truncated-svd:rank=k`: the best rank-k approximation, the oracle to measure against (quadratic memory, cubic time).
+//! `truncated-svd:rank=k`: the best rank-k approximation, the oracle to measure against (quadratic
+//! memory, cubic time).
 
 use super::{Certificate, FeatureMap, Scores, SoftmaxFactorization};
 use crate::cost::Cost;
@@ -8,21 +9,23 @@ use crate::linalg::decompositions::{Svd, svd};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use std::sync::Arc;
 
-/// Best rank-k approximation, in the Frobenius norm, of the unmasked probabilities P (Eckart-Young).
+/// Best rank-k approximation, in the Frobenius norm, of the unmasked probabilities P
+/// (Eckart-Young).
 ///
 /// | field | default | purpose | range |
 /// |---|---|---|---|
 /// | `rank` | none | k | 1 to min(L_q, L_k) |
 ///
-/// P = exp(S - lse) is decomposed rather than exp(S): the rows are those that the softmax uses, so the
-/// row shift of the feature map is the row log-sum-exp.
+/// P = exp(S - lse) is decomposed rather than exp(S): the rows are those that the softmax uses, so
+/// the row shift of the feature map is the row log-sum-exp.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TruncatedSvd {
     /// k.
     pub rank: usize,
 }
 
-/// Longest side that is decomposed (cubic time: 6 s at 1024 with nalgebra on the development machine).
+/// Longest side that is decomposed (cubic time: 6 s at 1024 with nalgebra on the development
+/// machine).
 pub const MAX_TOKENS: usize = 4096;
 
 /// The full decomposition, from which every rank can be cut.
@@ -53,8 +56,8 @@ impl<T: Real> Oracle<T> {
         for mut row in p.rows_mut() {
             let largest = row.fold(f64::NEG_INFINITY, |a, &b| a.max(b));
             let lse = largest + row.fold(0.0, |sum, &x| sum + (x - largest).exp()).ln();
-            // The shift is rounded to T first, so that Phi Psi^T approximates exp(S - shift) for the very
-            // shift that the gradient adds back.
+            // The shift is rounded to T first, so that Phi Psi^T approximates exp(S - shift) for
+            // the very shift that the gradient adds back.
             let lse = T::of(lse);
             row.mapv_inplace(|x| (x - lse.widen()).exp());
             log_sum_exp.push(lse);
@@ -87,8 +90,11 @@ impl<T: Real> Oracle<T> {
         }
         let root = self.svd.s.slice(s![..rank]).mapv(f64::sqrt);
         // Transposed features: k x L.
-        let phi = (self.svd.u.slice(s![.., ..rank]).t().to_owned() * root.view().insert_axis(Axis(1))).mapv(T::of);
-        let psi = (self.svd.vt.slice(s![..rank, ..]).to_owned() * root.view().insert_axis(Axis(1))).mapv(T::of);
+        let phi = (self.svd.u.slice(s![.., ..rank]).t().to_owned()
+            * root.view().insert_axis(Axis(1)))
+        .mapv(T::of);
+        let psi = (self.svd.vt.slice(s![..rank, ..]).to_owned() * root.view().insert_axis(Axis(1)))
+            .mapv(T::of);
         Ok(Box::new(SvdMap {
             phi,
             psi,
@@ -98,8 +104,8 @@ impl<T: Real> Oracle<T> {
                 rank,
                 degree: None,
                 interval: None,
-                // An entry of P - P_k is at most its spectral norm, the next singular value. The bound is on
-                // exp(S - lse), that is on P itself.
+                // An entry of P - P_k is at most its spectral norm, the next singular value. The
+                // bound is on exp(S - lse), that is on P itself.
                 exp_error_bound: Some(self.svd.s.get(rank).copied().unwrap_or(0.0)),
                 ..Certificate::default()
             },

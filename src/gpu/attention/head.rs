@@ -1,6 +1,8 @@
-//! One head on a device: what is uploaded, its projections, and the gradients made from products with dS and P.
+//! One head on a device: what is uploaded, its projections, and the gradients made from products
+//! with dS and P.
 //!
-//! The device's counterpart of [`crate::attention::contraction`], with the same factors and equations: with s = alpha / r,
+//! The device's counterpart of [`crate::attention::contraction`], with the same factors and
+//! equations: with s = alpha / r,
 //!
 //! ```text
 //! dB_Q = beta s X_Q^T [dS (K A_Q^T)]       dA_Q = beta s [dS^T (X_Q B_Q)]^T K
@@ -99,7 +101,11 @@ impl<B: Engine> Head<B> {
         let adapters = problem.adapters();
         let any = adapters.query.is_some() || adapters.key.is_some() || adapters.value.is_some();
         if request == Request::Adapters && !any {
-            return Err(Error::invalid("request", "Adapters", "the head has no adapter; ask for all gradients"));
+            return Err(Error::invalid(
+                "request",
+                "Adapters",
+                "the head has no adapter; ask for all gradients",
+            ));
         }
         let objective = problem.objective();
         let head = |query, key, value, inputs, low_rank, scaling| -> Result<Self> {
@@ -125,9 +131,11 @@ impl<B: Engine> Head<B> {
         };
         // Self-attention sends its hidden states once.
         let query = on.upload("XQ", hidden.inputs.query.view())?;
-        let inputs = hidden.inputs.try_map(|letter, x| match x.as_ptr() == hidden.inputs.query.as_ptr() {
-            true => Ok(query.clone()),
-            false => on.upload(&format!("X{letter}"), x.view()),
+        let inputs = hidden.inputs.try_map(|letter, x| {
+            match x.as_ptr() == hidden.inputs.query.as_ptr() {
+                true => Ok(query.clone()),
+                false => on.upload(&format!("X{letter}"), x.view()),
+            }
         })?;
         let low_rank = hidden.projections.try_map(|letter, p| {
             let Some(adapter) = &p.adapter else { return Ok(None) };
@@ -140,11 +148,20 @@ impl<B: Engine> Head<B> {
             let weight = on.upload(&format!("W{letter}"), p.weight.view())?;
             let frozen = count.product(inputs.letter(letter).clone(), weight);
             Ok(match low_rank.letter(letter) {
-                Some(a) => frozen + count.product(a.input.clone(), a.lora_a.clone()) * hidden.scaling,
+                Some(a) => {
+                    frozen + count.product(a.input.clone(), a.lora_a.clone()) * hidden.scaling
+                }
                 None => frozen,
             })
         })?;
-        head(projected.query, projected.key, projected.value, Some(inputs), low_rank, hidden.scaling)
+        head(
+            projected.query,
+            projected.key,
+            projected.value,
+            Some(inputs),
+            low_rank,
+            hidden.scaling,
+        )
     }
 
     /// Chooses and forms the factors.
@@ -181,7 +198,9 @@ impl<B: Engine> Head<B> {
     pub fn value_left(&self, upstream: &Matrix<B>, count: &mut Counted) -> Option<Matrix<B>> {
         match (self.request, &self.low_rank.value) {
             (Request::All, _) => Some(upstream.clone()),
-            (Request::Adapters, Some(a)) => Some(count.product(upstream.clone(), a.lora_a.clone().transpose())),
+            (Request::Adapters, Some(a)) => {
+                Some(count.product(upstream.clone(), a.lora_a.clone().transpose()))
+            }
             (Request::Adapters, None) => None,
         }
     }
@@ -196,8 +215,14 @@ impl<B: Engine> Head<B> {
     ///
     /// # Errors
     /// [`Error::Device`].
-    pub fn finish(&self, on: &Opened<B>, products: Products<B>, mut count: Counted) -> Result<Gradients<f32>> {
-        let Products { output, upstream, value_right, score_right, score_left, value_left } = products;
+    pub fn finish(
+        &self,
+        on: &Opened<B>,
+        products: Products<B>,
+        mut count: Counted,
+    ) -> Result<Gradients<f32>> {
+        let Products { output, upstream, value_right, score_right, score_left, value_left } =
+            products;
         let scaled = |t: Option<Matrix<B>>| t.map(|t| t * self.beta);
         let (score_right, score_left) = (scaled(score_right), scaled(score_left));
         let (mut weight, mut lora_a, mut lora_b) = (Qkv::default(), Qkv::default(), Qkv::default());
@@ -212,23 +237,40 @@ impl<B: Engine> Head<B> {
                         Ok(d.clone().map(|d| count.transposed_product(x, d)))
                     })?;
                     let mut factor = |letter: char, of_a: bool| {
-                        let (Some(a), Some(dw)) = (self.low_rank.letter(letter), weight.letter(letter)) else {
+                        let (Some(a), Some(dw)) =
+                            (self.low_rank.letter(letter), weight.letter(letter))
+                        else {
                             return None;
                         };
                         Some(match of_a {
-                            true => count.transposed_product(a.lora_b.clone(), dw.clone()) * self.scaling,
-                            false => count.product(dw.clone(), a.lora_a.clone().transpose()) * self.scaling,
+                            true => {
+                                count.transposed_product(a.lora_b.clone(), dw.clone())
+                                    * self.scaling
+                            }
+                            false => {
+                                count.product(dw.clone(), a.lora_a.clone().transpose())
+                                    * self.scaling
+                            }
                         })
                     };
-                    lora_a = Qkv { query: factor('Q', true), key: factor('K', true), value: factor('V', true) };
-                    lora_b = Qkv { query: factor('Q', false), key: factor('K', false), value: factor('V', false) };
+                    lora_a = Qkv {
+                        query: factor('Q', true),
+                        key: factor('K', true),
+                        value: factor('V', true),
+                    };
+                    lora_b = Qkv {
+                        query: factor('Q', false),
+                        key: factor('K', false),
+                        value: factor('V', false),
+                    };
                 }
                 projected = all;
             }
             (Request::Adapters, Some(x)) => {
                 let rank = |a: &Option<LowRank<B>>| a.as_ref().map_or(0, |a| a.lora_a.dims()[0]);
                 let (rq, rk) = (rank(query), rank(key));
-                let mut of = |a: Matrix<B>, b: Matrix<B>| count.transposed_product(a, b) * self.scaling;
+                let mut of =
+                    |a: Matrix<B>, b: Matrix<B>| count.transposed_product(a, b) * self.scaling;
                 if let (Some(right), Some(left)) = (&score_right, &score_left) {
                     if rq > 0 {
                         lora_b.query = Some(of(x.query.clone(), right.clone().narrow(1, 0, rq)));
@@ -268,7 +310,9 @@ pub(super) fn rows_of<B: Engine>(a: &Matrix<B>, rows: std::ops::Range<usize>) ->
 }
 
 /// Those that are there, beside one another.
-pub(super) fn side_by_side<B: Engine>(parts: impl IntoIterator<Item = Option<Matrix<B>>>) -> Option<Matrix<B>> {
+pub(super) fn side_by_side<B: Engine>(
+    parts: impl IntoIterator<Item = Option<Matrix<B>>>,
+) -> Option<Matrix<B>> {
     let mut parts: Vec<Matrix<B>> = parts.into_iter().flatten().collect();
     match parts.len() {
         0 | 1 => parts.pop(),

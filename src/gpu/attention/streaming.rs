@@ -1,8 +1,9 @@
 //! Exact gradients on a device over tiles: no L x L tensor, backward by hand (\[FA2\], design 2.1).
 //!
-//! Pass 1 walks the key tiles of each query tile with the online softmax and leaves O, P R and the row log-sum-exps. Pass
-//! 2 recomputes the scores of each tile and accumulates dS Z by query rows and dS^T W, P^T N by key rows. A tile is as
-//! large as a memory budget allows, because on a device every operation is a launch of its own.
+//! Pass 1 walks the key tiles of each query tile with the online softmax and leaves O, P R and the
+//! row log-sum-exps. Pass 2 recomputes the scores of each tile and accumulates dS Z by query rows
+//! and dS^T W, P^T N by key rows. A tile is as large as a memory budget allows, because on a device
+//! every operation is a launch of its own.
 
 use super::head::{Counted, Factors, Head, Matrix, Products, rows_of, side_by_side, stacked};
 use crate::attention::exact::streaming::Tile;
@@ -30,15 +31,18 @@ impl Default for Options {
     }
 }
 
-/// Tiles alive at once in pass 2: scores (then P), G V^T (then dS), and the result of the operation between them.
+/// Tiles alive at once in pass 2: scores (then P), G V^T (then dS), and the result of the operation
+/// between them.
 const LIVE_TILES: u64 = 3;
 
-/// Side of a causal tile at most: half a diagonal tile is computed in vain, so tiles stay below an eighth of the length,
-/// but not below this many rows, where launches would cost more than they save.
+/// Side of a causal tile at most: half a diagonal tile is computed in vain, so tiles stay below an
+/// eighth of the length, but not below this many rows, where launches would cost more than they
+/// save.
 const CAUSAL_SIDE: usize = 1024;
 
 impl Options {
-    /// The tile of a head of `queries` and `keys` that the budget and a buffer of `max_buffer` bytes allow.
+    /// The tile of a head of `queries` and `keys` that the budget and a buffer of `max_buffer`
+    /// bytes allow.
     ///
     /// # Errors
     /// [`Error::TooLarge`] when not even one score fits.
@@ -47,14 +51,20 @@ impl Options {
         if elements == 0 {
             let needed = u128::from(LIVE_TILES) * size_of::<f32>() as u128;
             let limit = u128::from(self.tile_bytes.min(max_buffer));
-            return Err(Error::TooLarge { what: "one tile of scores".into(), needed, limit, unit: "bytes" });
+            return Err(Error::TooLarge {
+                what: "one tile of scores".into(),
+                needed,
+                limit,
+                unit: "bytes",
+            });
         }
         let side = match mask {
             Mask::Full => usize::MAX,
             Mask::Causal => CAUSAL_SIDE.max(queries / 8),
         };
         let elements = usize::try_from(elements).unwrap_or(usize::MAX);
-        // As square as the head allows: a product reads (1 / rows + 1 / columns) of what it computes.
+        // As square as the head allows: a product reads (1 / rows + 1 / columns) of what it
+        // computes.
         let square = elements.isqrt().max(1);
         let keys_tile = keys.min(side).min(square.max(elements / queries.min(side).min(elements)));
         Ok(Tile { queries: queries.min(side).min(elements / keys_tile).max(1), keys: keys_tile })
@@ -63,11 +73,13 @@ impl Options {
 
 /// Exact gradients of a head, computed on `device`.
 ///
-/// O(L_q L_k d) operations, O((L_q + L_k) d) memory beside the tiles. The entries of `problem` are rounded to f32.
+/// O(L_q L_k d) operations, O((L_q + L_k) d) memory beside the tiles. The entries of `problem` are
+/// rounded to f32.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for [`Request::Adapters`] on a head without adapters, or a precision that the device lacks;
-/// [`Error::TooLarge`] for a matrix above the device's largest buffer; [`Error::Device`].
+/// [`Error::InvalidParam`] for [`Request::Adapters`] on a head without adapters, or a precision
+/// that the device lacks; [`Error::TooLarge`] for a matrix above the device's largest buffer;
+/// [`Error::Device`].
 pub fn gradients<T: Real>(
     device: &Device,
     problem: &AttentionProblem<T>,
@@ -108,11 +120,16 @@ impl<T: Real> Work for Streaming<'_, T> {
         let upstream = head.upstream(&forward.output, 0..queries);
         let value_left = head.value_left(&upstream, &mut count);
         let delta = (upstream.clone() * forward.output.clone()).sum_dim(1);
-        let sides = Sides { upstream: &upstream, log_sum_exp: forward.log_sum_exp, delta, value_left };
+        let sides =
+            Sides { upstream: &upstream, log_sum_exp: forward.log_sum_exp, delta, value_left };
         let (score_right, score_left, value_left) = pass.backward(&factors, &sides, &mut count);
         let value_right = forward.value_right;
         let output = forward.output;
-        head.finish(on, Products { output, upstream, value_right, score_right, score_left, value_left }, count)
+        head.finish(
+            on,
+            Products { output, upstream, value_right, score_right, score_left, value_left },
+            count,
+        )
     }
 }
 
@@ -141,7 +158,8 @@ struct Sides<'a, B: Engine> {
     value_left: Option<Matrix<B>>,
 }
 
-/// Score of a masked pair: its exponential is 0 for every row maximum, and no infinity enters a kernel.
+/// Score of a masked pair: its exponential is 0 for every row maximum, and no infinity enters a
+/// kernel.
 pub(super) const MASKED: f32 = -1e37;
 
 fn tiles(length: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
@@ -159,7 +177,13 @@ impl<B: Engine> Pass<B> {
     }
 
     /// beta Q K^T of a tile.
-    fn scores(&self, query: &Matrix<B>, rows: &Range<usize>, keys: &Range<usize>, count: &mut Counted) -> Matrix<B> {
+    fn scores(
+        &self,
+        query: &Matrix<B>,
+        rows: &Range<usize>,
+        keys: &Range<usize>,
+        count: &mut Counted,
+    ) -> Matrix<B> {
         let scores = count.product(query.clone(), rows_of(&self.key, keys.clone()).transpose());
         count.cost.exponentials += (rows.len() * keys.len()) as u64;
         count.cost.elementwise += 3 * (rows.len() * keys.len()) as u64;
@@ -167,7 +191,8 @@ impl<B: Engine> Pass<B> {
             return scores;
         }
         let offset = rows.start as i64 - keys.start as i64;
-        let hidden = Tensor::<B, 2, Bool>::tril_mask([rows.len(), keys.len()], offset, &scores.device());
+        let hidden =
+            Tensor::<B, 2, Bool>::tril_mask([rows.len(), keys.len()], offset, &scores.device());
         scores.mask_fill(hidden, MASKED)
     }
 
@@ -235,7 +260,8 @@ impl<B: Engine> Pass<B> {
             let of = |a: &Matrix<B>| rows_of(a, rows.clone());
             let (query, upstream) = (of(&self.query), of(sides.upstream));
             let (log_sum_exp, delta) = (of(&sides.log_sum_exp), of(&sides.delta));
-            let (left, value) = (factors.score_left.as_ref().map(of), sides.value_left.as_ref().map(of));
+            let (left, value) =
+                (factors.score_left.as_ref().map(of), sides.value_left.as_ref().map(of));
             let mut right_sum = None;
             for (index, keys) in self.key_tiles(&rows).enumerate() {
                 let p = (self.scores(&query, &rows, &keys, count) - log_sum_exp.clone()).exp();
@@ -243,7 +269,8 @@ impl<B: Engine> Pass<B> {
                     add(&mut value_left[index], count.transposed_product(p.clone(), value.clone()));
                 }
                 let (Some(right), Some(left)) = (&factors.score_right, &left) else { continue };
-                let upstream_by_value = count.product(upstream.clone(), rows_of(&self.value, keys.clone()).transpose());
+                let upstream_by_value =
+                    count.product(upstream.clone(), rows_of(&self.value, keys.clone()).transpose());
                 let ds = (upstream_by_value - delta.clone()) * p;
                 add(&mut right_sum, count.product(ds.clone(), rows_of(right, keys)));
                 add(&mut score_left[index], count.transposed_product(ds, left.clone()));

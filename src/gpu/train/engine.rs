@@ -26,7 +26,10 @@ impl<B: Engine, T: Real> StepEngine<T> for DeviceEngine<B> {
             let mut gradients = self.model.zero_gradients();
             let mut loss = 0.0;
             for batch in batches {
-                loss += self.model.loss_and_gradients(batch, options, &mut gradients, None)?.read(&self.on)?;
+                loss += self
+                    .model
+                    .loss_and_gradients(batch, options, &mut gradients, None)?
+                    .read(&self.on)?;
             }
             let norm = gradients.norm(&self.on)?;
             self.gradients = Some(gradients);
@@ -59,24 +62,43 @@ impl<T: Real> Work for Attach<'_, T> {
         let trainer = self.0;
         let model = DeviceModel::upload(&trainer.model, on)?.with_products(self.1)?;
         let optimizer = DeviceOptimizer::upload(&trainer.optimizer);
-        trainer.attach(Box::new(DeviceEngine { on: on.clone(), model, optimizer, gradients: None }));
+        trainer.attach(Box::new(DeviceEngine {
+            on: on.clone(),
+            model,
+            optimizer,
+            gradients: None,
+        }));
         Ok(())
     }
 }
 
-/// Moves the steps of a run to a device, from the state in which the run is (so after a resume). Data, logs,
-/// evaluation and checkpoints stay where they are. Products round their operands to `products`; the rest is f32.
+/// Moves the steps of a run to a device, from the state in which the run is (so after a resume).
+/// Data, logs, evaluation and checkpoints stay where they are. Products round their operands to
+/// `products`; the rest is f32.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] for double precision, emulated bf16 storage and packed weights, which stay with the
-/// processor, and for a precision that the device lacks; [`Error::Device`], [`Error::TooLarge`].
-pub fn train_on<T: Real>(trainer: &mut Trainer<T>, device: &Device, products: Precision) -> Result<()> {
+/// [`Error::InvalidParam`] for double precision, emulated bf16 storage and packed weights, which
+/// stay with the processor, and for a precision that the device lacks; [`Error::Device`],
+/// [`Error::TooLarge`].
+pub fn train_on<T: Real>(
+    trainer: &mut Trainer<T>,
+    device: &Device,
+    products: Precision,
+) -> Result<()> {
     let wanted = device.info().choice;
     if T::NAME != "f32" {
-        return Err(Error::invalid("--device", wanted, "computes in f32; f64 runs on --device cpu"));
+        return Err(Error::invalid(
+            "--device",
+            wanted,
+            "computes in f32; f64 runs on --device cpu",
+        ));
     }
     if trainer.config.train.bf16_storage {
-        return Err(Error::invalid("--device", wanted, "does not emulate bf16_storage; use --device cpu"));
+        return Err(Error::invalid(
+            "--device",
+            wanted,
+            "does not emulate bf16_storage; use --device cpu",
+        ));
     }
     device.run("uploading the model", Attach(trainer, products))
 }

@@ -8,12 +8,13 @@ use crate::model::GradientsOn;
 use burn::tensor::Tensor;
 use ndarray::Array2;
 
-/// Sinks of a model. They accumulate until they are dropped; one is absent until something was added to it.
+/// Sinks of a model. They accumulate until they are dropped; one is absent until something was
+/// added to it.
 pub type DeviceGradients<B> = GradientsOn<Gpu<B>>;
 
 impl<B: Engine> DeviceGradients<B> {
-    /// The gradients themselves, as [`DeviceGradients::named`] orders them: an optimizer that takes them one by one can
-    /// reuse each buffer.
+    /// The gradients themselves, as [`DeviceGradients::named`] orders them: an optimizer that takes
+    /// them one by one can reuse each buffer.
     pub(super) fn into_named(mut self) -> Vec<(String, Matrix<B>)> {
         let names: Vec<String> = self.named().into_iter().map(|(name, _)| name).collect();
         let mut sinks = Vec::with_capacity(names.len());
@@ -34,21 +35,31 @@ impl<B: Engine> DeviceGradients<B> {
         self.named().into_iter().map(|(name, g)| Ok((name, on.download(g.clone())?))).collect()
     }
 
-    /// Euclidean norm over all gradients: sums of squares of each tensor in f32, their total in double precision.
+    /// Euclidean norm over all gradients: sums of squares of each tensor in f32, their total in
+    /// double precision.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] naming the first gradient whose sum of squares is not finite; [`Error::Device`].
+    /// [`Error::NonFinite`] naming the first gradient whose sum of squares is not finite;
+    /// [`Error::Device`].
     pub fn norm(&self, on: &Opened<B>) -> Result<f64> {
         let named = self.named();
         if named.is_empty() {
             return Ok(0.0);
         }
-        let squares = named.iter().map(|(_, g)| ((*g).clone() * (*g).clone()).sum().reshape([1, 1])).collect();
+        let squares = named
+            .iter()
+            .map(|(_, g)| ((*g).clone() * (*g).clone()).sum().reshape([1, 1]))
+            .collect();
         let squares = on.download(Tensor::cat(squares, 0))?;
         for ((name, _), &square) in named.iter().zip(&squares) {
             if !square.is_finite() {
                 let tensor = format!("gradient of {name}");
-                return Err(Error::NonFinite { op: "gradient norm", tensor, index: vec![], value: square.into() });
+                return Err(Error::NonFinite {
+                    op: "gradient norm",
+                    tensor,
+                    index: vec![],
+                    value: square.into(),
+                });
             }
         }
         Ok(squares.iter().map(|&x| f64::from(x)).sum::<f64>().sqrt())

@@ -1,12 +1,14 @@
-//! Bytes of a device's training step: what is predicted from shapes against what the allocator reports.
+//! Bytes of a device's training step: what is predicted from shapes against what the allocator
+//! reports.
 //!
 //! ```text
 //! at rest         weights + adapter tensors, 4 bytes a number
 //! after forward   + saved activations + batch (ids, targets, angles) + the output projection's gradient if trained
 //! ```
 //!
-//! The activations are those of [`crate::train::memory`]: the same rule decides. A device's allocator tells what is
-//! held now, not the peak, so the comparison is made where a step holds the most saved tensors: between its halves.
+//! The activations are those of [`crate::train::memory`]: the same rule decides. A device's
+//! allocator tells what is held now, not the peak, so the comparison is made where a step holds the
+//! most saved tensors: between its halves.
 
 use super::DeviceModel;
 use crate::error::Result;
@@ -29,7 +31,8 @@ pub struct StepMemory {
 }
 
 impl StepMemory {
-    /// Uploads a model, runs a forward pass and reads the allocator; the device should do nothing else meanwhile.
+    /// Uploads a model, runs a forward pass and reads the allocator; the device should do nothing
+    /// else meanwhile.
     ///
     /// # Errors
     /// As [`DeviceModel::upload`] and [`DeviceModel::forward`]; [`crate::Error::Device`].
@@ -43,7 +46,8 @@ impl fmt::Display for StepMemory {
         let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
         write!(
             f,
-            "memory: model {:.3} MiB predicted, {:.3} allocated; after forward {:.3} MiB predicted, {:.3} allocated",
+            "memory: model {:.3} MiB predicted, {:.3} allocated; after forward {:.3} MiB \
+             predicted, {:.3} allocated",
             mib(self.at_rest),
             mib(self.measured_at_rest),
             mib(self.after_forward),
@@ -79,8 +83,8 @@ impl<T: Real> Work for Measure<'_, T> {
     }
 }
 
-/// Bytes of weights and of what methods hold beside them. In-place methods hold their indices only: the original values
-/// of what they train stay with the CPU's model.
+/// Bytes of weights and of what methods hold beside them. In-place methods hold their indices only:
+/// the original values of what they train stay with the CPU's model.
 pub fn resident_bytes<T: Real>(model: &Model<T>) -> usize {
     use crate::adapters::Method;
     let width = model.config.hidden_size;

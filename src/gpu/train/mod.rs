@@ -1,10 +1,12 @@
-//! Training steps on a device: forward, partial backward and optimizer for every method with a dense base weight.
+//! Training steps on a device: forward, partial backward and optimizer for every method with a
+//! dense base weight.
 //!
-//! A [`DeviceModel`] is uploaded from a [`crate::model::Model`] and writes its trained values back to it, so that
-//! checkpoints, adapters, tasks, evaluation and file formats stay the CPU's. The step is the
-//! CPU's, over the operations of [`Gpu`]: what a layer saves is decided in the same place. Numbers are f32, and so are products unless
-//! [`DeviceModel::with_products`] rounds their operands; sums that a report rests on (loss, gradient norm) end in double
-//! precision on the host. Notes: `paper-notes/gpu-training.md`.
+//! A [`DeviceModel`] is uploaded from a [`crate::model::Model`] and writes its trained values back
+//! to it, so that checkpoints, adapters, tasks, evaluation and file formats stay the CPU's. The
+//! step is the CPU's, over the operations of [`Gpu`]: what a layer saves is decided in the same
+//! place. Numbers are f32, and so are products unless [`DeviceModel::with_products`] rounds their
+//! operands; sums that a report rests on (loss, gradient norm) end in double precision on the host.
+//! Notes: `paper-notes/gpu-training.md`.
 
 pub mod blocks;
 mod engine;

@@ -17,13 +17,16 @@ use crate::error::{Error, Result};
 use crate::gpu::{Engine, Opened, Precision};
 use crate::linalg::Real;
 use crate::model::options::{MlpKind, QkvStorage};
-use crate::model::{Batch, InstrumentsOn, LayerOn, Model, ModelOn, NormOn, PassOn, Place, Projection, StepOptions};
+use crate::model::{
+    Batch, InstrumentsOn, LayerOn, Model, ModelOn, NormOn, PassOn, Place, Projection, StepOptions,
+};
 use crate::model::{attention_shape, divisor, rope_tables};
 use crate::ops::Cpu;
 use ndarray::{Array2, Axis};
 use std::collections::BTreeMap;
 
-/// A function that sees each tensor of a step when it has just been computed, and gives what the step goes on with.
+/// A function that sees each tensor of a step when it has just been computed, and gives what the
+/// step goes on with.
 ///
 /// Tests plant faults by it, and validation records hidden states.
 pub type DeviceTap<'a, B> = &'a dyn Fn(Place, Matrix<B>) -> Matrix<B>;
@@ -72,7 +75,12 @@ impl<B: Engine> DeviceLoss<B> {
         let losses = on.download(self.losses)?;
         if let Some(row) = losses.iter().position(|x| !x.is_finite()) {
             let value = f64::from(losses[[row, 0]]);
-            return Err(Error::NonFinite { op: "cross_entropy", tensor: "logits".into(), index: vec![row], value });
+            return Err(Error::NonFinite {
+                op: "cross_entropy",
+                tensor: "logits".into(),
+                index: vec![row],
+                value,
+            });
         }
         Ok(losses.iter().map(|&x| f64::from(x)).sum::<f64>() / self.divisor)
     }
@@ -91,7 +99,8 @@ fn upload_projection<T: Real, B: Engine>(
     if projection.is_merged() {
         return Err(refuse("is merged into the base weight; unmerge to train"));
     }
-    let put = |tensor: &str, values: &Array2<T>| on.upload(&format!("{name}.{tensor}"), values.view());
+    let put =
+        |tensor: &str, values: &Array2<T>| on.upload(&format!("{name}.{tensor}"), values.view());
     let method = match &projection.method {
         Method::Frozen => MethodOn::Frozen,
         Method::Full => MethodOn::Full,
@@ -106,7 +115,8 @@ fn upload_projection<T: Real, B: Engine>(
             MethodOn::Dora(DoraOn { a, b, magnitude, spec, scaling, true_derivative })
         }
         Method::Moslora(m) => {
-            let (a, b, mixer) = (put("lora_A", &m.a)?, put("lora_B", &m.b)?, put("lora_mixer", &m.mixer)?);
+            let (a, b, mixer) =
+                (put("lora_A", &m.a)?, put("lora_B", &m.b)?, put("lora_mixer", &m.mixer)?);
             MethodOn::Moslora(MosloraOn { a, b, mixer, spec: m.spec, scaling: m.scaling })
         }
         // The original values of what is trained in place stay with the CPU's model.
@@ -114,10 +124,15 @@ fn upload_projection<T: Real, B: Engine>(
             let index = index_tensor(m.index.iter().copied(), &on.device);
             MethodOn::Paca(PacaOn { index, scaling: m.scaling, inactive: None, active: true })
         }
-        Method::Spft(_) => return Err(refuse("writes single entries, which a device does not; use --device cpu")),
-        Method::S2ft(m) => {
-            MethodOn::S2ft(S2ftSliceOn { side: m.side, range: m.range.clone(), original: None, active: true })
+        Method::Spft(_) => {
+            return Err(refuse("writes single entries, which a device does not; use --device cpu"));
         }
+        Method::S2ft(m) => MethodOn::S2ft(S2ftSliceOn {
+            side: m.side,
+            range: m.range.clone(),
+            original: None,
+            active: true,
+        }),
     };
     let mut there = LinearOn::new(on.upload(&format!("{name}.weight"), weight.view())?, method);
     let bias = projection.bias.as_ref().map(|bias| bias.view().insert_axis(Axis(0)));
@@ -147,15 +162,21 @@ impl<B: Engine> DeviceModel<B> {
         let biased = |projection: &AdaptedLinear<T>| matches!(&projection.method, Method::Lora(m) if m.bias.is_some());
         let outside = model.adapters.head.is_some() || model.adapters.embedding.is_some();
         if outside || model.layers.iter().flat_map(|l| l.projections()).any(|(_, p)| biased(p)) {
-            let requirement = "adapts the head or the embedding, or has lora_bias, which a device does not train yet; use --device cpu";
+            let requirement = "adapts the head or the embedding, or has lora_bias, which a device \
+                               does not train yet; use --device cpu";
             return Err(Error::invalid("adapter", "lora", requirement));
         }
         if !llama {
-            let requirement = "is not built of LLaMA's blocks, which are what a device has; use --device cpu";
+            let requirement =
+                "is not built of LLaMA's blocks, which are what a device has; use --device cpu";
             return Err(Error::invalid("model", options.family.model_type(), requirement));
         }
-        if options.attention_cap.is_some() || options.logit_cap.is_some() || !options.windows.is_empty() {
-            let requirement = "has windows or caps, which a device does not compute yet; use --device cpu";
+        if options.attention_cap.is_some()
+            || options.logit_cap.is_some()
+            || !options.windows.is_empty()
+        {
+            let requirement =
+                "has windows or caps, which a device does not compute yet; use --device cpu";
             return Err(Error::invalid("model", options.family.model_type(), requirement));
         }
         let gain = |name: &str, norm: &NormOn<Cpu<T>>| {
@@ -164,11 +185,16 @@ impl<B: Engine> DeviceModel<B> {
         };
         let mut layers = Vec::with_capacity(model.layers.len());
         for (l, layer) in model.layers.iter().enumerate() {
-            let upload = |(p, projection)| Ok((p, upload_projection(projection, &options.module(l, p), on)?));
+            let upload = |(p, projection)| {
+                Ok((p, upload_projection(projection, &options.module(l, p), on)?))
+            };
             let projections = layer.projections().map(upload).collect::<Result<Vec<_>>>()?;
             let mut norms = [const { None }; 6];
             for (there, here) in norms.iter_mut().zip(&layer.norms) {
-                *there = here.as_ref().map(|here| gain(&format!("{}.norm", options.layer(l)), here)).transpose()?;
+                *there = here
+                    .as_ref()
+                    .map(|here| gain(&format!("{}.norm", options.layer(l)), here))
+                    .transpose()?;
             }
             layers.push(LayerOn::new(projections, norms, None));
         }
@@ -187,7 +213,8 @@ impl<B: Engine> DeviceModel<B> {
         Ok(Self { on: on.clone(), products: Precision::F32, model: there })
     }
 
-    /// The same model, its products' operands rounded to `products`. Weights, activations, sums and updates stay f32.
+    /// The same model, its products' operands rounded to `products`. Weights, activations, sums and
+    /// updates stay f32.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for a precision that the device has no products of.
@@ -222,17 +249,26 @@ impl<B: Engine> DeviceModel<B> {
         let ids: Vec<u32> = batch.input_ids.iter().copied().collect();
         // An id outside the table would read other memory.
         crate::blocks::embedding::check_ids(&ids, config.vocab_size)?;
-        let widest = [config.intermediate_size, shape.heads * shape.head_dim, config.hidden_size].into_iter().max();
+        let widest = [config.intermediate_size, shape.heads * shape.head_dim, config.hidden_size]
+            .into_iter()
+            .max();
         self.on.check_buffer("the widest activation", rows * length * widest.unwrap_or(0))?;
         let targets = prediction_targets(batch.labels.view(), config.vocab_size)?;
         let device = &self.on.device;
         if batch.documents.is_some() {
-            return Err(Error::invalid("documents", "packed", "a device does not keep documents apart yet"));
+            return Err(Error::invalid(
+                "documents",
+                "packed",
+                "a device does not keep documents apart yet",
+            ));
         }
         let tables = rope_tables::<f64>(config, batch)?;
         Ok(DeviceInputs {
             ids: index_tensor(ids.into_iter().map(|id| id as usize), device),
-            padding: batch.attention_mask.as_ref().map(|mask| Padding::upload(mask.view(), &shape, device)),
+            padding: batch
+                .attention_mask
+                .as_ref()
+                .map(|mask| Padding::upload(mask.view(), &shape, device)),
             angles: tables.iter().map(|table| RotaryAngles::upload(table, device)).collect(),
             divisor: divisor(options, targets.len())?,
             targets: Targets::upload(&targets, rows * length, config.vocab_size, device),
@@ -243,7 +279,8 @@ impl<B: Engine> DeviceModel<B> {
     /// The forward half of a step.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for an id or a label outside the vocabulary, or a batch in which no position counts.
+    /// [`Error::InvalidParam`] for an id or a label outside the vocabulary, or a batch in which no
+    /// position counts.
     pub fn forward(
         &self,
         batch: &Batch,
@@ -252,7 +289,9 @@ impl<B: Engine> DeviceModel<B> {
         tap: Option<DeviceTap<'_, B>>,
     ) -> Result<DevicePass<B>> {
         let inputs = self.prepare(batch, options)?;
-        with_tap(tap, |instruments| self.model.forward_on(inputs, options.checkpointing, instruments, gradients))
+        with_tap(tap, |instruments| {
+            self.model.forward_on(inputs, options.checkpointing, instruments, gradients)
+        })
     }
 
     /// The backward half: consumes the pass, releasing each saved tensor after its last use.
@@ -265,7 +304,9 @@ impl<B: Engine> DeviceModel<B> {
         gradients: &mut DeviceGradients<B>,
         tap: Option<DeviceTap<'_, B>>,
     ) -> Result<DeviceLoss<B>> {
-        with_tap(tap, |instruments| self.model.backward_on(&self.model, pass, instruments, gradients))
+        with_tap(tap, |instruments| {
+            self.model.backward_on(&self.model, pass, instruments, gradients)
+        })
     }
 
     /// Forward and backward; gradients are added to the sinks.
@@ -286,9 +327,11 @@ impl<B: Engine> DeviceModel<B> {
     /// Puts the trained values into the model that this one was made from.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if `model` trains a tensor that this one does not; [`Error::Device`].
+    /// [`Error::InvalidParam`] if `model` trains a tensor that this one does not;
+    /// [`Error::Device`].
     pub fn download<T: Real>(&self, model: &mut Model<T>) -> Result<()> {
-        let mut values: BTreeMap<_, _> = self.model.acting_values_on(&mut self.engine()).into_iter().collect();
+        let mut values: BTreeMap<_, _> =
+            self.model.acting_values_on(&mut self.engine()).into_iter().collect();
         model.put_acting_values(&mut |name, expected| {
             let unknown = || Error::invalid("model", name, "is not trained on the device");
             let found = self.on.download(values.remove(name).ok_or_else(unknown)?)?;
@@ -299,7 +342,8 @@ impl<B: Engine> DeviceModel<B> {
         })
     }
 
-    /// Every weight of a layer's projection as it is on the device, for tests of what must not change.
+    /// Every weight of a layer's projection as it is on the device, for tests of what must not
+    /// change.
     ///
     /// # Errors
     /// [`Error::Device`].
@@ -309,7 +353,10 @@ impl<B: Engine> DeviceModel<B> {
 }
 
 /// Runs `act` with instruments that show each tensor to a tap.
-fn with_tap<B: Engine, R>(tap: Option<DeviceTap<'_, B>>, act: impl FnOnce(&InstrumentsOn<'_, Gpu<B>>) -> R) -> R {
+fn with_tap<B: Engine, R>(
+    tap: Option<DeviceTap<'_, B>>,
+    act: impl FnOnce(&InstrumentsOn<'_, Gpu<B>>) -> R,
+) -> R {
     let Some(tap) = tap else { return act(&InstrumentsOn::default()) };
     let see = |place: Place, x: &mut Matrix<B>| x.inplace(|x| tap(place, x));
     act(&InstrumentsOn { tap: Some(&see), ..InstrumentsOn::default() })

@@ -1,8 +1,8 @@
 //! The operations of a training step on a device.
 
 use super::blocks::causal_attention::{
-    AttentionSaved, Padding, causal_attention_backward, causal_attention_forward, join_keys, join_queries, split_keys,
-    split_queries, tile_rows,
+    AttentionSaved, Padding, causal_attention_backward, causal_attention_forward, join_keys,
+    join_queries, split_keys, split_queries, tile_rows,
 };
 use super::blocks::cross_entropy::{Targets, cross_entropy};
 use super::blocks::embedding::{embedding_backward, embedding_forward};
@@ -21,7 +21,8 @@ use crate::ops::{BesideWeight, InputGradient, ObserveLogits, Ops, Scoring};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use std::ops::Range;
 
-/// A device as an engine of operations. A tensor is a reference to device memory: what a step no longer needs is dropped.
+/// A device as an engine of operations. A tensor is a reference to device memory: what a step no
+/// longer needs is dropped.
 #[derive(Debug, Clone)]
 pub struct Gpu<B: Engine> {
     /// Burn's handle.
@@ -134,7 +135,12 @@ impl<B: Engine> Ops for Gpu<B> {
         Ok(())
     }
 
-    fn rms_norm(&mut self, x: &Matrix<B>, gain: &Matrix<B>, eps: f64) -> Result<(Matrix<B>, Matrix<B>)> {
+    fn rms_norm(
+        &mut self,
+        x: &Matrix<B>,
+        gain: &Matrix<B>,
+        eps: f64,
+    ) -> Result<(Matrix<B>, Matrix<B>)> {
         Ok(rms_norm_forward(x, gain, eps))
     }
 
@@ -153,19 +159,39 @@ impl<B: Engine> Ops for Gpu<B> {
         Ok(())
     }
 
-    fn product(&mut self, x: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
+    fn product(
+        &mut self,
+        x: &Matrix<B>,
+        weight: &Matrix<B>,
+        add_to: Option<Matrix<B>>,
+    ) -> Matrix<B> {
         plus(linear_forward(x, weight, self.products), add_to)
     }
 
-    fn product_backward(&mut self, dy: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
+    fn product_backward(
+        &mut self,
+        dy: &Matrix<B>,
+        weight: &Matrix<B>,
+        add_to: Option<Matrix<B>>,
+    ) -> Matrix<B> {
         plus(linear_backward_input(dy, weight, self.products), add_to)
     }
 
-    fn product_with(&mut self, x: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
+    fn product_with(
+        &mut self,
+        x: &Matrix<B>,
+        weight: &Matrix<B>,
+        add_to: Option<Matrix<B>>,
+    ) -> Matrix<B> {
         self.product(x, weight, add_to)
     }
 
-    fn product_with_backward(&mut self, dy: &Matrix<B>, weight: &Matrix<B>, add_to: Option<Matrix<B>>) -> Matrix<B> {
+    fn product_with_backward(
+        &mut self,
+        dy: &Matrix<B>,
+        weight: &Matrix<B>,
+        add_to: Option<Matrix<B>>,
+    ) -> Matrix<B> {
         self.product_backward(dy, weight, add_to)
     }
 
@@ -182,7 +208,11 @@ impl<B: Engine> Ops for Gpu<B> {
         sink: &mut Sink<B>,
     ) -> Result<()> {
         let outer = match rows {
-            Some(rows) => linear_backward_weight(&dy.clone().narrow(1, rows.start, rows.len()), x, self.products),
+            Some(rows) => linear_backward_weight(
+                &dy.clone().narrow(1, rows.start, rows.len()),
+                x,
+                self.products,
+            ),
             None => linear_backward_weight(dy, x, self.products),
         };
         self.accumulate(sink, scaling, &outer);
@@ -217,11 +247,16 @@ impl<B: Engine> Ops for Gpu<B> {
             let whole = self.product_backward(dy, beside.weight, add_to);
             whole + linear_backward_input(&dz, beside.a, self.products)
         });
-        (linear_backward_weight(dy, z, self.products), linear_backward_weight(&dz, x, self.products), dx)
+        (
+            linear_backward_weight(dy, z, self.products),
+            linear_backward_weight(&dz, x, self.products),
+            dx,
+        )
     }
 
     fn merged(&mut self, beside: &BesideWeight<'_, Self>) -> Matrix<B> {
-        beside.weight.clone() + product(beside.b.clone(), beside.a.clone(), self.products).mul_scalar(beside.scaling)
+        beside.weight.clone()
+            + product(beside.b.clone(), beside.a.clone(), self.products).mul_scalar(beside.scaling)
     }
 
     fn row_norms(&mut self, x: &Matrix<B>) -> Result<Matrix<B>> {
@@ -287,10 +322,16 @@ impl<B: Engine> Ops for Gpu<B> {
         self.select(weight, index)
     }
 
-    fn put_columns(&mut self, weight: &mut Matrix<B>, index: &Tensor<B, 1, Int>, values: Matrix<B>) {
+    fn put_columns(
+        &mut self,
+        weight: &mut Matrix<B>,
+        index: &Tensor<B, 1, Int>,
+        values: Matrix<B>,
+    ) {
         let moved = values - self.select(weight, index);
         // Columns can only be added to; the sum rounds once more than an assignment would.
-        weight.inplace(|weight| weight.select_assign(1, index.clone(), moved, IndexingUpdateOp::Add));
+        weight
+            .inplace(|weight| weight.select_assign(1, index.clone(), moved, IndexingUpdateOp::Add));
     }
 
     fn slice(&mut self, weight: &Matrix<B>, side: Side, range: Range<usize>) -> Matrix<B> {
@@ -298,7 +339,13 @@ impl<B: Engine> Ops for Gpu<B> {
         weight.clone().narrow(axis, range.start, range.len())
     }
 
-    fn put_slice(&mut self, weight: &mut Matrix<B>, side: Side, range: Range<usize>, values: Matrix<B>) -> Result<()> {
+    fn put_slice(
+        &mut self,
+        weight: &mut Matrix<B>,
+        side: Side,
+        range: Range<usize>,
+        values: Matrix<B>,
+    ) -> Result<()> {
         let [rows, columns] = weight.dims();
         let place = match side {
             Side::Output => [range, 0..columns],
@@ -324,7 +371,13 @@ impl<B: Engine> Ops for Gpu<B> {
         *vector = row;
     }
 
-    fn rotate(&mut self, x: Matrix<B>, inputs: &DeviceInputs<B>, kind: usize, back: bool) -> Result<Matrix<B>> {
+    fn rotate(
+        &mut self,
+        x: Matrix<B>,
+        inputs: &DeviceInputs<B>,
+        kind: usize,
+        back: bool,
+    ) -> Result<Matrix<B>> {
         let angles = &inputs.angles[kind];
         Ok(if back { rope_backward(x, angles) } else { rope_forward(x, angles) })
     }
@@ -339,7 +392,8 @@ impl<B: Engine> Ops for Gpu<B> {
         scoring: &Scoring,
     ) -> Result<(Matrix<B>, AttentionSaved<B>)> {
         let shape = &inputs.shape;
-        let (query, key, value) = (split_queries(query, shape), split_keys(key, shape), split_keys(value, shape));
+        let (query, key, value) =
+            (split_queries(query, shape), split_keys(key, shape), split_keys(value, shape));
         let (padding, tile) = (inputs.padding.as_ref(), tile_rows(shape));
         let (scale, products) = (scoring.scale, self.products);
         let (output, log_sum_exp) =
@@ -358,12 +412,25 @@ impl<B: Engine> Ops for Gpu<B> {
         let shape = &inputs.shape;
         let (upstream, output) = (split_queries(doutput, shape), split_queries(output, shape));
         let (padding, tile) = (inputs.padding.as_ref(), tile_rows(shape));
-        let (dquery, dkey, dvalue) =
-            causal_attention_backward(upstream, saved, output, shape, padding, scoring.scale, tile, self.products);
+        let (dquery, dkey, dvalue) = causal_attention_backward(
+            upstream,
+            saved,
+            output,
+            shape,
+            padding,
+            scoring.scale,
+            tile,
+            self.products,
+        );
         Ok([join_queries(dquery, shape), join_keys(dkey, shape), join_keys(dvalue, shape)])
     }
 
-    fn gated(&mut self, activation: Activation, gate: &Matrix<B>, up: &Matrix<B>) -> Result<Matrix<B>> {
+    fn gated(
+        &mut self,
+        activation: Activation,
+        gate: &Matrix<B>,
+        up: &Matrix<B>,
+    ) -> Result<Matrix<B>> {
         Ok(gated_forward(activation, gate, up))
     }
 
@@ -388,8 +455,16 @@ impl<B: Engine> Ops for Gpu<B> {
         observe: ObserveLogits<'_, Self>,
     ) -> Result<(DeviceLoss<B>, Option<Matrix<B>>)> {
         let divisor = inputs.divisor;
-        let (losses, dhidden) =
-            cross_entropy(hidden, head, &inputs.targets, divisor, sink, wanted, observe, self.products);
+        let (losses, dhidden) = cross_entropy(
+            hidden,
+            head,
+            &inputs.targets,
+            divisor,
+            sink,
+            wanted,
+            observe,
+            self.products,
+        );
         Ok((DeviceLoss { losses, divisor }, dhidden))
     }
 }

@@ -1,4 +1,5 @@
-//! AdamW and SGD on a device: the equations, constants and order of operations of [`crate::train::optimizer`].
+//! AdamW and SGD on a device: the equations, constants and order of operations of
+//! [`crate::train::optimizer`].
 
 use super::blocks::Matrix;
 use super::gradients::DeviceGradients;
@@ -47,11 +48,20 @@ impl<B: Engine> DeviceOptimizer<B> {
     pub fn download<T: Real>(&self, on: &Opened<B>, optimizer: &mut Optimizer<T>) -> Result<()> {
         let mut all: Vec<(String, Vec<T>)> = Vec::new();
         let widen = |x: &f32| T::of(f64::from(*x));
-        all.extend(self.arrived.iter().map(|(name, values)| (name.clone(), values.iter().map(widen).collect())));
+        all.extend(
+            self.arrived
+                .iter()
+                .map(|(name, values)| (name.clone(), values.iter().map(widen).collect())),
+        );
         for (name, moments) in &self.state {
             let parts = [("first", Some(&moments.first)), ("second", moments.second.as_ref())];
-            for (part, tensor) in parts.into_iter().filter_map(|(part, tensor)| Some((part, tensor?))) {
-                all.push((format!("{part}.{name}"), on.download(tensor.clone())?.iter().map(widen).collect()));
+            for (part, tensor) in
+                parts.into_iter().filter_map(|(part, tensor)| Some((part, tensor?)))
+            {
+                all.push((
+                    format!("{part}.{name}"),
+                    on.download(tensor.clone())?.iter().map(widen).collect(),
+                ));
             }
         }
         optimizer.restore(self.steps, all)
@@ -64,7 +74,8 @@ impl<B: Engine> DeviceOptimizer<B> {
         self.state.values().map(of).sum::<usize>() * size_of::<f32>()
     }
 
-    /// One update of everything that a model trains, from its gradients times `scale` (1, or the clipping factor).
+    /// One update of everything that a model trains, from its gradients times `scale` (1, or the
+    /// clipping factor).
     ///
     /// # Errors
     /// [`Error::InvalidParam`] if the gradients are those of other trainable tensors.
@@ -82,7 +93,8 @@ impl<B: Engine> DeviceOptimizer<B> {
             Some((found, gradient)) if found == name && gradient.dims() == values.dims() => {
                 // Moved out meanwhile, so that its buffer can be reused.
                 let empty = Tensor::empty([0, 0], &values.device());
-                *values = self.change(name, std::mem::replace(values, empty), gradient, lr, scale)?;
+                *values =
+                    self.change(name, std::mem::replace(values, empty), gradient, lr, scale)?;
                 Ok(())
             }
             _ => Err(Error::invalid("gradients", name, "were made for other trainable tensors")),
@@ -105,7 +117,14 @@ impl<B: Engine> DeviceOptimizer<B> {
         Ok(Tensor::from_data(TensorData::new(values, [rows, columns]), &like.device()))
     }
 
-    fn change(&mut self, name: &str, values: Matrix<B>, gradient: Matrix<B>, lr: f64, scale: f64) -> Result<Matrix<B>> {
+    fn change(
+        &mut self,
+        name: &str,
+        values: Matrix<B>,
+        gradient: Matrix<B>,
+        lr: f64,
+        scale: f64,
+    ) -> Result<Matrix<B>> {
         let p = self.params;
         let exactly_one = scale.to_bits() == 1f64.to_bits();
         let gradient = if exactly_one { gradient } else { gradient.mul_scalar(scale) };
@@ -115,7 +134,11 @@ impl<B: Engine> DeviceOptimizer<B> {
             None if kept == 0 => None,
             None => {
                 let first = self.arrived_or_zero("first", name, &values)?;
-                let second = if kept == 2 { Some(self.arrived_or_zero("second", name, &values)?) } else { None };
+                let second = if kept == 2 {
+                    Some(self.arrived_or_zero("second", name, &values)?)
+                } else {
+                    None
+                };
                 Some(Moments { first, second })
             }
         };
@@ -128,13 +151,16 @@ impl<B: Engine> DeviceOptimizer<B> {
                 let square = (gradient.clone() * gradient).mul_scalar(1.0 - p.beta2);
                 let second = second.mul_scalar(p.beta2) + square;
                 let divisor = second.clone().sqrt().div_scalar(root).add_scalar(p.eps);
-                let values = values.mul_scalar(1.0 - lr * p.weight_decay) - first.clone().mul_scalar(step) / divisor;
+                let values = values.mul_scalar(1.0 - lr * p.weight_decay)
+                    - first.clone().mul_scalar(step) / divisor;
                 self.state.insert(name.into(), Moments { first, second: Some(second) });
                 Ok(values)
             }
             (_, moments) => {
                 let decayed = gradient + values.clone().mul_scalar(p.weight_decay);
-                let Some(Moments { first, .. }) = moments else { return Ok(values - decayed.mul_scalar(lr)) };
+                let Some(Moments { first, .. }) = moments else {
+                    return Ok(values - decayed.mul_scalar(lr));
+                };
                 let first = first.mul_scalar(p.momentum) + decayed;
                 let values = values - first.clone().mul_scalar(lr);
                 self.state.insert(name.into(), Moments { first, second: None });

@@ -39,7 +39,8 @@ impl Work for DeviceCase {
     }
 }
 
-/// Rounds every weight to f32, which is what a device holds: the reference then has the same weights.
+/// Rounds every weight to f32, which is what a device holds: the reference then has the same
+/// weights.
 fn round_weights(model: &mut Model<f64>) -> Result<()> {
     let round = |x: &mut f64| *x = Precision::F32.round(*x);
     model.embedding.iter_mut().for_each(round);
@@ -65,11 +66,16 @@ fn observed(values: Array2<f32>) -> Observed {
 }
 
 impl DeviceCase {
-    /// Runs the step and one AdamW update on the device. `tap` may change tensors on their way: a planted fault.
+    /// Runs the step and one AdamW update on the device. `tap` may change tensors on their way: a
+    /// planted fault.
     ///
     /// # Errors
     /// As [`DeviceModel::upload`] and [`DeviceModel::loss_and_gradients`].
-    pub fn run_with<B: Engine>(mut self, on: &Opened<B>, tap: Option<DeviceTap<'_, B>>) -> Result<Case> {
+    pub fn run_with<B: Engine>(
+        mut self,
+        on: &Opened<B>,
+        tap: Option<DeviceTap<'_, B>>,
+    ) -> Result<Case> {
         round_weights(&mut self.model)?;
         let mut there = DeviceModel::upload(&self.model, on)?;
         let hidden: RefCell<BTreeMap<usize, Matrix<B>>> = RefCell::default();
@@ -89,7 +95,12 @@ impl DeviceCase {
             x
         };
         let mut gradients = there.zero_gradients();
-        let loss = there.loss_and_gradients(&self.batch, &StepOptions::default(), &mut gradients, Some(&record))?;
+        let loss = there.loss_and_gradients(
+            &self.batch,
+            &StepOptions::default(),
+            &mut gradients,
+            Some(&record),
+        )?;
         let mut trainer = Trainer { loss: Some(loss.read(on)?), ..Trainer::default() };
         for (name, gradient) in gradients.download(on)? {
             trainer.gradients.insert(name, observed(gradient));
@@ -99,10 +110,12 @@ impl DeviceCase {
         }
         let logits = self.batch.tokens() * self.model.config.vocab_size;
         if let (Some(x), Ok(())) = (last.take(), on.check_buffer("logits", logits)) {
-            trainer.logits = Some(observed(on.download(linear_forward(&x, there.head(), Products::F32))?));
+            trainer.logits =
+                Some(observed(on.download(linear_forward(&x, there.head(), Products::F32))?));
         }
         let params = OptimizerParams::default();
-        DeviceOptimizer::upload(&params.check::<f64>()?).update(&mut there, gradients, params.lr, 1.0)?;
+        DeviceOptimizer::upload(&params.check::<f64>()?)
+            .update(&mut there, gradients, params.lr, 1.0)?;
         let mut after = self.model.clone();
         there.download(&mut after)?;
         for (name, values) in after.trainable_values() {
@@ -110,8 +123,13 @@ impl DeviceCase {
             trainer.after.insert(name, Observed { values, precision: Precision::F32, shape });
         }
         let single = Precision::F32;
-        let rounding =
-            Rounding { stream: single, products: single, autocast: false, internals: single, quantized: None };
+        let rounding = Rounding {
+            stream: single,
+            products: single,
+            autocast: false,
+            internals: single,
+            quantized: None,
+        };
         Ok(Case {
             name: self.name,
             trained: self.model.trainable_values().into_iter().map(|(name, _)| name).collect(),

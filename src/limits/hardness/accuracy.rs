@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use statrs::distribution::{Beta, ContinuousCDF};
 
-/// The Clopper-Pearson interval of a probability from `right` successes in `trials`, at `level` (for instance 0.95).
+/// The Clopper-Pearson interval of a probability from `right` successes in `trials`, at `level`
+/// (for instance 0.95).
 ///
 /// Covers with at least the level: its ends are quantiles of Beta(right, trials - right + 1) and
 /// Beta(right + 1, trials - right).
@@ -50,14 +51,20 @@ mod tests {
             let (low, high) = clopper_pearson(right, trials, 0.9).unwrap();
             let at_most = Binomial::new(high, trials).unwrap().cdf(right);
             let at_least = 1.0 - Binomial::new(low, trials).unwrap().cdf(right - 1);
-            assert!((at_most - 0.05).abs() < 1e-6 && (at_least - 0.05).abs() < 1e-6, "{right} of {trials}");
+            assert!(
+                (at_most - 0.05).abs() < 1e-6 && (at_least - 0.05).abs() < 1e-6,
+                "{right} of {trials}"
+            );
         }
     }
 
     #[test]
     fn bad_counts_are_refused() {
         for (right, trials, level) in [(0, 0, 0.9), (3, 2, 0.9), (1, 2, 1.0), (1, 2, f64::NAN)] {
-            assert!(matches!(clopper_pearson(right, trials, level), Err(Error::InvalidParam { .. })));
+            assert!(matches!(
+                clopper_pearson(right, trials, level),
+                Err(Error::InvalidParam { .. })
+            ));
         }
     }
 }

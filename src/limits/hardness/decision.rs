@@ -15,19 +15,30 @@ pub enum Oracle {
     LoraGradient(Form),
 }
 
-/// Whether the instance has a near pair, according to what a gradient routine returned for its head.
+/// Whether the instance has a near pair, according to what a gradient routine returned for its
+/// head.
 ///
-/// From the output: R_i = M O_i / (1 - O_i) exceeds the mean of a null row by half a near pair in some row. From the gradient:
-/// sum_i O_i^p (1 - O_i), with p = 1 for G = 1 and 2 for Y = 0, exceeds its null value by half of what a near pair adds. Either
-/// is right for certain once [`guaranteed`] holds and the routine is exact.
+/// From the output: R_i = M O_i / (1 - O_i) exceeds the mean of a null row by half a near pair in
+/// some row. From the gradient: sum_i O_i^p (1 - O_i), with p = 1 for G = 1 and 2 for Y = 0,
+/// exceeds its null value by half of what a near pair adds. Either is right for certain once
+/// [`guaranteed`] holds and the routine is exact.
 ///
 /// # Errors
 /// [`Error::ShapeMismatch`] if the gradients are not those of a head of [`Embedding::head`].
-pub fn has_near_pair<T: Real>(embedding: &Embedding, gradients: &Gradients<T>, oracle: Oracle) -> Result<bool> {
+pub fn has_near_pair<T: Real>(
+    embedding: &Embedding,
+    gradients: &Gradients<T>,
+    oracle: Oracle,
+) -> Result<bool> {
     match oracle {
         Oracle::Output => {
             if gradients.output.dim() != (embedding.size, 1) {
-                return Err(Error::shape("has_near_pair", "O", (embedding.size, 1), gradients.output.dim()));
+                return Err(Error::shape(
+                    "has_near_pair",
+                    "O",
+                    (embedding.size, 1),
+                    gradients.output.dim(),
+                ));
             }
             Ok(output_tells(embedding, gradients.output.iter().map(|o| o.widen())))
         }
@@ -49,10 +60,11 @@ pub fn output_tells(embedding: &Embedding, output: impl IntoIterator<Item = f64>
     output.into_iter().any(|o| row_sum(embedding, o) > threshold)
 }
 
-/// How far `total` = sum_i O_i^p (1 - O_i) lies above the threshold of the decision (below: negative), relative to itself.
+/// How far `total` = sum_i O_i^p (1 - O_i) lies above the threshold of the decision (below:
+/// negative), relative to itself.
 ///
-/// As every entry of the last 32 rows of dB_Q is -beta Gamma times the total, and none is larger, an entrywise error of this
-/// share of the largest entry is the least that turns the answer.
+/// As every entry of the last 32 rows of dB_Q is -beta Gamma times the total, and none is larger,
+/// an entrywise error of this share of the largest entry is the least that turns the answer.
 pub fn gradient_margin(embedding: &Embedding, total: f64, form: Form) -> f64 {
     (total - gradient_threshold(embedding, form)) / total.abs()
 }
@@ -79,14 +91,16 @@ fn gradient_threshold(embedding: &Embedding, form: Form) -> f64 {
 
 /// Whether the promise alone makes the answer of an exact routine right on every instance.
 ///
-/// Output: no null row, at most n exp(x / 2), passes the threshold, and a near pair alone does. Gradient: n null rows
-/// do not, and the planted row alone does; O^p (1 - O) grows with R up to R = p M, which bounds null rows.
+/// Output: no null row, at most n exp(x / 2), passes the threshold, and a near pair alone does.
+/// Gradient: n null rows do not, and the planted row alone does; O^p (1 - O) grows with R up to R =
+/// p M, which bounds null rows.
 pub fn guaranteed(embedding: &Embedding, oracle: Oracle) -> bool {
     let (near, null) = (embedding.pair(NEAR), embedding.largest_null());
     match oracle {
         Oracle::Output => near > output_threshold(embedding) && null < output_threshold(embedding),
         Oracle::LoraGradient(form) => {
-            // The planted row has between a near pair and that with n - 1 null pairs; O^p (1 - O) has one maximum.
+            // The planted row has between a near pair and that with n - 1 null pairs; O^p (1 - O)
+            // has one maximum.
             let row = |row_sum: f64| of_row_sum(embedding, row_sum, form);
             let threshold = gradient_threshold(embedding, form);
             null <= f64::from(form.power()) * embedding.dummy_mass()

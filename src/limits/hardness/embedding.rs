@@ -7,13 +7,15 @@
 //! logit of a real pair = x (1 - 2 dist / 32),   of a dummy = x kappa,   x = Gamma^2 / 2
 //! ```
 //!
-//! V is 1 on real keys and 0 on dummies, so O_i = R_i / (R_i + M) with R_i the sum of exponentials of row i over real keys and
-//! M = n exp(x kappa). kappa in [-1, 1] is chosen such that a row with a near pair has O_i about 1/2.
+//! V is 1 on real keys and 0 on dummies, so O_i = R_i / (R_i + M) with R_i the sum of exponentials
+//! of row i over real keys and M = n exp(x kappa). kappa in [-1, 1] is chosen such that a row with
+//! a near pair has O_i about 1/2.
 //!
-//! The adapter is LoRA's start on the query projection: B_Q = 0, and A_Q picks the last coordinate so that K A_Q^T is 1 on dummies
-//! and 0 on real keys. With G = 1, (dS K A_Q^T)_i = -O_i (1 - O_i), and as the last column of X_Q is Gamma throughout, the last row of
-//! dB_Q is -beta Gamma sum_i O_i (1 - O_i): the gradient alone tells. With the papers' squared loss and Y = 0 the upstream gradient
-//! is O itself, and O_i (1 - O_i) becomes O_i^2 (1 - O_i) ([`Form`]).
+//! The adapter is LoRA's start on the query projection: B_Q = 0, and A_Q picks the last coordinate
+//! so that K A_Q^T is 1 on dummies and 0 on real keys. With G = 1, (dS K A_Q^T)_i = -O_i (1 - O_i),
+//! and as the last column of X_Q is Gamma throughout, the last row of dB_Q is -beta Gamma sum_i O_i
+//! (1 - O_i): the gradient alone tells. With the papers' squared loss and Y = 0 the upstream
+//! gradient is O itself, and O_i (1 - O_i) becomes O_i^2 (1 - O_i) ([`Form`]).
 
 use super::instance::{BITS, Instance, NEAR, NULL_DISTANCE, WEIGHTS};
 use crate::attention::problem::{Adapter, Hidden, Projection, Source};
@@ -64,10 +66,15 @@ impl Embedding {
     /// Chooses the dummies' logit for `size` keys.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a gamma that is not positive and finite or whose exponentials overflow.
+    /// [`Error::InvalidParam`] for a gamma that is not positive and finite or whose exponentials
+    /// overflow.
     pub fn new(size: usize, gamma: f64) -> Result<Self> {
         if !(gamma > 0.0 && gamma.is_finite() && (0.5 * gamma * gamma).exp().is_finite()) {
-            return Err(Error::invalid("gamma", gamma, "must be positive, and exp(gamma^2 / 2) must not overflow"));
+            return Err(Error::invalid(
+                "gamma",
+                gamma,
+                "must be positive, and exp(gamma^2 / 2) must not overflow",
+            ));
         }
         let mut embedding = Self { size, gamma, dummy_logit: 0.0 };
         let x = 0.5 * gamma * gamma;
@@ -125,7 +132,9 @@ impl Embedding {
         let bit = |word: u32, at: usize| word >> at & 1 == 1;
         let kappa = self.dummy_logit / (0.5 * self.gamma * self.gamma);
         let dummy = T::of(self.gamma * kappa);
-        let query = Array2::from_shape_fn((n, HEAD_DIM), |(i, c)| entry(c < BITS && bit(instance.queries[i], c)));
+        let query = Array2::from_shape_fn((n, HEAD_DIM), |(i, c)| {
+            entry(c < BITS && bit(instance.queries[i], c))
+        });
         let key = Array2::from_shape_fn((2 * n, HEAD_DIM), |(j, c)| match (j < n, c < BITS) {
             (true, true) => entry(bit(instance.keys[j], c)),
             (false, false) => dummy,
@@ -138,7 +147,11 @@ impl Embedding {
         let adapter = Adapter { lora_a, lora_b: Array2::zeros((HEAD_DIM, 1)) };
         let identity = |width| Projection { weight: Array2::eye(width), adapter: None };
         let source = Source::Hidden(Box::new(Hidden {
-            inputs: Qkv { query: query.into_shared(), key: key.into_shared(), value: value.into_shared() },
+            inputs: Qkv {
+                query: query.into_shared(),
+                key: key.into_shared(),
+                value: value.into_shared(),
+            },
             projections: Qkv {
                 query: Projection { adapter: Some(adapter), ..identity(HEAD_DIM) },
                 key: identity(HEAD_DIM),
@@ -150,6 +163,12 @@ impl Embedding {
             Form::Given => Objective::UpstreamGradient(Array2::ones((n, 1))),
             Form::Squared => Objective::Target(Array2::zeros((n, 1))),
         };
-        AttentionProblem::new(source, objective, Mask::Full, SoftmaxKind::Standard, 1.0 / HEAD_DIM as f64)
+        AttentionProblem::new(
+            source,
+            objective,
+            Mask::Full,
+            SoftmaxKind::Standard,
+            1.0 / HEAD_DIM as f64,
+        )
     }
 }

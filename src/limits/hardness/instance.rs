@@ -1,8 +1,10 @@
-//! Gap nearest-neighbour instances with an exact promise: two sets of codewords of the Reed-Muller code RM(2, 5).
+//! Gap nearest-neighbour instances with an exact promise: two sets of codewords of the Reed-Muller
+//! code RM(2, 5).
 //!
-//! The code has 2^16 words of 32 bits and distances 8, 12, 16, 20, 24 and 32 with known counts. Distinct codewords make a
-//! null instance, all of whose pairs are at least [`NULL_DISTANCE`] apart. A planted one replaces one key by a query with
-//! [`NEAR`] bits flipped: that pair is near, and every other is still at least `NULL_DISTANCE - NEAR` apart.
+//! The code has 2^16 words of 32 bits and distances 8, 12, 16, 20, 24 and 32 with known counts.
+//! Distinct codewords make a null instance, all of whose pairs are at least [`NULL_DISTANCE`]
+//! apart. A planted one replaces one key by a query with [`NEAR`] bits flipped: that pair is near,
+//! and every other is still at least `NULL_DISTANCE - NEAR` apart.
 
 use crate::error::{Error, Result};
 use crate::streams::seed_stream;
@@ -15,7 +17,8 @@ pub const NEAR: u32 = 2;
 /// Least distance of any pair of a null instance.
 pub const NULL_DISTANCE: u32 = 8;
 /// (distance, number of codewords at it from any given one), the distance 0 left out.
-pub const WEIGHTS: [(u32, u32); 6] = [(8, 620), (12, 13888), (16, 36518), (20, 13888), (24, 620), (32, 1)];
+pub const WEIGHTS: [(u32, u32); 6] =
+    [(8, 620), (12, 13888), (16, 36518), (20, 13888), (24, 620), (32, 1)];
 
 /// Two sets of bit vectors, and the near pair if there is one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,7 +45,11 @@ impl Instance {
     /// ```
     pub fn draw(size: usize, planted: bool, seed: u64) -> Result<Self> {
         if size == 0 || size > 1 << 15 {
-            return Err(Error::invalid("size", size, "must be between 1 and 32768, half of the code"));
+            return Err(Error::invalid(
+                "size",
+                size,
+                "must be between 1 and 32768, half of the code",
+            ));
         }
         let mut rng = seed_stream(seed, "gap-nearest-neighbour");
         let mut messages: Vec<u32> = (0..1 << 16).collect();
@@ -55,7 +62,8 @@ impl Instance {
             let (i, j) = (rng.random_range(0..size), rng.random_range(0..size));
             let mut bits: Vec<u32> = (0..BITS as u32).collect();
             let (flipped, _) = bits.partial_shuffle(&mut rng, NEAR as usize);
-            instance.keys[j] = flipped.iter().fold(instance.queries[i], |word, bit| word ^ (1 << bit));
+            instance.keys[j] =
+                flipped.iter().fold(instance.queries[i], |word, bit| word ^ (1 << bit));
             instance.planted = Some((i, j));
         }
         Ok(instance)
@@ -63,7 +71,8 @@ impl Instance {
 
     /// Distance of the nearest pair, by trying all.
     pub fn least_distance(&self) -> u32 {
-        let nearest = |q: &u32| self.keys.iter().map(|k| (q ^ k).count_ones()).min().unwrap_or(u32::MAX);
+        let nearest =
+            |q: &u32| self.keys.iter().map(|k| (q ^ k).count_ones()).min().unwrap_or(u32::MAX);
         self.queries.iter().map(nearest).min().unwrap_or(u32::MAX)
     }
 }
@@ -85,7 +94,11 @@ fn generators() -> [u32; 16] {
 }
 
 fn encode(message: u32, generators: &[u32; 16]) -> u32 {
-    generators.iter().enumerate().filter(|(bit, _)| message >> bit & 1 == 1).fold(0, |word, (_, row)| word ^ row)
+    generators
+        .iter()
+        .enumerate()
+        .filter(|(bit, _)| message >> bit & 1 == 1)
+        .fold(0, |word, (_, row)| word ^ row)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The exact output and dB_Q of an instance from its Hamming distances alone: n^2 word operations, no attention.
+//! The exact output and dB_Q of an instance from its Hamming distances alone: n^2 word operations,
+//! no attention.
 
 use super::embedding::{Embedding, Form, HEAD_DIM};
 use super::instance::{BITS, Instance};

@@ -36,24 +36,31 @@ pub(super) struct Recurrence {
 /// Nodes of each panel of the composite rule for the uniform law.
 const PANEL_NODES: usize = 32;
 
-/// A sampled law of more distinct numbers than this is replaced by its Gauss rule, which has the same moments.
+/// A sampled law of more distinct numbers than this is replaced by its Gauss rule, which has the
+/// same moments.
 const MOST_ATOMS: usize = 1000;
 /// Nodes of that rule: moments up to degree 399 agree.
 const GAUSS_NODES: usize = 200;
-/// Of still more numbers, each group of neighbours is replaced by two points of its mean and variance first.
+/// Of still more numbers, each group of neighbours is replaced by two points of its mean and
+/// variance first.
 const MOST_SORTED: usize = 10_000;
 
 impl Law {
     /// The law of the given numbers.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] without numbers or for one outside \[-1, 1\]; those of [`svd`] for more than 1,000 different ones.
+    /// [`Error::InvalidParam`] without numbers or for one outside \[-1, 1\]; those of [`svd`] for
+    /// more than 1,000 different ones.
     pub fn sampled(values: &[f64]) -> Result<Self> {
         if values.is_empty() {
             return Err(Error::invalid("law", "no numbers", "a sampled law needs at least one"));
         }
         if let Some(bad) = values.iter().find(|x| !(x.abs() <= 1.0)) {
-            return Err(Error::invalid("law", bad, "numbers must lie in [-1, 1]: divide by the largest magnitude"));
+            return Err(Error::invalid(
+                "law",
+                bad,
+                "numbers must lie in [-1, 1]: divide by the largest magnitude",
+            ));
         }
         Ok(Law::Sampled(Rule::of_sample(values)?))
     }
@@ -61,7 +68,8 @@ impl Law {
     /// Reads numbers separated by white space, commas or semicolons; `#` begins a comment.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] that names the line of a word that is no number, or of a number outside \[-1, 1\].
+    /// [`Error::Io`]; [`Error::Format`] that names the line of a word that is no number, or of a
+    /// number outside \[-1, 1\].
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
         let mut values = Vec::new();
@@ -70,7 +78,12 @@ impl Law {
             for word in line.split([',', ';', ' ', '\t', '\r']).filter(|w| !w.is_empty()) {
                 let number = word.parse::<f64>().ok().filter(|x| x.abs() <= 1.0);
                 let number = number.ok_or_else(|| {
-                    Error::format(path, format!("line {}", i + 1), "numbers in [-1, 1]", format!("{word:?}"))
+                    Error::format(
+                        path,
+                        format!("line {}", i + 1),
+                        "numbers in [-1, 1]",
+                        format!("{word:?}"),
+                    )
                 })?;
                 values.push(number);
             }
@@ -117,12 +130,17 @@ impl Law {
     /// ln E exp(t w) and its derivative.
     pub fn log_moment(&self, t: f64) -> (f64, f64) {
         match self {
-            // cosh t and sinh t / t, without overflow; the series where the difference would cancel.
-            Law::Sign => (t.abs() + (-2.0 * t.abs()).exp().ln_1p() - std::f64::consts::LN_2, t.tanh()),
+            // cosh t and sinh t / t, without overflow; the series where the difference would
+            // cancel.
+            Law::Sign => {
+                (t.abs() + (-2.0 * t.abs()).exp().ln_1p() - std::f64::consts::LN_2, t.tanh())
+            }
             Law::Uniform if t.abs() < 0.1 => {
                 let s = t * t;
-                let log = s / 6.0 - s * s / 180.0 + s.powi(3) / 2835.0 - s.powi(4) / 37800.0 + s.powi(5) / 467_775.0;
-                let slope = 1.0 / 3.0 - s / 45.0 + 2.0 * s * s / 945.0 - s.powi(3) / 4725.0 + 2.0 * s.powi(4) / 93555.0;
+                let log = s / 6.0 - s * s / 180.0 + s.powi(3) / 2835.0 - s.powi(4) / 37800.0
+                    + s.powi(5) / 467_775.0;
+                let slope = 1.0 / 3.0 - s / 45.0 + 2.0 * s * s / 945.0 - s.powi(3) / 4725.0
+                    + 2.0 * s.powi(4) / 93555.0;
                 (log, t * slope)
             }
             Law::Uniform => {
@@ -156,22 +174,29 @@ impl Rule {
             let merged = |group: &[(f64, f64)]| {
                 let count: f64 = group.iter().map(|a| a.1).sum();
                 let mean = group.iter().map(|a| a.0 * a.1).sum::<f64>() / count;
-                let deviation = (group.iter().map(|a| (a.0 - mean).powi(2) * a.1).sum::<f64>() / count).sqrt();
+                let deviation =
+                    (group.iter().map(|a| (a.0 - mean).powi(2) * a.1).sum::<f64>() / count).sqrt();
                 [-1.0, 1.0].map(|sign| ((mean + sign * deviation).clamp(-1.0, 1.0), count / 2.0))
             };
             atoms = atoms.chunks(per).flat_map(merged).collect();
         }
         let total = values.len() as f64;
-        let (nodes, weights): (Vec<f64>, Vec<f64>) = atoms.iter().map(|a| (a.0, a.1 / total)).unzip();
+        let (nodes, weights): (Vec<f64>, Vec<f64>) =
+            atoms.iter().map(|a| (a.0, a.1 / total)).unzip();
         let all = Self { nodes, weights };
-        if all.nodes.len() > MOST_ATOMS { all.recurrence(GAUSS_NODES).gauss_rule() } else { Ok(all) }
+        if all.nodes.len() > MOST_ATOMS {
+            all.recurrence(GAUSS_NODES).gauss_rule()
+        } else {
+            Ok(all)
+        }
     }
 
     pub(super) fn expectation(&self, f: impl Fn(f64) -> f64) -> f64 {
         self.nodes.iter().zip(&self.weights).map(|(&x, w)| w * f(x)).sum()
     }
 
-    /// Lanczos on multiplication by w from the constant function, every vector made orthogonal to all before it, twice.
+    /// Lanczos on multiplication by w from the constant function, every vector made orthogonal to
+    /// all before it, twice.
     fn recurrence(&self, size: usize) -> Recurrence {
         let size = size.min(self.nodes.len());
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
@@ -191,7 +216,8 @@ impl Rule {
                 }
             }
             let length = dot(&next, &next).sqrt();
-            // What is left is rounding: the law has no more points that double precision tells apart.
+            // What is left is rounding: the law has no more points that double precision tells
+            // apart.
             if length < 1e-13 {
                 break;
             }
@@ -204,8 +230,9 @@ impl Rule {
 }
 
 impl Recurrence {
-    /// Golub and Welsch: nodes are the eigenvalues, weights the squared first entries of the eigenvectors. With I added the
-    /// matrix has no negative eigenvalue, so they are its singular values.
+    /// Golub and Welsch: nodes are the eigenvalues, weights the squared first entries of the
+    /// eigenvectors. With I added the matrix has no negative eigenvalue, so they are its singular
+    /// values.
     fn gauss_rule(&self) -> Result<Rule> {
         let n = self.diagonal.len();
         let mut matrix = Array2::eye(n);
@@ -222,8 +249,8 @@ impl Recurrence {
     }
 }
 
-/// Gauss-Legendre panels that double in width away from 0, mirrored: ln M(theta u) is singular at theta u = i pi n, and
-/// no panel comes nearer to a singularity than a fixed share of its width.
+/// Gauss-Legendre panels that double in width away from 0, mirrored: ln M(theta u) is singular at
+/// theta u = i pi n, and no panel comes nearer to a singularity than a fixed share of its width.
 fn graded_rule(theta: f64) -> Rule {
     let gauss = GaussLegendre::new(NonZeroUsize::new(PANEL_NODES).unwrap_or(NonZeroUsize::MIN));
     let mut right = Vec::new();
@@ -270,7 +297,11 @@ mod tests {
                 let (log, slope) = law.log_moment(t);
                 let total = rule.expectation(|w| (t * w).exp());
                 let mean = rule.expectation(|w| w * (t * w).exp()) / total;
-                assert!((log - total.ln()).abs() < 1e-13 * (1.0 + log.abs()), "{law:?} {t}: {log} {}", total.ln());
+                assert!(
+                    (log - total.ln()).abs() < 1e-13 * (1.0 + log.abs()),
+                    "{law:?} {t}: {log} {}",
+                    total.ln()
+                );
                 assert!((slope - mean).abs() < 1e-13, "{law:?} {t}: {slope} {mean}");
             }
         }
@@ -280,7 +311,8 @@ mod tests {
     fn a_recurrence_of_a_sample_is_that_of_its_law() {
         // 64 points of Gauss-Legendre with their weights are the uniform law up to degree 127.
         let gauss = GaussLegendre::new(NonZeroUsize::new(64).unwrap());
-        let (nodes, weights): (Vec<f64>, Vec<f64>) = gauss.iter().map(|(x, w)| (*x, w / 2.0)).unzip();
+        let (nodes, weights): (Vec<f64>, Vec<f64>) =
+            gauss.iter().map(|(x, w)| (*x, w / 2.0)).unzip();
         let (a, b) = (Rule { nodes, weights }.recurrence(40), Law::Uniform.recurrence(40));
         for (x, y) in a.diagonal.iter().zip(&b.diagonal).chain(a.beside.iter().zip(&b.beside)) {
             assert!((x - y).abs() < 1e-13, "{x} {y}");
@@ -292,10 +324,13 @@ mod tests {
 
     #[test]
     fn many_numbers_become_a_rule_of_the_same_law() {
-        let ends = |n: u32| (0..n).map(move |i| ((f64::from(i) + 0.5) * 2.0 / f64::from(n) - 1.0).powi(3));
+        let ends =
+            |n: u32| (0..n).map(move |i| ((f64::from(i) + 0.5) * 2.0 / f64::from(n) - 1.0).powi(3));
         let exact = |n: u32, f: fn(f64) -> f64| ends(n).map(f).sum::<f64>() / f64::from(n);
         for (n, tolerance) in [(900, 1e-13), (5000, 1e-12), (60_000, 1e-9)] {
-            let Law::Sampled(rule) = Law::sampled(&ends(n).collect::<Vec<_>>()).unwrap() else { unreachable!() };
+            let Law::Sampled(rule) = Law::sampled(&ends(n).collect::<Vec<_>>()).unwrap() else {
+                unreachable!()
+            };
             assert_eq!(rule.nodes.len(), if n > 1000 { GAUSS_NODES } else { n as usize });
             let functions: [fn(f64) -> f64; 4] =
                 [|_| 1.0, |x| x * x, |x| (9.0 * x).exp() / 1e3, |x| (x * x * 4.0).ln_1p()];
@@ -316,10 +351,16 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             Law::read(&path)
         };
-        assert_eq!(read("1, -1\n# note\n1;-1 # end\n").unwrap().recurrence(4), Law::Sign.recurrence(4));
-        for (text, place) in
-            [("0.5\n0.5 x\n", "line 2"), ("1.5", "line 1"), ("nan", "line 1"), ("# nothing\n", "numbers")]
-        {
+        assert_eq!(
+            read("1, -1\n# note\n1;-1 # end\n").unwrap().recurrence(4),
+            Law::Sign.recurrence(4)
+        );
+        for (text, place) in [
+            ("0.5\n0.5 x\n", "line 2"),
+            ("1.5", "line 1"),
+            ("nan", "line 1"),
+            ("# nothing\n", "numbers"),
+        ] {
             match read(text) {
                 Err(Error::Format { field, .. }) => assert_eq!(field, place),
                 other => panic!("{text:?}: {other:?}"),

@@ -1,9 +1,10 @@
 //! What a random head costs, in closed form: the exponents behind the norm threshold, for any L.
 //!
-//! The head: d = kappa ln L, beta = 1/d, Q = Gamma u, K = Gamma w, the coordinates of u and w independent from a law on
-//! \[-1, 1\]. Then S_ij = theta sum_t u_it w_jt with theta = Gamma^2 / d = c^2 / kappa, and P is, up to sampling, the d-fold
-//! tensor product of a kernel of one coordinate. Every cost is L^(1 + exponent) up to powers of ln L; the functions
-//! here return the exponent, without the 1 of the tokens.
+//! The head: d = kappa ln L, beta = 1/d, Q = Gamma u, K = Gamma w, the coordinates of u and w
+//! independent from a law on \[-1, 1\]. Then S_ij = theta sum_t u_it w_jt with theta = Gamma^2 /
+//! d = c^2 / kappa, and P is, up to sampling, the d-fold tensor product of a kernel of one
+//! coordinate. Every cost is L^(1 + exponent) up to powers of ln L; the functions here return the
+//! exponent, without the 1 of the tokens.
 //!
 //! Derivations: paper-notes/phase-diagram.md.
 
@@ -27,7 +28,8 @@ pub struct Model {
     kappa: f64,
 }
 
-/// Exponents of one c, all without the 1 of the tokens. `None`: no such rank exists (see [`rank::exponent`]).
+/// Exponents of one c, all without the 1 of the tokens. `None`: no such rank exists (see
+/// [`rank::exponent`]).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Exponents {
     /// Gamma / sqrt(ln L).
@@ -81,7 +83,11 @@ impl Model {
         let theta = c * c / self.kappa;
         if theta > MAX_THETA {
             let least = (MAX_THETA * self.kappa).sqrt();
-            return Err(Error::invalid("c", c, format!("at kappa = {} must be at most {least:.1}", self.kappa)));
+            return Err(Error::invalid(
+                "c",
+                c,
+                format!("at kappa = {} must be at most {least:.1}", self.kappa),
+            ));
         }
         Ok(theta)
     }
@@ -116,7 +122,8 @@ impl Model {
         c * c * tokens.ln() / self.head_dim(tokens) as f64
     }
 
-    /// eps-rank of P (relative Frobenius error) at this L and its d, as the number of tokens grows at fixed d.
+    /// eps-rank of P (relative Frobenius error) at this L and its d, as the number of tokens grows
+    /// at fixed d.
     ///
     /// # Errors
     /// As [`Model::theta`]; [`Error::InvalidParam`] for L < 2 or eps outside (0, 1).
@@ -129,18 +136,26 @@ impl Model {
         Ok(rank::ln_finite_rank(&p, self.head_dim(tokens), eps)?.exp())
     }
 
-    /// c at which the softmax condenses on O(1) keys: the support exponent reaches 0. `None` if it never does.
+    /// c at which the softmax condenses on O(1) keys: the support exponent reaches 0. `None` if it
+    /// never does.
     pub fn condensation(&self) -> Option<f64> {
-        // The exponent falls with theta towards 1 - kappa times the entropy that the largest keys cost.
+        // The exponent falls with theta towards 1 - kappa times the entropy that the largest keys
+        // cost.
         first_root(self.largest_c(), |c| {
             Some(sparsity::raw_support_exponent(&self.law, c * c / self.kappa, self.kappa, 1.0))
         })
     }
 
-    /// c and exponent where the low-rank and the sparse cost are equal: the top of the hard middle at fixed eps.
+    /// c and exponent where the low-rank and the sparse cost are equal: the top of the hard middle
+    /// at fixed eps.
     pub fn middle(&self) -> Option<(f64, f64)> {
         let rank = |c: f64| self.rank_at(c, 0.0);
-        let gap = |c: f64| Some(sparsity::support_exponent(&self.law, c * c / self.kappa, self.kappa, 1.0) - rank(c)?);
+        let gap = |c: f64| {
+            Some(
+                sparsity::support_exponent(&self.law, c * c / self.kappa, self.kappa, 1.0)
+                    - rank(c)?,
+            )
+        };
         let c = first_root(self.largest_c(), gap)?;
         Some((c, rank(c)?))
     }
@@ -152,7 +167,9 @@ impl Model {
 
     /// c from which certified polynomials at relative error L^-q are no longer sub-quadratic.
     pub fn certified_is_quadratic_from(&self, q: f64) -> Option<f64> {
-        first_root(self.largest_c(), |c| Some(1.0 - polynomials::certified_exponent(c, self.kappa, q)))
+        first_root(self.largest_c(), |c| {
+            Some(1.0 - polynomials::certified_exponent(c, self.kappa, q))
+        })
     }
 
     fn rank_at(&self, c: f64, q: f64) -> Option<f64> {
@@ -165,7 +182,8 @@ impl Model {
     }
 }
 
-/// Where a function that is positive at small c first turns negative: a scan for the sign, then bisection.
+/// Where a function that is positive at small c first turns negative: a scan for the sign, then
+/// bisection.
 fn first_root(largest: f64, f: impl Fn(f64) -> Option<f64>) -> Option<f64> {
     const STEPS: usize = 64;
     let mut low = largest * 1e-3;

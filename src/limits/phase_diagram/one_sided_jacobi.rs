@@ -1,8 +1,9 @@
 //! Singular values of a matrix with graded columns, each to high relative accuracy.
 //!
-//! A general decomposition finds every value to within rounding of the largest one. The energies here fall like
-//! theta^(2n), and the exponent of a small error hangs on the smallest: rounding of the largest moves it by 0.2% at
-//! c = 0.1. Rotations of pairs of columns keep the accuracy of each column (Demmel, Veselic 1992).
+//! A general decomposition finds every value to within rounding of the largest one. The energies
+//! here fall like theta^(2n), and the exponent of a small error hangs on the smallest: rounding of
+//! the largest moves it by 0.2% at c = 0.1. Rotations of pairs of columns keep the accuracy of each
+//! column (Demmel, Veselic 1992).
 
 /// Squared singular values, descending, of the matrix with these columns.
 pub(super) fn squared_singular_values(mut columns: Vec<Vec<f64>>) -> Vec<f64> {
@@ -47,11 +48,15 @@ mod tests {
     #[test]
     fn values_are_those_of_the_general_routine_and_small_ones_keep_their_digits() {
         let a = Array2::from_shape_fn((9, 5), |(i, j)| ((3 * i + 7 * j + i * j) as f64).sin());
-        let columns = |a: &Array2<f64>| a.columns().into_iter().map(|c| c.to_vec()).collect::<Vec<_>>();
-        for (ours, theirs) in squared_singular_values(columns(&a)).iter().zip(&singular_values(a.view()).unwrap()) {
+        let columns =
+            |a: &Array2<f64>| a.columns().into_iter().map(|c| c.to_vec()).collect::<Vec<_>>();
+        for (ours, theirs) in
+            squared_singular_values(columns(&a)).iter().zip(&singular_values(a.view()).unwrap())
+        {
             assert!((ours.sqrt() - theirs).abs() < 1e-14 * theirs);
         }
-        // Columns (1, 1) and (0, s): the values multiply to the determinant s, and the large one is sqrt(2) nearly.
+        // Columns (1, 1) and (0, s): the values multiply to the determinant s, and the large one is
+        // sqrt(2) nearly.
         let small = squared_singular_values(vec![vec![1.0, 1.0], vec![0.0, 1e-40]]);
         assert!((small[1].sqrt() * small[0].sqrt() / 1e-40 - 1.0).abs() < 1e-14);
     }

@@ -7,7 +7,8 @@ pub fn ln_monomials(degree: f64, d: f64) -> f64 {
     ln_gamma(degree + d + 1.0) - ln_gamma(degree + 1.0) - ln_gamma(d + 1.0)
 }
 
-/// lim ln C((a + kappa) ln L, kappa ln L) / ln L = (kappa + a) ln(kappa + a) - a ln a - kappa ln kappa.
+/// lim ln C((a + kappa) ln L, kappa ln L) / ln L = (kappa + a) ln(kappa + a) - a ln a - kappa ln
+/// kappa.
 pub fn monomials_exponent(a: f64, kappa: f64) -> f64 {
     if a > 0.0 { kappa * (a / kappa).ln_1p() + a * (kappa / a).ln_1p() } else { 0.0 }
 }
@@ -18,7 +19,8 @@ pub fn all_monomials_exponent(p: &[f64], kappa: f64) -> f64 {
     monomials_exponent(kappa * mean, kappa)
 }
 
-/// Energy of d coordinates by total degree, mode n of one counted as degree n; degrees that hold nothing are left out.
+/// Energy of d coordinates by total degree, mode n of one counted as degree n; degrees that hold
+/// nothing are left out.
 pub fn energy_by_degree(p: &[f64], d: usize) -> Vec<f64> {
     let mut law = vec![1.0];
     for _ in 0..d {
@@ -33,7 +35,8 @@ pub fn energy_by_degree(p: &[f64], d: usize) -> Vec<f64> {
     law
 }
 
-/// Every monomial up to the degree whose Chebyshev error on \[-Gamma^2, Gamma^2\] is L^-q e^(-Gamma^2).
+/// Every monomial up to the degree whose Chebyshev error on \[-Gamma^2, Gamma^2\] is L^-q
+/// e^(-Gamma^2).
 pub fn certified_exponent(c: f64, kappa: f64, q: f64) -> f64 {
     monomials_exponent(certified_degree(c * c, q), kappa)
 }
@@ -52,8 +55,8 @@ pub fn largest_power(c: f64, kappa: f64) -> f64 {
     low * (low / b).asinh() - low.hypot(b) - b
 }
 
-/// a with sqrt(a^2 + b^2) - a asinh(a / b) = -(error + b): the degree whose Chebyshev error for exp on \[-b, b\] is
-/// e^(-error - b), all in one unit (of ln L, or of 1) and to leading order in it.
+/// a with sqrt(a^2 + b^2) - a asinh(a / b) = -(error + b): the degree whose Chebyshev error for exp
+/// on \[-b, b\] is e^(-error - b), all in one unit (of ln L, or of 1) and to leading order in it.
 pub fn certified_degree(b: f64, error: f64) -> f64 {
     // In units of b, so that a small interval keeps its digits.
     let excess = |x: f64| x.hypot(1.0) - x * x.asinh() + 1.0 + error / b;
@@ -101,7 +104,10 @@ mod tests {
         for (b, error) in [(3.0, 0.0), (3.0, 10.0), (40.0, 0.0), (40.0, 60.0)] {
             let computed = degree(b, (-error - b).exp()).unwrap() as f64;
             let leading = certified_degree(b, error);
-            assert!((computed - leading).abs() < 0.5 * (leading + 2.0).ln() + 1.0, "{b} {error}: {computed} {leading}");
+            assert!(
+                (computed - leading).abs() < 0.5 * (leading + 2.0).ln() + 1.0,
+                "{b} {error}: {computed} {leading}"
+            );
         }
     }
 

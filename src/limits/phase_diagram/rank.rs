@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 
-/// Shannon entropy in nats of energies in descending order, accurate also where the first is nearly 1.
+/// Shannon entropy in nats of energies in descending order, accurate also where the first is
+/// nearly 1.
 pub fn entropy(p: &[f64]) -> f64 {
     let Some((first, rest)) = p.split_first() else { return 0.0 };
     let others: f64 = rest.iter().rev().sum();
@@ -10,7 +11,8 @@ pub fn entropy(p: &[f64]) -> f64 {
     rest.iter().rev().map(|p| -p * p.ln()).sum::<f64>() - first * largest
 }
 
-/// Exponent of the eps-rank at eps = L^-q: kappa H(p_s) with p_s ~ p^s and kappa KL(p_s, p) = 2 q; kappa H(p) for q = 0.
+/// Exponent of the eps-rank at eps = L^-q: kappa H(p_s) with p_s ~ p^s and kappa KL(p_s, p) = 2 q;
+/// kappa H(p) for q = 0.
 ///
 /// `None` where no product of modes is as improbable as L^-2q, so that every mode is needed.
 pub fn exponent(p: &[f64], kappa: f64, q: f64) -> Option<f64> {
@@ -29,8 +31,9 @@ fn tilt(p: &[f64], divergence: f64) -> Option<Vec<f64>> {
         let total: f64 = raw.iter().sum();
         raw.into_iter().map(|r| r / total).collect::<Vec<f64>>()
     };
-    let distance =
-        |t: &[f64]| t.iter().zip(&logs).filter(|(t, _)| **t > 0.0).map(|(t, l)| t * (t.ln() - l)).sum::<f64>();
+    let distance = |t: &[f64]| {
+        t.iter().zip(&logs).filter(|(t, _)| **t > 0.0).map(|(t, l)| t * (t.ln() - l)).sum::<f64>()
+    };
     let (mut low, mut high) = (1e-9, 1.0);
     if distance(&tilted(low)) < divergence {
         return None;
@@ -42,8 +45,8 @@ fn tilt(p: &[f64], divergence: f64) -> Option<Vec<f64>> {
     Some(tilted(high))
 }
 
-/// Largest q at which the rank at eps = L^-q is still sub-quadratic: kappa H(p_s) = 1 at q = kappa KL(p_s, p) / 2. 0 if it is
-/// quadratic at any fixed eps, infinite if no eps makes it so.
+/// Largest q at which the rank at eps = L^-q is still sub-quadratic: kappa H(p_s) = 1 at q = kappa
+/// KL(p_s, p) / 2. 0 if it is quadratic at any fixed eps, infinite if no eps makes it so.
 pub fn largest_power(p: &[f64], kappa: f64) -> f64 {
     if kappa * entropy(p) >= 1.0 {
         return 0.0;
@@ -57,7 +60,11 @@ pub fn largest_power(p: &[f64], kappa: f64) -> f64 {
     }
     for _ in 0..60 {
         let middle = (low + high) / 2.0;
-        if exponent(p, kappa, middle).is_some_and(|e| e < 1.0) { low = middle } else { high = middle }
+        if exponent(p, kappa, middle).is_some_and(|e| e < 1.0) {
+            low = middle
+        } else {
+            high = middle
+        }
     }
     low
 }
@@ -75,8 +82,9 @@ const MOST_BINS: usize = 1 << 20;
 
 /// The products p_n1 ... p_nd of the energies of d coordinates, by size.
 ///
-/// -ln p is rounded to multiples of [`BIN`] and the products are collected by convolution. Each rounding is off by at most
-/// half a bin, so that eps^2 and a count are right within a factor e^(d BIN / 2) each; as roundings differ in sign, far closer.
+/// --ln p is rounded to multiples of [`BIN`] and the products are collected by convolution. Each
+/// -rounding is off by at most half a bin, so that eps^2 and a count are right within a factor e^(d
+/// -BIN / 2) each; as roundings differ in sign, far closer.
 #[derive(Debug, Clone)]
 pub struct Levels {
     /// Sum of the products of each bin, relative to the sum of all.
@@ -86,17 +94,19 @@ pub struct Levels {
 }
 
 impl Levels {
-    /// Products of d energies, down to those that together hold less than a part in 10^9 of `smallest_eps`^2.
+    /// Products of d energies, down to those that together hold less than a part in 10^9 of
+    /// `smallest_eps`^2.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for eps outside (0, 1) or d = 0; [`Error::TooLarge`] where the products spread over more
-    /// than 20,000 nats.
+    /// [`Error::InvalidParam`] for eps outside (0, 1) or d = 0; [`Error::TooLarge`] where the
+    /// products spread over more than 20,000 nats.
     pub fn new(p: &[f64], d: usize, smallest_eps: f64) -> Result<Self> {
         check(smallest_eps)?;
         if d == 0 {
             return Err(Error::invalid("d", d, "must be at least 1"));
         }
-        let bins: Vec<usize> = p.iter().map(|p| (-p.ln() / BIN).round_ties_even() as usize).collect();
+        let bins: Vec<usize> =
+            p.iter().map(|p| (-p.ln() / BIN).round_ties_even() as usize).collect();
         let shares: Vec<f64> = bins.iter().map(|&b| (-(b as f64) * BIN).exp()).collect();
         let total: f64 = shares.iter().sum();
         let mut size = BINS;
@@ -119,10 +129,16 @@ impl Levels {
             size *= 2;
         }
         let (needed, limit) = (size as u128, MOST_BINS as u128);
-        Err(Error::TooLarge { what: "counting products of energies".into(), needed, limit, unit: "bins" })
+        Err(Error::TooLarge {
+            what: "counting products of energies".into(),
+            needed,
+            limit,
+            unit: "bins",
+        })
     }
 
-    /// ln of the least number of products that hold 1 - eps^2 of the sum of all, whole numbers interpolated.
+    /// ln of the least number of products that hold 1 - eps^2 of the sum of all, whole numbers
+    /// interpolated.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] for eps outside (0, 1).
@@ -155,7 +171,11 @@ pub fn ln_finite_rank(p: &[f64], d: usize, eps: f64) -> Result<f64> {
 }
 
 fn check(eps: f64) -> Result<()> {
-    if eps > 0.0 && eps < 1.0 { Ok(()) } else { Err(Error::invalid("eps", eps, "must lie between 0 and 1")) }
+    if eps > 0.0 && eps < 1.0 {
+        Ok(())
+    } else {
+        Err(Error::invalid("eps", eps, "must lie between 0 and 1"))
+    }
 }
 
 #[cfg(test)]
@@ -183,16 +203,27 @@ mod tests {
 
     #[test]
     fn counts_are_those_of_brute_force_within_the_bins() {
-        for (law, theta, d) in [(Law::Uniform, 0.6, 3), (Law::Uniform, 1.2, 4), (Law::Sign, 0.4, 12)] {
+        for (law, theta, d) in
+            [(Law::Uniform, 0.6, 3), (Law::Uniform, 1.2, 4), (Law::Sign, 0.4, 12)]
+        {
             let p: Vec<f64> = energies(&law, theta).unwrap().into_iter().take(9).collect();
             for eps in [0.3, 0.1, 0.03] {
-                let (ours, truth) = (ln_finite_rank(&p, d, eps).unwrap().exp(), brute_force(&p, d, eps));
-                // A sign law has one energy many times over, so the steps of its count are those of binomials.
+                let (ours, truth) =
+                    (ln_finite_rank(&p, d, eps).unwrap().exp(), brute_force(&p, d, eps));
+                // A sign law has one energy many times over, so the steps of its count are those of
+                // binomials.
                 let bound = (d as f64 * BIN / 2.0).exp();
                 let (loose, tight) = (eps * bound.sqrt(), eps / bound.sqrt());
-                let (low, high) = (brute_force(&p, d, loose) / bound, brute_force(&p, d, tight) * bound);
-                assert!(low <= ours && ours <= high, "{law:?} d = {d}, eps = {eps}: {ours} not in {low} to {high}");
-                assert!((ours / truth - 1.0).abs() < 0.05, "{law:?} d = {d}, eps = {eps}: {ours} {truth}");
+                let (low, high) =
+                    (brute_force(&p, d, loose) / bound, brute_force(&p, d, tight) * bound);
+                assert!(
+                    low <= ours && ours <= high,
+                    "{law:?} d = {d}, eps = {eps}: {ours} not in {low} to {high}"
+                );
+                assert!(
+                    (ours / truth - 1.0).abs() < 0.05,
+                    "{law:?} d = {d}, eps = {eps}: {ours} {truth}"
+                );
             }
         }
     }
@@ -209,8 +240,14 @@ mod tests {
         }
         // eps = e^(-q d): the tilted entropy.
         let tilted = exponent(&p, 1.0, 0.1).unwrap();
-        let near = |d: usize| ln_finite_rank(&p, d, (-0.1 * d as f64).exp()).unwrap() / d as f64 - tilted;
-        assert!(near(80).abs() < 0.1 && near(80).abs() < near(20).abs(), "{} {}", near(20), near(80));
+        let near =
+            |d: usize| ln_finite_rank(&p, d, (-0.1 * d as f64).exp()).unwrap() / d as f64 - tilted;
+        assert!(
+            near(80).abs() < 0.1 && near(80).abs() < near(20).abs(),
+            "{} {}",
+            near(20),
+            near(80)
+        );
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! eps-ranks of a head with L tokens, where L tokens are too few to see every product.
 //!
-//! A head samples the operator: A = X Sigma Y^T with the features of L queries and of L keys, rows of variance 1/L.
-//! Sampling spreads small singular values, so a best approximation of A holds more than one of the operator and the eps-rank lies
-//! below the count of products. For free X^T X and Y^T Y the moments of A A^T follow from one equation
-//! (paper-notes/phase-diagram.md, equations (11) to (13)); nothing is fitted.
+//! A head samples the operator: A = X Sigma Y^T with the features of L queries and of L keys, rows
+//! of variance 1/L. Sampling spreads small singular values, so a best approximation of A holds more
+//! than one of the operator and the eps-rank lies below the count of products. For free X^T X and
+//! Y^T Y the moments of A A^T follow from one equation (paper-notes/phase-diagram.md, equations
+//! (11) to (13)); nothing is fitted.
 
 use super::rank::{BIN, Levels};
 use crate::error::{Error, Result};
@@ -32,8 +33,8 @@ impl Sample {
         Self::new(levels, tokens, 1.0, vec![(1.0, 1.0)])
     }
 
-    /// dS = P o (G V^T - delta) with independent normal G and V of `value_dim` columns: as many copies of P, each row and each
-    /// column weighted by the squared length of its row of G or V.
+    /// dS = P o (G V^T - delta) with independent normal G and V of `value_dim` columns: as many
+    /// copies of P, each row and each column weighted by the squared length of its row of G or V.
     ///
     /// # Errors
     /// As [`Sample::of_probabilities`], and for no value column.
@@ -41,7 +42,8 @@ impl Sample {
         const NODES: NonZeroUsize = NonZeroUsize::new(40).unwrap();
         let shape = value_dim as f64 / 2.0;
         let alpha = FiniteAboveNegOneF64::new(shape - 1.0).filter(|_| value_dim > 0);
-        let alpha = alpha.ok_or_else(|| Error::invalid("value_dim", value_dim, "must be at least 1"))?;
+        let alpha =
+            alpha.ok_or_else(|| Error::invalid("value_dim", value_dim, "must be at least 1"))?;
         let rule = GaussLaguerre::new(NODES, alpha);
         let total: f64 = rule.iter().map(|(_, w)| w).sum();
         let weights = rule.iter().map(|(x, w)| (x / shape, w / total)).collect();
@@ -61,7 +63,8 @@ impl Sample {
     /// eps-rank (relative Frobenius), whole numbers interpolated.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for eps outside (0, 1); [`Error::NotConverged`] if the equation is not solved.
+    /// [`Error::InvalidParam`] for eps outside (0, 1); [`Error::NotConverged`] if the equation is
+    /// not solved.
     pub fn rank(&self, eps: f64) -> Result<f64> {
         if !(eps > 0.0 && eps < 1.0) {
             return Err(Error::invalid("eps", eps, "must lie between 0 and 1"));
@@ -70,13 +73,17 @@ impl Sample {
         let (mut low, mut high) = ((self.levels[0].0 * 1e-9).ln(), (self.levels[0].0 * 10.0).ln());
         for _ in 0..26 {
             let middle = (low + high) / 2.0;
-            if self.above(middle.exp(), total)?.1 < (1.0 - eps * eps) * total { high = middle } else { low = middle }
+            if self.above(middle.exp(), total)?.1 < (1.0 - eps * eps) * total {
+                high = middle
+            } else {
+                low = middle
+            }
         }
         Ok(self.above(low.exp(), total)?.0)
     }
 
-    /// Number and sum of the eigenvalues of A A^T above x, by an integral of the resolvent along the line through x that is
-    /// parallel to the imaginary axis.
+    /// Number and sum of the eigenvalues of A A^T above x, by an integral of the resolvent along
+    /// the line through x that is parallel to the imaginary axis.
     fn above(&self, x: f64, total: f64) -> Result<(f64, f64)> {
         const STEP: f64 = 0.25;
         let mut state = None;
@@ -86,7 +93,8 @@ impl Sample {
         while at > -12.0 {
             let y = x * at.exp();
             let z = C::new(x, y);
-            let (kappa, weight) = self.solve(z, state.unwrap_or((-z, -z * (self.tokens / total))))?;
+            let (kappa, weight) =
+                self.solve(z, state.unwrap_or((-z, -z * (self.tokens / total))))?;
             state = Some((kappa, weight));
             let (freedom, _) = self.freedom(kappa);
             number += (freedom / z).re * y * STEP / PI;
@@ -107,8 +115,8 @@ impl Sample {
         sums
     }
 
-    /// The root kappa of kappa g^2 = -z by Newton's method from a nearby one, with g = f t, f = m(kappa) / L = E w / (w + t); for
-    /// equal weights g = 1 - f.
+    /// The root kappa of kappa g^2 = -z by Newton's method from a nearby one, with g = f t, f =
+    /// m(kappa) / L = E w / (w + t); for equal weights g = 1 - f.
     fn solve(&self, z: C, (mut kappa, mut t): (C, C)) -> Result<(C, C)> {
         const MOST: usize = 100;
         for _ in 0..MOST {
@@ -127,7 +135,12 @@ impl Sample {
                 return Ok((kappa, t));
             }
         }
-        Err(Error::NotConverged { op: "rank of a sample", iterations: MOST, residual: f64::NAN, tolerance: 1e-10 })
+        Err(Error::NotConverged {
+            op: "rank of a sample",
+            iterations: MOST,
+            residual: f64::NAN,
+            tolerance: 1e-10,
+        })
     }
 
     /// t with E w / (w + t) = f, and the derivative of the left side there.
@@ -146,7 +159,12 @@ impl Sample {
                 return Ok((t, slope));
             }
         }
-        Err(Error::NotConverged { op: "weights of rows", iterations: MOST, residual: f64::NAN, tolerance: 1e-11 })
+        Err(Error::NotConverged {
+            op: "weights of rows",
+            iterations: MOST,
+            residual: f64::NAN,
+            tolerance: 1e-11,
+        })
     }
 }
 
@@ -160,7 +178,8 @@ mod tests {
     use rand::SeedableRng;
     use rand_distr::{Distribution, StandardNormal};
 
-    /// X Sigma Y^T with normal X and Y, the model itself: one level of n equal products is a product of two Wishart matrices.
+    /// X Sigma Y^T with normal X and Y, the model itself: one level of n equal products is a
+    /// product of two Wishart matrices.
     #[test]
     fn ranks_are_those_of_normal_features() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
@@ -199,7 +218,8 @@ mod tests {
     fn many_tokens_see_every_product() {
         let levels = Levels::new(&energies(&Law::Uniform, 0.6).unwrap(), 6, 0.1).unwrap();
         let count = levels.ln_rank(0.1).unwrap().exp();
-        let ranks = [1e3, 1e5, 1e7].map(|l| Sample::of_probabilities(&levels, l).unwrap().rank(0.1).unwrap());
+        let ranks = [1e3, 1e5, 1e7]
+            .map(|l| Sample::of_probabilities(&levels, l).unwrap().rank(0.1).unwrap());
         assert!(
             ranks[0] < ranks[1] && ranks[1] < ranks[2] && (ranks[2] / count - 1.0).abs() < 0.01,
             "{ranks:?} {count}"
@@ -212,7 +232,10 @@ mod tests {
                 Err(Error::InvalidParam { .. })
             ));
         }
-        assert!(matches!(Sample::of_score_gradient(&levels, 10.0, 0), Err(Error::InvalidParam { .. })));
+        assert!(matches!(
+            Sample::of_score_gradient(&levels, 10.0, 0),
+            Err(Error::InvalidParam { .. })
+        ));
         assert!(matches!(Sample::of_probabilities(&levels, 0.0), Err(Error::InvalidParam { .. })));
     }
 }

@@ -2,7 +2,8 @@
 
 use super::law::Law;
 
-/// E_u h(tilt theta u), h(t) = ln M(t) - t M'(t) / M(t) <= 0: the entropy that one coordinate takes from ln L.
+/// E_u h(tilt theta u), h(t) = ln M(t) - t M'(t) / M(t) <= 0: the entropy that one coordinate takes
+/// from ln L.
 pub fn entropy_of_coordinate(law: &Law, theta: f64, tilt: f64) -> f64 {
     law.rule(tilt * theta).expectation(|u| entropy_at(law, tilt * theta * u))
 }
@@ -12,12 +13,14 @@ fn entropy_at(law: &Law, t: f64) -> f64 {
     log - t * slope
 }
 
-/// 1 + kappa E_u h(tilt theta u), also where it is negative: beyond condensation it is not the number of keys.
+/// 1 + kappa E_u h(tilt theta u), also where it is negative: beyond condensation it is not the
+/// number of keys.
 pub fn raw_support_exponent(law: &Law, theta: f64, kappa: f64, tilt: f64) -> f64 {
     1.0 + kappa * entropy_of_coordinate(law, theta, tilt)
 }
 
-/// lim ln(keys that hold a query's weight) / ln L, 0 once the softmax has condensed; tilt 2 for its squared weights.
+/// lim ln(keys that hold a query's weight) / ln L, 0 once the softmax has condensed; tilt 2 for its
+/// squared weights.
 pub fn support_exponent(law: &Law, theta: f64, kappa: f64, tilt: f64) -> f64 {
     raw_support_exponent(law, theta, kappa, tilt).max(0.0)
 }

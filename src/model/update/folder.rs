@@ -8,7 +8,9 @@
 //! | `slice_delta` | k x in or out x k: trained - base |
 
 use super::super::adapter_config::{AdapterConfig, AdapterKind, Beside, compose, read_object};
-use super::super::adapter_folder::{CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices};
+use super::super::adapter_folder::{
+    CONFIG, Reader, WEIGHTS, module_prefix, write_factors, write_indices,
+};
 use super::super::config::ModelConfig;
 use super::super::names::Outside;
 use super::super::parameters::Model;
@@ -41,16 +43,18 @@ pub fn is_slice_folder(folder: &Path) -> Result<bool> {
 fn beside_the_base(folder: &Path) -> Result<AdapterConfig> {
     let settings = AdapterConfig::read(&folder.join(CONFIG))?;
     if let Some(init) = settings.moves_base {
-        let expected = "factors that act beside the base model; this initialisation subtracted the first ones from it \
-                        (PEFT's save_pretrained converts: path_initial_model_for_weight_conversion)";
+        let expected = "factors that act beside the base model; this initialisation subtracted the \
+                        first ones from it (PEFT's save_pretrained converts: \
+                        path_initial_model_for_weight_conversion)";
         return Err(Error::format(settings.path, "key init_lora_weights", expected, init));
     }
     Ok(settings)
 }
 
 impl<T: Real> Model<T> {
-    /// This base model with an adapter folder of any kind in effect, to be written as a checkpoint ([`Model::write`]):
-    /// modules that the adapter trains whole, biases, embedding and output projection too.
+    /// This base model with an adapter folder of any kind in effect, to be written as a checkpoint
+    /// ([`Model::write`]): modules that the adapter trains whole, biases, embedding and output
+    /// projection too.
     ///
     /// # Errors
     /// As [`ModelUpdate::read`] and [`Model::read_adapter`].
@@ -63,7 +67,8 @@ impl<T: Real> Model<T> {
         }
         beside_the_base(folder)?;
         self.read_adapter(folder)?;
-        // A bias of the update's own goes where there is one to hold it; elsewhere writing says that none is.
+        // A bias of the update's own goes where there is one to hold it; elsewhere writing says
+        // that none is.
         for (_, projection) in self.layers.iter_mut().flat_map(|layer| layer.projections_mut()) {
             if let (Method::Lora(lora), Some(bias)) = (&mut projection.method, &mut projection.bias)
                 && let Some(own) = lora.bias.take()
@@ -76,18 +81,26 @@ impl<T: Real> Model<T> {
 }
 
 impl<T: Real> ModelUpdate<T> {
-    /// Reads any adapter folder as an update of `base`: SLICE as it is, every other kind by putting it on a copy of
-    /// the model ([`Model::read_adapter`]) and taking what it changes ([`ModelUpdate::of_adapters`]).
+    /// Reads any adapter folder as an update of `base`: SLICE as it is, every other kind by putting
+    /// it on a copy of the model ([`Model::read_adapter`]) and taking what it changes
+    /// ([`ModelUpdate::of_adapters`]).
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`], [`Error::MissingTensor`] naming file and key or tensor; as the two above.
+    /// [`Error::Io`]; [`Error::Format`], [`Error::MissingTensor`] naming file and key or tensor; as
+    /// the two above.
     pub fn read(folder: &Path, base: &Model<T>) -> Result<Self> {
         if !is_slice_folder(folder)? {
             let settings = beside_the_base(folder)?;
             if !settings.saved.is_empty() {
-                let expected = "null: modules that are trained whole are no update of projections (merge the folder into a \
-                                checkpoint instead: peft-limits adapter merge)";
-                return Err(Error::format(settings.path, "key modules_to_save", expected, settings.saved.join(", ")));
+                let expected = "null: modules that are trained whole are no update of projections \
+                                (merge the folder into a checkpoint instead: peft-limits adapter \
+                                merge)";
+                return Err(Error::format(
+                    settings.path,
+                    "key modules_to_save",
+                    expected,
+                    settings.saved.join(", "),
+                ));
             }
             let mut adapted = base.clone();
             adapted.read_adapter(folder)?;
@@ -97,9 +110,14 @@ impl<T: Real> ModelUpdate<T> {
                 (adapted.lm_head != base.lm_head, Outside::Head),
             ];
             if let Some((_, module)) = tables.into_iter().find(|(changed, _)| *changed) {
-                let requirement = "the folder has a table of its own; an update holds projections of layers only (merge the folder into a \
-                                   checkpoint instead: peft-limits adapter merge)";
-                return Err(Error::invalid(options.outside_tensor(module, "weight"), "changed", requirement));
+                let requirement = "the folder has a table of its own; an update holds projections \
+                                   of layers only (merge the folder into a checkpoint instead: \
+                                   peft-limits adapter merge)";
+                return Err(Error::invalid(
+                    options.outside_tensor(module, "weight"),
+                    "changed",
+                    requirement,
+                ));
             }
             return Self::of_adapters(&adapted);
         }
@@ -110,7 +128,9 @@ impl<T: Real> ModelUpdate<T> {
             for (p, projection) in layer.projections() {
                 let prefix = module_prefix(&base.config, l, p);
                 let names = [(Side::Output, "slice_rows"), (Side::Input, "slice_columns")];
-                let mut found = names.into_iter().filter(|(_, name)| file.contains(&format!("{prefix}.{name}")));
+                let mut found = names
+                    .into_iter()
+                    .filter(|(_, name)| file.contains(&format!("{prefix}.{name}")));
                 let Some((side, name)) = found.next() else { continue };
                 if found.next().is_some() {
                     let wanted = "either slice_rows or slice_columns";
@@ -124,7 +144,11 @@ impl<T: Real> ModelUpdate<T> {
                 };
                 let delta = reader.matrix(format!("{prefix}.slice_delta"), expected)?;
                 let slice = SliceUpdate::new(shape, side, index, delta).map_err(|e| {
-                    file.malformed(format!("tensor {prefix}.{name}"), "distinct places of the weight", e.to_string())
+                    file.malformed(
+                        format!("tensor {prefix}.{name}"),
+                        "distinct places of the weight",
+                        e.to_string(),
+                    )
                 })?;
                 entries.insert((l, p), WeightUpdate::Slice(slice));
             }
@@ -137,15 +161,16 @@ impl<T: Real> ModelUpdate<T> {
         Ok(Self { entries })
     }
 
-    /// Writes a folder: slices as SLICE, low-rank updates as PEFT's LORA. A mixture of both is written as LORA, the
-    /// slices as factors with a selection matrix. `config` is the model's. Files appear whole or
-    /// not at all.
+    /// Writes a folder: slices as SLICE, low-rank updates as PEFT's LORA. A mixture of both is
+    /// written as LORA, the slices as factors with a selection matrix. `config` is the model's.
+    /// Files appear whole or not at all.
     ///
-    /// With `like`, the `adapter_config.json` of a LORA folder keeps every key of that folder's own, and its text to
-    /// the byte if the ranks, scalings and targets are the same.
+    /// With `like`, the `adapter_config.json` of a LORA folder keeps every key of that folder's
+    /// own, and its text to the byte if the ranks, scalings and targets are the same.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for an update without entries; [`Error::Io`]; [`Error::Format`] for a broken `like`.
+    /// [`Error::InvalidParam`] for an update without entries; [`Error::Io`]; [`Error::Format`] for
+    /// a broken `like`.
     pub fn write(&self, folder: &Path, config: &ModelConfig, like: Option<&Path>) -> Result<()> {
         if self.entries.is_empty() {
             return Err(Error::invalid("update", "empty", "must change at least one projection"));
@@ -156,12 +181,17 @@ impl<T: Real> ModelUpdate<T> {
             for (&(l, p), update) in &self.entries {
                 if let WeightUpdate::Slice(slice) = update {
                     let prefix = module_prefix(config, l, p);
-                    let name = if slice.place().side == Side::Output { "slice_rows" } else { "slice_columns" };
+                    let name = if slice.place().side == Side::Output {
+                        "slice_rows"
+                    } else {
+                        "slice_columns"
+                    };
                     write_indices(&mut writer, &format!("{prefix}.{name}"), &slice.place().index);
                     writer.matrix(&format!("{prefix}.slice_delta"), slice.delta());
                 }
             }
-            let targets: Vec<String> = self.entries.keys().map(|&(l, p)| config.options.module(l, p)).collect();
+            let targets: Vec<String> =
+                self.entries.keys().map(|&(l, p)| config.options.module(l, p)).collect();
             let settings = json!({
                 "peft_type": SLICE, "task_type": "CAUSAL_LM", "target_modules": targets, "bias": "none",
                 "inference_mode": true,
@@ -175,8 +205,10 @@ impl<T: Real> ModelUpdate<T> {
             write_factors(&mut writer, &module_prefix(config, l, p), &lora.a, &lora.b);
             entries.push((l, p, lora.spec));
         }
-        let like = like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
-        let text = compose(AdapterKind::Lora, &entries, config, false, &Beside::default(), like.as_ref());
+        let like =
+            like.map(|folder| AdapterConfig::read_with_text(&folder.join(CONFIG))).transpose()?;
+        let text =
+            compose(AdapterKind::Lora, &entries, config, false, &Beside::default(), like.as_ref());
         writer.write(&folder.join(WEIGHTS))?;
         write_bytes(&folder.join(CONFIG), text.as_bytes())
     }

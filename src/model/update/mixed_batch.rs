@@ -16,16 +16,19 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 impl<T: Real> Model<T> {
-    /// Logits of every position, `(B T) x V`, sequence i under update `of_sequence[i]` (`None`: the model as it is).
+    /// Logits of every position, `(B T) x V`, sequence i under update `of_sequence[i]` (`None`: the
+    /// model as it is).
     ///
-    /// The model's own products run once over the whole batch; each update adds its part on its own sequences only,
-    /// y += x update^T, without ever forming a merged weight. Sequences of one update are brought together first,
-    /// so each part is one product. Cost beyond [`Model::logits`]: per token and projection k in (k out) for a
-    /// slice of k rows (columns), r (in + out) for rank r.
+    /// The model's own products run once over the whole batch; each update adds its part on its own
+    /// sequences only, y += x update^T, without ever forming a merged weight. Sequences of one
+    /// update are brought together first, so each part is one product. Cost beyond
+    /// [`Model::logits`]: per token and projection k in (k out) for a slice of k rows (columns), r
+    /// (in + out) for rank r.
     ///
     /// # Errors
-    /// As [`Model::logits`]; [`Error::InvalidParam`] if `of_sequence` does not name one of `updates` for each
-    /// sequence, or an update does not fit the model, or the model's heads and channels are reordered.
+    /// As [`Model::logits`]; [`Error::InvalidParam`] if `of_sequence` does not name one of
+    /// `updates` for each sequence, or an update does not fit the model, or the model's heads and
+    /// channels are reordered.
     pub fn logits_mixed(
         &self,
         ids: ArrayView2<u32>,
@@ -35,13 +38,25 @@ impl<T: Real> Model<T> {
     ) -> Result<Array2<T>> {
         let (sequences, length) = ids.dim();
         if of_sequence.len() != sequences {
-            return Err(Error::invalid("of_sequence", of_sequence.len(), format!("must hold {sequences} choices")));
+            return Err(Error::invalid(
+                "of_sequence",
+                of_sequence.len(),
+                format!("must hold {sequences} choices"),
+            ));
         }
         if let Some(bad) = of_sequence.iter().flatten().find(|&&u| u >= updates.len()) {
-            return Err(Error::invalid("of_sequence", bad, format!("only {} updates are given", updates.len())));
+            return Err(Error::invalid(
+                "of_sequence",
+                bad,
+                format!("only {} updates are given", updates.len()),
+            ));
         }
         if self.layers.iter().any(|layer| layer.order.is_some()) {
-            return Err(Error::invalid("model", "reordered by S2FT", "must be in the checkpoint's order here"));
+            return Err(Error::invalid(
+                "model",
+                "reordered by S2FT",
+                "must be in the checkpoint's order here",
+            ));
         }
         updates.iter().try_for_each(|update| update.check_fits(self))?;
         let mut order: Vec<usize> = (0..sequences).collect();
@@ -68,7 +83,11 @@ impl<T: Real> Model<T> {
             Ok(())
         };
         let batch = Batch::new(ids.select(Axis(0), &order), Array2::zeros(ids.dim()))?;
-        let hidden = self.hidden(&batch, &Instruments { extra: Some(&add), ..Instruments::default() }, cost)?;
+        let hidden = self.hidden(
+            &batch,
+            &Instruments { extra: Some(&add), ..Instruments::default() },
+            cost,
+        )?;
         let mut in_order = Array2::zeros(hidden.dim());
         for (now, &original) in order.iter().enumerate() {
             let from = hidden.slice(s![now * length..(now + 1) * length, ..]);
@@ -81,7 +100,11 @@ impl<T: Real> Model<T> {
 }
 
 /// (update, rows of the reordered batch) for each run of sequences with the same update.
-fn groups(order: &[usize], of_sequence: &[Option<usize>], length: usize) -> Vec<(usize, Range<usize>)> {
+fn groups(
+    order: &[usize],
+    of_sequence: &[Option<usize>],
+    length: usize,
+) -> Vec<(usize, Range<usize>)> {
     let mut groups: Vec<(usize, Range<usize>)> = Vec::new();
     for (now, &sequence) in order.iter().enumerate() {
         let Some(update) = of_sequence[sequence] else { continue };

@@ -1,5 +1,5 @@
-//! The updates of a whole model: what training added to each projection, in the checkpoint's order of heads and
-//! channels, independent of the method that trained it.
+//! The updates of a whole model: what training added to each projection, in the checkpoint's order
+//! of heads and channels, independent of the method that trained it.
 //!
 //! | from | update of a projection |
 //! |---|---|
@@ -8,8 +8,9 @@
 //! | S2FT | the slice, trained - original, at its original rows or columns |
 //! | DoRA, SpFT, full fine-tuning | every row that changed (a dense update) |
 //!
-//! A slice update in a precision of unit u gives the trained weight back to within u times the larger of the two
-//! values, and exactly where trained and base are within a factor of two of each other (Sterbenz).
+//! A slice update in a precision of unit u gives the trained weight back to within u times the
+//! larger of the two values, and exactly where trained and base are within a factor of two of each
+//! other (Sterbenz).
 
 mod folder;
 mod mixed_batch;
@@ -42,28 +43,39 @@ pub struct ModelUpdate<T: Real> {
 }
 
 impl<T: Real> ModelUpdate<T> {
-    /// What the adapters attached to `model` have learned. LoRA's factors are taken as they are; a sparse method's
-    /// slice is the difference from the original values it keeps.
+    /// What the adapters attached to `model` have learned. LoRA's factors are taken as they are; a
+    /// sparse method's slice is the difference from the original values it keeps.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] if nothing is adapted, something outside the projections is trained, a projection is
-    /// fine-tuned in full (no original is kept: use [`ModelUpdate::between`]), a DoRA adapter is merged, or factors
-    /// act on weights that S2FT has reordered.
+    /// [`Error::InvalidParam`] if nothing is adapted, something outside the projections is trained,
+    /// a projection is fine-tuned in full (no original is kept: use [`ModelUpdate::between`]), a
+    /// DoRA adapter is merged, or factors act on weights that S2FT has reordered.
     pub fn of_adapters(model: &Model<T>) -> Result<Self> {
         let parts = model.trainable;
         if parts != TrainableParts::default() {
-            let requirement = "an update holds projections only; merge the folder into a checkpoint instead \
-                               (peft-limits adapter merge)";
+            let requirement = "an update holds projections only; merge the folder into a \
+                               checkpoint instead (peft-limits adapter merge)";
             return Err(Error::invalid("trainable", format!("{parts:?}"), requirement));
         }
-        let outside = [(&model.adapters.embedding, Outside::Embedding), (&model.adapters.head, Outside::Head)];
+        let outside = [
+            (&model.adapters.embedding, Outside::Embedding),
+            (&model.adapters.head, Outside::Head),
+        ];
         if let Some((_, module)) = outside.into_iter().find(|(lora, _)| lora.is_some()) {
-            let requirement = "an update holds projections of layers only; merge the folder into a checkpoint instead \
-                               (peft-limits adapter merge)";
-            return Err(Error::invalid(model.config.options.outside(module), "adapted", requirement));
+            let requirement = "an update holds projections of layers only; merge the folder into a \
+                               checkpoint instead (peft-limits adapter merge)";
+            return Err(Error::invalid(
+                model.config.options.outside(module),
+                "adapted",
+                requirement,
+            ));
         }
         if model.norms().any(|norm| norm.whole) {
-            return Err(Error::invalid("norms", "trained (modules_to_save)", "an update holds projections only"));
+            return Err(Error::invalid(
+                "norms",
+                "trained (modules_to_save)",
+                "an update holds projections only",
+            ));
         }
         let mut entries = BTreeMap::new();
         for (l, layer) in model.layers.iter().enumerate() {
@@ -74,13 +86,21 @@ impl<T: Real> ModelUpdate<T> {
                 };
                 let sparse = matches!(projection.method, Method::Frozen | Method::S2ft(_));
                 if layer.order.is_some() && !sparse {
-                    return Err(refuse("its weights are reordered by S2FT; restore the order first"));
+                    return Err(refuse(
+                        "its weights are reordered by S2FT; restore the order first",
+                    ));
                 }
                 let update = match &projection.method {
                     Method::Frozen => continue,
-                    Method::Full => return Err(refuse("keeps no original; compare with the base model instead")),
+                    Method::Full => {
+                        return Err(refuse(
+                            "keeps no original; compare with the base model instead",
+                        ));
+                    }
                     Method::Lora(lora) if lora.bias.is_some() => {
-                        return Err(refuse("has a bias of its own (lora_bias), which an update does not hold"));
+                        return Err(refuse(
+                            "has a bias of its own (lora_bias), which an update does not hold",
+                        ));
                     }
                     Method::Lora(lora) => Some(WeightUpdate::LowRank(lora.clone())),
                     Method::Moslora(m) => {
@@ -88,10 +108,13 @@ impl<T: Real> ModelUpdate<T> {
                         let lora = Lora::from_factors(m.spec, projection.shape(), m.a.clone(), b)?;
                         Some(WeightUpdate::LowRank(lora))
                     }
-                    Method::Dora(_) if projection.is_merged() => return Err(refuse("is merged; unmerge first")),
+                    Method::Dora(_) if projection.is_merged() => {
+                        return Err(refuse("is merged; unmerge first"));
+                    }
                     Method::Dora(_) => {
                         let trained = projection.effective_weight()?;
-                        SliceUpdate::between(projection.base.dense().view(), trained.view())?.map(WeightUpdate::Slice)
+                        SliceUpdate::between(projection.base.dense().view(), trained.view())?
+                            .map(WeightUpdate::Slice)
                     }
                     Method::Spft(_) => {
                         let mut before = projection.clone();
@@ -102,14 +125,21 @@ impl<T: Real> ModelUpdate<T> {
                         SliceUpdate::between(before.view(), after.view())?.map(WeightUpdate::Slice)
                     }
                     Method::Paca(_) if projection.base.is_packed() => {
-                        return Err(refuse("differs from a quantized weight, not from the checkpoint's"));
+                        return Err(refuse(
+                            "differs from a quantized weight, not from the checkpoint's",
+                        ));
                     }
                     Method::Paca(paca) => {
                         let here = projection.base.columns(&paca.index);
                         let delta = difference(here, paca.inactive.as_ref(), paca.active);
                         let index = paca.index.clone();
                         let side = crate::adapters::s2ft::Side::Input;
-                        Some(WeightUpdate::Slice(SliceUpdate::new(projection.shape(), side, index, delta)?))
+                        Some(WeightUpdate::Slice(SliceUpdate::new(
+                            projection.shape(),
+                            side,
+                            index,
+                            delta,
+                        )?))
                     }
                     Method::S2ft(slice) => {
                         let here = slice.of(&projection.base.dense().view()).to_owned();
@@ -119,7 +149,12 @@ impl<T: Real> ModelUpdate<T> {
                             Some(places) => places[slice.range.clone()].to_vec(),
                             None => slice.range.clone().collect(),
                         };
-                        Some(WeightUpdate::Slice(SliceUpdate::new(projection.shape(), slice.side, index, delta)?))
+                        Some(WeightUpdate::Slice(SliceUpdate::new(
+                            projection.shape(),
+                            slice.side,
+                            index,
+                            delta,
+                        )?))
                     }
                 };
                 entries.extend(update.map(|update| ((l, p), update)));
@@ -131,18 +166,26 @@ impl<T: Real> ModelUpdate<T> {
         Ok(Self { entries })
     }
 
-    /// `trained - base` of two checkpoints of the same architecture: per projection the rows or columns that
-    /// changed, whichever is the smaller slice. Adapters of either model count as merged.
+    /// `trained - base` of two checkpoints of the same architecture: per projection the rows or
+    /// columns that changed, whichever is the smaller slice. Adapters of either model count as
+    /// merged.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for different sizes, a difference outside the projections (which an adapter cannot
-    /// hold), or none at all; as [`crate::adapters::AdaptedLinear::effective_weight`].
+    /// [`Error::InvalidParam`] for different sizes, a difference outside the projections (which an
+    /// adapter cannot hold), or none at all; as
+    /// [`crate::adapters::AdaptedLinear::effective_weight`].
     pub fn between(base: &Model<T>, trained: &Model<T>) -> Result<Self> {
         if base.config != trained.config {
             let found = format!("{:?}", trained.config);
-            return Err(Error::invalid("trained model", found, "must have the sizes of the base model"));
+            return Err(Error::invalid(
+                "trained model",
+                found,
+                "must have the sizes of the base model",
+            ));
         }
-        let outside = |name: &str| Error::invalid(name, "changed", "an adapter holds changes of projections only");
+        let outside = |name: &str| {
+            Error::invalid(name, "changed", "an adapter holds changes of projections only")
+        };
         let options = &base.config.options;
         let table = |module: Outside| outside(&options.outside_tensor(module, "weight"));
         if base.embedding != trained.embedding {
@@ -172,13 +215,18 @@ impl<T: Real> ModelUpdate<T> {
                 if a.checkpoint_bias(p, &base.config) != b.checkpoint_bias(p, &base.config) {
                     return Err(outside(&format!("{}.bias", options.module(l, p))));
                 }
-                let (a, b) = (a.checkpoint_weight(p, &base.config)?, b.checkpoint_weight(p, &base.config)?);
+                let (a, b) =
+                    (a.checkpoint_weight(p, &base.config)?, b.checkpoint_weight(p, &base.config)?);
                 let slice = SliceUpdate::between(a.view(), b.view())?;
                 entries.extend(slice.map(|slice| ((l, p), WeightUpdate::Slice(slice))));
             }
         }
         if entries.is_empty() {
-            return Err(Error::invalid("trained model", "equal to the base model", "must differ from it"));
+            return Err(Error::invalid(
+                "trained model",
+                "equal to the base model",
+                "must differ from it",
+            ));
         }
         Ok(Self { entries })
     }
@@ -197,17 +245,25 @@ impl<T: Real> ModelUpdate<T> {
                 by_place.entry(*place).or_default().push((*weight, entry));
             }
         }
-        let entries = by_place.into_iter().map(|(place, parts)| Ok((place, fuse(&parts)?))).collect::<Result<_>>()?;
+        let entries = by_place
+            .into_iter()
+            .map(|(place, parts)| Ok((place, fuse(&parts)?)))
+            .collect::<Result<_>>()?;
         Ok(Self { entries })
     }
 
-    /// The same update as low-rank factors everywhere, without rounding ([`WeightUpdate::to_low_rank`]).
+    /// The same update as low-rank factors everywhere, without rounding
+    /// ([`WeightUpdate::to_low_rank`]).
     ///
     /// # Errors
     /// As there.
     pub fn to_low_rank(&self) -> Result<Self> {
         let factors = |update: &WeightUpdate<T>| Ok(WeightUpdate::LowRank(update.to_low_rank()?));
-        let entries = self.entries.iter().map(|(&place, u)| Ok((place, factors(u)?))).collect::<Result<_>>()?;
+        let entries = self
+            .entries
+            .iter()
+            .map(|(&place, u)| Ok((place, factors(u)?)))
+            .collect::<Result<_>>()?;
         Ok(Self { entries })
     }
 
@@ -226,8 +282,8 @@ impl<T: Real> ModelUpdate<T> {
         self.entries.values().map(WeightUpdate::touched_elements).sum()
     }
 
-    /// How many of the overwritten numbers of `base` come back with every bit of `trained` when the update is added,
-    /// and how many there are.
+    /// How many of the overwritten numbers of `base` come back with every bit of `trained` when the
+    /// update is added, and how many there are.
     ///
     /// # Errors
     /// As [`Switchable::new`] and [`Switchable::switch`].
@@ -239,22 +295,32 @@ impl<T: Real> ModelUpdate<T> {
             let weight = switchable.model().layers[l].projection(p).base.dense();
             let want = trained.layers[l].checkpoint_weight(p, &trained.config)?;
             let (got, want) = match update {
-                WeightUpdate::Slice(slice) => (slice.place().read(weight.view()), slice.place().read(want.view())),
+                WeightUpdate::Slice(slice) => {
+                    (slice.place().read(weight.view()), slice.place().read(want.view()))
+                }
                 WeightUpdate::LowRank(_) => (weight.into_owned(), want),
             };
             all += got.len();
-            exact += got.iter().zip(&want).filter(|(a, b)| a.widen().to_bits() == b.widen().to_bits()).count();
+            exact += got
+                .iter()
+                .zip(&want)
+                .filter(|(a, b)| a.widen().to_bits() == b.widen().to_bits())
+                .count();
         }
         Ok((exact, all))
     }
 
-    /// Refuses an update that does not fit the model, whose projections must be dense, frozen and in the
-    /// checkpoint's order.
+    /// Refuses an update that does not fit the model, whose projections must be dense, frozen and
+    /// in the checkpoint's order.
     fn check_fits(&self, model: &Model<T>) -> Result<()> {
         for (&(l, p), update) in &self.entries {
             let name = model.config.options.module(l, p);
             let Some(layer) = model.layers.get(l) else {
-                return Err(Error::invalid("update", name, format!("the model has {} layers", model.layers.len())));
+                return Err(Error::invalid(
+                    "update",
+                    name,
+                    format!("the model has {} layers", model.layers.len()),
+                ));
             };
             let Some(projection) = layer.get(p) else {
                 return Err(Error::invalid("update", name, "the model has no such projection"));
@@ -268,7 +334,11 @@ impl<T: Real> ModelUpdate<T> {
 }
 
 /// trained - original, whichever of the two is in effect.
-fn difference<T: Real>(here: Array2<T>, other: Option<&Array2<T>>, trained_here: bool) -> Array2<T> {
+fn difference<T: Real>(
+    here: Array2<T>,
+    other: Option<&Array2<T>>,
+    trained_here: bool,
+) -> Array2<T> {
     match other {
         Some(other) if trained_here => here - other,
         Some(other) => other - &here,
@@ -282,7 +352,11 @@ fn require_plain<T: Real>(model: &Model<T>) -> Result<()> {
         for (p, projection) in layer.projections() {
             let name = model.config.options.module(l, p);
             if projection.is_trainable() || projection.is_merged() || layer.order.is_some() {
-                return Err(Error::invalid(name, projection.method.name(), "must be frozen and unadapted here"));
+                return Err(Error::invalid(
+                    name,
+                    projection.method.name(),
+                    "must be frozen and unadapted here",
+                ));
             }
             if projection.base.is_packed() {
                 return Err(Error::invalid(name, "packed", "must be dense here"));

@@ -1,8 +1,9 @@
 //! Switching a checkpoint folder in place.
 //!
-//! Only the bytes of the slices change; header, order of tensors, precision and every other byte of the checkpoint
-//! stay. The overwritten bytes are kept in `adapter_kept.safetensors` beside it, written before the checkpoint is,
-//! so after an interruption at any moment switching off still gives the original files, byte for byte.
+//! Only the bytes of the slices change; header, order of tensors, precision and every other byte of
+//! the checkpoint stay. The overwritten bytes are kept in `adapter_kept.safetensors` beside it,
+//! written before the checkpoint is, so after an interruption at any moment switching off still
+//! gives the original files, byte for byte.
 
 use super::super::checkpoint::Shards;
 use super::super::layout::own_tensor;
@@ -38,8 +39,9 @@ fn kept_path(folder: &Path) -> PathBuf {
 /// Values are added in f64 and rounded once to the checkpoint's precision.
 ///
 /// # Errors
-/// [`Error::InvalidParam`] if an adapter is in effect already; as [`Model::read`] and [`ModelUpdate::read`];
-/// [`Error::Io`]. On an error the checkpoint is as it was, or [`switch_off_on_disk`] makes it so.
+/// [`Error::InvalidParam`] if an adapter is in effect already; as [`Model::read`] and
+/// [`ModelUpdate::read`]; [`Error::Io`]. On an error the checkpoint is as it was, or
+/// [`switch_off_on_disk`] makes it so.
 pub fn switch_on_on_disk(folder: &Path, adapter: &Path) -> Result<OnDisk> {
     let kept = kept_path(folder);
     if kept.exists() {
@@ -56,15 +58,22 @@ pub fn switch_on_on_disk(folder: &Path, adapter: &Path) -> Result<OnDisk> {
     let mut done = OnDisk { tensors: 0, bytes: 0, kept };
     for (&(l, p), entry) in &update.entries {
         let Some(name) = own_tensor(&config, l, p) else {
-            let requirement = "is not stored out x in as a tensor of its own; merge into a new checkpoint instead (peft-limits adapter merge)";
-            return Err(Error::invalid(config.options.module(l, p), "stored otherwise", requirement));
+            let requirement = "is not stored out x in as a tensor of its own; merge into a new \
+                               checkpoint instead (peft-limits adapter merge)";
+            return Err(Error::invalid(
+                config.options.module(l, p),
+                "stored otherwise",
+                requirement,
+            ));
         };
         let file = shards.file_mut(&name);
         let mut weight = file.matrix::<f64>(&name, "the adapter changes it")?;
         entry.add_to(&mut weight.view_mut(), &mut Cost::default());
         let place = match entry {
             WeightUpdate::Slice(slice) => slice.place().clone(),
-            WeightUpdate::LowRank(_) => SlicePlace { side: Side::Output, index: (0..weight.nrows()).collect() },
+            WeightUpdate::LowRank(_) => {
+                SlicePlace { side: Side::Output, index: (0..weight.nrows()).collect() }
+            }
         };
         let (dtype, bytes) = file.bytes_mut(&name)?;
         let width = float_bytes(dtype);
@@ -88,7 +97,11 @@ pub fn switch_on_on_disk(folder: &Path, adapter: &Path) -> Result<OnDisk> {
 }
 
 /// Calls `visit(row, column)` for each number of a slice, row by row.
-fn for_each_number(place: &SlicePlace, (out, width): (usize, usize), mut visit: impl FnMut(usize, usize)) {
+fn for_each_number(
+    place: &SlicePlace,
+    (out, width): (usize, usize),
+    mut visit: impl FnMut(usize, usize),
+) {
     match place.side {
         Side::Output => place.index.iter().for_each(|&i| (0..width).for_each(|j| visit(i, j))),
         Side::Input => (0..out).for_each(|i| place.index.iter().for_each(|&j| visit(i, j))),
@@ -112,16 +125,24 @@ pub fn switch_off_on_disk(folder: &Path) -> Result<Option<OnDisk>> {
         let target = shards.file_mut(name);
         let shape = match target.shape(name) {
             Some(&[out, width]) => (out, width),
-            _ => return Err(target.missing(name, format!("{} holds a slice of it", done.kept.display()))),
+            _ => {
+                return Err(
+                    target.missing(name, format!("{} holds a slice of it", done.kept.display()))
+                );
+            }
         };
         let rows = format!("{name}.rows");
-        let (side, place) =
-            if file.contains(&rows) { (Side::Output, rows) } else { (Side::Input, format!("{name}.columns")) };
+        let (side, place) = if file.contains(&rows) {
+            (Side::Output, rows)
+        } else {
+            (Side::Input, format!("{name}.columns"))
+        };
         let index = file.vector::<f64>(&place, "where the kept values belong")?;
         let index: Vec<usize> = index.iter().map(|&i| i as usize).collect();
         let extent = if side == Side::Output { shape.0 } else { shape.1 };
-        crate::adapters::paca::check_index(&index, extent)
-            .map_err(|e| file.malformed(format!("tensor {place}"), "places of the weight", e.to_string()))?;
+        crate::adapters::paca::check_index(&index, extent).map_err(|e| {
+            file.malformed(format!("tensor {place}"), "places of the weight", e.to_string())
+        })?;
         let place = SlicePlace { side, index };
         let (dtype, values) = file.bytes(&format!("{name}.values"), "the kept values")?;
         let (found, bytes) = target.bytes_mut(name)?;

@@ -11,9 +11,9 @@ use ndarray::Array2;
 
 /// A base model in which one update at a time is in effect.
 ///
-/// What an update overwrites is kept beside it, not recomputed by subtracting: taking the update out restores every
-/// bit of the base, however often adapters are switched. A slice update keeps (and moves) only its slice; a low-rank
-/// one has to keep the whole weight.
+/// What an update overwrites is kept beside it, not recomputed by subtracting: taking the update
+/// out restores every bit of the base, however often adapters are switched. A slice update keeps
+/// (and moves) only its slice; a low-rank one has to keep the whole weight.
 ///
 /// ```
 /// use peft_limits::model::update::{ModelUpdate, Switchable};
@@ -61,11 +61,12 @@ impl<T: Real> Switchable<T> {
         Ok(Self { model, kept: Vec::new() })
     }
 
-    /// Takes the present update out, bit for bit, and puts another in place; `None` leaves the base.
+    /// Takes the present update out, bit for bit, and puts another in place; `None` leaves the
+    /// base.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidParam`] or [`crate::Error::ShapeMismatch`] for an update of another architecture; the
-    /// present one then stays in effect.
+    /// [`crate::Error::InvalidParam`] or [`crate::Error::ShapeMismatch`] for an update of another
+    /// architecture; the present one then stays in effect.
     pub fn switch(&mut self, update: Option<&ModelUpdate<T>>) -> Result<()> {
         if let Some(update) = update {
             update.check_fits(&self.model)?;
@@ -85,7 +86,9 @@ impl<T: Real> Switchable<T> {
                     values: slice.place().read(weight.view()),
                     slice: Some(slice.place().clone()),
                 },
-                WeightUpdate::LowRank(_) => Kept { place: (l, p), values: weight.clone(), slice: None },
+                WeightUpdate::LowRank(_) => {
+                    Kept { place: (l, p), values: weight.clone(), slice: None }
+                }
             };
             update.add_to(&mut weight.view_mut(), &mut Cost::default());
             self.kept.push(kept);

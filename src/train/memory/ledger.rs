@@ -12,10 +12,11 @@ use crate::train::optimizer::Optimizer;
 /// Saved tensors that do not come from the buffers a step reuses.
 const OUTSIDE: [&str; 4] = ["rope", "inverse_rms", ".projected", ".columns"];
 
-/// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters, gradient sinks
-/// and optimizer state as they are, activations by name as saved at the end of the forward pass, and as workspace
-/// the reused buffers beyond those, and what lives outside them for a moment: the embedded tokens, one chunk of
-/// logits, one decoded weight. The gradients keep what the step added.
+/// Runs one step's forward and backward and reads the bytes held at its peak: weights, adapters,
+/// gradient sinks and optimizer state as they are, activations by name as saved at the end of the
+/// forward pass, and as workspace the reused buffers beyond those, and what lives outside them for
+/// a moment: the embedded tokens, one chunk of logits, one decoded weight. The gradients keep what
+/// the step added.
 ///
 /// Call it after a few steps: the first ones still grow the buffers and the optimizer's state.
 ///
@@ -46,9 +47,13 @@ pub fn measure<T: Real>(
     memory.activations = over_layers(named);
     let (tokens, width) = (batch.tokens(), model.config.hidden_size);
     let chunk = loss_chunk(tokens, width, model.config.vocab_size, size_of::<T>());
-    let capped =
-        if model.config.options.logit_cap.is_some() { LOGIT_ROWS.min(tokens) * model.config.vocab_size } else { 0 };
-    let projections = model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
+    let capped = if model.config.options.logit_cap.is_some() {
+        LOGIT_ROWS.min(tokens) * model.config.vocab_size
+    } else {
+        0
+    };
+    let projections =
+        model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
     let packed = projections.filter(|p| p.base.is_packed()).map(|p| p.shape().0 * p.shape().1);
     let moment = (tokens * width + chunk + capped + packed.max().unwrap_or(0)) * size_of::<T>();
     memory.workspace = gradients.scratch_bytes().saturating_sub(reused) + moment;

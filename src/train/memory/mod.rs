@@ -10,8 +10,8 @@
 //! ```
 //!
 //! s is the size of a number. Activations and workspace come from the step itself, run on sizes
-//! ([`crate::ops::Sizes`]): a step reuses the buffers of the last, so they are held together. A test compares the total
-//! with a counting allocator, within 1% for every method.
+//! ([`crate::ops::Sizes`]): a step reuses the buffers of the last, so they are held together. A
+//! test compares the total with a counting allocator, within 1% for every method.
 
 pub mod ledger;
 pub mod pytorch;
@@ -27,8 +27,8 @@ use crate::error::{Error, Result};
 use crate::model::options::Norm;
 use crate::model::s2ft::{S2ftSpec, Scope};
 use crate::model::{
-    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, NormOn, Projection, Quantization,
-    TrainableParts, attention_shape,
+    GradientsOn, InstrumentsOn, LayerOn, MethodSpec, ModelConfig, ModelOn, NormOn, Projection,
+    Quantization, TrainableParts, attention_shape,
 };
 use crate::ops::{Buffer, SizedWeight, Sizes};
 use crate::train::method::{MethodName, MethodParams};
@@ -52,7 +52,8 @@ pub struct StepShape {
 /// Bytes by category.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Memory {
-    /// Base weights at rest, quantized where the checkpoint has them so, NF4 where the method packs them.
+    /// Base weights at rest, quantized where the checkpoint has them so, NF4 where the method packs
+    /// them.
     pub weights: usize,
     /// Tensors that the method holds beside them.
     pub adapters: usize,
@@ -76,17 +77,23 @@ impl Memory {
 
     /// Bytes at the peak.
     pub fn total(&self) -> usize {
-        self.weights + self.adapters + self.gradients + self.optimizer + self.activation_bytes() + self.workspace
+        self.weights
+            + self.adapters
+            + self.gradients
+            + self.optimizer
+            + self.activation_bytes()
+            + self.workspace
     }
 }
 
 /// Predicts the peak of a training step.
 ///
-/// Where S2FT takes its share over all layers together, the units are taken to be spread evenly over them; which
-/// layers really have how many depends on the selection.
+/// Where S2FT takes its share over all layers together, the units are taken to be spread evenly
+/// over them; which layers really have how many depends on the selection.
 ///
 /// # Errors
-/// As [`MethodParams::check`]; [`Error::InvalidParam`] for a rank that does not fit a projection or an empty shape.
+/// As [`MethodParams::check`]; [`Error::InvalidParam`] for a rank that does not fit a projection or
+/// an empty shape.
 ///
 /// ```
 /// use peft_limits::train::memory::{StepShape, predict};
@@ -99,7 +106,8 @@ impl Memory {
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
 pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -> Result<Memory> {
-    for (name, value) in [("batch", shape.batch), ("length", shape.length), ("bytes", shape.bytes)] {
+    for (name, value) in [("batch", shape.batch), ("length", shape.length), ("bytes", shape.bytes)]
+    {
         if value == 0 {
             return Err(Error::invalid(name, value, "must be at least 1"));
         }
@@ -118,12 +126,19 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &StepShape) -
         saved = pass.saved_by_name();
         model.backward_on(&model, pass, &instruments, &mut gradients)?;
     }
-    let activations = over_layers(saved.into_iter().map(|(name, numbers)| (name, numbers * shape.bytes)));
-    let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
+    let activations =
+        over_layers(saved.into_iter().map(|(name, numbers)| (name, numbers * shape.bytes)));
+    let projections = || {
+        model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection))
+    };
     let base = |projection: &LinearOn<Sizes>| {
         let (out, input) = projection.shape();
         let packed = config.options.quantization.unwrap_or(Quantization::Nf4 { double: true });
-        if projection.base.packed { packed.bytes_for(out, input) } else { out * input * shape.bytes }
+        if projection.base.packed {
+            packed.bytes_for(out, input)
+        } else {
+            out * input * shape.bytes
+        }
     };
     let elements: usize = projections().map(|p| p.shape().0 * p.shape().1).sum();
     let outside = config.parameters() - elements;
@@ -148,23 +163,34 @@ pub fn trained_numbers(config: &ModelConfig, method: &MethodParams) -> Result<us
 }
 
 /// `model.layers.3.mlp.gate` of every layer under one name.
-pub(crate) fn over_layers(named: impl IntoIterator<Item = (String, usize)>) -> BTreeMap<String, usize> {
+pub(crate) fn over_layers(
+    named: impl IntoIterator<Item = (String, usize)>,
+) -> BTreeMap<String, usize> {
     let mut all = BTreeMap::new();
     for (name, size) in named {
         // The first number is the layer's.
-        let mut parts = name.split('.').skip_while(|part| part.parse::<usize>().is_err()).skip(1).peekable();
+        let mut parts =
+            name.split('.').skip_while(|part| part.parse::<usize>().is_err()).skip(1).peekable();
         let rest = parts.peek().is_some().then(|| parts.collect::<Vec<_>>().join("."));
         *all.entry(rest.unwrap_or(name)).or_default() += size;
     }
     all
 }
 
-/// The longest sequence for which the prediction stays within `limit` bytes; `None` if not even one token fits.
+/// The longest sequence for which the prediction stays within `limit` bytes; `None` if not even one
+/// token fits.
 ///
 /// # Errors
 /// As [`predict`].
-pub fn longest(config: &ModelConfig, method: &MethodParams, shape: &StepShape, limit: usize) -> Result<Option<usize>> {
-    longest_that(|length| Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit))
+pub fn longest(
+    config: &ModelConfig,
+    method: &MethodParams,
+    shape: &StepShape,
+    limit: usize,
+) -> Result<Option<usize>> {
+    longest_that(|length| {
+        Ok(predict(config, method, &StepShape { length, ..shape.clone() })?.total() <= limit)
+    })
 }
 
 /// The largest length that fits, by bisection.
@@ -188,8 +214,15 @@ fn longest_that(fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
 }
 
 /// Units of a layer under S2FT: the same in every layer, or an even share of those of all layers.
-fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usize, layer: usize) -> usize {
-    let take = |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
+fn units_in_layer(
+    config: &ModelConfig,
+    spec: &S2ftSpec,
+    ratio: f64,
+    units: usize,
+    layer: usize,
+) -> usize {
+    let take =
+        |candidates: usize| ((ratio * candidates as f64).round() as usize).clamp(1, candidates);
     match spec.scope {
         Scope::EachLayer => take(units),
         Scope::AllLayers => {
@@ -203,14 +236,20 @@ fn units_in_layer(config: &ModelConfig, spec: &S2ftSpec, ratio: f64, units: usiz
 fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> {
     config.check()?;
     method.check()?;
-    if let (Some(quantization), false) = (config.options.quantization, method.name.trains_beside_the_base()) {
-        let requirement = format!("writes into the base weights, which are quantized ({})", quantization.name());
+    if let (Some(quantization), false) =
+        (config.options.quantization, method.name.trains_beside_the_base())
+    {
+        let requirement =
+            format!("writes into the base weights, which are quantized ({})", quantization.name());
         return Err(Error::invalid("method", method.name.name(), requirement));
     }
     let gain = |width: usize| Buffer::at_rest((1, width));
     let table = || Buffer::at_rest((config.vocab_size, config.hidden_size));
-    let norm =
-        |width: usize| NormOn { gain: gain(width), bias: config.options.layer_norm.then(|| gain(width)), whole: false };
+    let norm = |width: usize| NormOn {
+        gain: gain(width),
+        bias: config.options.layer_norm.then(|| gain(width)),
+        whole: false,
+    };
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let projections = config.projections(layer).into_iter();
         let sized = projections.map(|p| Ok((p, sized_projection(config, method, layer, p)?)));
@@ -218,7 +257,8 @@ fn sized(config: &ModelConfig, method: &MethodParams) -> Result<ModelOn<Sizes>> 
         let norms = Norm::ALL.map(|of| config.norm_width(of).map(norm));
         Ok(LayerOn::new(sized.collect::<Result<Vec<_>>>()?, norms, sinks))
     });
-    let positions = |offset| Buffer::at_rest((config.max_position_embeddings + offset, config.hidden_size));
+    let positions =
+        |offset| Buffer::at_rest((config.max_position_embeddings + offset, config.hidden_size));
     let mut model = ModelOn {
         config: config.clone(),
         embedding: table(),
@@ -287,11 +327,17 @@ fn sized_projection(
             let spec = method.s2ft()?;
             let ratio = spec.ratio(p);
             let (units, unit, rows) = units_of(config, p);
-            let taken = if ratio > 0.0 { units_in_layer(config, &spec, ratio, units, layer) * unit } else { 0 };
+            let taken = if ratio > 0.0 {
+                units_in_layer(config, &spec, ratio, units, layer) * unit
+            } else {
+                0
+            };
             let side = if rows { Side::Output } else { Side::Input };
             match taken {
                 0 => MethodOn::Frozen,
-                n => MethodOn::S2ft(S2ftSliceOn { side, range: 0..n, original: None, active: true }),
+                n => {
+                    MethodOn::S2ft(S2ftSliceOn { side, range: 0..n, original: None, active: true })
+                }
             }
         }
         None => MethodOn::Frozen,

@@ -1,4 +1,5 @@
-//! Memory of the same step in PyTorch: a Transformers model with PEFT's adapters, or the papers' own PaCA and S2FT.
+//! Memory of the same step in PyTorch: a Transformers model with PEFT's adapters, or the papers'
+//! own PaCA and S2FT.
 //!
 //! ```text
 //! peak = weights + adapters + gradients + optimizer + saved + max(loss, layer) + allocator + context
@@ -21,8 +22,9 @@
 //! | MLP | gate, its activation, up: 3 s N F | gate or up needs a gradient |
 //! | last | log-softmax 4 N V, its labels 8 N | not with a fused loss |
 //!
-//! The saved bytes are counted in PyTorch by hooks (`python/count_saved_tensors.py`), and a test compares. What is beyond
-//! them, workspaces of kernels, fragments of the allocator and the context, is modelled by rule.
+//! The saved bytes are counted in PyTorch by hooks (`python/count_saved_tensors.py`), and a test
+//! compares. What is beyond them, workspaces of kernels, fragments of the allocator and the
+//! context, is modelled by rule.
 
 use super::sized;
 use crate::adapters::MethodOn;
@@ -73,11 +75,13 @@ pub struct TrainerShape {
     pub kernel: Kernel,
     /// Layers run again in backward.
     pub checkpointing: bool,
-    /// Whether the loss is computed in pieces from the hidden states (Liger's and others'): no logits exist whole.
+    /// Whether the loss is computed in pieces from the hidden states (Liger's and others'): no
+    /// logits exist whole.
     pub fused_loss: bool,
     /// The optimizer.
     pub optimizer: TrainerOptimizer,
-    /// What of a quantized model is not quantized is in f32 (`prepare_model_for_kbit_training`), and so are the activations.
+    /// What of a quantized model is not quantized is in f32 (`prepare_model_for_kbit_training`),
+    /// and so are the activations.
     pub prepared: bool,
     /// Cards over which weights, gradients and optimizer state are divided (FSDP, ZeRO stage 3).
     pub cards: usize,
@@ -106,7 +110,8 @@ pub struct TrainerMemory {
     pub trained: usize,
 }
 
-/// Context and loaded kernels of one process, and cuBLAS' workspace: 0.5 GiB, of which a current card's driver takes 0.4 to 0.6.
+/// Context and loaded kernels of one process, and cuBLAS' workspace: 0.5 GiB, of which a current
+/// card's driver takes 0.4 to 0.6.
 pub const CONTEXT: usize = 1 << 29;
 
 impl TrainerMemory {
@@ -171,8 +176,15 @@ impl LayerCount<'_> {
         self.add(name, norm_bytes(self.config, self.shape, self.full, tokens * rows, width));
     }
 
-    /// What projections of one input save; whether their outputs need gradients. `shared`: the input is kept already.
-    fn projections(&mut self, all: &[Projection], input: &str, input_needed: bool, shared: bool) -> Vec<bool> {
+    /// What projections of one input save; whether their outputs need gradients. `shared`: the
+    /// input is kept already.
+    fn projections(
+        &mut self,
+        all: &[Projection],
+        input: &str,
+        input_needed: bool,
+        shared: bool,
+    ) -> Vec<bool> {
         let (s, n) = (self.shape.bytes, self.tokens());
         let (mut kept, mut needed) = (shared, Vec::new());
         for &p in all {
@@ -181,7 +193,8 @@ impl LayerCount<'_> {
             let (out, width) = projection.shape();
             let a = adapter_bytes(self.shape, &projection.method);
             // int8 keeps its input for itself, where no hook sees it.
-            if self.config.options.quantization == Some(Quantization::Int8) && input_needed && !kept {
+            if self.config.options.quantization == Some(Quantization::Int8) && input_needed && !kept
+            {
                 self.add("int8.input", s * n * width);
                 kept = true;
             }
@@ -226,7 +239,8 @@ impl LayerCount<'_> {
     /// Attention from its needed inputs; whether its output needs a gradient.
     fn attention(&mut self, [query, key, value]: [bool; 3]) -> bool {
         let (s, n, config) = (self.shape.bytes, self.tokens(), self.config);
-        let (heads, groups, width) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let (heads, groups, width) =
+            (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         if self.shape.kernel == Kernel::Eager {
             let scores = n * self.shape.length * heads;
             let each = s * n * heads * width;
@@ -236,7 +250,10 @@ impl LayerCount<'_> {
             self.add("attention.key", if query { each } else { 0 });
             if probabilities {
                 self.add("attention.softmax", 4 * scores);
-                self.add("attention.cap", if config.options.attention_cap.is_some() { s * scores } else { 0 });
+                self.add(
+                    "attention.cap",
+                    if config.options.attention_cap.is_some() { s * scores } else { 0 },
+                );
                 self.add("attention.value", each);
             }
             self.add("attention.probabilities", if value && s != 4 { s * scores } else { 0 });
@@ -250,7 +267,8 @@ impl LayerCount<'_> {
         query || key || value
     }
 
-    /// Whether forward goes through the layer with a gradient at its output, given that at its input.
+    /// Whether forward goes through the layer with a gradient at its output, given that at its
+    /// input.
     fn run(&mut self, input_needed: bool) -> bool {
         use Projection::*;
         let (config, options) = (self.config, &self.config.options);
@@ -259,8 +277,12 @@ impl LayerCount<'_> {
         if before && (input_needed || self.full) {
             self.norm("norms", hidden, 1);
         }
-        let read =
-            self.projections(&[Query, Key, Value, QueryKeyValue], "attention.input", input_needed || self.full, false);
+        let read = self.projections(
+            &[Query, Key, Value, QueryKeyValue],
+            "attention.input",
+            input_needed || self.full,
+            false,
+        );
         let needed = match read[..] {
             [query, key, value] => [query, key, value],
             _ => [read.first().copied().unwrap_or(input_needed); 3],
@@ -276,8 +298,10 @@ impl LayerCount<'_> {
             }
         }
         let attended = self.attention(needed);
-        // sdpa returns its output as the projection reads it, unless heads came before tokens (Phi-3's rotation joins two parts).
-        let shared = attended && self.shape.kernel != Kernel::Eager && options.family != Family::Phi3;
+        // sdpa returns its output as the projection reads it, unless heads came before tokens
+        // (Phi-3's rotation joins two parts).
+        let shared =
+            attended && self.shape.kernel != Kernel::Eager && options.family != Family::Phi3;
         let out = self.projections(&[Output], "attention.output_input", attended, shared)[0];
         if options.norm_name(Norm::AfterAttention).is_some() && (out || self.full) {
             self.norm("norms", hidden, 1);
@@ -308,7 +332,8 @@ fn activation_bytes(shape: &TrainerShape) -> usize {
     if shape.prepared { 4 } else { shape.bytes }
 }
 
-/// Bytes of the numbers of a method: adapters have a format of their own, parts of the weights do not.
+/// Bytes of the numbers of a method: adapters have a format of their own, parts of the weights do
+/// not.
 fn adapter_bytes(shape: &TrainerShape, method: &MethodOn<Sizes>) -> usize {
     match method {
         MethodOn::Lora(_) | MethodOn::Dora(_) | MethodOn::Moslora(_) => shape.adapter_bytes,
@@ -317,8 +342,15 @@ fn adapter_bytes(shape: &TrainerShape, method: &MethodOn<Sizes>) -> usize {
 }
 
 /// What an RMSNorm over rows of `width` numbers keeps.
-fn norm_bytes(config: &ModelConfig, shape: &TrainerShape, full: bool, rows: usize, width: usize) -> usize {
-    // 1 + w in f32, and for a trained gain the normalised input: in f32 where the gain multiplies before the cast.
+fn norm_bytes(
+    config: &ModelConfig,
+    shape: &TrainerShape,
+    full: bool,
+    rows: usize,
+    width: usize,
+) -> usize {
+    // 1 + w in f32, and for a trained gain the normalised input: in f32 where the gain multiplies
+    // before the cast.
     let unit = if config.options.unit_gain { 4 * width } else { 0 };
     let late_cast = config.options.unit_gain || config.options.family == Family::Olmo2;
     let scaled = if late_cast { 4 } else { shape.bytes };
@@ -328,8 +360,13 @@ fn norm_bytes(config: &ModelConfig, shape: &TrainerShape, full: bool, rows: usiz
 /// What autograd keeps after the forward pass.
 ///
 /// # Errors
-/// As [`super::predict`]; [`Error::InvalidParam`] for a family whose saved tensors were not counted.
-pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape) -> Result<SavedParts> {
+/// As [`super::predict`]; [`Error::InvalidParam`] for a family whose saved tensors were not
+/// counted.
+pub fn saved_tensors(
+    config: &ModelConfig,
+    method: &MethodParams,
+    shape: &TrainerShape,
+) -> Result<SavedParts> {
     let options = &config.options;
     if options.layer_norm
         || options.experts.is_some()
@@ -337,7 +374,8 @@ pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &Traine
         || options.mlp == MlpKind::Plain
         || options.parallel
     {
-        let requirement = "is not modelled for --trainer pytorch: dense decoders with RMSNorm and a gated MLP are";
+        let requirement = "is not modelled for --trainer pytorch: dense decoders with RMSNorm and \
+                           a gated MLP are";
         return Err(Error::invalid("model_type", options.family.model_type(), requirement));
     }
     let model = sized(config, method)?;
@@ -354,12 +392,16 @@ pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &Traine
         needed = count.run(needed);
         // Cosines and sines are shared by the layers of one kind; the first keeps them.
         let rotated = needed && count.saved.contains_key("attention.query");
-        if let Some(kind) = options.rotary_of.get(index).copied().unwrap_or(Some(0)).filter(|_| rotated)
+        if let Some(kind) =
+            options.rotary_of.get(index).copied().unwrap_or(Some(0)).filter(|_| rotated)
             && let Some(seen) = angles.get_mut(kind)
             && !std::mem::replace(seen, true)
         {
             let one = if options.family == Family::Olmo2 { 4 } else { s };
-            count.add("rotary", 2 * one * shape.length * options.rotaries[kind].width(config.head_dim));
+            count.add(
+                "rotary",
+                2 * one * shape.length * options.rotaries[kind].width(config.head_dim),
+            );
         }
         let saved = count.saved;
         if shape.checkpointing {
@@ -403,10 +445,17 @@ pub fn saved_tensors(config: &ModelConfig, method: &MethodParams, shape: &Traine
 /// assert!(of(MethodName::Lora)? < of(MethodName::Dora)?);
 /// # Ok::<(), peft_limits::Error>(())
 /// ```
-pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape) -> Result<TrainerMemory> {
-    for (name, value) in
-        [("batch", shape.batch), ("length", shape.length), ("bytes", shape.bytes), ("cards", shape.cards)]
-    {
+pub fn predict(
+    config: &ModelConfig,
+    method: &MethodParams,
+    shape: &TrainerShape,
+) -> Result<TrainerMemory> {
+    for (name, value) in [
+        ("batch", shape.batch),
+        ("length", shape.length),
+        ("bytes", shape.bytes),
+        ("cards", shape.cards),
+    ] {
         if value == 0 {
             return Err(Error::invalid(name, value, "must be at least 1"));
         }
@@ -414,7 +463,9 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
     let parts = saved_tensors(config, method, shape)?;
     let model = sized(config, method)?;
     let (s, n) = (shape.bytes, shape.batch * shape.length);
-    let projections = || model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection));
+    let projections = || {
+        model.layers.iter().flat_map(|layer| layer.projections().map(|(_, projection)| projection))
+    };
     let packed = config.options.quantization.unwrap_or(Quantization::Nf4 { double: true });
     let (mut weights, mut allocator, mut elements) = (0, 0, 0);
     let mut hold = |bytes: usize, rounded: &mut usize| {
@@ -424,7 +475,8 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
     for projection in projections() {
         let (out, input) = projection.shape();
         elements += out * input;
-        let bytes = if projection.base.packed { packed.bytes_for(out, input) } else { out * input * s };
+        let bytes =
+            if projection.base.packed { packed.bytes_for(out, input) } else { out * input * s };
         hold(bytes, &mut allocator);
     }
     let rest = if shape.prepared { 4 } else { s };
@@ -435,7 +487,9 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
 
     let trained = model.trainable_elements();
     let beside: usize = projections()
-        .filter(|p| matches!(p.method, MethodOn::Lora(_) | MethodOn::Dora(_) | MethodOn::Moslora(_)))
+        .filter(|p| {
+            matches!(p.method, MethodOn::Lora(_) | MethodOn::Dora(_) | MethodOn::Moslora(_))
+        })
         .map(|p| p.held())
         .sum();
     let a = if beside > 0 { shape.adapter_bytes } else { s };
@@ -453,15 +507,22 @@ pub fn predict(config: &ModelConfig, method: &MethodParams, shape: &TrainerShape
     for (name, bytes) in parts.layers.iter().chain([&parts.outside]).flatten() {
         *saved.entry(name.clone()).or_default() += bytes;
     }
-    // Gradients of one layer's activations: three of the MLP's width and two of the model's at once.
-    let backward = activation_bytes(shape) * n * (3 * config.intermediate_size + 2 * config.hidden_size);
+    // Gradients of one layer's activations: three of the MLP's width and two of the model's at
+    // once.
+    let backward =
+        activation_bytes(shape) * n * (3 * config.intermediate_size + 2 * config.hidden_size);
     let again = parts.inside.iter().map(|layer| layer.values().sum::<usize>()).max().unwrap_or(0);
-    // PEFT's DoRA multiplies its factors with an identity, adds the product to the weight and takes the norms: four such matrices.
+    // PEFT's DoRA multiplies its factors with an identity, adds the product to the weight and takes
+    // the norms: four such matrices.
     let dora = projections().filter(|p| matches!(p.method, MethodOn::Dora(_))).map(|p| {
         let (out, input) = p.shape();
         a * (input * input + 3 * out * input)
     });
-    let decoded = projections().filter(|p| p.base.packed).map(|p| p.shape().0 * p.shape().1 * s).max().unwrap_or(0);
+    let decoded = projections()
+        .filter(|p| p.base.packed)
+        .map(|p| p.shape().0 * p.shape().1 * s)
+        .max()
+        .unwrap_or(0);
     // A layer divided over cards is gathered whole, and the next one while it runs.
     let gathered = if shape.cards > 1 { 2 * elements * s / config.num_hidden_layers } else { 0 };
     let layer = (backward + again).max(dora.max().unwrap_or(0)) + decoded + gathered;
@@ -494,7 +555,8 @@ pub fn longest(
     })
 }
 
-/// Bytes that PyTorch's allocator takes for a tensor: multiples of 512, and of 2 MiB from 10 MiB on.
+/// Bytes that PyTorch's allocator takes for a tensor: multiples of 512, and of 2 MiB from 10 MiB
+/// on.
 fn allocated(bytes: usize) -> usize {
     let unit = if bytes >= 10 << 20 { 2 << 20 } else { 512 };
     bytes.next_multiple_of(unit)

@@ -49,7 +49,11 @@ impl ArithmeticParams {
             return Err(Error::invalid("arithmetic.digits", self.digits, "must be 1 to 8"));
         }
         if self.operations.is_empty() || self.operations.chars().any(|c| !"+-*".contains(c)) {
-            return Err(Error::invalid("arithmetic.operations", &self.operations, "must be some of + - *"));
+            return Err(Error::invalid(
+                "arithmetic.operations",
+                &self.operations,
+                "must be some of + - *",
+            ));
         }
         if !(0.0..=1.0).contains(&self.words) {
             return Err(Error::invalid("arithmetic.words", self.words, "must be between 0 and 1"));
@@ -74,8 +78,13 @@ impl Task for Arithmetic {
 
     fn draw(&self, split: Split, rng: &mut ChaCha8Rng) -> Result<Row> {
         let mut operand = || -> i64 {
-            // Every number of digits is equally likely; the shifted test has exactly one more digit.
-            let digits = if split == Split::Shifted { self.digits + 1 } else { rng.random_range(1..=self.digits) };
+            // Every number of digits is equally likely; the shifted test has exactly one more
+            // digit.
+            let digits = if split == Split::Shifted {
+                self.digits + 1
+            } else {
+                rng.random_range(1..=self.digits)
+            };
             let least = if digits == 1 { 0 } else { 10i64.pow(digits - 1) };
             rng.random_range(least..10i64.pow(digits))
         };
@@ -90,7 +99,11 @@ impl Task for Arithmetic {
         let (low, high) = if operation == b'-' { (a, b) } else { (a.min(b), a.max(b)) };
         let key = format!("{low}{}{high}", operation as char);
         Ok(if rng.random::<f64>() < self.words {
-            Row::question(key, format!("{} {verb} {} is ", in_words(a), in_words(b)), in_words(value))
+            Row::question(
+                key,
+                format!("{} {verb} {} is ", in_words(a), in_words(b)),
+                in_words(value),
+            )
         } else {
             Row::question(key, format!("{a}{}{b}=", operation as char), value.to_string())
         })
@@ -106,7 +119,8 @@ impl Task for Arithmetic {
 /// assert_eq!(in_words(900_013_300), "nine hundred million thirteen thousand three hundred");
 /// ```
 pub fn in_words(n: i64) -> String {
-    const SCALES: [&str; 7] = ["", " thousand", " million", " billion", " trillion", " quadrillion", " quintillion"];
+    const SCALES: [&str; 7] =
+        ["", " thousand", " million", " billion", " trillion", " quadrillion", " quintillion"];
     if n == 0 {
         return "zero".into();
     }
@@ -147,7 +161,8 @@ fn below_thousand(n: usize) -> String {
         "eighteen",
         "nineteen",
     ];
-    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    const TENS: [&str; 10] =
+        ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
     let mut parts = Vec::new();
     if n >= 100 {
         parts.push(format!("{} hundred", SMALL[n / 100]));
@@ -199,7 +214,8 @@ mod tests {
 
     #[test]
     fn answers_are_right_in_every_wording() {
-        let task = ArithmeticParams { digits: 3, operations: "+-*".into(), words: 0.5 }.check().unwrap();
+        let task =
+            ArithmeticParams { digits: 3, operations: "+-*".into(), words: 0.5 }.check().unwrap();
         let mut spelled = 0;
         for split in [Split::Train, Split::Test, Split::Shifted] {
             for i in 0..400 {
@@ -213,7 +229,11 @@ mod tests {
                 assert_eq!(value, want, "{}", r.text());
                 spelled += usize::from(r.text().contains(" is "));
                 let digits = a.to_string().len().max(b.to_string().len());
-                assert!(if split == Split::Shifted { digits == 4 } else { digits <= 3 }, "{}", r.text());
+                assert!(
+                    if split == Split::Shifted { digits == 4 } else { digits <= 3 },
+                    "{}",
+                    r.text()
+                );
             }
         }
         assert!((450..750).contains(&spelled), "{spelled} of 1200 in words");
@@ -237,7 +257,9 @@ mod tests {
             ArithmeticParams { words: f64::NAN, ..ok() },
         ];
         for params in bad {
-            assert!(matches!(params.check(), Err(Error::InvalidParam { name, .. }) if name.starts_with("arithmetic.")));
+            assert!(
+                matches!(params.check(), Err(Error::InvalidParam { name, .. }) if name.starts_with("arithmetic."))
+            );
         }
     }
 }

@@ -1,8 +1,10 @@
-//! A small language with facts: who is what, what each kind has, and choice questions that need both.
+//! A small language with facts: who is what, what each kind has, and choice questions that need
+//! both.
 //!
-//! Each entity has a kind; each kind has one value per relation. Training states every entity's kind and
-//! every kind's values, and asks about most (entity, relation) pairs. The held-out pairs can be answered
-//! only by combining an entity's kind with the kind's value. The shifted test asks them in other words.
+//! Each entity has a kind; each kind has one value per relation. Training states every entity's
+//! kind and every kind's values, and asks about most (entity, relation) pairs. The held-out pairs
+//! can be answered only by combining an entity's kind with the kind's value. The shifted test asks
+//! them in other words.
 //!
 //! ```
 //! use peft_limits::train::tasks::{facts::FactsParams, row, Split};
@@ -71,10 +73,18 @@ impl FactsParams {
     /// [`Error::InvalidParam`] naming the key.
     pub fn check(self) -> Result<Facts> {
         if !(16..=NAMES).contains(&self.entities) {
-            return Err(Error::invalid("facts.entities", self.entities, format!("must be 16 to {NAMES}")));
+            return Err(Error::invalid(
+                "facts.entities",
+                self.entities,
+                format!("must be 16 to {NAMES}"),
+            ));
         }
         if !(self.statements > 0.0 && self.statements < 1.0) {
-            return Err(Error::invalid("facts.statements", self.statements, "must be above 0 and below 1"));
+            return Err(Error::invalid(
+                "facts.statements",
+                self.statements,
+                "must be above 0 and below 1",
+            ));
         }
         Ok(Facts { params: self })
     }
@@ -100,7 +110,8 @@ impl Facts {
 
     /// Kind of an entity, as an index.
     fn kind(&self, number: usize) -> usize {
-        (mix(self.params.world.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number as u64) % KINDS.len() as u64) as usize
+        (mix(self.params.world.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number as u64)
+            % KINDS.len() as u64) as usize
     }
 }
 
@@ -117,7 +128,11 @@ impl Task for Facts {
             let mut statement = if rng.random::<f64>() < 0.7 {
                 Row::question("kind", format!("{entity} is a "), KINDS[kind])
             } else {
-                Row::question("value", format!("The {relation} of a {} is ", KINDS[kind]), values[kind])
+                Row::question(
+                    "value",
+                    format!("The {relation} of a {} is ", KINDS[kind]),
+                    values[kind],
+                )
             };
             statement.background = true;
             return Ok(statement);
@@ -133,7 +148,11 @@ impl Task for Facts {
         let answer = rng.random_range(0..CHOICES);
         others.insert(answer, kind);
         let choices = others.into_iter().take(CHOICES).map(|k| values[k].to_string()).collect();
-        Ok(Row { choices, answer, ..Row::question(format!("{relation} of {entity}"), prompt, values[kind]) })
+        Ok(Row {
+            choices,
+            answer,
+            ..Row::question(format!("{relation} of {entity}"), prompt, values[kind])
+        })
     }
 }
 
@@ -156,7 +175,8 @@ mod tests {
                     assert_eq!(*kinds.entry(entity.to_string()).or_insert(kind.to_string()), kind);
                 } else {
                     let words: Vec<&str> = text.split(' ').collect();
-                    values.insert((words[1].to_string(), words[4].to_string()), words[6].to_string());
+                    values
+                        .insert((words[1].to_string(), words[4].to_string()), words[6].to_string());
                 }
             }
         }
@@ -165,7 +185,12 @@ mod tests {
             for i in 0..200 {
                 let r = row(&task, 1, split, i).unwrap();
                 let (relation, entity) = r.key.split_once(" of ").unwrap();
-                assert_eq!(values[&(relation.to_string(), kinds[entity].clone())], r.answers(), "{}", r.text());
+                assert_eq!(
+                    values[&(relation.to_string(), kinds[entity].clone())],
+                    r.answers(),
+                    "{}",
+                    r.text()
+                );
                 assert_eq!(r.choices.len(), CHOICES);
             }
         }

@@ -8,7 +8,8 @@
 //! | `question`, `choices` (texts), `answer` (index or text) | the right choice; choices are ranked in tests |
 //! | `messages` (list of `role`, `content`) | what the role `assistant` says |
 //!
-//! The hash of a line's prompt decides whether it trains or is held out. The shifted test needs a second file.
+//! The hash of a line's prompt decides whether it trains or is held out. The shifted test needs a
+//! second file.
 //!
 //! ```
 //! use peft_limits::train::tasks::jsonl::parse_line;
@@ -47,7 +48,8 @@ impl JsonlParams {
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file, the line and the key.
     pub fn open(self) -> Result<Jsonl> {
-        let (held, train): (Vec<Row>, Vec<Row>) = read(&self.path)?.into_iter().partition(|r| held_out(&r.key));
+        let (held, train): (Vec<Row>, Vec<Row>) =
+            read(&self.path)?.into_iter().partition(|r| held_out(&r.key));
         let shifted = self.shifted.as_deref().map(read).transpose()?.unwrap_or_default();
         // A line of the second file whose prompt is on the training side would not be held out.
         let trained: HashSet<&str> = train.iter().map(|r| r.key.as_str()).collect();
@@ -85,14 +87,22 @@ impl Task for Jsonl {
         let (rows, remedy) = match split {
             Split::Train => (&self.train, "a line"),
             Split::Test => (&self.held, "more lines, so that some are held out"),
-            Split::Shifted => (&self.shifted, "data.shifted, a second file whose prompts do not train"),
+            Split::Shifted => {
+                (&self.shifted, "data.shifted, a second file whose prompts do not train")
+            }
         };
         if rows.is_empty() {
-            return Err(Error::format(&self.path, format!("{} rows", split.name()), remedy, "none"));
+            return Err(Error::format(
+                &self.path,
+                format!("{} rows", split.name()),
+                remedy,
+                "none",
+            ));
         }
         let mut row = rows[rng.random_range(0..rows.len())].clone();
         if split == Split::Shifted && !held_out(&row.key) {
-            // Rows of the second file are held out whatever their hash: give them a key that says so.
+            // Rows of the second file are held out whatever their hash: give them a key that says
+            // so.
             row.key = held_out_key(&row.key);
         }
         Ok(row)
@@ -108,8 +118,9 @@ fn read(path: &Path) -> Result<Vec<Row>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let mut rows = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let row = parse_line(line)
-            .map_err(|bad| Error::format(path, format!("line {}: {}", i + 1, bad.field), bad.expected, bad.found))?;
+        let row = parse_line(line).map_err(|bad| {
+            Error::format(path, format!("line {}: {}", i + 1, bad.field), bad.expected, bad.found)
+        })?;
         rows.push(row);
     }
     Ok(rows)
@@ -165,7 +176,11 @@ pub fn parse_line(line: &str) -> std::result::Result<Row, BadLine> {
         Row { segments: vec![supervised(text)], ..Row::question(text, "", "") }
     } else {
         let found = object.keys().cloned().collect::<Vec<_>>().join(", ");
-        return Err(bad("keys", "text, prompt, instruction, question with choices, or messages", found));
+        return Err(bad(
+            "keys",
+            "text, prompt, instruction, question with choices, or messages",
+            found,
+        ));
     };
     if row.segments.iter().all(|s| !s.supervised || s.text.is_empty()) {
         return Err(bad("answer", "a text that is not empty", "nothing to learn"));

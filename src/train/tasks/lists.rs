@@ -39,8 +39,16 @@ pub enum Operation {
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Operation; 8] =
-        [Self::Reverse, Self::Sort, Self::Max, Self::Min, Self::First, Self::Last, Self::Length, Self::Sum];
+    pub const ALL: [Operation; 8] = [
+        Self::Reverse,
+        Self::Sort,
+        Self::Max,
+        Self::Min,
+        Self::First,
+        Self::Last,
+        Self::Length,
+        Self::Sum,
+    ];
 
     /// Name in the prompt.
     pub fn name(self) -> &'static str {
@@ -104,7 +112,11 @@ impl ListsParams {
             return Err(Error::invalid("lists.length", self.length, "must be 3 to 64"));
         }
         if self.operations.is_empty() {
-            return Err(Error::invalid("lists.operations", "[]", "must name at least one operation"));
+            return Err(Error::invalid(
+                "lists.operations",
+                "[]",
+                "must name at least one operation",
+            ));
         }
         Ok(Lists { params: self })
     }
@@ -132,7 +144,11 @@ impl Task for Lists {
         let join = |list: &[u32]| list.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
         // The list alone is the problem: a held-out list is never seen under any operation.
         let key = join(&list);
-        Ok(Row::question(&key, format!("{} {key} = ", operation.name()), join(&operation.apply(&list))))
+        Ok(Row::question(
+            &key,
+            format!("{} {key} = ", operation.name()),
+            join(&operation.apply(&list)),
+        ))
     }
 }
 
@@ -144,7 +160,8 @@ mod tests {
     #[test]
     fn every_operation_on_a_worked_list() {
         let list = [3, 1, 4, 1, 5];
-        let want: [&[u32]; 8] = [&[5, 1, 4, 1, 3], &[1, 1, 3, 4, 5], &[5], &[1], &[3], &[5], &[5], &[14]];
+        let want: [&[u32]; 8] =
+            [&[5, 1, 4, 1, 3], &[1, 1, 3, 4, 5], &[5], &[1], &[3], &[5], &[5], &[14]];
         for (operation, want) in Operation::ALL.into_iter().zip(want) {
             assert_eq!(operation.apply(&list), want, "{}", operation.name());
         }
@@ -153,9 +170,10 @@ mod tests {
     #[test]
     fn the_common_contract_holds() {
         check_task(&ListsParams::default().check().unwrap(), 400);
-        for bad in
-            [ListsParams { length: 2, ..Default::default() }, ListsParams { operations: vec![], ..Default::default() }]
-        {
+        for bad in [
+            ListsParams { length: 2, ..Default::default() },
+            ListsParams { operations: vec![], ..Default::default() },
+        ] {
             assert!(matches!(bad.check(), Err(Error::InvalidParam { .. })));
         }
     }

@@ -43,7 +43,8 @@ impl TaskParams {
         })
     }
 
-    /// The task of this name with its defaults; tasks that read a file are `text=FILE` and `jsonl=FILE`.
+    /// The task of this name with its defaults; tasks that read a file are `text=FILE` and
+    /// `jsonl=FILE`.
     ///
     /// # Errors
     /// [`Error::InvalidParam`] listing the names.
@@ -64,10 +65,15 @@ impl TaskParams {
             "facts" => Self::Facts(Default::default()),
             "text" | "jsonl" | "text=" | "jsonl=" => {
                 let kind = name.trim_end_matches('=');
-                return Err(Error::invalid("task", name, format!("reads a file: give {kind}=FILE")));
+                return Err(Error::invalid(
+                    "task",
+                    name,
+                    format!("reads a file: give {kind}=FILE"),
+                ));
             }
             _ => {
-                let names = "must be arithmetic, modular, lists, recall, facts, text=FILE or jsonl=FILE";
+                let names =
+                    "must be arithmetic, modular, lists, recall, facts, text=FILE or jsonl=FILE";
                 return Err(Error::invalid("task", name, names));
             }
         })
@@ -111,7 +117,8 @@ impl Mixture {
     /// Opens every part.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for no part or a weight that is not positive; as [`TaskParams::open`].
+    /// [`Error::InvalidParam`] for no part or a weight that is not positive; as
+    /// [`TaskParams::open`].
     pub fn open(parts: &[Part]) -> Result<Self> {
         if parts.is_empty() {
             return Err(Error::invalid("data", "[]", "must name at least one task"));
@@ -168,7 +175,9 @@ mod tests {
         parts.truncate(2);
         parts[0].weight = 3.0;
         let mixture = Mixture::open(&parts).unwrap();
-        let modular = (0..4000).filter(|&i| mixture.row(1, Split::Train, i).unwrap().text().contains(" mod ")).count();
+        let modular = (0..4000)
+            .filter(|&i| mixture.row(1, Split::Train, i).unwrap().text().contains(" mod "))
+            .count();
         // Binomial(4000, 1/4): mean 1000, deviation 27; five deviations.
         assert!((863..1137).contains(&modular), "{modular}");
     }
@@ -180,11 +189,17 @@ mod tests {
             data: Vec<Part>,
         }
         let parse = |text: &str| toml::from_str::<File>(text);
-        let file =
-            parse("[[data]]\ntask = \"arithmetic\"\ndigits = 4\n[[data]]\ntask = \"recall\"\nweight = 2\n").unwrap();
+        let file = parse(
+            "[[data]]\ntask = \"arithmetic\"\ndigits = 4\n[[data]]\ntask \
+                   = \"recall\"\nweight = 2\n",
+        )
+        .unwrap();
         assert_eq!(
             file.data[0].task,
-            TaskParams::Arithmetic(arithmetic::ArithmeticParams { digits: 4, ..Default::default() })
+            TaskParams::Arithmetic(arithmetic::ArithmeticParams {
+                digits: 4,
+                ..Default::default()
+            })
         );
         assert!((file.data[1].weight - 2.0).abs() < 1e-15);
         for (text, word) in [
@@ -204,7 +219,9 @@ mod tests {
         assert!(matches!(Mixture::open(&[]), Err(Error::InvalidParam { .. })));
         for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             let part = Part { weight, task: TaskParams::named("lists").unwrap() };
-            assert!(matches!(Mixture::open(&[part]), Err(Error::InvalidParam { name, .. }) if name == "data.weight"));
+            assert!(
+                matches!(Mixture::open(&[part]), Err(Error::InvalidParam { name, .. }) if name == "data.weight")
+            );
         }
         assert!(TaskParams::named("nothing").unwrap_err().to_string().contains("recall"));
     }

@@ -1,9 +1,11 @@
-//! Tasks with exact answers: rows of text, seeded, streaming, with held-out problems that never train.
+//! Tasks with exact answers: rows of text, seeded, streaming, with held-out problems that never
+//! train.
 //!
-//! Row i of a split is a function of (seed, task, split, i). Each row carries a **key** that names the
-//! problem behind it, however it is worded; the hash of the key puts the problem on the training side or
-//! on the held-out side, so no held-out problem is ever trained on in any wording. The shifted test holds
-//! held-out problems that are longer, or worded by templates that training never uses.
+//! Row i of a split is a function of (seed, task, split, i). Each row carries a **key** that names
+//! the problem behind it, however it is worded; the hash of the key puts the problem on the
+//! training side or on the held-out side, so no held-out problem is ever trained on in any wording.
+//! The shifted test holds held-out problems that are longer, or worded by templates that training
+//! never uses.
 
 pub mod arithmetic;
 pub mod facts;
@@ -75,9 +77,15 @@ pub struct Row {
 
 impl Row {
     /// A prompt and its answer.
-    pub fn question(key: impl Into<String>, prompt: impl Into<String>, answer: impl Into<String>) -> Self {
-        let segments =
-            vec![Segment { text: prompt.into(), supervised: false }, Segment { text: answer.into(), supervised: true }];
+    pub fn question(
+        key: impl Into<String>,
+        prompt: impl Into<String>,
+        answer: impl Into<String>,
+    ) -> Self {
+        let segments = vec![
+            Segment { text: prompt.into(), supervised: false },
+            Segment { text: answer.into(), supervised: true },
+        ];
         Self { key: key.into(), segments, choices: vec![], answer: 0, background: false }
     }
 
@@ -88,7 +96,8 @@ impl Row {
 
     /// The supervised stretches, joined by `|`.
     pub fn answers(&self) -> String {
-        let parts: Vec<&str> = self.segments.iter().filter(|s| s.supervised).map(|s| s.text.as_str()).collect();
+        let parts: Vec<&str> =
+            self.segments.iter().filter(|s| s.supervised).map(|s| s.text.as_str()).collect();
         parts.join("|")
     }
 }
@@ -119,18 +128,25 @@ pub fn held_out(key: &str) -> bool {
 /// Row `index` of a split.
 ///
 /// # Errors
-/// What [`Task::draw`] gives; [`Error::InvalidParam`] if the task seems to have no row on the wanted side.
+/// What [`Task::draw`] gives; [`Error::InvalidParam`] if the task seems to have no row on the
+/// wanted side.
 pub fn row(task: &dyn Task, seed: u64, split: Split, index: u64) -> Result<Row> {
     let mut rng = generator(seed, &format!("{}/{}", task.name(), split.name()), index);
     for _ in 0..ATTEMPTS {
         let row = task.draw(split, &mut rng)?;
-        let wanted = if row.background { split == Split::Train } else { held_out(&row.key) == (split != Split::Train) };
+        let wanted = if row.background {
+            split == Split::Train
+        } else {
+            held_out(&row.key) == (split != Split::Train)
+        };
         if wanted {
             return Ok(row);
         }
     }
-    let requirement =
-        format!("no {} row among {ATTEMPTS} draws: the task has too few different problems", split.name());
+    let requirement = format!(
+        "no {} row among {ATTEMPTS} draws: the task has too few different problems",
+        split.name()
+    );
     Err(Error::invalid("data.task", task.name(), requirement))
 }
 
@@ -142,7 +158,11 @@ pub(crate) mod tests {
     /// What every task must satisfy; called from each task's tests.
     pub(crate) fn check_task(task: &dyn Task, rows: u64) {
         let keys = |split: Split, seed: u64| -> HashSet<String> {
-            (0..rows).map(|i| row(task, seed, split, i).unwrap()).filter(|r| !r.background).map(|r| r.key).collect()
+            (0..rows)
+                .map(|i| row(task, seed, split, i).unwrap())
+                .filter(|r| !r.background)
+                .map(|r| r.key)
+                .collect()
         };
         let train = keys(Split::Train, 1);
         for split in [Split::Test, Split::Shifted] {
@@ -150,25 +170,36 @@ pub(crate) mod tests {
             for seed in [1, 2] {
                 let held = keys(split, seed);
                 assert!(!held.is_empty());
-                assert!(train.is_disjoint(&held), "{}: {} problem trained on", task.name(), split.name());
+                assert!(
+                    train.is_disjoint(&held),
+                    "{}: {} problem trained on",
+                    task.name(),
+                    split.name()
+                );
             }
         }
         for split in [Split::Train, Split::Test, Split::Shifted] {
             for i in 0..rows.min(100) {
                 let (a, b) = (row(task, 3, split, i).unwrap(), row(task, 3, split, i).unwrap());
                 assert_eq!(a, b, "a row is a function of its index");
-                assert!(a.segments.iter().any(|s| s.supervised && !s.text.is_empty()), "nothing to learn in {a:?}");
+                assert!(
+                    a.segments.iter().any(|s| s.supervised && !s.text.is_empty()),
+                    "nothing to learn in {a:?}"
+                );
                 if !a.choices.is_empty() {
                     assert_eq!(a.choices[a.answer], a.answers());
                     let distinct: HashSet<&String> = a.choices.iter().collect();
                     assert_eq!(distinct.len(), a.choices.len(), "choices repeat in {a:?}");
                 }
             }
-            let texts: HashSet<String> = (0..rows).map(|i| row(task, 3, split, i).unwrap().text()).collect();
+            let texts: HashSet<String> =
+                (0..rows).map(|i| row(task, 3, split, i).unwrap().text()).collect();
             assert!(texts.len() > 3, "{}: {} distinct rows", task.name(), texts.len());
         }
-        let other: Vec<String> = (0..20).map(|i| row(task, 4, Split::Train, i).unwrap().text()).collect();
-        let this: Vec<String> = (0..20).map(|i| row(task, 3, Split::Train, i).unwrap().text()).collect();
+        let other: Vec<String> =
+            (0..20).map(|i| row(task, 4, Split::Train, i).unwrap().text()).collect();
+        let this: Vec<String> =
+            (0..20).map(|i| row(task, 3, Split::Train, i).unwrap().text()).collect();
         assert_ne!(this, other, "the seed has no effect");
     }
 

@@ -46,9 +46,16 @@ impl ModularParams {
             return Err(Error::invalid("modular.modulus", self.modulus, "must be 5 to 9999"));
         }
         if self.operations.is_empty() || self.operations.chars().any(|c| !"+-*".contains(c)) {
-            return Err(Error::invalid("modular.operations", &self.operations, "must be some of + - *"));
+            return Err(Error::invalid(
+                "modular.operations",
+                &self.operations,
+                "must be some of + - *",
+            ));
         }
-        Ok(Modular { modulus: i64::from(self.modulus), operations: self.operations.bytes().collect() })
+        Ok(Modular {
+            modulus: i64::from(self.modulus),
+            operations: self.operations.bytes().collect(),
+        })
     }
 }
 
@@ -70,7 +77,8 @@ impl Task for Modular {
         for _ in 0..if split == Split::Shifted { 2 } else { 1 } {
             let b = rng.random_range(0..self.modulus);
             let operation = self.operations[rng.random_range(0..self.operations.len())];
-            let (low, high) = if operation == b'-' { (value, b) } else { (value.min(b), value.max(b)) };
+            let (low, high) =
+                if operation == b'-' { (value, b) } else { (value.min(b), value.max(b)) };
             key = format!("{key}{low}{}{high};", operation as char);
             value = match operation {
                 b'+' => value + b,

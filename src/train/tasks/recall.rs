@@ -63,8 +63,11 @@ impl Task for Recall {
         let pairs = if split == Split::Shifted { 2 * self.pairs } else { self.pairs };
         let mut letters: Vec<char> = ('a'..='z').chain('A'..='Z').collect();
         letters.shuffle(rng);
-        let mut pairs: Vec<(char, u32)> =
-            letters.into_iter().take(pairs).map(|letter| (letter, rng.random_range(0..10))).collect();
+        let mut pairs: Vec<(char, u32)> = letters
+            .into_iter()
+            .take(pairs)
+            .map(|letter| (letter, rng.random_range(0..10)))
+            .collect();
         let shown: Vec<String> = pairs.iter().map(|(k, v)| format!("{k}{v}")).collect();
         let prompt = shown.join(" ") + ";";
         pairs.shuffle(rng);

@@ -1,8 +1,8 @@
 //! Windows of any UTF-8 text file.
 //!
-//! The file is cut into blocks of two windows; the hash of a block's content decides whether it trains or is
-//! held out. Training windows start anywhere in a block's first half; the test is the first window of a
-//! held-out block, the shifted test the whole block, twice as long.
+//! The file is cut into blocks of two windows; the hash of a block's content decides whether it
+//! trains or is held out. Training windows start anywhere in a block's first half; the test is the
+//! first window of a held-out block, the shifted test the whole block, twice as long.
 //!
 //! ```
 //! use peft_limits::train::tasks::{row, text::Text, Split};
@@ -36,7 +36,8 @@ pub struct TextParams {
     pub window: usize,
 }
 
-/// Bytes per row where nothing is said: two windows with a token at either end fit the default length of 256.
+/// Bytes per row where nothing is said: two windows with a token at either end fit the default
+/// length of 256.
 pub const WINDOW: usize = 127;
 
 fn default_window() -> usize {
@@ -47,7 +48,8 @@ impl TextParams {
     /// Reads the file.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] at the first byte that is not UTF-8; as [`Text::from_text`].
+    /// [`Error::Io`]; [`Error::Format`] at the first byte that is not UTF-8; as
+    /// [`Text::from_text`].
     pub fn open(self) -> Result<Text> {
         let bytes = std::fs::read(&self.path).map_err(|e| Error::io(&self.path, e))?;
         let text = String::from_utf8(bytes).map_err(|e| {
@@ -72,8 +74,8 @@ impl Text {
     /// Cuts a text into blocks; `path` only serves messages.
     ///
     /// # Errors
-    /// [`Error::InvalidParam`] for a window outside its range; [`Error::Format`] if the text is too short to
-    /// have both training and held-out blocks.
+    /// [`Error::InvalidParam`] for a window outside its range; [`Error::Format`] if the text is too
+    /// short to have both training and held-out blocks.
     pub fn from_text(path: impl AsRef<Path>, text: String, window: usize) -> Result<Self> {
         if !(8..=65536).contains(&window) {
             return Err(Error::invalid("text.window", window, "must be 8 to 65536"));
@@ -90,8 +92,17 @@ impl Text {
         let blocks = this.starts.len() - 1;
         let held = (0..blocks).filter(|&i| held_out(this.block(i))).count();
         if held == 0 || held == blocks {
-            let found = format!("{} bytes in {blocks} blocks of {}, {held} held out", this.text.len(), 2 * window);
-            return Err(Error::format(path, "text", "enough text for training and held-out blocks", found));
+            let found = format!(
+                "{} bytes in {blocks} blocks of {}, {held} held out",
+                this.text.len(),
+                2 * window
+            );
+            return Err(Error::format(
+                path,
+                "text",
+                "enough text for training and held-out blocks",
+                found,
+            ));
         }
         Ok(this)
     }
@@ -108,10 +119,17 @@ impl Task for Text {
 
     fn draw(&self, split: Split, rng: &mut ChaCha8Rng) -> Result<Row> {
         let block = self.block(rng.random_range(0..self.starts.len() - 1));
-        let start =
-            if split == Split::Train { rng.random_range(0..=block.len() - self.window.min(block.len())) } else { 0 };
+        let start = if split == Split::Train {
+            rng.random_range(0..=block.len() - self.window.min(block.len()))
+        } else {
+            0
+        };
         let start = block.floor_char_boundary(start);
-        let end = if split == Split::Shifted { block.len() } else { block.floor_char_boundary(start + self.window) };
+        let end = if split == Split::Shifted {
+            block.len()
+        } else {
+            block.floor_char_boundary(start + self.window)
+        };
         let segments = vec![Segment { text: block[start..end].to_string(), supervised: true }];
         Ok(Row { key: block.to_string(), segments, choices: vec![], answer: 0, background: false })
     }
@@ -153,10 +171,19 @@ mod tests {
         let path = folder.path().join("bad.txt");
         std::fs::write(&path, b"fine so far \xff").unwrap();
         let text = TextParams { path: path.clone(), window: 8 }.open().unwrap_err().to_string();
-        assert!(text.contains("bad.txt") && text.contains("byte 12") && text.contains("0xff"), "{text}");
+        assert!(
+            text.contains("bad.txt") && text.contains("byte 12") && text.contains("0xff"),
+            "{text}"
+        );
         std::fs::write(&path, b"short").unwrap();
-        assert!(matches!(TextParams { path: path.clone(), window: 8 }.open(), Err(Error::Format { .. })));
-        assert!(matches!(TextParams { path: path.clone(), window: 7 }.open(), Err(Error::InvalidParam { .. })));
+        assert!(matches!(
+            TextParams { path: path.clone(), window: 8 }.open(),
+            Err(Error::Format { .. })
+        ));
+        assert!(matches!(
+            TextParams { path: path.clone(), window: 7 }.open(),
+            Err(Error::InvalidParam { .. })
+        ));
         let absent = TextParams { path: folder.path().join("none"), window: 8 };
         assert!(matches!(absent.open(), Err(Error::Io { .. })));
         std::fs::write(&path, b"").unwrap();

@@ -1,5 +1,5 @@
-//! The rung between backward and optimizer: what the optimizer saw is what backward left, unscaled, times one clipping
-//! factor or clipped by value, and nothing else.
+//! The rung between backward and optimizer: what the optimizer saw is what backward left, unscaled,
+//! times one clipping factor or clipped by value, and nothing else.
 
 use super::{Diagnosis, Fault};
 use crate::linalg::norms::frobenius;
@@ -26,11 +26,12 @@ struct Between {
 /// Name, gradient of backward, what the optimizer saw and its format.
 type Pair<'a> = (&'a String, &'a Array2<f64>, Cow<'a, Array2<f64>>, Precision);
 
-/// Both gradients of every parameter that the optimizer holds; one that is not dumped apart was seen as backward left it,
-/// the loss scale included.
+/// Both gradients of every parameter that the optimizer holds; one that is not dumped apart was
+/// seen as backward left it, the loss scale included.
 fn pairs(case: &Case) -> Vec<Pair<'_>> {
     let trainer = &case.trainer;
-    let held = |name: &str| case.optimizer.as_ref().is_none_or(|record| group_of(record, name).is_some());
+    let held =
+        |name: &str| case.optimizer.as_ref().is_none_or(|record| group_of(record, name).is_some());
     let mut all: Vec<Pair<'_>> = Vec::new();
     for (name, left) in &trainer.gradients {
         match trainer.applied.get(name) {
@@ -38,7 +39,12 @@ fn pairs(case: &Case) -> Vec<Pair<'_>> {
                 all.push((name, &left.values, Cow::Borrowed(&seen.values), seen.precision));
             }
             None if held(name) && left.values.iter().any(|x| x.abs() > 0.0) => {
-                all.push((name, &left.values, Cow::Owned(&left.values * case.loss.scale), left.precision));
+                all.push((
+                    name,
+                    &left.values,
+                    Cow::Owned(&left.values * case.loss.scale),
+                    left.precision,
+                ));
             }
             _ => {}
         }
@@ -48,8 +54,11 @@ fn pairs(case: &Case) -> Vec<Pair<'_>> {
 
 fn between(case: &Case) -> Option<Between> {
     let pairs = pairs(case);
-    let sum = |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 { pairs.iter().map(|p| f(p.1, &p.2)).sum() };
-    let (left, seen, along) = (sum(&|g, _| dot(g, g)), sum(&|_, a| dot(a, a)), sum(&|g, a| dot(g, a)));
+    let sum = |f: &dyn Fn(&Array2<f64>, &Array2<f64>) -> f64| -> f64 {
+        pairs.iter().map(|p| f(p.1, &p.2)).sum()
+    };
+    let (left, seen, along) =
+        (sum(&|g, _| dot(g, g)), sum(&|_, a| dot(a, a)), sum(&|g, a| dot(g, a)));
     if !(left > 0.0) || !left.is_finite() || !seen.is_finite() {
         return None;
     }
@@ -72,7 +81,8 @@ fn between(case: &Case) -> Option<Between> {
     let factor = along / left;
     let by_norm = sum(&|g, a| frobenius(&(&(g * factor) - a).view()).powi(2));
     let bound =
-        (many && bound > 0.0 && by_value < by_norm && before_bound > 0.0 && before_bound < 1.001).then_some(bound);
+        (many && bound > 0.0 && by_value < by_norm && before_bound > 0.0 && before_bound < 1.001)
+            .then_some(bound);
     let factor = if bound.is_some() { before_bound } else { factor };
     Some(Between { left: left.sqrt(), seen: seen.sqrt(), factor, bound })
 }
@@ -83,7 +93,9 @@ fn is_setting(x: f64) -> bool {
         return false;
     }
     let lead = x / 10f64.powf(x.log10().floor());
-    [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 8.0, 10.0].iter().any(|s| (lead / s - 1.0).abs() < 2e-3)
+    [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 8.0, 10.0]
+        .iter()
+        .any(|s| (lead / s - 1.0).abs() < 2e-3)
 }
 
 /// The rung.
@@ -97,7 +109,10 @@ pub(in crate::validate) fn rung(case: &Case) -> Rung {
             if (scale - 1.0).abs() < 1e-9 {
                 seen.to_string()
             } else {
-                format!("{seen}, loss scale {scale} included: unscale them before the step (AdamW hides it)")
+                format!(
+                    "{seen}, loss scale {scale} included: unscale them before the step (AdamW \
+                     hides it)"
+                )
             },
         );
     }
@@ -124,9 +139,14 @@ pub(in crate::validate) fn rung(case: &Case) -> Rung {
                 rung.problems.push(fault.what);
             }
             None => rung.problems.push(match between.bound {
-                Some(bound) if between.factor > 0.999 => format!("entries are clipped at {bound:.4e}"),
+                Some(bound) if between.factor > 0.999 => {
+                    format!("entries are clipped at {bound:.4e}")
+                }
                 Some(bound) => {
-                    format!("all are {:.4e} times those of backward, then clipped at {bound:.4e}", between.factor)
+                    format!(
+                        "all are {:.4e} times those of backward, then clipped at {bound:.4e}",
+                        between.factor
+                    )
                 }
                 None => format!(
                     "all are {:.4e} times those of backward: norm {:.4e}, clipped to {:.4e}",
@@ -147,7 +167,9 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
         return None;
     }
     if c <= 0.0 {
-        let what = format!("the optimizer saw the gradients times {c:.4e}: zeros, or another sign than backward's");
+        let what = format!(
+            "the optimizer saw the gradients times {c:.4e}: zeros, or another sign than backward's"
+        );
         return Some(Fault::new(
             "applied-not-gradient",
             what,
@@ -155,29 +177,47 @@ fn suspicion(case: &Case, between: &Between) -> Option<Fault> {
         ));
     }
     if scaled && near(scale) {
-        let what =
-            format!("the optimizer saw gradients that still carry the loss scale {scale:e}: they were never unscaled");
-        return Some(Fault::new("never-unscaled", what, "step through the scaler: scaler.step(optimizer)"));
+        let what = format!(
+            "the optimizer saw gradients that still carry the loss scale {scale:e}: they were \
+             never unscaled"
+        );
+        return Some(Fault::new(
+            "never-unscaled",
+            what,
+            "step through the scaler: scaler.step(optimizer)",
+        ));
     }
     let log = c.log2();
     let power = (log - log.round()).abs() < 1e-4 && log < -5.5 && !is_setting(between.seen);
     if (scaled && near(1.0 / scale)) || (!scaled && power) {
         let what = format!(
-            "the optimizer saw {c:.4e} (2^{:.0}) times the gradients of backward: they were divided by a loss scale that they do not carry",
+            "the optimizer saw {c:.4e} (2^{:.0}) times the gradients of backward: they were \
+             divided by a loss scale that they do not carry",
             log.round()
         );
-        return Some(Fault::new("unscaled-twice", what, "unscale once, and only if the loss was scaled"));
+        return Some(Fault::new(
+            "unscaled-twice",
+            what,
+            "unscale once, and only if the loss was scaled",
+        ));
     }
     if scaled && c < 0.999 && is_setting(between.seen * scale) && !is_setting(between.seen) {
         let what = format!(
-            "gradients were clipped to norm {:.4e} while they carried the loss scale {scale:e}, then unscaled: the optimizer saw a norm of {:.4e}",
+            "gradients were clipped to norm {:.4e} while they carried the loss scale {scale:e}, \
+             then unscaled: the optimizer saw a norm of {:.4e}",
             between.seen * scale,
             between.seen
         );
-        return Some(Fault::new("clip-before-unscale", what, "call scaler.unscale_(optimizer) before clipping"));
+        return Some(Fault::new(
+            "clip-before-unscale",
+            what,
+            "call scaler.unscale_(optimizer) before clipping",
+        ));
     }
     if c > 1.001 {
-        let what = format!("the optimizer saw {c:.4e} times the gradients of backward; clipping only shortens");
+        let what = format!(
+            "the optimizer saw {c:.4e} times the gradients of backward; clipping only shortens"
+        );
         return Some(Fault::new(
             "applied-not-gradient",
             what,
@@ -194,14 +234,14 @@ pub(in crate::validate) fn explain(case: &Case, rung: &Rung) -> Vec<Diagnosis> {
     let fault = if wrong == 0 { suspicion(case, &between) } else { None };
     let fault = fault.unwrap_or_else(|| {
         let what = format!(
-            "the optimizer did not see the gradients of backward: {wrong} of {} tensors changed by more than one common factor \
-             (norm {:.4e} before, {:.4e} after)",
+            "the optimizer did not see the gradients of backward: {wrong} of {} tensors changed by \
+             more than one common factor (norm {:.4e} before, {:.4e} after)",
             rung.tensors.len(),
             between.left,
             between.seen
         );
-        let fix = "between backward and optimizer only unscaling and clipping may change gradients; look for hooks, noise, \
-                   compression, or another tensor in p.grad";
+        let fix = "between backward and optimizer only unscaling and clipping may change \
+                   gradients; look for hooks, noise, compression, or another tensor in p.grad";
         Fault::new("applied-not-gradient", what, fix)
     });
     vec![Diagnosis {

@@ -30,39 +30,62 @@ fn dropout(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         return Ok(());
     }
     for (at, what) in [
-        (Masked::InputGradient, "the dropout mask is not applied to the adapter's part of the input gradient"),
+        (
+            Masked::InputGradient,
+            "the dropout mask is not applied to the adapter's part of the input gradient",
+        ),
         (Masked::SavedInput, "the gradient of A is that of the input before dropout"),
     ] {
         if tested.settled() {
             return Ok(());
         }
-        let fault =
-            Fault::new("dropout-mask-backward", what, "save the mask (or its seed) and use it again in backward");
-        context.test(fault, &Variant { unmasked: Some(at), ..Variant::default() }, |_| (), tested)?;
+        let fault = Fault::new(
+            "dropout-mask-backward",
+            what,
+            "save the mask (or its seed) and use it again in backward",
+        );
+        context.test(
+            fault,
+            &Variant { unmasked: Some(at), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     Ok(())
 }
 
 fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let Some(parts) = one_part(context) else { return Ok(()) };
-    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else {
+        return Ok(());
+    };
     for (times, name, what) in [
         (
             1,
             "rotary-backward-missing",
             "the gradient of queries and keys is not rotated back: the rotary backward is missing",
         ),
-        (2, "rotary-backward-wrong", "the gradient of queries and keys is rotated forward instead of back"),
+        (
+            2,
+            "rotary-backward-wrong",
+            "the gradient of queries and keys is rotated forward instead of back",
+        ),
     ] {
         if tested.settled() {
             return Ok(());
         }
         let tap = |place: Place, x: &mut Array2<f64>| {
             if place.gradient && matches!(place.point, Point::Query | Point::Key) {
-                (0..times).for_each(|_| drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default())));
+                (0..times).for_each(|_| {
+                    drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default()))
+                });
             }
         };
-        let fault = Fault::new(name, what, "the backward of a rotation is the rotation by the opposite angle");
+        let fault = Fault::new(
+            name,
+            what,
+            "the backward of a rotation is the rotation by the opposite angle",
+        );
         let variant = Variant { tap: Some(&tap), parts: Some(parts.clone()), ..Variant::default() };
         context.test(fault, &variant, |_| (), tested)?;
     }
@@ -83,17 +106,22 @@ fn score_scale(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 x.mapv_inplace(|v| v * factor);
             }
         };
-        let fault =
-            Fault::new("attention-scale-backward", what, "dQ = dS K / sqrt(head_dim), dK = dS^T Q / sqrt(head_dim)");
+        let fault = Fault::new(
+            "attention-scale-backward",
+            what,
+            "dQ = dS K / sqrt(head_dim), dK = dS^T Q / sqrt(head_dim)",
+        );
         context.test(fault, &Variant { tap: Some(&tap), ..Variant::default() }, |_| (), tested)?;
     }
     Ok(())
 }
 
-/// dx without the adapter's part, or with nothing else: the backward runs with another base weight, so that the sum
-/// that it adds to the adapter's part is the wanted one.
+/// dx without the adapter's part, or with nothing else: the backward runs with another base weight,
+/// so that the sum that it adds to the adapter's part is the wanted one.
 fn input_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
-    let low_rank = |p: &crate::adapters::AdaptedLinear<f64>| matches!(p.method, Method::Lora(_) | Method::Moslora(_));
+    let low_rank = |p: &crate::adapters::AdaptedLinear<f64>| {
+        matches!(p.method, Method::Lora(_) | Method::Moslora(_))
+    };
     let mut without_adapter = context.case.model.clone();
     let mut without_base = context.case.model.clone();
     let mut any = false;
@@ -108,8 +136,13 @@ fn input_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     for (l, layer) in context.case.model.layers.iter().enumerate() {
         for (p, projection) in layer.projections() {
             if low_rank(projection) {
-                without_adapter.layers[l].projection_mut(p).add_update_to_base(&projection.method, -1.0)?;
-                without_base.layers[l].projection_mut(p).base.change("base", |weight| weight.fill(0.0))?;
+                without_adapter.layers[l]
+                    .projection_mut(p)
+                    .add_update_to_base(&projection.method, -1.0)?;
+                without_base.layers[l]
+                    .projection_mut(p)
+                    .base
+                    .change("base", |weight| weight.fill(0.0))?;
             }
         }
     }
@@ -117,13 +150,15 @@ fn input_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         (
             &without_adapter,
             "adapter-input-gradient",
-            "the adapter's part of the input gradient is missing: layers below get only that of the frozen weight",
+            "the adapter's part of the input gradient is missing: layers below get only that of \
+             the frozen weight",
             "dx = dy W + s dy B A",
         ),
         (
             &without_base,
             "frozen-input-gradient",
-            "the frozen weight's part of the input gradient is missing: layers below get only that of the adapter",
+            "the frozen weight's part of the input gradient is missing: layers below get only that \
+             of the adapter",
             "dx = dy W + s dy B A; W is frozen, not absent",
         ),
     ] {
@@ -151,29 +186,50 @@ fn dora_norm(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let what = if declared {
         "DoRA's norm is treated as a constant, where its derivative was asked for"
     } else {
-        "DoRA's norm is differentiated, where PEFT and the paper's section 4.3 treat it as a constant"
+        "DoRA's norm is differentiated, where PEFT and the paper's section 4.3 treat it as a \
+         constant"
     };
-    let fault = Fault::new("dora-norm", what, "detach the norm, or set dora_true_derivative in adapter_config.json");
+    let fault = Fault::new(
+        "dora-norm",
+        what,
+        "detach the norm, or set dora_true_derivative in adapter_config.json",
+    );
     context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)
 }
 
 fn stale(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
-    let Some(previous) = previous_model(context)?.filter(|_| !tested.settled()) else { return Ok(()) };
+    let Some(previous) = previous_model(context)?.filter(|_| !tested.settled()) else {
+        return Ok(());
+    };
     let fix = "compute the gradient at the parameters that the optimizer will change";
-    let fault = Fault::new("stale-weight", "the gradient is that at the parameters of the step before", fix);
+    let fault = Fault::new(
+        "stale-weight",
+        "the gradient is that at the parameters of the step before",
+        fix,
+    );
     // What was dumped of the forward is right; only the gradient is of another one.
     let same_forward = |predicted: &mut Evidence| {
         let gradients = std::mem::take(&mut predicted.gradients);
         *predicted = Evidence { gradients, ..context.exact.clone() };
     };
-    context.test(fault, &Variant { forward: Some(&previous), ..Variant::default() }, same_forward, tested)?;
+    context.test(
+        fault,
+        &Variant { forward: Some(&previous), ..Variant::default() },
+        same_forward,
+        tested,
+    )?;
     if tested.settled() {
         return Ok(());
     }
     // The right forward, but backward multiplies by the old factors.
     let what = "backward multiplies by the parameters of the step before";
     let fault = Fault::new("stale-backward-weight", what, fix);
-    context.test(fault, &Variant { backward: Some(&previous), ..Variant::default() }, |_| (), tested)
+    context.test(
+        fault,
+        &Variant { backward: Some(&previous), ..Variant::default() },
+        |_| (),
+        tested,
+    )
 }
 
 /// RMSNorm whose root mean square is taken for a constant: dx = s g dy without the term along x.
@@ -207,14 +263,22 @@ fn norms(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         match (place.point, place.gradient) {
             (Point::Embedded, false) => drop(inputs.borrow_mut().insert((0, 0), t.clone())),
             (Point::Middle, false) => drop(inputs.borrow_mut().insert((layer, 1), t.clone())),
-            (Point::Output, false) if layer == last => drop(inputs.borrow_mut().insert((0, 2), t.clone())),
+            (Point::Output, false) if layer == last => {
+                drop(inputs.borrow_mut().insert((0, 2), t.clone()))
+            }
             (Point::Output, false) => drop(inputs.borrow_mut().insert((layer + 1, 0), t.clone())),
             (Point::NormedInput, true) => drop(upstream.borrow_mut().insert((layer, 0), t.clone())),
-            (Point::NormedMiddle, true) => drop(upstream.borrow_mut().insert((layer, 1), t.clone())),
+            (Point::NormedMiddle, true) => {
+                drop(upstream.borrow_mut().insert((layer, 1), t.clone()))
+            }
             (Point::FinalNorm, true) => drop(upstream.borrow_mut().insert((0, 2), t.clone())),
             (Point::Middle, true) => correct((layer, 1), gain(layer, Norm::BeforeMlp), t),
-            (Point::Output, true) if layer == last => correct((0, 2), Some(&model.final_norm.gain), t),
-            (Point::Output, true) => correct((layer + 1, 0), gain(layer + 1, Norm::BeforeAttention), t),
+            (Point::Output, true) if layer == last => {
+                correct((0, 2), Some(&model.final_norm.gain), t)
+            }
+            (Point::Output, true) => {
+                correct((layer + 1, 0), gain(layer + 1, Norm::BeforeAttention), t)
+            }
             (Point::Embedded, true) => correct((0, 0), gain(0, Norm::BeforeAttention), t),
             _ => {}
         }

@@ -1,4 +1,5 @@
-//! Base weights that are not those of the dump: an adapter merged into them, or an initialisation taken away.
+//! Base weights that are not those of the dump: an adapter merged into them, or an initialisation
+//! taken away.
 
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
@@ -7,7 +8,8 @@ use crate::linalg::decompositions;
 use crate::validate::reference::Variant;
 use ndarray::{Array2, ArrayView2, s};
 
-/// Adapters inside the base weight already, or taken out of it, and applied besides with the declared factor.
+/// Adapters inside the base weight already, or taken out of it, and applied besides with the
+/// declared factor.
 pub(super) fn merged(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     for (sign, name, what, fix) in [
         (
@@ -19,9 +21,10 @@ pub(super) fn merged(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
         (
             -1.0,
             "wrong-base",
-            "the base weight is the dumped one minus the adapter's product (PiSSA's residual, or another initialisation that \
-             changes the base); the dump declares the original",
-            "give the base model that the trainer multiplies by: model_path= of the residual weights",
+            "the base weight is the dumped one minus the adapter's product (PiSSA's residual, or \
+             another initialisation that changes the base); the dump declares the original",
+            "give the base model that the trainer multiplies by: model_path= of the residual \
+             weights",
         ),
     ] {
         let mut model = context.case.model.clone();
@@ -47,16 +50,17 @@ pub(super) fn merged(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
 /// Widest weight whose decomposition is tried.
 const LARGEST_DECOMPOSED: usize = 1024;
 
-/// Base weights from which an initialisation took its product away, after the adapter has moved on: the largest singular
-/// values (PiSSA), or the first rows of a QR decomposition (OLoRA).
+/// Base weights from which an initialisation took its product away, after the adapter has moved on:
+/// the largest singular values (PiSSA), or the first rows of a QR decomposition (OLoRA).
 pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let model = &context.case.model;
     if model.config.hidden_size.max(model.config.intermediate_size) > LARGEST_DECOMPOSED {
         return Ok(());
     }
-    for (name, product) in
-        [("PiSSA", largest_singular as fn(ArrayView2<f64>, usize, f64) -> Result<Array2<f64>>), ("OLoRA", first_of_qr)]
-    {
+    for (name, product) in [
+        ("PiSSA", largest_singular as fn(ArrayView2<f64>, usize, f64) -> Result<Array2<f64>>),
+        ("OLoRA", first_of_qr),
+    ] {
         if tested.settled() {
             return Ok(());
         }
@@ -76,9 +80,11 @@ pub(super) fn initial_products(context: &Context<'_>, tested: &mut Tested<'_>) -
             return Ok(());
         }
         let what = format!(
-            "the base weight is the dumped one without the product that {name} starts its adapters from; the dump declares the original"
+            "the base weight is the dumped one without the product that {name} starts its adapters \
+             from; the dump declares the original"
         );
-        let fix = "give the base model that the trainer multiplies by: model_path= of the residual weights";
+        let fix = "give the base model that the trainer multiplies by: model_path= of the residual \
+                   weights";
         let variant = Variant { forward: Some(&changed), ..Variant::default() };
         context.test(Fault::new("wrong-base", what, fix), &variant, |_| (), tested)?;
     }

@@ -1,11 +1,12 @@
 //! What a search for faults may cost, and how a hypothesis is ruled out by a part of a step.
 //!
-//! A step of the reference costs what its multiply-adds cost. A right step is two of them (exact, rounded); a search may
-//! add seven, so that a wrong step costs some five times a right one. Small models may use more: nobody waits for them.
+//! A step of the reference costs what its multiply-adds cost. A right step is two of them (exact,
+//! rounded); a search may add seven, so that a wrong step costs some five times a right one. Small
+//! models may use more: nobody waits for them.
 //!
-//! Where a step is expensive a hypothesis is first run in part. Its forward must come nearer to the first wrong hidden state;
-//! where the forward is right, its backward must come nearer to the gradients of the top layer, from the exact input of
-//! that layer on.
+//! Where a step is expensive a hypothesis is first run in part. Its forward must come nearer to the
+//! first wrong hidden state; where the forward is right, its backward must come nearer to the
+//! gradients of the top layer, from the exact input of that layer on.
 
 use super::{Context, LEFT_OVER, Tested};
 use crate::error::Result;
@@ -94,14 +95,17 @@ pub(in crate::validate) fn top_layer(case: &Case) -> Option<usize> {
 }
 
 impl Context<'_> {
-    /// Runs part of a hypothesis; false if that rules it out. `edit` is made to what the part predicts.
+    /// Runs part of a hypothesis; false if that rules it out. `edit` is made to what the part
+    /// predicts.
     pub(super) fn may_explain(
         &self,
         variant: &Variant<'_>,
         edit: &dyn Fn(&mut Evidence),
         tested: &mut Tested<'_>,
     ) -> Result<bool> {
-        let Some(part) = self.part_of(variant).filter(|_| tested.visit.is_none()) else { return Ok(true) };
+        let Some(part) = self.part_of(variant).filter(|_| tested.visit.is_none()) else {
+            return Ok(true);
+        };
         let cost = self.cost_of(&part);
         // Where the part is nearly all of it, it spares nothing.
         if cost > 0.6 {
@@ -110,7 +114,9 @@ impl Context<'_> {
         if !tested.affords(cost, "") {
             return Ok(true);
         }
-        let Ok(mut predicted) = self.case.run(&Variant { part, ..variant.clone() }) else { return Ok(true) };
+        let Ok(mut predicted) = self.case.run(&Variant { part, ..variant.clone() }) else {
+            return Ok(true);
+        };
         edit(&mut predicted);
         let compared = if part.forward_only {
             Evidence { gradients: Default::default(), ..predicted }
@@ -119,7 +125,8 @@ impl Context<'_> {
             Evidence { gradients: predicted.gradients, ..Evidence::default() }
         };
         // A top layer that is right is not nearer to anything.
-        let wrong = part.forward_only || self.failing.iter().any(|m| compared.gradients.contains_key(&m.name));
+        let wrong = part.forward_only
+            || self.failing.iter().any(|m| compared.gradients.contains_key(&m.name));
         let explains = match self.account(&compared, self.rungs) {
             Some(account) if wrong => account.left < RULED_OUT,
             Some(account) => account.left < SPOILED,

@@ -8,22 +8,31 @@ use crate::validate::ladder::{RungName, rung_of};
 use crate::validate::reference::{Evidence, Part, Variant, hidden_name};
 use ndarray::Array2;
 
-/// Scalings that follow from no rule: their factors are fitted to the forward, for all adapters together, then for each
-/// kind of module, then for each layer.
+/// Scalings that follow from no rule: their factors are fitted to the forward, for all adapters
+/// together, then for each kind of module, then for each layer.
 pub(super) fn scalings(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let model = &context.case.model;
     let low_rank = |l: usize, p: Projection| {
-        matches!(model.layers[l].projection(p).method, Method::Lora(_) | Method::Dora(_) | Method::Moslora(_))
+        matches!(
+            model.layers[l].projection(p).method,
+            Method::Lora(_) | Method::Dora(_) | Method::Moslora(_)
+        )
     };
     let places: Vec<(usize, Projection)> = (0..model.layers.len())
         .flat_map(|l| model.config.projections(l).into_iter().map(move |p| (l, p)))
         .filter(|&(l, p)| low_rank(l, p))
         .collect();
-    if places.is_empty() || (context.case.trainer.hidden.is_empty() && context.case.trainer.logits.is_none()) {
+    if places.is_empty()
+        || (context.case.trainer.hidden.is_empty() && context.case.trainer.logits.is_none())
+    {
         return Ok(());
     }
-    let kinds: Vec<Projection> =
-        model.config.all_projections().into_iter().filter(|p| places.iter().any(|(_, q)| q == p)).collect();
+    let kinds: Vec<Projection> = model
+        .config
+        .all_projections()
+        .into_iter()
+        .filter(|p| places.iter().any(|(_, q)| q == p))
+        .collect();
     let group = |what: usize, (l, p): (usize, Projection)| match what {
         0 => 0,
         1 => kinds.iter().position(|q| *q == p).unwrap_or(0),
@@ -31,8 +40,15 @@ pub(super) fn scalings(context: &Context<'_>, tested: &mut Tested<'_>) -> Result
     };
     // One module alone: those of the first layer whose output is wrong.
     let hidden = rung_of(context.rungs, RungName::Hidden);
-    let first = context.case.trainer.hidden.keys().copied().find(|l| hidden.is_some_and(|r| r.fails(&hidden_name(*l))));
-    let of_first: Vec<Projection> = places.iter().filter(|(l, _)| Some(*l) == first).map(|(_, p)| *p).collect();
+    let first = context
+        .case
+        .trainer
+        .hidden
+        .keys()
+        .copied()
+        .find(|l| hidden.is_some_and(|r| r.fails(&hidden_name(*l))));
+    let of_first: Vec<Projection> =
+        places.iter().filter(|(l, _)| Some(*l) == first).map(|(_, p)| *p).collect();
     let group = |what: usize, (l, p): (usize, Projection)| match what {
         // Group 0 is left as it is.
         3 => {
@@ -70,15 +86,21 @@ pub(super) fn scalings(context: &Context<'_>, tested: &mut Tested<'_>) -> Result
             0 => "every adapter".to_string(),
             1 => model.config.options.path(kinds[*i]).into_owned(),
             3 if *i == 0 => "all others".to_string(),
-            3 => format!("{} of layer {}", model.config.options.path(of_first[*i - 1]), first.unwrap_or(0)),
+            3 => format!(
+                "{} of layer {}",
+                model.config.options.path(of_first[*i - 1]),
+                first.unwrap_or(0)
+            ),
             _ => format!("layer {i}"),
         };
-        let each: Vec<String> = off.iter().map(|i| format!("{} {:.4} times", named(i), factors[*i])).collect();
+        let each: Vec<String> =
+            off.iter().map(|i| format!("{} {:.4} times", named(i), factors[*i])).collect();
         let all = off.len() == count && factors.iter().all(|f| (f / factors[0] - 1.0).abs() < 0.01);
         let name = if all { "adapter-scaling" } else { "adapter-scaling-some" };
-        let sentence = format!("adapters act with another scaling than the declared one: {}", each.join(", "));
-        let fix =
-            "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own config, in every module";
+        let sentence =
+            format!("adapters act with another scaling than the declared one: {}", each.join(", "));
+        let fix = "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own \
+                   config, in every module";
         let changed = scaled(&factors);
         if !off.is_empty() {
             context.test(
@@ -98,14 +120,24 @@ fn forward_vector(context: &Context<'_>, evidence: Option<&Evidence>) -> Vec<f64
     let mut all = Vec::new();
     let rows = context.case.real_rows();
     let mut add = |got: &Array2<f64>, right: Option<&Array2<f64>>, from: Option<&Array2<f64>>| {
-        let (Some(right), Some(values)) = (right, if evidence.is_some() { from } else { Some(got) }) else { return };
+        let (Some(right), Some(values)) =
+            (right, if evidence.is_some() { from } else { Some(got) })
+        else {
+            return;
+        };
         // A forward that grew must not count for all.
         let norm = |a: &Array2<f64>| crate::linalg::norms::frobenius(&a.view());
         let unit = norm(right).max(norm(got)).max(f64::MIN_POSITIVE);
-        rows.iter().filter(|&&i| i < values.nrows()).for_each(|&i| all.extend(values.row(i).iter().map(|x| x / unit)));
+        rows.iter()
+            .filter(|&&i| i < values.nrows())
+            .for_each(|&i| all.extend(values.row(i).iter().map(|x| x / unit)));
     };
     for (layer, got) in &trainer.hidden {
-        add(&got.values, context.exact.hidden.get(layer), evidence.and_then(|e| e.hidden.get(layer)));
+        add(
+            &got.values,
+            context.exact.hidden.get(layer),
+            evidence.and_then(|e| e.hidden.get(layer)),
+        );
     }
     if let Some(got) = &trainer.logits {
         add(&got.values, context.exact.logits.as_ref(), evidence.and_then(|e| e.logits.as_ref()));
@@ -128,7 +160,10 @@ fn fit(
         tested.steps += 1;
         let model = scaled(factors);
         let part = Part { forward_only: true, ..Part::default() };
-        let evidence = context.case.run(&Variant { forward: Some(&model), part, ..Variant::default() }).ok()?;
+        let evidence = context
+            .case
+            .run(&Variant { forward: Some(&model), part, ..Variant::default() })
+            .ok()?;
         Some(forward_vector(context, Some(&evidence))).filter(|v| v.len() == wanted.len())
     };
     let gap = |v: &[f64]| v.iter().zip(&wanted).map(|(a, b)| (a - b) * (a - b)).sum::<f64>();
@@ -158,7 +193,8 @@ fn fit(
         let columns = columns?;
         let inner = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
         let residual: Vec<f64> = wanted.iter().zip(&here).map(|(a, b)| a - b).collect();
-        let matrix: Vec<Vec<f64>> = columns.iter().map(|a| columns.iter().map(|b| inner(a, b)).collect()).collect();
+        let matrix: Vec<Vec<f64>> =
+            columns.iter().map(|a| columns.iter().map(|b| inner(a, b)).collect()).collect();
         let right: Vec<f64> = columns.iter().map(|a| inner(a, &residual)).collect();
         let change = super::rows::solve(matrix, right)?;
         let mut part = 1.0;

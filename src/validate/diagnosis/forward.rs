@@ -65,7 +65,9 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     super::bases::initial_products(context, tested)?;
     super::fitted::scalings(context, tested)?;
     // Another base comes near scaled frequencies.
-    if !tested.settled() || tested.found.iter().any(|d| d.complete && d.fault == "rotary-theta" && d.share > 1.0) {
+    if !tested.settled()
+        || tested.found.iter().any(|d| d.complete && d.fault == "rotary-theta" && d.share > 1.0)
+    {
         super::frequencies::test(context, tested)?;
     }
     if !tested.settled() {
@@ -103,7 +105,8 @@ fn scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let (r, alpha) = (spec.rank as f64, spec.alpha);
     let declared = if spec.rank_stabilized { alpha / r.sqrt() } else { alpha / r };
     let wrong = "adapter-scaling";
-    let fix = "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own config";
+    let fix =
+        "the scaling is alpha / r (alpha / sqrt(r) for rsLoRA), from the adapter's own config";
     let candidates = [
         (
             0.0,
@@ -112,17 +115,35 @@ fn scaling(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             "the module is bypassed, disabled, or wrapped after the model was traced",
         ),
         (1.0, wrong, format!("the adapter is scaled by 1 instead of {declared}"), fix),
-        (alpha / r, wrong, format!("the adapter is scaled by alpha / r instead of {declared}"), fix),
-        (alpha / r.sqrt(), wrong, format!("the adapter is scaled by alpha / sqrt(r) instead of {declared}"), fix),
+        (
+            alpha / r,
+            wrong,
+            format!("the adapter is scaled by alpha / r instead of {declared}"),
+            fix,
+        ),
+        (
+            alpha / r.sqrt(),
+            wrong,
+            format!("the adapter is scaled by alpha / sqrt(r) instead of {declared}"),
+            fix,
+        ),
         (
             2.0 * declared,
             wrong,
-            format!("the adapter is scaled by twice {declared}, or acts twice, forward and backward"),
-            "the scaling is alpha / r, from the adapter's own config; a module must be wrapped once",
+            format!(
+                "the adapter is scaled by twice {declared}, or acts twice, forward and backward"
+            ),
+            "the scaling is alpha / r, from the adapter's own config; a module must be wrapped \
+             once",
         ),
         (alpha, wrong, format!("the adapter is scaled by alpha instead of {declared}"), fix),
         (1.0 / r, wrong, format!("the adapter is scaled by 1 / r instead of {declared}"), fix),
-        (r / alpha, wrong, format!("the adapter is scaled by r / alpha instead of {declared}"), fix),
+        (
+            r / alpha,
+            wrong,
+            format!("the adapter is scaled by r / alpha instead of {declared}"),
+            fix,
+        ),
         (declared * declared, wrong, format!("the adapter's scaling {declared} enters twice"), fix),
     ];
     for (value, name, what, fix) in candidates {
@@ -143,18 +164,31 @@ fn attention(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     for (scale, text) in [
         (1.0, "the scores are not divided by sqrt(head_dim)"),
         (1.0 / d, "the scores are divided by head_dim instead of its root"),
-        (1.0 / width.sqrt(), "the scores are divided by sqrt(hidden_size) instead of sqrt(head_dim)"),
+        (
+            1.0 / width.sqrt(),
+            "the scores are divided by sqrt(hidden_size) instead of sqrt(head_dim)",
+        ),
     ] {
         if tested.settled() {
             return Ok(());
         }
-        let fault = Fault::new("attention-scale", text, "the factor of Q K^T is 1 / sqrt(head_dim)");
-        context.test(fault, &Variant { scale: Some(scale), ..Variant::default() }, |_| (), tested)?;
+        let fault =
+            Fault::new("attention-scale", text, "the factor of Q K^T is 1 / sqrt(head_dim)");
+        context.test(
+            fault,
+            &Variant { scale: Some(scale), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     let length = context.case.batch.input_ids.ncols();
     for (ahead, text) in [
         (length, "every token sees the whole sequence: there is no causal mask".to_string()),
-        (1, "every token sees the next one, which it must predict: the causal mask is off by one".to_string()),
+        (
+            1,
+            "every token sees the next one, which it must predict: the causal mask is off by one"
+                .to_string(),
+        ),
     ] {
         if tested.settled() {
             return Ok(());
@@ -169,12 +203,18 @@ fn attention(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             "padding is attended to: the attention mask has no effect",
             "pass the mask to the attention, also through checkpointing and custom kernels",
         );
-        context.test(fault, &Variant { batch: Some(&batch), ..Variant::default() }, |_| (), tested)?;
+        context.test(
+            fault,
+            &Variant { batch: Some(&batch), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     grouped_heads(context, tested)
 }
 
-/// Key/value heads repeated as a block instead of each in turn: query head h reads h mod H_kv instead of h / group.
+/// Key/value heads repeated as a block instead of each in turn: query head h reads h mod H_kv
+/// instead of h / group.
 fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let config = &context.case.model.config;
     let (heads, kv, d) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
@@ -186,7 +226,9 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let order: Vec<usize> = (0..heads).map(|i| (i % group) * kv + i / group).collect();
     let lines: Vec<usize> = order.iter().flat_map(|h| h * d..(h + 1) * d).collect();
     let mut model = context.case.model.clone();
-    let pick = |a: &mut Array2<f64>, axis: Axis| *a = a.select(axis, &lines).as_standard_layout().into_owned();
+    let pick = |a: &mut Array2<f64>, axis: Axis| {
+        *a = a.select(axis, &lines).as_standard_layout().into_owned()
+    };
     for layer in &mut model.layers {
         for (p, axis) in [(Projection::Query, Axis(0)), (Projection::Output, Axis(1))] {
             // Heads that are stored in one weight with others are left alone.
@@ -194,7 +236,9 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             match &mut projection.method {
                 Method::Frozen | Method::Full => {}
                 Method::Lora(m) => pick(if axis.index() == 0 { &mut m.b } else { &mut m.a }, axis),
-                Method::Moslora(m) => pick(if axis.index() == 0 { &mut m.b } else { &mut m.a }, axis),
+                Method::Moslora(m) => {
+                    pick(if axis.index() == 0 { &mut m.b } else { &mut m.a }, axis)
+                }
                 Method::Dora(m) if axis.index() == 0 => {
                     pick(&mut m.b, axis);
                     m.magnitude = m.magnitude.select(Axis(1), &lines);
@@ -203,7 +247,9 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 Method::Paca(_) | Method::S2ft(_) | Method::Spft(_) => return Ok(()),
             }
             let picked = lines.clone();
-            let pick = move |a: &mut Array2<f64>| *a = a.select(axis, &picked).as_standard_layout().into_owned();
+            let pick = move |a: &mut Array2<f64>| {
+                *a = a.select(axis, &picked).as_standard_layout().into_owned()
+            };
             projection.base.change("grouped heads", pick)?;
         }
     }
@@ -222,7 +268,8 @@ fn grouped_heads(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     };
     let fault = Fault::new(
         "grouped-heads",
-        "query heads read the wrong key/value heads: these are repeated as a block instead of each in turn",
+        "query heads read the wrong key/value heads: these are repeated as a block instead of each \
+         in turn",
         "head h reads key/value head h / group (repeat_interleave, not repeat)",
     );
     context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, back, tested)
@@ -248,12 +295,19 @@ fn interleaved(x: &mut Array2<f64>, table: &RopeTable<f64>, head_dim: usize, bac
 fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let config = &context.case.model.config;
     let head_dim = config.head_dim;
-    let rotated = |place: Place| matches!(place.point, Point::RotatedQuery | Point::RotatedKey) && !place.gradient;
-    let turned_back = |place: Place| matches!(place.point, Point::Query | Point::Key) && place.gradient;
+    let rotated = |place: Place| {
+        matches!(place.point, Point::RotatedQuery | Point::RotatedKey) && !place.gradient
+    };
+    let turned_back =
+        |place: Place| matches!(place.point, Point::Query | Point::Key) && place.gradient;
     if let (Some(parts), false) = (one_part(context), tested.settled()) {
         let Some(table) = whole_table(context, config.rope_theta)? else { return Ok(()) };
-        let undo = |x: &mut Array2<f64>| drop(rope_backward(&mut x.view_mut(), &table, &mut Cost::default()));
-        let redo = |x: &mut Array2<f64>| drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default()));
+        let undo = |x: &mut Array2<f64>| {
+            drop(rope_backward(&mut x.view_mut(), &table, &mut Cost::default()))
+        };
+        let redo = |x: &mut Array2<f64>| {
+            drop(rope_forward(&mut x.view_mut(), &table, &mut Cost::default()))
+        };
         let missing = |place: Place, x: &mut Array2<f64>| {
             if rotated(place) {
                 undo(x);
@@ -266,7 +320,8 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
             "queries and keys are not rotated: there is no rotary embedding",
             "rotate queries and keys after their projections",
         );
-        let variant = Variant { tap: Some(&missing), parts: Some(parts.clone()), ..Variant::default() };
+        let variant =
+            Variant { tap: Some(&missing), parts: Some(parts.clone()), ..Variant::default() };
         context.test(fault, &variant, |_| (), tested)?;
         if config.options.rotaries[0].share.is_some() {
             return Ok(());
@@ -283,7 +338,8 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         let fault = Fault::new(
             "rotary-layout",
             "the rotary embedding pairs neighbouring entries (2j, 2j+1) instead of (j, j + d/2)",
-            "Hugging Face checkpoints have rows permuted for the half-split layout; permute them, or rotate that way",
+            "Hugging Face checkpoints have rows permuted for the half-split layout; permute them, \
+             or rotate that way",
         );
         let variant = Variant { tap: Some(&neighbours), parts: Some(parts), ..Variant::default() };
         context.test(fault, &variant, |_| (), tested)?;
@@ -294,9 +350,15 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         }
         let mut model = context.case.model.clone();
         model.config.rope_theta = theta;
-        let what = format!("the rotary base is {theta} instead of the config's {}", config.rope_theta);
+        let what =
+            format!("the rotary base is {theta} instead of the config's {}", config.rope_theta);
         let fault = Fault::new("rotary-theta", what, "read rope_theta from config.json");
-        context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)?;
+        context.test(
+            fault,
+            &Variant { forward: Some(&model), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     Ok(())
 }
@@ -304,7 +366,8 @@ fn rotary(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 /// `a` read as if its memory held its transpose.
 fn reinterpreted(a: &Array2<f64>) -> Array2<f64> {
     let flat: Vec<f64> = a.iter().copied().collect();
-    Array2::from_shape_vec((a.ncols(), a.nrows()), flat).map_or_else(|_| a.clone(), |t| t.t().to_owned())
+    Array2::from_shape_vec((a.ncols(), a.nrows()), flat)
+        .map_or_else(|_| a.clone(), |t| t.t().to_owned())
 }
 
 /// The inverse of [`reinterpreted`].
@@ -323,8 +386,15 @@ fn weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         if !any || tested.settled() {
             break;
         }
-        let what = format!("{factor} is reshaped where it has to be transposed: its memory is read in the other order");
-        let fault = Fault::new("factor-reshaped", what, "lora_A is r x in, lora_B is out x r; transpose, do not view");
+        let what = format!(
+            "{factor} is reshaped where it has to be transposed: its memory is read in the other \
+             order"
+        );
+        let fault = Fault::new(
+            "factor-reshaped",
+            what,
+            "lora_A is r x in, lora_B is out x r; transpose, do not view",
+        );
         let back = |evidence: &mut Evidence| {
             for (name, g) in &mut evidence.gradients {
                 if name.ends_with(factor) {
@@ -332,7 +402,12 @@ fn weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 }
             }
         };
-        context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, back, tested)?;
+        context.test(
+            fault,
+            &Variant { forward: Some(&model), ..Variant::default() },
+            back,
+            tested,
+        )?;
     }
     let eps = context.case.model.config.rms_norm_eps;
     for other in [1e-6, 1e-5, 1e-8, 1e-12, 1e-3, 1e-2] {
@@ -343,7 +418,12 @@ fn weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         model.config.rms_norm_eps = other;
         let what = format!("RMSNorm adds eps = {other:e} instead of the config's {eps:e}");
         let fault = Fault::new("norm-eps", what, "read rms_norm_eps from config.json");
-        context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)?;
+        context.test(
+            fault,
+            &Variant { forward: Some(&model), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     Ok(())
 }

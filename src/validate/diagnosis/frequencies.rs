@@ -1,4 +1,5 @@
-//! Rotary embeddings of other frequencies: scaled as for long contexts, or computed in a half format.
+//! Rotary embeddings of other frequencies: scaled as for long contexts, or computed in a half
+//! format.
 
 use super::forward::{one_part, whole_table};
 use super::{Context, Fault, Tested};
@@ -19,7 +20,8 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         return Ok(());
     }
     let Some(parts) = one_part(context) else { return Ok(()) };
-    let plain: Vec<f64> = (0..half).map(|j| theta.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
+    let plain: Vec<f64> =
+        (0..half).map(|j| theta.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
     let llama3 = |factor: f64, low: f64, high: f64, original: f64| -> Vec<f64> {
         let scale = |f: &f64| {
             let wave = 2.0 * std::f64::consts::PI / f;
@@ -39,19 +41,28 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     for factor in [8.0, 32.0, 4.0, 2.0, 16.0] {
         for original in [8192.0, own, own / factor, 4096.0, 2048.0, 16.0, 32.0, 64.0, 128.0] {
             let values = llama3(factor, 1.0, 4.0, original);
-            candidates.push((format!("scaled as for Llama 3.1 (factor {factor}, original length {original})"), values));
+            candidates.push((
+                format!("scaled as for Llama 3.1 (factor {factor}, original length {original})"),
+                values,
+            ));
         }
     }
     for factor in [2.0, 4.0, 8.0, 16.0, 32.0, 0.5, 0.25] {
-        candidates.push((format!("divided by {factor} (linear scaling)"), plain.iter().map(|f| f / factor).collect()));
-        let base = theta * f64::powf(factor, config.head_dim as f64 / (config.head_dim as f64 - 2.0).max(1.0));
-        let values = (0..half).map(|j| base.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
+        candidates.push((
+            format!("divided by {factor} (linear scaling)"),
+            plain.iter().map(|f| f / factor).collect(),
+        ));
+        let base = theta
+            * f64::powf(factor, config.head_dim as f64 / (config.head_dim as f64 - 2.0).max(1.0));
+        let values =
+            (0..half).map(|j| base.powf(-2.0 * j as f64 / config.head_dim as f64)).collect();
         candidates.push((format!("those of a base scaled by NTK (factor {factor})"), values));
     }
     let mut tried: Vec<Vec<f64>> = vec![plain.clone()];
     let best = |values: &[f64], exact: bool| -> Array2<f64> { angles(context, values, exact) };
     for (text, values) in candidates {
-        let same = |other: &Vec<f64>| other.iter().zip(&values).all(|(a, b)| (a / b - 1.0).abs() < 1e-9);
+        let same =
+            |other: &Vec<f64>| other.iter().zip(&values).all(|(a, b)| (a / b - 1.0).abs() < 1e-9);
         if tested.settled_well() {
             return Ok(());
         }
@@ -60,14 +71,22 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         }
         tried.push(values.clone());
         let what = format!("the rotary frequencies are {text}; the config declares no scaling");
-        let fault = Fault::new("rotary-scaling", what, "give rope_scaling the same value in config and trainer");
+        let fault = Fault::new(
+            "rotary-scaling",
+            what,
+            "give rope_scaling the same value in config and trainer",
+        );
         turned(context, fault, &best(&values, true), &parts, tested)?;
     }
     yarn(context, tested)?;
     if !tested.settled() {
-        let what = "rotary positions, frequencies and angles are computed in a half format, which is wrong from a few hundred tokens on";
-        let fault =
-            Fault::new("rotary-precision", what, "compute angles in float32 (autocast off), and cast cos and sin only");
+        let what = "rotary positions, frequencies and angles are computed in a half format, which \
+                    is wrong from a few hundred tokens on";
+        let fault = Fault::new(
+            "rotary-precision",
+            what,
+            "compute angles in float32 (autocast off), and cast cos and sin only",
+        );
         turned(context, fault, &best(&plain, false), &parts, tested)?;
     }
     Ok(())
@@ -82,14 +101,29 @@ fn yarn(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 continue;
             }
             let mut model = context.case.model.clone();
-            model.config.options.rotaries[0].scaling =
-                Scaling::Yarn { factor, original, fast: 32.0, slow: 1.0, attention: None, truncate: true };
+            model.config.options.rotaries[0].scaling = Scaling::Yarn {
+                factor,
+                original,
+                fast: 32.0,
+                slow: 1.0,
+                attention: None,
+                truncate: true,
+            };
             let what = format!(
-                "the rotary frequencies are scaled by YaRN (factor {factor}, original length {original}); the config declares no \
-                 scaling"
+                "the rotary frequencies are scaled by YaRN (factor {factor}, original length \
+                 {original}); the config declares no scaling"
             );
-            let fault = Fault::new("rotary-scaling", what, "give rope_scaling the same value in config and trainer");
-            context.test(fault, &Variant { forward: Some(&model), ..Variant::default() }, |_| (), tested)?;
+            let fault = Fault::new(
+                "rotary-scaling",
+                what,
+                "give rope_scaling the same value in config and trainer",
+            );
+            context.test(
+                fault,
+                &Variant { forward: Some(&model), ..Variant::default() },
+                |_| (),
+                tested,
+            )?;
         }
     }
     Ok(())
@@ -119,7 +153,9 @@ fn turned(
     parts: &[(Range<usize>, f64)],
     tested: &mut Tested<'_>,
 ) -> Result<()> {
-    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else { return Ok(()) };
+    let Some(table) = whole_table(context, context.case.model.config.rope_theta)? else {
+        return Ok(());
+    };
     let half = angles.ncols();
     let turn = |x: &mut Array2<f64>, direction: f64| {
         for (mut row, angle) in x.rows_mut().into_iter().zip(angles.rows()) {
@@ -127,7 +163,8 @@ fn turned(
                 for j in 0..half {
                     let (one, other) = (head * 2 * half + j, head * 2 * half + j + half);
                     let (sin, cos) = (direction * angle[j]).sin_cos();
-                    (row[one], row[other]) = (row[one] * cos - row[other] * sin, row[other] * cos + row[one] * sin);
+                    (row[one], row[other]) =
+                        (row[one] * cos - row[other] * sin, row[other] * cos + row[one] * sin);
                 }
             }
         }

@@ -18,17 +18,18 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     let batch = &context.case.batch;
     let (rows, length) = batch.input_ids.dim();
     let label = |b: usize, t: usize| batch.labels[[b, t]];
-    let shifted = |shift: usize, keep: &dyn Fn(usize, usize) -> Option<i64>| -> Vec<(usize, usize)> {
-        let mut targets = Vec::new();
-        for b in 0..rows {
-            for t in shift..length {
-                if let Some(label) = keep(b, t).filter(|l| *l != IGNORED_LABEL && *l >= 0) {
-                    targets.push((b * length + t - shift, label as usize));
+    let shifted =
+        |shift: usize, keep: &dyn Fn(usize, usize) -> Option<i64>| -> Vec<(usize, usize)> {
+            let mut targets = Vec::new();
+            for b in 0..rows {
+                for t in shift..length {
+                    if let Some(label) = keep(b, t).filter(|l| *l != IGNORED_LABEL && *l >= 0) {
+                        targets.push((b * length + t - shift, label as usize));
+                    }
                 }
             }
-        }
-        targets
-    };
+            targets
+        };
     let id = |b: usize, t: usize| i64::from(batch.input_ids[[b, t]]);
     let padding = |b: usize, t: usize| batch.attention_mask.as_ref().is_some_and(|m| !m[[b, t]]);
     let candidates: [Counted; 5] = [
@@ -40,7 +41,8 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         ),
         (
             "padding-counted",
-            "ignored positions (prompt and padding) are counted in the loss: labels of -100 are not masked",
+            "ignored positions (prompt and padding) are counted in the loss: labels of -100 are \
+             not masked",
             "skip labels of -100",
             shifted(1, &|b, t| Some(id(b, t))),
         ),
@@ -79,12 +81,14 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         .flat_map(|b| (1..length).map(move |t| (b, t)))
         .map(|(b, t)| (b * length + t - 1, label(b, t)))
         .collect();
-    let cut: Vec<(usize, usize)> = cut.windows(2).filter(|w| w[1].1 >= 0).map(|w| (w[0].0, w[1].1 as usize)).collect();
+    let cut: Vec<(usize, usize)> =
+        cut.windows(2).filter(|w| w[1].1 >= 0).map(|w| (w[0].0, w[1].1 as usize)).collect();
     let across = "labels-across-rows";
     let fix = "shift within each row (logits[:, :-1], labels[:, 1:]) before flattening, and once";
-    let once = "logits and labels are flattened before the shift: the end of a row predicts the beginning of the next";
-    let twice = "labels are shifted twice, the second time flattened: each position predicts the token after the next, and the \
-                 end of a row the next row";
+    let once = "logits and labels are flattened before the shift: the end of a row predicts the \
+                beginning of the next";
+    let twice = "labels are shifted twice, the second time flattened: each position predicts the \
+                 token after the next, and the end of a row the next row";
     let candidates = candidates.into_iter().chain([
         (across, once, fix, following(&flat, 1)),
         (across, twice, fix, following(&flat, 2)),
@@ -104,7 +108,10 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         context.test(Fault::new(name, what, fix), &variant, |_| (), tested)?;
     }
     let counted = |range: &Range<usize>| {
-        range.clone().map(|b| (1..length).filter(|&t| label(b, t) != IGNORED_LABEL).count()).sum::<usize>() as f64
+        range
+            .clone()
+            .map(|b| (1..length).filter(|&t| label(b, t) != IGNORED_LABEL).count())
+            .sum::<usize>() as f64
     };
     let micro = context.case.micro_batches();
     let each: Vec<Range<usize>> = (0..rows).map(|b| b..b + 1).collect();
@@ -118,7 +125,11 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
             "each micro-batch is averaged by itself, so tokens of short ones weigh more",
             means(&micro, micro.len() as f64),
         ),
-        ("micro-batch-sum", "the means of the micro-batches are added without dividing", means(&micro, 1.0)),
+        (
+            "micro-batch-sum",
+            "the means of the micro-batches are added without dividing",
+            means(&micro, 1.0),
+        ),
         (
             "sequence-mean",
             "each sequence is averaged by itself, so tokens of short ones weigh more",
@@ -136,11 +147,15 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     Ok(())
 }
 
-/// Losses that a step may have without declaring them; the rungs measured against the one that explains the whole step.
+/// Losses that a step may have without declaring them; the rungs measured against the one that
+/// explains the whole step.
 ///
 /// # Errors
 /// As [`crate::validate::dump::Case::run`].
-pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<Option<Vec<Rung>>> {
+pub(super) fn other_losses(
+    context: &Context<'_>,
+    tested: &mut Tested<'_>,
+) -> Result<Option<Vec<Rung>>> {
     let case = context.case;
     if case.loss.reduction == Reduction::MicroMean
         || case.declares_loss()
@@ -160,9 +175,12 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         if targets.is_empty() || (shift == 0 && tested.settled()) {
             continue;
         }
-        let divisor = if case.loss.reduction == Reduction::Sum { 1.0 } else { targets.len() as f64 };
-        let parts: Vec<(Range<usize>, f64)> = case.micro_batches().into_iter().map(|r| (r, divisor)).collect();
-        // The gradient is linear in the smoothing: its amplitude is that of the gap along a tenth of it.
+        let divisor =
+            if case.loss.reduction == Reduction::Sum { 1.0 } else { targets.len() as f64 };
+        let parts: Vec<(Range<usize>, f64)> =
+            case.micro_batches().into_iter().map(|r| (r, divisor)).collect();
+        // The gradient is linear in the smoothing: its amplitude is that of the gap along a tenth
+        // of it.
         tested.watch.begins("hypothesis: label smoothing");
         // Where a step is expensive the top layer tells as much.
         let part = context.top_part().filter(|_| !context.forward_wrong()).unwrap_or_default();
@@ -185,7 +203,8 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
             break;
         }
         let predicted = smoothed(case, &targets, &parts, epsilon, None, Part::default())?;
-        let rounded = smoothed(case, &targets, &parts, epsilon, Some(case.rounding), Part::default())?;
+        let rounded =
+            smoothed(case, &targets, &parts, epsilon, Some(case.rounding), Part::default())?;
         tested.steps += 2;
         // A common factor must leave more.
         if context.left_by(&predicted) > 0.8 * context.left_by(&context.common_factor()) {
@@ -193,18 +212,22 @@ pub(super) fn other_losses(context: &Context<'_>, tested: &mut Tested<'_>) -> Re
         }
         if shift == 0 {
             let what = format!(
-                "labels are not shifted: each position predicts its own token (with label smoothing {epsilon:.3})"
+                "labels are not shifted: each position predicts its own token (with label \
+                 smoothing {epsilon:.3})"
             );
             let fix = "position t predicts label t + 1, also in a loss of one's own";
-            let diagnosis = context.judge(Fault::new("labels-not-shifted", what, fix), &predicted, &rounded);
+            let diagnosis =
+                context.judge(Fault::new("labels-not-shifted", what, fix), &predicted, &rounded);
             tested.found.push(diagnosis);
             continue;
         }
         let mut rungs = climb(case, &predicted, &rounded);
         if rungs.iter().filter(|r| r.name.is_of_the_step()).all(|r| !r.failed()) {
             if let Some(rung) = rungs.iter_mut().find(|r| r.name == RungName::Loss) {
-                let why =
-                    format!("label smoothing {epsilon:.4}, found out, not declared: all below is checked with it");
+                let why = format!(
+                    "label smoothing {epsilon:.4}, found out, not declared: all below is checked \
+                     with it"
+                );
                 *rung = Rung::skipped(RungName::Loss, why);
             }
             return Ok(Some(rungs));
@@ -232,7 +255,8 @@ fn smoothed(
     })
 }
 
-/// Forward counts the labels, backward counts every token: a fused loss that loses the weights of tokens.
+/// Forward counts the labels, backward counts every token: a fused loss that loses the weights of
+/// tokens.
 pub(super) fn masked_backward(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let batch = &context.case.batch;
     let (rows, length) = batch.input_ids.dim();
@@ -244,7 +268,10 @@ pub(super) fn masked_backward(context: &Context<'_>, tested: &mut Tested<'_>) ->
     };
     let counted = batch.counted();
     for targets in [all(true), all(false)] {
-        if targets.len() == counted || tested.settled() || context.case.loss.reduction == Reduction::MicroMean {
+        if targets.len() == counted
+            || tested.settled()
+            || context.case.loss.reduction == Reduction::MicroMean
+        {
             return Ok(());
         }
         for divisor in [counted as f64, targets.len() as f64] {
@@ -253,10 +280,18 @@ pub(super) fn masked_backward(context: &Context<'_>, tested: &mut Tested<'_>) ->
                 let gradients = std::mem::take(&mut predicted.gradients);
                 *predicted = Evidence { gradients, ..context.exact.clone() };
             };
-            let what = "backward counts every token, also the masked prompt, which forward does not";
-            let fault = Fault::new("masked-backward", what, "multiply each token's gradient by its own weight or mask");
-            let variant =
-                Variant { targets: Some(targets.clone()), parts: Some(vec![(0..rows, divisor)]), ..Variant::default() };
+            let what =
+                "backward counts every token, also the masked prompt, which forward does not";
+            let fault = Fault::new(
+                "masked-backward",
+                what,
+                "multiply each token's gradient by its own weight or mask",
+            );
+            let variant = Variant {
+                targets: Some(targets.clone()),
+                parts: Some(vec![(0..rows, divisor)]),
+                ..Variant::default()
+            };
             context.test(fault, &variant, same_forward, tested)?;
         }
     }

@@ -1,9 +1,10 @@
 //! Which known fault explains a failed validation.
 //!
-//! Two kinds of tests. Algebraic ones (`gradient`, `factors`, `slices`) look at the trainer's gradients beside the
-//! reference's: zero, proportional, transposed, exchanged, permuted. The others (`forward`, `loss`, `backward`) run the
-//! reference again with the fault in it and compare everything that was dumped. A fault explains a failure when what it predicts is within the tolerances that the
-//! right step would have had.
+//! Two kinds of tests. Algebraic ones (`gradient`, `factors`, `slices`) look at the trainer's
+//! gradients beside the reference's: zero, proportional, transposed, exchanged, permuted. The
+//! others (`forward`, `loss`, `backward`) run the reference again with the fault in it and compare
+//! everything that was dumped. A fault explains a failure when what it predicts is within the
+//! tolerances that the right step would have had.
 
 pub(super) mod applied;
 mod backward;
@@ -36,11 +37,13 @@ use ndarray::Array2;
 use serde::Serialize;
 use std::collections::BTreeSet;
 
-/// Shares up to this count as explained: the fault's own arithmetic rounds elsewhere than the reference's.
+/// Shares up to this count as explained: the fault's own arithmetic rounds elsewhere than the
+/// reference's.
 const EXPLAINED: f64 = 4.0;
 /// So do shares that are this much smaller than without the fault.
 const REDUCTION: f64 = 1e3;
-/// A fault must leave less than this part of the gap that no fault leaves, in shares of the tolerances.
+/// A fault must leave less than this part of the gap that no fault leaves, in shares of the
+/// tolerances.
 const LEFT_OVER: f64 = 0.4;
 /// How far the amplitude of a fault that explains everything may be from 1.
 const AMPLITUDE: f64 = 0.25;
@@ -99,7 +102,8 @@ pub(super) struct Search {
     pub found: Vec<Diagnosis>,
     /// Steps of the reference that were run.
     pub steps: usize,
-    /// The rungs measured against another loss than the declared one, where that explains the whole step as right.
+    /// The rungs measured against another loss than the declared one, where that explains the whole
+    /// step as right.
     pub measured: Option<Vec<Rung>>,
     /// What it cost, and what was left out.
     pub budget: Budget,
@@ -130,7 +134,12 @@ pub(super) struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
-    pub fn new(case: &'a Case, exact: &'a Evidence, rounded: &'a Evidence, rungs: &'a [Rung]) -> Self {
+    pub fn new(
+        case: &'a Case,
+        exact: &'a Evidence,
+        rounded: &'a Evidence,
+        rungs: &'a [Rung],
+    ) -> Self {
         let failing: Vec<&Measure> = gradients_of(rungs).iter().filter(|m| !m.passes()).collect();
         // The optimizer's two rungs are explained by themselves.
         let of_step = |r: &&Rung| r.failed() && r.name < RungName::Applied;
@@ -160,7 +169,8 @@ impl<'a> Context<'a> {
         self.case.rounding.coarsest().epsilon() > 1e-4
     }
 
-    /// What part of the gradients' gap is left when they are taken to be `predicted`; 1 if nothing is known.
+    /// What part of the gradients' gap is left when they are taken to be `predicted`; 1 if nothing
+    /// is known.
     pub fn left_by(&self, predicted: &Evidence) -> f64 {
         self.account(predicted, self.rungs).map_or(1.0, |a| a.left)
     }
@@ -197,41 +207,57 @@ impl<'a> Context<'a> {
 
     /// What a fault predicts with rounding, taken to be that of the right step.
     fn carry_rounding(&self, predicted: &Evidence) -> Evidence {
-        let shift =
-            |to: &Array2<f64>, rounded: Option<&Array2<f64>>, exact: Option<&Array2<f64>>| match (rounded, exact) {
-                (Some(rounded), Some(exact)) if to.dim() == rounded.dim() => ndarray::Zip::from(to)
-                    .and(rounded)
-                    .and(exact)
-                    .map_collect(|to, rounded, exact| to + (rounded - exact)),
-                _ => to.clone(),
-            };
+        let shift = |to: &Array2<f64>,
+                     rounded: Option<&Array2<f64>>,
+                     exact: Option<&Array2<f64>>| match (rounded, exact) {
+            (Some(rounded), Some(exact)) if to.dim() == rounded.dim() => ndarray::Zip::from(to)
+                .and(rounded)
+                .and(exact)
+                .map_collect(|to, rounded, exact| to + (rounded - exact)),
+            _ => to.clone(),
+        };
         let (rounded, exact) = (self.rounded, self.exact);
-        let logits = predicted.logits.iter().map(|to| shift(to, rounded.logits.as_ref(), exact.logits.as_ref())).next();
+        let logits = predicted
+            .logits
+            .iter()
+            .map(|to| shift(to, rounded.logits.as_ref(), exact.logits.as_ref()))
+            .next();
         let hidden = predicted.hidden.iter();
         let gradients = predicted.gradients.iter();
         Evidence {
             loss: predicted.loss + rounded.loss - exact.loss,
             logits,
-            hidden: hidden.map(|(l, to)| (*l, shift(to, rounded.hidden.get(l), exact.hidden.get(l)))).collect(),
+            hidden: hidden
+                .map(|(l, to)| (*l, shift(to, rounded.hidden.get(l), exact.hidden.get(l))))
+                .collect(),
             gradients: gradients
-                .map(|(n, to)| (n.clone(), shift(to, rounded.gradients.get(n), exact.gradients.get(n))))
+                .map(|(n, to)| {
+                    (n.clone(), shift(to, rounded.gradients.get(n), exact.gradients.get(n)))
+                })
                 .collect(),
         }
     }
 
-    /// How much of the gap a fault accounts for; `None` if it predicts nothing that differs from the right step.
+    /// How much of the gap a fault accounts for; `None` if it predicts nothing that differs from
+    /// the right step.
     ///
     /// `rungs` are the measures under the fault, whose rounding may be larger.
     fn account(&self, predicted: &Evidence, rungs: &[Rung]) -> Option<Account> {
         let (mut along, mut fault, mut gap, mut left) = (0.0, 0.0, 0.0, 0.0);
-        let mut add = |rung: RungName, name: &str, got: &Array2<f64>, right: &Array2<f64>, faulty: &Array2<f64>| {
-            let measured = rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
+        let mut add = |rung: RungName,
+                       name: &str,
+                       got: &Array2<f64>,
+                       right: &Array2<f64>,
+                       faulty: &Array2<f64>| {
+            let measured =
+                rung_of(self.rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let Some(m) = measured.filter(|m| m.share.is_finite()) else { return };
             if got.dim() != right.dim() || faulty.dim() != right.dim() {
                 return;
             }
             let norm = crate::linalg::norms::frobenius(&right.view());
-            let under = rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
+            let under =
+                rung_of(rungs, rung).and_then(|r| r.tensors.iter().find(|m| m.name == name));
             let unit = under.map_or(m.tolerance, |u| u.tolerance.max(m.tolerance))
                 * if norm > 0.0 { norm } else { self.scale };
             let weight = 1.0 / (unit * unit).max(f64::MIN_POSITIVE);
@@ -245,27 +271,41 @@ impl<'a> Context<'a> {
         let trainer = &self.case.trainer;
         // What stands at padding means nothing, and would outweigh every fault.
         let rows = self.case.real_rows();
-        let mut add_rows =
-            |rung: RungName, name: &str, got: &Array2<f64>, right: &Array2<f64>, faulty: &Array2<f64>| {
-                if got.dim() != right.dim() || faulty.dim() != right.dim() {
-                    return;
-                }
-                if rows.len() == right.nrows() {
-                    add(rung, name, got, right, faulty);
-                } else {
-                    add(rung, name, &select_rows(got, &rows), &select_rows(right, &rows), &select_rows(faulty, &rows));
-                }
-            };
-        if let (Some(got), Some(r), Some(f)) = (&trainer.logits, &self.exact.logits, &predicted.logits) {
+        let mut add_rows = |rung: RungName,
+                            name: &str,
+                            got: &Array2<f64>,
+                            right: &Array2<f64>,
+                            faulty: &Array2<f64>| {
+            if got.dim() != right.dim() || faulty.dim() != right.dim() {
+                return;
+            }
+            if rows.len() == right.nrows() {
+                add(rung, name, got, right, faulty);
+            } else {
+                add(
+                    rung,
+                    name,
+                    &select_rows(got, &rows),
+                    &select_rows(right, &rows),
+                    &select_rows(faulty, &rows),
+                );
+            }
+        };
+        if let (Some(got), Some(r), Some(f)) =
+            (&trainer.logits, &self.exact.logits, &predicted.logits)
+        {
             add_rows(RungName::Logits, "logits", &got.values, r, f);
         }
         for (layer, got) in &trainer.hidden {
-            if let (Some(r), Some(f)) = (self.exact.hidden.get(layer), predicted.hidden.get(layer)) {
+            if let (Some(r), Some(f)) = (self.exact.hidden.get(layer), predicted.hidden.get(layer))
+            {
                 add_rows(RungName::Hidden, &hidden_name(*layer), &got.values, r, f);
             }
         }
         for (name, r) in &self.exact.gradients {
-            if let Some(f) = predicted.gradients.get(name).filter(|_| self.case.trained.contains(name)) {
+            if let Some(f) =
+                predicted.gradients.get(name).filter(|_| self.case.trained.contains(name))
+            {
                 match trainer.gradients.get(name) {
                     Some(got) => add(RungName::Gradients, name, &got.values, r, f),
                     None => add(RungName::Gradients, name, &Array2::zeros(r.dim()), r, f),
@@ -281,15 +321,20 @@ impl<'a> Context<'a> {
         let rungs = climb_of_step(self.case, predicted, rounded);
         let before = |rung: RungName, name: &str| {
             let measured = rung_of(self.rungs, rung);
-            measured.and_then(|r| r.tensors.iter().find(|m| m.name == name)).map_or(0.0, |m| m.share)
+            measured
+                .and_then(|r| r.tensors.iter().find(|m| m.name == name))
+                .map_or(0.0, |m| m.share)
         };
         let misshapen = |m: &Measure| !before(RungName::Gradients, &m.name).is_finite();
         let close = |rung: RungName, m: &Measure| {
             let share = before(rung, &m.name);
             m.share <= EXPLAINED || (share.is_finite() && m.share * REDUCTION <= share)
         };
-        let fine =
-            |r: &Rung| r.tensors.iter().all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)));
+        let fine = |r: &Rung| {
+            r.tensors
+                .iter()
+                .all(|m| close(r.name, m) || (r.name == RungName::Gradients && misshapen(m)))
+        };
         // "No fault" must leave clearly more.
         let better = |r: &Rung| {
             let share = rung_of(self.rungs, r.name).map_or(0.0, finite_share);
@@ -301,7 +346,8 @@ impl<'a> Context<'a> {
         };
         let account = self.account(predicted, &rungs);
         // Rounding moves both in a half format, where a fault may be no larger than the tolerance.
-        let (near, rest) = if self.coarse() { (0.4, 0.36) } else { (AMPLITUDE, LEFT_OVER * LEFT_OVER) };
+        let (near, rest) =
+            if self.coarse() { (0.4, 0.36) } else { (AMPLITUDE, LEFT_OVER * LEFT_OVER) };
         let accounted = account.is_some_and(|a| (a.amplitude - 1.0).abs() < near && a.left < rest);
         let predicts = || rungs.iter().filter(|r| r.name.is_of_the_step());
         let explains: Vec<RungName> = predicts()
@@ -310,10 +356,14 @@ impl<'a> Context<'a> {
             .collect();
         let spoiled = predicts().any(|r| !self.failed(r.name) && !fine(r));
         let failing: BTreeSet<&str> = self.failing.iter().map(|m| m.name.as_str()).collect();
-        let mine: Vec<&Measure> = gradients_of(&rungs).iter().filter(|m| failing.contains(m.name.as_str())).collect();
+        let mine: Vec<&Measure> =
+            gradients_of(&rungs).iter().filter(|m| failing.contains(m.name.as_str())).collect();
         let explained = mine
             .iter()
-            .filter(|m| close(RungName::Gradients, m) && m.share <= LEFT_OVER * before(RungName::Gradients, &m.name))
+            .filter(|m| {
+                close(RungName::Gradients, m)
+                    && m.share <= LEFT_OVER * before(RungName::Gradients, &m.name)
+            })
             .count();
         let share = predicts().map(Rung::share).fold(0.0, f64::max);
         let targets = self.failed.iter().filter(|name| name.is_of_the_step()).count();
@@ -321,7 +371,10 @@ impl<'a> Context<'a> {
             fault: fault.name.into(),
             what: fault.what,
             fix: fault.fix.into(),
-            complete: !spoiled && accounted && explains.len() == targets && targets == self.failed.len(),
+            complete: !spoiled
+                && accounted
+                && explains.len() == targets
+                && targets == self.failed.len(),
             explains: if spoiled || !accounted { Vec::new() } else { explains },
             tensors: (if accounted { explained } else { 0 }, failing.len()),
             share,
@@ -336,7 +389,12 @@ impl<'a> Context<'a> {
     }
 
     /// Judges what a fault was found to predict.
-    pub fn propose(&self, fault: Fault, predicted: &Evidence, tested: &mut Tested<'_>) -> Result<()> {
+    pub fn propose(
+        &self,
+        fault: Fault,
+        predicted: &Evidence,
+        tested: &mut Tested<'_>,
+    ) -> Result<()> {
         if let Some(visit) = tested.visit {
             return visit(&fault, predicted);
         }
@@ -361,8 +419,14 @@ impl<'a> Context<'a> {
         self.run_and_judge(fault, variant, |evidence, _| edit(evidence), tested)
     }
 
-    /// A fault of the backward alone: the gradients of a variant beside the forward of the right step.
-    pub fn test_gradients(&self, fault: Fault, variant: &Variant<'_>, tested: &mut Tested<'_>) -> Result<()> {
+    /// A fault of the backward alone: the gradients of a variant beside the forward of the right
+    /// step.
+    pub fn test_gradients(
+        &self,
+        fault: Fault,
+        variant: &Variant<'_>,
+        tested: &mut Tested<'_>,
+    ) -> Result<()> {
         if !tested.affords(1.0, fault.name) {
             return Ok(());
         }
@@ -388,9 +452,11 @@ impl<'a> Context<'a> {
             if let Some(visit) = tested.visit {
                 return visit(&fault, &predicted);
             }
-            let mut diagnosis = self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
+            let mut diagnosis =
+                self.judge(fault.clone(), &predicted, &self.carry_rounding(&predicted));
             let near = self.account(&predicted, self.rungs).is_some_and(|a| a.left < 0.7);
-            // In a half format the fault may make rounding matter more than it does in the right step.
+            // In a half format the fault may make rounding matter more than it does in the right
+            // step.
             if near && !diagnosis.complete && self.coarse() && tested.affords(1.0, fault.name) {
                 tested.steps += 1;
                 let variant = Variant { rounding: Some(self.case.rounding), ..variant.clone() };
@@ -433,7 +499,8 @@ impl<'a> Tested<'a> {
     }
 }
 
-/// Runs the step with each fault in it that is found by running it; returns how many steps that took.
+/// Runs the step with each fault in it that is found by running it; returns how many steps that
+/// took.
 ///
 /// # Errors
 /// Those of `visit`.
@@ -456,7 +523,8 @@ fn finite_share(rung: &Rung) -> f64 {
     rung.tensors.iter().map(|m| m.share).filter(|s| s.is_finite()).fold(0.0, f64::max)
 }
 
-/// Tries the known faults; returns those that explain something, best first, and how many steps were run.
+/// Tries the known faults; returns those that explain something, best first, and how many steps
+/// were run.
 ///
 /// # Errors
 /// For a step that is right as far as it can be compared, and cannot be compared further.
@@ -481,17 +549,19 @@ pub(super) fn diagnose(
         if !tested.settled() {
             gradient::shapes(&mut context, &mut tested);
         }
-        let forward_first =
-            context.forward_wrong() || (context.failed(RungName::Loss) && !context.checked(RungName::Logits));
+        let forward_first = context.forward_wrong()
+            || (context.failed(RungName::Loss) && !context.checked(RungName::Logits));
         if !tested.settled() && forward_first {
             forward::test(&context, &mut tested)?;
         }
         // In a half format the loss of a fresh model hides which labels it counts.
-        let doubtful = context.failed(RungName::Loss) || !context.checked(RungName::Loss) || context.coarse();
+        let doubtful =
+            context.failed(RungName::Loss) || !context.checked(RungName::Loss) || context.coarse();
         if !tested.settled() && doubtful {
             loss::test(&context, &mut tested)?;
         }
-        let only_factor = tested.found.iter().filter(|d| d.complete).all(|d| d.fault == "constant-factor");
+        let only_factor =
+            tested.found.iter().filter(|d| d.complete).all(|d| d.fault == "constant-factor");
         if only_factor && doubtful && !context.forward_wrong() {
             measured = loss::other_losses(&context, &mut tested)?;
         }
@@ -512,10 +582,14 @@ pub(super) fn diagnose(
             unjudged::test(&context, &mut tested)?;
         }
     }
-    let mut found: Vec<Diagnosis> =
-        tested.found.into_iter().filter(|d| d.complete || !d.explains.is_empty() || d.tensors.0 > 0).collect();
+    let mut found: Vec<Diagnosis> = tested
+        .found
+        .into_iter()
+        .filter(|d| d.complete || !d.explains.is_empty() || d.tensors.0 > 0)
+        .collect();
     found.sort_by(|a, b| {
-        let key = |d: &Diagnosis| (!d.complete, usize::MAX - d.explains.len(), usize::MAX - d.tensors.0);
+        let key =
+            |d: &Diagnosis| (!d.complete, usize::MAX - d.explains.len(), usize::MAX - d.tensors.0);
         key(a).cmp(&key(b)).then(a.share.total_cmp(&b.share))
     });
     let complete = found.iter().any(|d| d.complete);

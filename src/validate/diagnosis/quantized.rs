@@ -24,13 +24,17 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
     if context.case.quantized.is_empty() {
         return Ok(());
     }
-    let format = context.case.rounding.quantized.map_or(Precision::F32, |restored| restored.forward);
+    let format =
+        context.case.rounding.quantized.map_or(Precision::F32, |restored| restored.forward);
     for (name, what, fix) in FAULTS {
         let mut model = context.case.model.clone();
         let mut any = false;
         for ((layer, p), packed) in &context.case.quantized {
-            if let Some((_, misread)) = packed.misread().into_iter().find(|(mistake, _)| *mistake == name) {
-                model.layers[*layer].projection_mut(*p).base = BaseWeight::restored(misread, format);
+            if let Some((_, misread)) =
+                packed.misread().into_iter().find(|(mistake, _)| *mistake == name)
+            {
+                model.layers[*layer].projection_mut(*p).base =
+                    BaseWeight::restored(misread, format);
                 any = true;
             }
         }

@@ -1,5 +1,5 @@
-//! Gradients that are right for another sum than the step's: some rows only, the step before besides, a part of each
-//! sequence.
+//! Gradients that are right for another sum than the step's: some rows only, the step before
+//! besides, a part of each sequence.
 
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
@@ -18,7 +18,8 @@ use std::collections::{BTreeMap, HashMap};
 /// Rows of the batch that are run one by one at most, and entries of all their gradients.
 const MOST_ROWS: usize = 16;
 const MOST_ENTRIES: usize = 1 << 28;
-/// Most entries of activations that are kept for a hypothesis: 512 MiB, which the plan of a large model does not count.
+/// Most entries of activations that are kept for a hypothesis: 512 MiB, which the plan of a large
+/// model does not count.
 pub(super) const MOST_SEEN: usize = 1 << 26;
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
@@ -69,7 +70,11 @@ impl Context<'_> {
     fn weights(&self) -> BTreeMap<String, f64> {
         let scale = gradient_scale(&self.exact.gradients);
         let usable = |name: &&String| {
-            self.case.trainer.gradients.get(*name).is_some_and(|o| o.values.iter().all(|x| x.is_finite()))
+            self.case
+                .trainer
+                .gradients
+                .get(*name)
+                .is_some_and(|o| o.values.iter().all(|x| x.is_finite()))
         };
         let weight = |name: &String| {
             let want = self.exact.gradients.get(name)?;
@@ -99,7 +104,9 @@ impl Context<'_> {
 
     /// The right step times the factor that comes nearest to the trainer's gradients.
     pub(super) fn common_factor(&self) -> Evidence {
-        let none = self.with_gradients(self.exact.gradients.iter().map(|(n, g)| (n.clone(), g * 0.0)).collect());
+        let none = self.with_gradients(
+            self.exact.gradients.iter().map(|(n, g)| (n.clone(), g * 0.0)).collect(),
+        );
         let c = self.amplitude(&none, self.exact);
         self.with_gradients(self.exact.gradients.iter().map(|(n, g)| (n.clone(), g * c)).collect())
     }
@@ -113,12 +120,17 @@ impl Context<'_> {
 fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
     // SGD counts no steps; its buffer says that there were some.
-    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0 || r.kind == "sgd") else { return Ok(()) };
+    let Some(record) = case.optimizer.as_ref().filter(|r| r.steps_before > 0 || r.kind == "sgd")
+    else {
+        return Ok(());
+    };
     let (mut along, mut square) = (0.0, 0.0);
     for (name, w) in context.weights() {
-        let (Some(m), Some(r), Some(g)) =
-            (case.trainer.first.get(&name), context.exact.gradients.get(&name), context.observed(&name))
-        else {
+        let (Some(m), Some(r), Some(g)) = (
+            case.trainer.first.get(&name),
+            context.exact.gradients.get(&name),
+            context.observed(&name),
+        ) else {
             continue;
         };
         if m.values.dim() == r.dim() {
@@ -144,10 +156,15 @@ fn stale_gradients(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         }
     }
     let what = format!(
-        "the gradient of the step before is still there and this one's is added: {c:.3} times the optimizer's first moment is left over"
+        "the gradient of the step before is still there and this one's is added: {c:.3} times the \
+         optimizer's first moment is left over"
     );
     let fix = "call optimizer.zero_grad() (or set gradients to None) after every update";
-    context.propose(Fault::new("stale-gradients", what, fix), &context.with_gradients(gradients), tested)
+    context.propose(
+        Fault::new("stale-gradients", what, fix),
+        &context.with_gradients(gradients),
+        tested,
+    )
 }
 
 /// The gradients of the last micro-batch alone.
@@ -177,17 +194,24 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     tested.steps += 1;
     for (range, divisor) in &parts {
         for row in range.clone() {
-            let variant = Variant { parts: Some(vec![(row..row + 1, *divisor)]), ..Variant::default() };
+            let variant =
+                Variant { parts: Some(vec![(row..row + 1, *divisor)]), ..Variant::default() };
             each.push((row, case.run(&variant)?.gradients));
         }
     }
     let weights = context.weights();
-    let inner = |a: &BTreeMap<String, Array2<f64>>, b: &dyn Fn(&str) -> Option<Array2<f64>>| -> f64 {
-        weights.iter().filter_map(|(name, w)| Some(w * dot(a.get(name)?, &b(name)?))).sum()
-    };
-    let matrix: Vec<Vec<f64>> =
-        each.iter().map(|(_, a)| each.iter().map(|(_, b)| inner(a, &|n| b.get(n).cloned())).collect()).collect();
-    let right: Vec<f64> = each.iter().map(|(_, a)| inner(a, &|n| Some(context.observed(n)?.values.clone()))).collect();
+    let inner =
+        |a: &BTreeMap<String, Array2<f64>>, b: &dyn Fn(&str) -> Option<Array2<f64>>| -> f64 {
+            weights.iter().filter_map(|(name, w)| Some(w * dot(a.get(name)?, &b(name)?))).sum()
+        };
+    let matrix: Vec<Vec<f64>> = each
+        .iter()
+        .map(|(_, a)| each.iter().map(|(_, b)| inner(a, &|n| b.get(n).cloned())).collect())
+        .collect();
+    let right: Vec<f64> = each
+        .iter()
+        .map(|(_, a)| inner(a, &|n| Some(context.observed(n)?.values.clone())))
+        .collect();
     let Some(found) = solve(matrix, right) else { return Ok(()) };
     let most = found.iter().fold(0.0f64, |m, w| m.max(w.abs()));
     let kept: Vec<usize> = (0..each.len()).filter(|&i| found[i].abs() > 0.1 * most).collect();
@@ -207,16 +231,21 @@ fn single_rows(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let (name, what, fix) = if micro.len() > 1 && last {
         (
             "last-micro-batch-only",
-            format!("only the last of {} micro-batches is in the gradient ({mean:.4} times its part)", micro.len()),
+            format!(
+                "only the last of {} micro-batches is in the gradient ({mean:.4} times its part)",
+                micro.len()
+            ),
             "call zero_grad once a step, before the first micro-batch, not before each",
         )
     } else {
         (
             "data-parallel-not-reduced",
             format!(
-                "the gradient is that of rows {there:?} of {rows} alone ({mean:.4} times their part): one rank's, not reduced over ranks"
+                "the gradient is that of rows {there:?} of {rows} alone ({mean:.4} times their \
+                 part): one rank's, not reduced over ranks"
             ),
-            "reduce gradients over ranks (wrap the model in DistributedDataParallel before the step; no no_sync at the last backward)",
+            "reduce gradients over ranks (wrap the model in DistributedDataParallel before the \
+             step; no no_sync at the last backward)",
         )
     };
     context.propose(Fault::new(name, what, fix), &context.with_gradients(gradients), tested)
@@ -239,7 +268,8 @@ pub(super) fn points(p: Projection) -> Option<(Point, Point)> {
     })
 }
 
-/// Factors whose gradient sums over a part of each sequence only: a rank's shard under sequence parallelism.
+/// Factors whose gradient sums over a part of each sequence only: a rank's shard under sequence
+/// parallelism.
 fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
     let model = &case.model;
@@ -255,7 +285,9 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     tested.watch.begins("hypothesis: shards of sequences");
     let config = &model.config;
     let widths = 8 * config.hidden_size + 4 * config.intermediate_size;
-    if case.batch.tokens() * widths * model.layers.len() > MOST_SEEN || !tested.affords(1.0, "sequence-shard-only") {
+    if case.batch.tokens() * widths * model.layers.len() > MOST_SEEN
+        || !tested.affords(1.0, "sequence-shard-only")
+    {
         return Ok(());
     }
     tested.steps += 1;
@@ -266,7 +298,10 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         for rank in 0..shards {
             let (from, to) = (length * rank / shards, length * (rank + 1) / shards);
             // Both ways of dividing an odd length.
-            for (from, to) in [(from, to), ((length * rank).div_ceil(shards), (length * (rank + 1)).div_ceil(shards))] {
+            for (from, to) in [
+                (from, to),
+                ((length * rank).div_ceil(shards), (length * (rank + 1)).div_ceil(shards)),
+            ] {
                 if tested.settled() || from == to {
                     continue;
                 }
@@ -276,7 +311,9 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     for (p, projection) in layer.projections() {
                         let Method::Lora(m) = &projection.method else { continue };
                         let Some((input, output)) = points(p) else { continue };
-                        let (Some(x), Some(dy)) = (seen.get(&(l, input, false)), seen.get(&(l, output, true))) else {
+                        let (Some(x), Some(dy)) =
+                            (seen.get(&(l, input, false)), seen.get(&(l, output, true)))
+                        else {
                             continue;
                         };
                         let mut part = dy.clone();
@@ -287,14 +324,19 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                         let prefix = model.config.options.module(l, p);
                         let da = part.dot(&m.b).t().dot(x) * m.scaling;
                         let db = part.t().dot(&x.dot(&m.a.t())) * m.scaling;
-                        for (name, g) in [(format!("{prefix}.lora_A"), da), (format!("{prefix}.lora_B"), db)] {
+                        for (name, g) in
+                            [(format!("{prefix}.lora_A"), da), (format!("{prefix}.lora_B"), db)]
+                        {
                             let failing = context.failing.iter().find(|f| f.name == name);
                             if let (Some(failing), Some(got)) = (failing, context.observed(&name)) {
                                 // A rank's part, summed or averaged over ranks.
-                                let along = dot(&got.values, &g) / dot(&g, &g).max(f64::MIN_POSITIVE);
+                                let along =
+                                    dot(&got.values, &g) / dot(&g, &g).max(f64::MIN_POSITIVE);
                                 let near = [1.0, shards as f64, 1.0 / shards as f64]
                                     .into_iter()
-                                    .min_by(|a, b| (along / a - 1.0).abs().total_cmp(&(along / b - 1.0).abs()));
+                                    .min_by(|a, b| {
+                                        (along / a - 1.0).abs().total_cmp(&(along / b - 1.0).abs())
+                                    });
                                 gradients.insert(name, g * near.unwrap_or(1.0));
                                 changed.push(failing.name.as_str());
                             }
@@ -305,10 +347,12 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                     return Ok(());
                 }
                 let what = format!(
-                    "the gradient of {} sums over positions {from}..{to} of each sequence only: shard {rank} of {shards}, not summed over ranks",
+                    "the gradient of {} sums over positions {from}..{to} of each sequence only: \
+                     shard {rank} of {shards}, not summed over ranks",
                     super::gradient::some(&changed)
                 );
-                let fix = "all-reduce the gradients of replicated factors over the sequence- or tensor-parallel group";
+                let fix = "all-reduce the gradients of replicated factors over the sequence- or \
+                           tensor-parallel group";
                 context.propose(
                     Fault::new("sequence-shard-only", what, fix),
                     &context.with_gradients(gradients),
@@ -326,7 +370,10 @@ fn shards(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
 fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
     let name = &case.model.config.options.outside_tensor(Outside::Head, "weight");
-    let (Some(got), Some(want)) = (context.observed(name), context.exact.gradients.get(name)) else { return Ok(()) };
+    let (Some(got), Some(want)) = (context.observed(name), context.exact.gradients.get(name))
+    else {
+        return Ok(());
+    };
     let alone = context.failing.iter().all(|m| m.name == *name);
     let tokens = case.batch.counted();
     if got.precision.epsilon() < 1e-4
@@ -351,9 +398,12 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
     case.run(&Variant { tap: Some(&tap), rounding: Some(case.rounding), ..Variant::default() })?;
     let (hidden, logits) = (hidden.into_inner(), logits.into_inner());
     let [hidden] = &hidden[..] else { return Ok(()) };
-    let targets =
-        crate::blocks::cross_entropy::prediction_targets(case.batch.labels.view(), case.model.config.vocab_size)?;
-    let lines: Vec<(&Array2<f64>, usize)> = logits.iter().flat_map(|c| (0..c.nrows()).map(move |i| (c, i))).collect();
+    let targets = crate::blocks::cross_entropy::prediction_targets(
+        case.batch.labels.view(),
+        case.model.config.vocab_size,
+    )?;
+    let lines: Vec<(&Array2<f64>, usize)> =
+        logits.iter().flat_map(|c| (0..c.nrows()).map(move |i| (c, i))).collect();
     if lines.len() != targets.len() {
         return Ok(());
     }
@@ -368,7 +418,10 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
         for part in lines.iter().zip(&targets).collect::<Vec<_>>().chunks(chunk) {
             let mut add = Array2::<f64>::zeros(want.dim());
             for ((d, i), (row, _)) in part {
-                let (d, x) = (d.row(*i).insert_axis(ndarray::Axis(1)), hidden.row(*row).insert_axis(ndarray::Axis(0)));
+                let (d, x) = (
+                    d.row(*i).insert_axis(ndarray::Axis(1)),
+                    hidden.row(*row).insert_axis(ndarray::Axis(0)),
+                );
                 add += &d.dot(&x);
             }
             got.precision.round_array(&mut add);
@@ -383,14 +436,18 @@ fn half_accumulation(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<(
     }
     let Some((chunk, left, _)) = best.filter(|b| b.1 < 0.6 * right) else { return Ok(()) };
     let what = format!(
-        "the head's gradient is summed in {} over many chunks (about {} tokens each), where small addends are lost: imitating that \
-         leaves {:.0}% of the gap",
+        "the head's gradient is summed in {} over many chunks (about {} tokens each), where small \
+         addends are lost: imitating that leaves {:.0}% of the gap",
         got.precision.name(),
         chunk,
         100.0 * left / right
     );
     let fix = "accumulate the weight's gradient in float32 and round once";
-    let mut diagnosis = context.of_gradients(Fault::new("half-accumulation", what, fix), context.failing.len(), 0.0);
+    let mut diagnosis = context.of_gradients(
+        Fault::new("half-accumulation", what, fix),
+        context.failing.len(),
+        0.0,
+    );
     diagnosis.explains.retain(|r| context.failed(*r));
     tested.found.push(diagnosis);
     Ok(())

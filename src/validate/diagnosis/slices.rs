@@ -1,4 +1,5 @@
-//! PaCA and S2FT: which rows or columns of the whole weight's gradient the trainer's slice really holds.
+//! PaCA and S2FT: which rows or columns of the whole weight's gradient the trainer's slice really
+//! holds.
 
 use super::{Context, Fault, Tested};
 use crate::adapters::Method;
@@ -23,8 +24,9 @@ enum Found {
 
 pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let model = &context.case.model;
-    let sliced =
-        |l: usize, p: Projection| matches!(model.layers[l].projection(p).method, Method::Paca(_) | Method::S2ft(_));
+    let sliced = |l: usize, p: Projection| {
+        matches!(model.layers[l].projection(p).method, Method::Paca(_) | Method::S2ft(_))
+    };
     let places: Vec<(usize, Projection)> = (0..model.layers.len())
         .flat_map(|l| model.config.projections(l).into_iter().map(move |p| (l, p)))
         .filter(|&(l, p)| sliced(l, p))
@@ -51,22 +53,26 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         return Ok(());
     }
     tested.steps += 1;
-    let gradients = context.case.run(&Variant { forward: Some(&whole), ..Variant::default() })?.gradients;
+    let gradients =
+        context.case.run(&Variant { forward: Some(&whole), ..Variant::default() })?.gradients;
     let mut results: Vec<(Found, String)> = Vec::new();
     for (l, p) in places {
         let prefix = model.config.options.module(l, p);
         let Some(weight) = gradients.get(&format!("{prefix}.weight")) else { continue };
         let (name, axis, expected, scaling) = match &model.layers[l].projection(p).method {
-            Method::Paca(m) => (format!("{prefix}.paca_columns"), Axis(1), m.index.clone(), m.scaling),
+            Method::Paca(m) => {
+                (format!("{prefix}.paca_columns"), Axis(1), m.index.clone(), m.scaling)
+            }
             Method::S2ft(m) => {
                 let axis = if m.side == Side::Output { Axis(0) } else { Axis(1) };
                 (format!("{prefix}.s2ft_slice"), axis, m.range.clone().collect(), 1.0)
             }
             _ => continue,
         };
-        let (true, Some(got)) =
-            (context.failing.iter().any(|m| m.name == name), context.case.trainer.gradients.get(&name))
-        else {
+        let (true, Some(got)) = (
+            context.failing.iter().any(|m| m.name == name),
+            context.case.trainer.gradients.get(&name),
+        ) else {
             continue;
         };
         let got = got.values.mapv(|x| x / scaling);
@@ -74,11 +80,17 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         let found = match lines(&got, axis, weight, axis, tolerance) {
             Some(map) if sorted(&map) == sorted(&expected) => Some((Found::Permuted, map)),
             Some(map) => {
-                let order = model.layers[l].order.as_ref().map(|order| order.lines(p, &model.config));
-                // Line e of the checkpoint stands, after the co-permutation, where the order says e.
+                let order =
+                    model.layers[l].order.as_ref().map(|order| order.lines(p, &model.config));
+                // Line e of the checkpoint stands, after the co-permutation, where the order says
+                // e.
                 let stands = |e: &usize| order.as_ref().and_then(|o| o.iter().position(|x| x == e));
                 let checkpoint: Option<Vec<usize>> = expected.iter().map(stands).collect();
-                let kind = if checkpoint.as_ref() == Some(&map) { Found::CheckpointOrder } else { Found::OtherLines };
+                let kind = if checkpoint.as_ref() == Some(&map) {
+                    Found::CheckpointOrder
+                } else {
+                    Found::OtherLines
+                };
                 Some((kind, map))
             }
             None => {
@@ -90,7 +102,10 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
             }
         };
         if let Some((kind, map)) = found {
-            results.push((kind, format!("{name} holds lines {:?}, expected {:?}", head(&map), head(&expected))));
+            results.push((
+                kind,
+                format!("{name} holds lines {:?}, expected {:?}", head(&map), head(&expected)),
+            ));
         }
     }
     let Some(kind) = results.iter().map(|r| r.0).max() else { return Ok(()) };
@@ -104,7 +119,8 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
         Found::RowsForColumns => (
             "rows-for-columns",
             "rows of the weight's gradient where columns are trained, or the reverse",
-            "PaCA and input-side S2FT train columns of an out x in weight: dW[:, idx] = dy^T x[:, idx]",
+            "PaCA and input-side S2FT train columns of an out x in weight: dW[:, idx] = dy^T x[:, \
+             idx]",
         ),
         Found::CheckpointOrder => (
             "slice-before-permutation",
@@ -134,7 +150,13 @@ fn sorted(list: &[usize]) -> Vec<usize> {
 }
 
 /// For each line of `got` the line of `whole` that it equals, if every one equals a different line.
-fn lines(got: &Array2<f64>, axis: Axis, whole: &Array2<f64>, other: Axis, tolerance: f64) -> Option<Vec<usize>> {
+fn lines(
+    got: &Array2<f64>,
+    axis: Axis,
+    whole: &Array2<f64>,
+    other: Axis,
+    tolerance: f64,
+) -> Option<Vec<usize>> {
     if got.len_of(Axis(1 - axis.index())) != whole.len_of(Axis(1 - other.index())) {
         return None;
     }
@@ -144,7 +166,8 @@ fn lines(got: &Array2<f64>, axis: Axis, whole: &Array2<f64>, other: Axis, tolera
             let norm = frobenius(&candidate);
             if norm > 0.0 { frobenius(&(&line - &candidate).view()) / norm } else { f64::INFINITY }
         };
-        let best = whole.axis_iter(other).map(gap).enumerate().min_by(|a, b| a.1.total_cmp(&b.1))?;
+        let best =
+            whole.axis_iter(other).map(gap).enumerate().min_by(|a, b| a.1.total_cmp(&b.1))?;
         if best.1 > tolerance || map.contains(&best.0) {
             return None;
         }

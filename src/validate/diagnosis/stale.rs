@@ -29,11 +29,23 @@ pub(super) fn test(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()>
 }
 
 fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
-    let Some(previous) = previous_model(context)?.filter(|_| !tested.settled()) else { return Ok(()) };
+    let Some(previous) = previous_model(context)?.filter(|_| !tested.settled()) else {
+        return Ok(());
+    };
     let fix = "merge again, or refresh copies of the weights, after every update";
-    let fault = Fault::new("stale-weight", "forward and backward use the parameters of the step before", fix);
-    context.test(fault, &Variant { forward: Some(&previous), ..Variant::default() }, |_| (), tested)?;
-    // The product with the merged weight of the step before, chain rule through the present factors.
+    let fault = Fault::new(
+        "stale-weight",
+        "forward and backward use the parameters of the step before",
+        fix,
+    );
+    context.test(
+        fault,
+        &Variant { forward: Some(&previous), ..Variant::default() },
+        |_| (),
+        tested,
+    )?;
+    // The product with the merged weight of the step before, chain rule through the present
+    // factors.
     let mut merged = context.case.model.clone();
     let mut any = false;
     for (layer, old) in merged.layers.iter_mut().zip(&previous.layers) {
@@ -45,14 +57,21 @@ fn stale_weights(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
         }
     }
     if any && !tested.settled() {
-        let what = "the forward multiplies by the merged weight of the step before, while the factors have moved on";
+        let what = "the forward multiplies by the merged weight of the step before, while the \
+                    factors have moved on";
         let fault = Fault::new("stale-merged-weight", what, fix);
-        context.test(fault, &Variant { forward: Some(&merged), ..Variant::default() }, |_| (), tested)?;
+        context.test(
+            fault,
+            &Variant { forward: Some(&merged), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     Ok(())
 }
 
-/// Weights that still hold the columns of the step before, and one micro-batch alone that ran with old parameters.
+/// Weights that still hold the columns of the step before, and one micro-batch alone that ran with
+/// old parameters.
 fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
     let case = context.case;
     let mut old = case.model.clone();
@@ -72,18 +91,27 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 && let Some(values) = m.original.clone()
             {
                 let (side, range) = (m.side, m.range.clone());
-                let put = move |weight: &mut Array2<f64>| side.of_mut(weight, range.clone()).assign(&values);
+                let put = move |weight: &mut Array2<f64>| {
+                    side.of_mut(weight, range.clone()).assign(&values)
+                };
                 projection.base.change("stale columns", put)?;
                 any = true;
             }
         }
     }
     let previous = previous_model(context)?;
-    let fix = "copy the trained columns into the weight before each forward, or right after the update";
+    let fix =
+        "copy the trained columns into the weight before each forward, or right after the update";
     if any && !tested.settled() {
-        let what = "the forward multiplies by the columns that the checkpoint's weight holds, those of a step before";
+        let what = "the forward multiplies by the columns that the checkpoint's weight holds, \
+                    those of a step before";
         let fault = Fault::new("stale-weight", what, fix);
-        context.test(fault, &Variant { forward: Some(&old), ..Variant::default() }, |_| (), tested)?;
+        context.test(
+            fault,
+            &Variant { forward: Some(&old), ..Variant::default() },
+            |_| (),
+            tested,
+        )?;
     }
     let parts = case.parts();
     if parts.len() < 2 {
@@ -99,10 +127,17 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 return Ok(());
             }
             tested.steps += 2;
-            let stale = Variant { forward: Some(model), parts: Some(vec![parts[k].clone()]), ..Variant::default() };
-            let rest: Vec<_> = parts.iter().enumerate().filter(|(i, _)| *i != k).map(|(_, p)| p.clone()).collect();
+            let stale = Variant {
+                forward: Some(model),
+                parts: Some(vec![parts[k].clone()]),
+                ..Variant::default()
+            };
+            let rest: Vec<_> =
+                parts.iter().enumerate().filter(|(i, _)| *i != k).map(|(_, p)| p.clone()).collect();
             let rest = Variant { parts: Some(rest), ..Variant::default() };
-            let (Ok(mut predicted), Ok(other)) = (case.run(&stale), case.run(&rest)) else { continue };
+            let (Ok(mut predicted), Ok(other)) = (case.run(&stale), case.run(&rest)) else {
+                continue;
+            };
             predicted.loss += other.loss;
             if let (Some(to), Some(from)) = (&mut predicted.logits, &other.logits) {
                 *to += from;
@@ -118,7 +153,8 @@ fn stale_parts(context: &Context<'_>, tested: &mut Tested<'_>) -> Result<()> {
                 }
             }
             let what = format!(
-                "micro-batch {k} of {} runs with the parameters of the step before, the others with the present ones",
+                "micro-batch {k} of {} runs with the parameters of the step before, the others \
+                 with the present ones",
                 parts.len()
             );
             context.propose(Fault::new("stale-weight", what, fix), &predicted, tested)?;

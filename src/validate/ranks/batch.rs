@@ -51,7 +51,8 @@ impl Rows {
             return self;
         }
         // Only labels are filled with anything but zeros, and they are integers.
-        let fill = if self.dtype == Dtype::I64 { fill.to_le_bytes().to_vec() } else { vec![0; position] };
+        let fill =
+            if self.dtype == Dtype::I64 { fill.to_le_bytes().to_vec() } else { vec![0; position] };
         let mut bytes = Vec::with_capacity(rows * length * position);
         for row in 0..rows {
             bytes.extend_from_slice(&self.bytes[row * old * position..(row + 1) * old * position]);
@@ -63,8 +64,13 @@ impl Rows {
 }
 
 impl Ranks {
-    /// Writes the batch; returns rows and counted labels of each micro-batch of each part of the data, and its rows or positions.
-    pub(super) fn write_batch(&self, speakers: &[usize], writer: &mut TensorWriter) -> Result<Division> {
+    /// Writes the batch; returns rows and counted labels of each micro-batch of each part of the
+    /// data, and its rows or positions.
+    pub(super) fn write_batch(
+        &self,
+        speakers: &[usize],
+        writer: &mut TensorWriter,
+    ) -> Result<Division> {
         let cut = self.ranks[0].parallel.data.cut;
         let axis = usize::from(cut == Cut::Sequence);
         let step = |n: &usize| &self.ranks[*n].step;
@@ -74,7 +80,11 @@ impl Ranks {
                 Some(&[rows, length]) => shapes.push([rows, length]),
                 Some(shape) => {
                     let found = format!("shape {shape:?}");
-                    return Err(step(number).malformed("tensor input_ids", "rows of tokens (2 axes)", found));
+                    return Err(step(number).malformed(
+                        "tensor input_ids",
+                        "rows of tokens (2 axes)",
+                        found,
+                    ));
                 }
                 None => return Err(step(number).missing("input_ids", "the rows of this process")),
             }
@@ -82,18 +92,25 @@ impl Ranks {
         let rest = |shape: &[usize; 2]| shape[1 - axis];
         if axis == 1 && shapes.iter().any(|s| rest(s) != rest(&shapes[0])) {
             let found = format!("{shapes:?}");
-            return Err(Error::format(&self.folder, "tensor input_ids", "as many rows in every rank", found));
+            return Err(Error::format(
+                &self.folder,
+                "tensor input_ids",
+                "as many rows in every rank",
+                found,
+            ));
         }
         let length = shapes.iter().map(|s| s[1]).max().unwrap_or(0);
         let ragged = axis == 0 && shapes.iter().any(|s| s[1] != length);
         let any = |name: &str| speakers.iter().any(|n| step(n).contains(name));
         let packed = any("position_ids") && !any("attention_mask");
-        let mut names: BTreeSet<String> = speakers.iter().flat_map(|n| step(n).names().map(str::to_string)).collect();
+        let mut names: BTreeSet<String> =
+            speakers.iter().flat_map(|n| step(n).names().map(str::to_string)).collect();
         names.retain(|name| name != "loss" && !is_of_parameter(name));
         if ragged {
             names.insert(if packed { "row_lengths" } else { "attention_mask" }.into());
         }
-        // Beside rows with a mask, positions that start again would not say that documents are apart.
+        // Beside rows with a mask, positions that start again would not say that documents are
+        // apart.
         if axis == 0 && any("attention_mask") && !any(DOCUMENTS) {
             let mut apart = false;
             for (number, shape) in speakers.iter().zip(&shapes) {
@@ -117,12 +134,18 @@ impl Ranks {
                             || (name != "row_lengths" && held[1] != shape[1]) =>
                     {
                         let expected = format!("{} rows of {} tokens", shape[0], shape[1]);
-                        return Err(file.malformed(format!("tensor {name}"), expected, format!("shape {held:?}")));
+                        return Err(file.malformed(
+                            format!("tensor {name}"),
+                            expected,
+                            format!("shape {held:?}"),
+                        ));
                     }
                     Some(held) if name == "dlogits" || name == "dfinal" => {
                         // Each process's loss counts by the same part in the step's.
-                        let (_, values) = file.raw_tensor::<f64>(name, "the gradient of the loss")?;
-                        let bytes = values.iter().flat_map(|x| (x * weight).to_le_bytes()).collect();
+                        let (_, values) =
+                            file.raw_tensor::<f64>(name, "the gradient of the loss")?;
+                        let bytes =
+                            values.iter().flat_map(|x| (x * weight).to_le_bytes()).collect();
                         Rows { shape: held.to_vec(), dtype: Dtype::F64, bytes }
                     }
                     Some(held) => {
@@ -132,7 +155,9 @@ impl Ranks {
                     None if name == "attention_mask" => Rows::integers(shape, |_| 1),
                     None if name == "position_ids" => Rows::integers(shape, |t| t as i64),
                     None if name == DOCUMENTS && axis == 0 => documents(file, shape)?,
-                    None if name == "row_lengths" => Rows::integers([shape[0], 1], |_| shape[1] as i64),
+                    None if name == "row_lengths" => {
+                        Rows::integers([shape[0], 1], |_| shape[1] as i64)
+                    }
                     None => return Err(file.missing(name, "other ranks have it")),
                 };
                 parts.push(rows);
@@ -167,9 +192,14 @@ impl Ranks {
             let micro = if micro.is_empty() { vec![shape[0]] } else { micro.clone() };
             if micro.iter().sum::<usize>() != shape[0] {
                 let expected = format!("{} rows, those of input_ids", shape[0]);
-                return Err(rank.wrong("key loss.micro_batch_rows", expected, format!("{micro:?}")));
+                return Err(rank.wrong(
+                    "key loss.micro_batch_rows",
+                    expected,
+                    format!("{micro:?}"),
+                ));
             }
-            // The first label of a row is nobody's prediction; a later part's first is that of the part before.
+            // The first label of a row is nobody's prediction; a later part's first is that of the
+            // part before.
             counted.push(counted_labels(rank, &micro, shape[1], axis == 0 || i == 0)?);
         }
         if axis == 1 {
@@ -180,20 +210,24 @@ impl Ranks {
             });
             counted = vec![merged];
         }
-        if let Some(losses) = speakers.iter().map(|n| scalar(step(n), "loss")).collect::<Option<Vec<f64>>>() {
+        if let Some(losses) =
+            speakers.iter().map(|n| scalar(step(n), "loss")).collect::<Option<Vec<f64>>>()
+        {
             writer.tensor("loss", &[1], [losses.iter().sum::<f64>() * weight]);
         }
         Ok(Division { counted, spans })
     }
 }
 
-/// Numbers of documents, where a process records none: its positions say where one begins, unless it has a mask.
+/// Numbers of documents, where a process records none: its positions say where one begins, unless
+/// it has a mask.
 fn documents(file: &TensorFile, shape: [usize; 2]) -> Result<Rows> {
     let mut numbers = vec![0i64; shape[0] * shape[1]];
     if file.contains("position_ids") && !file.contains("attention_mask") {
         let (held, positions) = file.raw_tensor::<f64>("position_ids", "where documents begin")?;
         for i in (1..numbers.len()).filter(|i| held == shape && i % shape[1] > 0) {
-            numbers[i] = numbers[i - 1] + i64::from((positions[i] - positions[i - 1] - 1.0).abs() > 0.5);
+            numbers[i] =
+                numbers[i - 1] + i64::from((positions[i] - positions[i - 1] - 1.0).abs() > 0.5);
         }
     }
     let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
@@ -201,14 +235,21 @@ fn documents(file: &TensorFile, shape: [usize; 2]) -> Result<Rows> {
 }
 
 /// Rows and labels that count, by micro-batch.
-fn counted_labels(rank: &Rank, micro: &[usize], length: usize, shifted: bool) -> Result<Vec<Counted>> {
+fn counted_labels(
+    rank: &Rank,
+    micro: &[usize],
+    length: usize,
+    shifted: bool,
+) -> Result<Vec<Counted>> {
     if !rank.step.contains("labels") {
         return Ok(micro.iter().map(|&rows| (rows, 0)).collect());
     }
     let (_, labels) = rank.step.raw_tensor::<f64>("labels", "what this process predicts")?;
     let mut rows = labels.chunks(length.max(1));
     let from = usize::from(shifted).min(length);
-    let count = |row: &[f64]| row[from..].iter().filter(|l| (**l - IGNORED_LABEL as f64).abs() > 0.5).count();
+    let count = |row: &[f64]| {
+        row[from..].iter().filter(|l| (**l - IGNORED_LABEL as f64).abs() > 0.5).count()
+    };
     Ok(micro.iter().map(|&n| (n, rows.by_ref().take(n).map(count).sum())).collect())
 }
 
@@ -245,5 +286,6 @@ fn beside(parts: Vec<Rows>) -> Option<Rows> {
 }
 
 fn scalar(file: &TensorFile, name: &str) -> Option<f64> {
-    file.contains(name).then(|| file.raw_tensor::<f64>(name, "the loss").ok()?.1.first().copied())?
+    file.contains(name)
+        .then(|| file.raw_tensor::<f64>(name, "the loss").ok()?.1.first().copied())?
 }

@@ -12,7 +12,12 @@ impl Ranks {
     }
 
     /// Divisors of the micro-batches' losses in the merged step.
-    pub(super) fn divisors(&self, speakers: &[usize], counted: &[Vec<Counted>], across: Across) -> Vec<f64> {
+    pub(super) fn divisors(
+        &self,
+        speakers: &[usize],
+        counted: &[Vec<Counted>],
+        across: Across,
+    ) -> Vec<f64> {
         let loss = &self.ranks[0].manifest.loss;
         let ranks = 1.0 / self.weight(speakers.len());
         let of = |part: &[Counted]| part.iter().map(|m| m.1).sum::<usize>() as f64;
@@ -28,29 +33,37 @@ impl Ranks {
             (Reduction::Mean, _) if cut => total,
             (Reduction::Mean, Across::RankMean) => of(part) * ranks,
             (Reduction::Mean, Across::GlobalMean) => total,
-            (Reduction::MicroMean, Across::RankMean) => (tokens * part.len()) as f64 * if cut { 1.0 } else { ranks },
+            (Reduction::MicroMean, Across::RankMean) => {
+                (tokens * part.len()) as f64 * if cut { 1.0 } else { ranks }
+            }
             (Reduction::MicroMean, Across::GlobalMean) => (tokens * micros) as f64,
         };
         counted.iter().flat_map(|part| part.iter().map(|m| divisor(part, m.1))).collect()
     }
 
-    /// Divisors as the gradient of the loss at the logits tells them: 1 - p of the label over minus its entry.
+    /// Divisors as the gradient of the loss at the logits tells them: 1 - p of the label over minus
+    /// its entry.
     pub(super) fn observed_divisors(&self, speakers: &[usize]) -> Option<Vec<f64>> {
         let mut all = Vec::new();
         let weight = self.weight(speakers.len());
         for number in speakers {
             let rank = &self.ranks[*number];
             let read = |name: &str| {
-                let (shape, values) = rank.step.raw_tensor::<f64>(name, "the gradient of the loss").ok()?;
+                let (shape, values) =
+                    rank.step.raw_tensor::<f64>(name, "the gradient of the loss").ok()?;
                 (shape.len() == 3).then_some((shape, values))
             };
             let loss = &rank.manifest.loss;
-            if !rank.step.contains("logits") || !rank.step.contains("dlogits") || loss.label_smoothing > 0.0 {
+            if !rank.step.contains("logits")
+                || !rank.step.contains("dlogits")
+                || loss.label_smoothing > 0.0
+            {
                 return None;
             }
             let (shape, logits) = read("logits")?;
             let (other, gradient) = read("dlogits")?;
-            let (_, labels) = rank.step.raw_tensor::<f64>("labels", "what this process predicts").ok()?;
+            let (_, labels) =
+                rank.step.raw_tensor::<f64>("labels", "what this process predicts").ok()?;
             let (length, width) = (shape[1], shape[2]);
             if shape != other || labels.len() != shape[0] * length || length == 0 {
                 return None;

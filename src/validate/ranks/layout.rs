@@ -109,7 +109,8 @@ impl Part {
                     return Some(format!("summand {index} of {of}"));
                 }
                 let axes = offset.len() == shape.len() && size.len() == shape.len();
-                let inside = |i: usize| offset[i].checked_add(size[i]).is_some_and(|end| end <= shape[i]);
+                let inside =
+                    |i: usize| offset[i].checked_add(size[i]).is_some_and(|end| end <= shape[i]);
                 (!axes || !(0..shape.len()).all(inside))
                     .then(|| format!("offset {offset:?} and size {size:?} in shape {shape:?}"))
             }
@@ -126,7 +127,8 @@ impl Part {
         }
     }
 
-    /// Runs of entries that lie together in the part and in the whole: first entry there, first here, length.
+    /// Runs of entries that lie together in the part and in the whole: first entry there, first
+    /// here, length.
     pub fn runs(&self) -> Vec<(usize, usize, usize)> {
         match self {
             Self::Flat { flat, .. } if flat[1] > flat[0] => vec![(flat[0], 0, flat[1] - flat[0])],
@@ -136,7 +138,8 @@ impl Part {
                 let Some((&length, outer)) = size.split_last() else { return vec![(0, 0, 1)] };
                 let lines: usize = outer.iter().product();
                 let start = |line: usize| {
-                    let (mut rest, mut at, mut stride) = (line, offset[outer.len()], shape[outer.len()]);
+                    let (mut rest, mut at, mut stride) =
+                        (line, offset[outer.len()], shape[outer.len()]);
                     for axis in (0..outer.len()).rev() {
                         at += (offset[axis] + rest % outer[axis]) * stride;
                         rest /= outer[axis];
@@ -152,7 +155,9 @@ impl Part {
     /// Rows or columns of a matrix that a block holds, if it cuts that axis alone.
     pub fn along(&self, axis: usize) -> Option<Range<usize>> {
         match self {
-            Self::Block { shape, offset, size, .. } if shape.len() == 2 && size[1 - axis] == shape[1 - axis] => {
+            Self::Block { shape, offset, size, .. }
+                if shape.len() == 2 && size[1 - axis] == shape[1 - axis] =>
+            {
                 Some(offset[axis]..offset[axis] + size[axis])
             }
             _ => None,
@@ -208,12 +213,19 @@ mod tests {
     fn runs_of_a_part_are_its_entries() {
         let shape = [3usize, 4, 5];
         let (offset, size) = ([1usize, 1, 2], [2usize, 3, 2]);
-        let block = Part::Block { shape: shape.to_vec(), offset: offset.to_vec(), size: size.to_vec(), summand: None };
+        let block = Part::Block {
+            shape: shape.to_vec(),
+            offset: offset.to_vec(),
+            size: size.to_vec(),
+            summand: None,
+        };
         let mut want = Vec::new();
         for i in 0..size[0] {
             for j in 0..size[1] {
                 for k in 0..size[2] {
-                    want.push(((i + offset[0]) * shape[1] + j + offset[1]) * shape[2] + k + offset[2]);
+                    want.push(
+                        ((i + offset[0]) * shape[1] + j + offset[1]) * shape[2] + k + offset[2],
+                    );
                 }
             }
         }
@@ -226,8 +238,12 @@ mod tests {
         let flat = Part::Flat { shape: vec![3, 4], flat: [5, 9] };
         assert_eq!((flat.runs(), flat.entries(), flat.defect()), (vec![(5, 0, 4)], 4, None));
         let outside = Part::Block { shape: vec![4], offset: vec![3], size: vec![2], summand: None };
-        assert!(outside.defect().is_some() && Part::Flat { shape: vec![4], flat: [2, 5] }.defect().is_some());
-        let rows = Part::Block { shape: vec![6, 4], offset: vec![2, 0], size: vec![3, 4], summand: None };
+        assert!(
+            outside.defect().is_some()
+                && Part::Flat { shape: vec![4], flat: [2, 5] }.defect().is_some()
+        );
+        let rows =
+            Part::Block { shape: vec![6, 4], offset: vec![2, 0], size: vec![3, 4], summand: None };
         assert_eq!((rows.along(0), rows.along(1)), (Some(2..5), None));
     }
 }

@@ -1,7 +1,8 @@
-//! The one step that several processes made, as a dump of one process: rows put together, parts of tensors joined.
+//! The one step that several processes made, as a dump of one process: rows put together, parts of
+//! tensors joined.
 //!
-//! Where copies of a tensor differ there is a view of the step for each: what the step would be if all held what this
-//! process holds. Processes whose copies agree to the bit share one.
+//! Where copies of a tensor differ there is a view of the step for each: what the step would be if
+//! all held what this process holds. Processes whose copies agree to the bit share one.
 
 use super::batch::Division;
 use super::divisors::nearer;
@@ -20,7 +21,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Groups of tensors that belong to a parameter.
-const OF_PARAMETERS: [&str; 7] = ["grad", "applied", "after", "previous", "exp_avg", "exp_avg_sq", "momentum_buffer"];
+const OF_PARAMETERS: [&str; 7] =
+    ["grad", "applied", "after", "previous", "exp_avg", "exp_avg_sq", "momentum_buffer"];
 /// Of those, what only one of several copies may hold: optimizers divide their state.
 const STATE: [&str; 3] = ["exp_avg", "exp_avg_sq", "momentum_buffer"];
 
@@ -33,7 +35,8 @@ pub struct View {
     pub paths: DumpPaths,
     /// Its manifest.
     pub manifest: Manifest,
-    /// Rows (or positions, where sequences are cut) of the merged batch that each part of the data has.
+    /// Rows (or positions, where sequences are cut) of the merged batch that each part of the data
+    /// has.
     pub spans: Vec<Range<usize>>,
     /// By which tokens the loss is divided, and whether the gradient of the loss says so.
     pub across: (Across, Told),
@@ -69,8 +72,8 @@ impl Ranks {
     /// The views of the step, written as dumps of one process into a temporary folder.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming file and tensor: parts that do not add up to the tensor, a tensor that some
-    /// processes lack, batches that do not fit each other.
+    /// [`Error::Io`]; [`Error::Format`] naming file and tensor: parts that do not add up to the
+    /// tensor, a tensor that some processes lack, batches that do not fit each other.
     pub fn views(&self) -> Result<Views> {
         let folder = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
         let mut seen: BTreeMap<Vec<u64>, usize> = BTreeMap::new();
@@ -84,18 +87,25 @@ impl Ranks {
                 continue;
             }
             seen.insert(key, views.len());
-            views.push(self.write_view(rank, &folder.path().join(format!("view-{rank}")), model.as_deref())?);
+            views.push(self.write_view(
+                rank,
+                &folder.path().join(format!("view-{rank}")),
+                model.as_deref(),
+            )?);
         }
         Ok(Views { _folder: folder, views })
     }
 
-    /// Processes with the parts of a tensor as one of them sees it: for each part that process itself if it holds it, else
-    /// the one that stands where it does among the part's copies. Empty if it should hold the tensor and does not.
+    /// Processes with the parts of a tensor as one of them sees it: for each part that process
+    /// itself if it holds it, else the one that stands where it does among the part's copies. Empty
+    /// if it should hold the tensor and does not.
     pub(super) fn holders(&self, rank: usize, name: &str, of: FileOf) -> Vec<usize> {
         let mut parts: BTreeMap<Option<&Part>, Vec<usize>> = BTreeMap::new();
         for (number, other) in self.ranks.iter().enumerate() {
             let part = other.part(name);
-            if part.is_none_or(|p| p.entries() > 0) && of(other).is_some_and(|file| file.contains(name)) {
+            if part.is_none_or(|p| p.entries() > 0)
+                && of(other).is_some_and(|file| file.contains(name))
+            {
                 parts.entry(part).or_default().push(number);
             }
         }
@@ -113,7 +123,11 @@ impl Ranks {
     }
 
     /// What a process sees, as numbers: equal for processes that see the same bits.
-    fn key(&self, rank: usize, hashes: &mut HashMap<(usize, usize, String), u64>) -> Result<Vec<u64>> {
+    fn key(
+        &self,
+        rank: usize,
+        hashes: &mut HashMap<(usize, usize, String), u64>,
+    ) -> Result<Vec<u64>> {
         let mut key = Vec::new();
         let files: [FileOf; 2] = [|r| Some(&r.step), |r| r.adapter.as_ref()];
         for (number, of) in files.into_iter().enumerate() {
@@ -153,16 +167,27 @@ impl Ranks {
         let tensor = |n: usize| self.ranks[n].parallel.tensor.map_or(0, |place| place.index);
         let speaks = |part: usize| {
             let all = || (0..self.size()).filter(|&n| self.ranks[n].parallel.data.index == part);
-            let near = all().find(|&n| n == rank).or_else(|| all().find(|&n| tensor(n) == tensor(rank)));
+            let near =
+                all().find(|&n| n == rank).or_else(|| all().find(|&n| tensor(n) == tensor(rank)));
             near.or_else(|| all().next()).unwrap_or(rank)
         };
         (0..of).map(speaks).collect()
     }
 
     /// A tensor put together from its parts.
-    fn assemble(&self, name: &str, of: FileOf, chosen: &[usize]) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
+    fn assemble(
+        &self,
+        name: &str,
+        of: FileOf,
+        chosen: &[usize],
+    ) -> Result<(Dtype, Vec<usize>, Vec<u8>)> {
         let (mut whole, mut filled, mut unit) = (Vec::new(), Vec::new(), 0);
-        let summands = chosen.iter().filter_map(|&n| self.ranks[n].part(name)).map(Part::summands).max().unwrap_or(1);
+        let summands = chosen
+            .iter()
+            .filter_map(|&n| self.ranks[n].part(name))
+            .map(Part::summands)
+            .max()
+            .unwrap_or(1);
         let mut sum: Vec<f64> = Vec::new();
         let mut first: Option<(Dtype, Vec<usize>)> = None;
         for &number in chosen {
@@ -179,7 +204,10 @@ impl Ranks {
             };
             let tensor = || format!("tensor {name}");
             if !fits {
-                let expected = format!("{} entries, those of its part: {part:?}", part.map_or(0, Part::entries));
+                let expected = format!(
+                    "{} entries, those of its part: {part:?}",
+                    part.map_or(0, Part::entries)
+                );
                 return Err(file.malformed(tensor(), expected, format!("shape {held:?}")));
             }
             let (dtype_0, shape_0) = first.get_or_insert_with(|| (dtype, shape.to_vec()));
@@ -201,20 +229,33 @@ impl Ranks {
                 if summands > 1 {
                     sum.resize(entries, 0.0);
                     let values = file.raw_tensor::<f64>(name, "the summand of this process")?.1;
-                    sum[there..there + n].iter_mut().zip(&values[here..here + n]).for_each(|(a, b)| *a += b);
+                    sum[there..there + n]
+                        .iter_mut()
+                        .zip(&values[here..here + n])
+                        .for_each(|(a, b)| *a += b);
                     continue;
                 }
-                whole[there * unit..(there + n) * unit].copy_from_slice(&bytes[here * unit..(here + n) * unit]);
+                whole[there * unit..(there + n) * unit]
+                    .copy_from_slice(&bytes[here * unit..(here + n) * unit]);
             }
         }
         let Some((dtype, shape)) = first else {
-            return Err(Error::format(&self.folder, format!("tensor {name}"), "a part of it on some rank", "none"));
+            return Err(Error::format(
+                &self.folder,
+                format!("tensor {name}"),
+                "a part of it on some rank",
+                "none",
+            ));
         };
         let there = filled.iter().filter(|f| **f == summands).count();
         if there < filled.len() {
-            let held = |n: &usize| format!("rank {n}: {}", self.ranks[*n].part(name).map_or(0, Part::entries));
-            let found = format!("{there} ({})", chosen.iter().map(held).collect::<Vec<_>>().join(", "));
-            let expected = format!("{} entries (shape {shape:?}) in all ranks' parts together", filled.len());
+            let held = |n: &usize| {
+                format!("rank {n}: {}", self.ranks[*n].part(name).map_or(0, Part::entries))
+            };
+            let found =
+                format!("{there} ({})", chosen.iter().map(held).collect::<Vec<_>>().join(", "));
+            let expected =
+                format!("{} entries (shape {shape:?}) in all ranks' parts together", filled.len());
             return Err(Error::format(&self.folder, format!("tensor {name}"), expected, found));
         }
         for (x, to) in sum.iter().zip(whole.chunks_exact_mut(unit.max(1))) {
@@ -243,7 +284,10 @@ impl Ranks {
             let mut chosen = self.holders(rank, &name, of);
             if chosen.is_empty() {
                 // Whole elsewhere.
-                chosen.extend((0..self.size()).find(|&n| of(&self.ranks[n]).is_some_and(|file| file.contains(&name))));
+                chosen.extend(
+                    (0..self.size())
+                        .find(|&n| of(&self.ranks[n]).is_some_and(|file| file.contains(&name))),
+                );
             }
             let (dtype, shape, bytes) = self.assemble(&name, of, &chosen)?;
             writer.raw(&name, dtype, &shape, bytes);
@@ -267,28 +311,43 @@ impl Ranks {
         let adapter = match &own.manifest.adapter {
             Some(place) if own.adapter.is_some() && self.is_divided(|r| r.adapter.as_ref()) => {
                 let to = folder.join("adapter");
-                self.write_joined(|r| r.adapter.as_ref(), &to.join("adapter_model.safetensors"), rank)?;
-                copy(&own.folder.join(place).join("adapter_config.json"), &to.join("adapter_config.json"))?;
+                self.write_joined(
+                    |r| r.adapter.as_ref(),
+                    &to.join("adapter_model.safetensors"),
+                    rank,
+                )?;
+                copy(
+                    &own.folder.join(place).join("adapter_config.json"),
+                    &to.join("adapter_config.json"),
+                )?;
                 Some(to)
             }
             place => place.as_ref().map(|place| own.folder.join(place)),
         };
         let model = model.map_or_else(|| own.folder.join(&own.manifest.model), Path::to_path_buf);
-        let [means, global] = [Across::RankMean, Across::GlobalMean].map(|a| self.divisors(&speakers, &counted, a));
+        let [means, global] =
+            [Across::RankMean, Across::GlobalMean].map(|a| self.divisors(&speakers, &counted, a));
         let same = means.iter().zip(&global).all(|(a, b)| (a / b - 1.0).abs() < 1e-9);
-        let observed = || self.observed_divisors(&speakers).map(|seen| nearer(&seen, [&means, &global]));
+        let observed =
+            || self.observed_divisors(&speakers).map(|seen| nearer(&seen, [&means, &global]));
         let across = match (own.parallel.loss, same) {
             (Some(declared), _) => (declared, Told::Declared),
             (None, true) => (Across::RankMean, Told::Same),
-            (None, false) => observed().map_or((Across::RankMean, Told::Assumed), |a| (a, Told::Recorded)),
+            (None, false) => {
+                observed().map_or((Across::RankMean, Told::Assumed), |a| (a, Told::Recorded))
+            }
         };
-        let (divisors, otherwise) = if across.0 == Across::RankMean { (means, global) } else { (global, means) };
+        let (divisors, otherwise) =
+            if across.0 == Across::RankMean { (means, global) } else { (global, means) };
         let micro: Vec<usize> = counted.iter().flatten().map(|(rows, _)| *rows).collect();
         if let Some(map) = json.as_object_mut() {
             map.remove("parallel");
             map.remove("check");
             map.insert("model".into(), json!(absolute(&model)?));
-            map.insert("adapter".into(), adapter.as_deref().map_or(Ok(Value::Null), |a| absolute(a).map(Value::from))?);
+            map.insert(
+                "adapter".into(),
+                adapter.as_deref().map_or(Ok(Value::Null), |a| absolute(a).map(Value::from))?,
+            );
             if let Some(loss) = map.get_mut("loss").and_then(Value::as_object_mut) {
                 loss.insert("micro_batch_rows".into(), json!(micro));
                 loss.insert("micro_batch_divisors".into(), json!(divisors));
@@ -304,7 +363,9 @@ impl Ranks {
 
     fn is_divided(&self, of: FileOf) -> bool {
         let names = self.names(of);
-        names.iter().any(|name| self.ranks.iter().any(|r| r.parts.contains_key(&canonical_name(name))))
+        names
+            .iter()
+            .any(|name| self.ranks.iter().any(|r| r.parts.contains_key(&canonical_name(name))))
     }
 }
 

@@ -1,8 +1,9 @@
-//! Steps of several processes (`paper-notes/dump-format.md`): each records its own part, and what it holds afterwards is
-//! judged against the one step that all of them made.
+//! Steps of several processes (`paper-notes/dump-format.md`): each records its own part, and what
+//! it holds afterwards is judged against the one step that all of them made.
 //!
-//! [`Ranks::read`] checks the folders against each other, [`Ranks::views`] puts them together, [`validate_ranks`] judges. What
-//! went wrong between processes is looked for by `diagnosis::distribution`, which sees [`Distribution`] in the case.
+//! [`Ranks::read`] checks the folders against each other, [`Ranks::views`] puts them together,
+//! [`validate_ranks`] judges. What went wrong between processes is looked for by
+//! `diagnosis::distribution`, which sees [`Distribution`] in the case.
 
 mod batch;
 mod divisors;
@@ -55,7 +56,8 @@ pub struct Distribution {
 pub struct RankResult {
     /// Its number.
     pub rank: usize,
-    /// Rows of its own, and their labels that count, in the merged batch; positions where sequences are cut.
+    /// Rows of its own, and their labels that count, in the merged batch; positions where sequences
+    /// are cut.
     pub span: (usize, usize),
     /// Tensors of which it holds something.
     pub tensors: usize,
@@ -78,7 +80,12 @@ impl Distribution {
     }
 
     /// Each process's own part of the gradients.
-    pub(super) fn results(&self, case: &Case, exact: &Evidence, rounded: &Evidence) -> Vec<RankResult> {
+    pub(super) fn results(
+        &self,
+        case: &Case,
+        exact: &Evidence,
+        rounded: &Evidence,
+    ) -> Vec<RankResult> {
         let unit = floor(case.rounding.coarsest());
         let scale = super::ladder::gradient_scale(&exact.gradients);
         let own = |rank: &usize| {
@@ -92,7 +99,9 @@ impl Distribution {
                 worst: String::new(),
             };
             for name in &case.trained {
-                let (Some(exact), Some(rounded)) = (exact.gradients.get(name), rounded.gradients.get(name)) else {
+                let (Some(exact), Some(rounded)) =
+                    (exact.gradients.get(name), rounded.gradients.get(name))
+                else {
                     continue;
                 };
                 let entries = self.entries(*rank, name, exact.len());
@@ -151,7 +160,8 @@ pub fn validate_ranks(ranks: &Ranks, read: ReadCase<'_>, watch: &dyn Watch) -> R
         let mut distribution = ranks.distribution(view);
         distribution.stale = found.stale;
         for (part, speaker) in ranks.speakers(view.ranks[0]).into_iter().enumerate() {
-            let theirs = views.views.iter().position(|v| v.ranks.contains(&speaker)).unwrap_or(number);
+            let theirs =
+                views.views.iter().position(|v| v.ranks.contains(&speaker)).unwrap_or(number);
             if several && values[theirs] != values[number] {
                 distribution.own.insert(part, values[theirs].clone());
             }
@@ -161,7 +171,8 @@ pub fn validate_ranks(ranks: &Ranks, read: ReadCase<'_>, watch: &dyn Watch) -> R
         let named = report.diagnoses.first().filter(|d| d.complete).map(|d| d.fault.as_str());
         if matches!(named, Some("rank-mean" | "global-mean")) && across.1 != Told::Declared {
             // Nothing says which was meant.
-            distribution.across = if across.0 == Across::RankMean { Across::GlobalMean } else { Across::RankMean };
+            distribution.across =
+                if across.0 == Across::RankMean { Across::GlobalMean } else { Across::RankMean };
             across = (distribution.across, Told::Recorded);
             case.loss.micro_batch_divisors = distribution.otherwise.clone();
             case.distribution = Some(Arc::new(distribution));
@@ -174,7 +185,9 @@ pub fn validate_ranks(ranks: &Ranks, read: ReadCase<'_>, watch: &dyn Watch) -> R
 
 /// Trained tensors before the step, of each view.
 fn trained_values(views: &Views, read: ReadCase<'_>) -> Result<Vec<BTreeMap<String, Array2<f64>>>> {
-    let of = |view: &View| Ok(read(&view.paths, &view.manifest)?.model.trainable_values().into_iter().collect());
+    let of = |view: &View| {
+        Ok(read(&view.paths, &view.manifest)?.model.trainable_values().into_iter().collect())
+    };
     views.views.iter().map(of).collect()
 }
 
@@ -200,7 +213,12 @@ pub(super) fn of_ranks(ranks: &[usize]) -> String {
 }
 
 /// One report of all views.
-fn verdict(ranks: &Ranks, found: settings::Found, across: (Across, Told), judged: Vec<(Vec<usize>, Report)>) -> Report {
+fn verdict(
+    ranks: &Ranks,
+    found: settings::Found,
+    across: (Across, Told),
+    judged: Vec<(Vec<usize>, Report)>,
+) -> Report {
     let several = judged.len() > 1;
     // What is shown in full is the first that fails.
     let shown = judged.iter().position(|(_, report)| !report.passed).unwrap_or(0);
@@ -242,8 +260,13 @@ fn verdict(ranks: &Ranks, found: settings::Found, across: (Across, Told), judged
                 let same = diagnoses.remove(at);
                 diagnoses.insert(0, same);
             }
-            None => diagnoses
-                .insert(0, Diagnosis { explains: vec![RungName::Ranks], ..Diagnosis::of_setting(fault, all_pass) }),
+            None => diagnoses.insert(
+                0,
+                Diagnosis {
+                    explains: vec![RungName::Ranks],
+                    ..Diagnosis::of_setting(fault, all_pass)
+                },
+            ),
         }
     }
     let failed = rung.failed();
@@ -269,11 +292,16 @@ impl Ranks {
         };
         let by = first.wrapper.as_ref().map_or(String::new(), |w| format!(" ({w})"));
         let sharded = self.ranks.iter().map(|r| r.parts.len()).max().unwrap_or(0);
-        let sharded = if sharded > 0 { format!(", {sharded} tensors in parts") } else { String::new() };
+        let sharded =
+            if sharded > 0 { format!(", {sharded} tensors in parts") } else { String::new() };
         let loss = match (parts, across) {
             (1, _) => String::new(),
-            (_, (Across::RankMean, told)) => format!("; loss: mean of the ranks' means{}", told.words()),
-            (_, (Across::GlobalMean, told)) => format!("; loss: mean over the tokens of all ranks{}", told.words()),
+            (_, (Across::RankMean, told)) => {
+                format!("; loss: mean of the ranks' means{}", told.words())
+            }
+            (_, (Across::GlobalMean, told)) => {
+                format!("; loss: mean over the tokens of all ranks{}", told.words())
+            }
         };
         format!("{} ranks{by}, {data}{sharded}{loss}", self.size())
     }

@@ -41,7 +41,10 @@ pub struct Ranks {
 
 /// Numbers of the folders `rank-N` (and what follows that name) in a folder.
 fn numbers(folder: &Path, end: &str) -> BTreeSet<usize> {
-    let names = std::fs::read_dir(folder).into_iter().flatten().filter_map(|e| e.ok()?.file_name().into_string().ok());
+    let names = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| e.ok()?.file_name().into_string().ok());
     names.filter_map(|name| name.strip_prefix("rank-")?.strip_suffix(end)?.parse().ok()).collect()
 }
 
@@ -55,8 +58,9 @@ impl Ranks {
     /// Reads what every process recorded.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] naming the process's file and key: a process that is missing, did not finish or says
-    /// why it could not record, numbers of processes, settings or parts of tensors that do not agree.
+    /// [`Error::Io`]; [`Error::Format`] naming the process's file and key: a process that is
+    /// missing, did not finish or says why it could not record, numbers of processes, settings or
+    /// parts of tensors that do not agree.
     pub fn read(folder: &Path) -> Result<Self> {
         let there = numbers(folder, "");
         let Some(&first) = there.first() else {
@@ -66,12 +70,20 @@ impl Ranks {
         let size = first.parallel.world_size;
         if let Some(extra) = there.iter().find(|n| **n >= size) {
             let found = format!("rank-{extra}");
-            return Err(Error::format(folder, "folders of ranks", format!("{size}, as rank 0 counts"), found));
+            return Err(Error::format(
+                folder,
+                "folders of ranks",
+                format!("{size}, as rank 0 counts"),
+                found,
+            ));
         }
         let mut ranks = Vec::with_capacity(size);
         for number in 0..size {
             if !there.contains(&number) {
-                let expected = format!("rank-{number} (the manifest of rank-{} counts {size})", first.parallel.rank);
+                let expected = format!(
+                    "rank-{number} (the manifest of rank-{} counts {size})",
+                    first.parallel.rank
+                );
                 return Err(unfinished(folder, number, &expected));
             }
             ranks.push(Rank::read(folder, number)?);
@@ -101,19 +113,32 @@ impl Ranks {
             ("optimizer.steps_before", &["optimizer", "steps_before"]),
         ];
         let at = |rank: &Rank, path: &[&str]| {
-            path.iter().try_fold(&rank.json, |value, key| value.get(key)).cloned().unwrap_or(Value::Null)
+            path.iter()
+                .try_fold(&rank.json, |value, key| value.get(key))
+                .cloned()
+                .unwrap_or(Value::Null)
         };
         for rank in &self.ranks[1..] {
             for (name, path) in keys {
                 let (want, got) = (at(first, path), at(rank, path));
                 if want != got {
-                    return Err(rank.wrong(format!("key {name}"), format!("{want}, as in rank 0"), got.to_string()));
+                    return Err(rank.wrong(
+                        format!("key {name}"),
+                        format!("{want}, as in rank 0"),
+                        got.to_string(),
+                    ));
                 }
             }
-            let names = |rank: &Rank| rank.manifest.trained.iter().flatten().cloned().collect::<BTreeSet<String>>();
+            let names = |rank: &Rank| {
+                rank.manifest.trained.iter().flatten().cloned().collect::<BTreeSet<String>>()
+            };
             if let Some(other) = names(first).symmetric_difference(&names(rank)).next() {
                 let found = if names(first).contains(other) { "not trained" } else { "trained" };
-                return Err(rank.wrong("key trained", format!("the tensors of rank 0 (see {other})"), found));
+                return Err(rank.wrong(
+                    "key trained",
+                    format!("the tensors of rank 0 (see {other})"),
+                    found,
+                ));
             }
             for (file, key) in [("config.json", "model"), ("adapter_config.json", "adapter")] {
                 let read = |rank: &Rank| {
@@ -131,7 +156,11 @@ impl Ranks {
         let missing = (0..of).find(|i| !self.ranks.iter().any(|r| r.parallel.data.index == *i));
         if let Some(index) = missing {
             let expected = format!("every part of the data, 0..{of}, on some rank");
-            return Err(first.wrong("key parallel.data", expected, format!("nobody has part {index}")));
+            return Err(first.wrong(
+                "key parallel.data",
+                expected,
+                format!("nobody has part {index}"),
+            ));
         }
         Ok(())
     }
@@ -154,7 +183,12 @@ fn unfinished(folder: &Path, number: usize, expected: &str) -> Error {
         );
     }
     if folder.join(format!("{name}.writing")).exists() {
-        return Error::format(folder, &name, expected, format!("{name}.writing: the process did not finish recording"));
+        return Error::format(
+            folder,
+            &name,
+            expected,
+            format!("{name}.writing: the process did not finish recording"),
+        );
     }
     Error::format(folder, &name, expected, "nothing of that name")
 }
@@ -165,23 +199,44 @@ impl Rank {
         let path = folder.join("manifest.json");
         let manifest = Manifest::read(&path)?;
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        let json =
-            serde_json::from_str(&text).map_err(|e| Error::format(&path, "file", "a JSON object", e.to_string()))?;
-        let wrong = |key: &str, expected: String, found: String| Err(Error::format(&path, key, expected, found));
+        let json = serde_json::from_str(&text)
+            .map_err(|e| Error::format(&path, "file", "a JSON object", e.to_string()))?;
+        let wrong = |key: &str, expected: String, found: String| {
+            Err(Error::format(&path, key, expected, found))
+        };
         let Some(parallel) = manifest.parallel.clone() else {
-            return wrong("key parallel", "the place of this process among the others".into(), "nothing".into());
+            return wrong(
+                "key parallel",
+                "the place of this process among the others".into(),
+                "nothing".into(),
+            );
         };
         if parallel.rank != number {
-            return wrong("key parallel.rank", format!("{number}, as the folder's name"), parallel.rank.to_string());
+            return wrong(
+                "key parallel.rank",
+                format!("{number}, as the folder's name"),
+                parallel.rank.to_string(),
+            );
         }
         let data = parallel.data;
         if parallel.world_size <= number || data.index >= data.of.min(parallel.world_size) {
-            let found = format!("world_size {}, data part {} of {}", parallel.world_size, data.index, data.of);
-            return wrong("key parallel", format!("numbers below those of all, for rank {number}"), found);
+            let found = format!(
+                "world_size {}, data part {} of {}",
+                parallel.world_size, data.index, data.of
+            );
+            return wrong(
+                "key parallel",
+                format!("numbers below those of all, for rank {number}"),
+                found,
+            );
         }
         for (name, part) in &parallel.shards {
             if let Some(defect) = part.defect() {
-                return wrong(&format!("key parallel.shards, {name}"), "a part inside the tensor".into(), defect);
+                return wrong(
+                    &format!("key parallel.shards, {name}"),
+                    "a part inside the tensor".into(),
+                    defect,
+                );
             }
         }
         let step = TensorFile::open_on_disk(folder.join("step.safetensors"))?;
@@ -202,7 +257,12 @@ impl Rank {
     }
 
     /// An error of this process's manifest.
-    pub(super) fn wrong(&self, key: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub(super) fn wrong(
+        &self,
+        key: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
         Error::format(self.folder.join("manifest.json"), key, expected, found)
     }
 }

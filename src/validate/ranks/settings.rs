@@ -1,4 +1,5 @@
-//! What can be said of several processes without the reference: rows given twice, weights that differ.
+//! What can be said of several processes without the reference: rows given twice, weights that
+//! differ.
 
 use super::layout::Cut;
 use super::of_ranks;
@@ -40,13 +41,19 @@ fn rows(ranks: &Ranks, found: &mut Found) -> Result<()> {
             let one = a.parallel.data.index == b.parallel.data.index;
             if one && !same {
                 let what = format!("{} should have the same rows and do not", of_ranks(&[i, j]));
-                let fix = "give every rank of a tensor-parallel group the same batch: seed its sampler by the data-parallel index";
+                let fix = "give every rank of a tensor-parallel group the same batch: seed its \
+                           sampler by the data-parallel index";
                 found.faults.push(Fault::new("rows-differ", what, fix));
                 return Ok(());
             }
-            if !one && same && cut == Cut::Rows && same_bytes(&a.step, &b.step, "labels", "labels")? {
-                let what = format!("{} were given the same rows: the data are not divided", of_ranks(&[i, j]));
-                let fix = "give each rank its own rows: a DistributedSampler (or Accelerate's prepare) with the rank's number";
+            if !one && same && cut == Cut::Rows && same_bytes(&a.step, &b.step, "labels", "labels")?
+            {
+                let what = format!(
+                    "{} were given the same rows: the data are not divided",
+                    of_ranks(&[i, j])
+                );
+                let fix = "give each rank its own rows: a DistributedSampler (or Accelerate's \
+                           prepare) with the rank's number";
                 found.faults.push(Fault::new("same-rows", what, fix));
                 return Ok(());
             }
@@ -59,16 +66,24 @@ fn rows(ranks: &Ranks, found: &mut Found) -> Result<()> {
 fn frozen(ranks: &Ranks, found: &mut Found) {
     let mut of: BTreeMap<&str, Vec<(usize, &str)>> = BTreeMap::new();
     for (number, rank) in ranks.ranks.iter().enumerate() {
-        rank.parallel.frozen.iter().for_each(|(name, digest)| of.entry(name).or_default().push((number, digest)));
+        rank.parallel
+            .frozen
+            .iter()
+            .for_each(|(name, digest)| of.entry(name).or_default().push((number, digest)));
     }
-    let differs = |all: &Vec<(usize, &str)>| all.iter().find(|(_, digest)| *digest != all[0].1).map(|(n, _)| *n);
-    let wrong: Vec<(&str, usize)> = of.iter().filter_map(|(name, all)| Some((*name, differs(all)?))).collect();
+    let differs = |all: &Vec<(usize, &str)>| {
+        all.iter().find(|(_, digest)| *digest != all[0].1).map(|(n, _)| *n)
+    };
+    let wrong: Vec<(&str, usize)> =
+        of.iter().filter_map(|(name, all)| Some((*name, differs(all)?))).collect();
     if let Some((name, rank)) = wrong.first() {
         let what = format!(
-            "rank {rank} has other weights of the base model than rank 0: {} tensors, {name} for instance",
+            "rank {rank} has other weights of the base model than rank 0: {} tensors, {name} for \
+             instance",
             wrong.len()
         );
-        let fix = "load the same checkpoint on every rank, or broadcast rank 0's weights after loading";
+        let fix =
+            "load the same checkpoint on every rank, or broadcast rank 0's weights after loading";
         found.faults.push(Fault::new("replicas-differ", what, fix));
     }
 }
@@ -95,8 +110,11 @@ fn trained(ranks: &Ranks, found: &mut Found) -> Result<()> {
     }
     let stale = stale(ranks, &differing)?;
     if let Some(rank) = stale {
-        let what = format!("rank {rank} has the trained weights of the step before: it lacks the last update");
-        let fix = "update on every rank, or broadcast the weights after the update; look at what skips or undoes it on this rank";
+        let what = format!(
+            "rank {rank} has the trained weights of the step before: it lacks the last update"
+        );
+        let fix = "update on every rank, or broadcast the weights after the update; look at what \
+                   skips or undoes it on this rank";
         found.faults.push(Fault::new("stale-rank", what, fix));
         found.stale = stale;
         return Ok(());
@@ -104,10 +122,12 @@ fn trained(ranks: &Ranks, found: &mut Found) -> Result<()> {
     let who: Vec<usize> = differing.keys().copied().collect();
     let most = differing.values().map(Vec::len).max().unwrap_or(0);
     let what = format!(
-        "{} before the step: {most} of {compared} trained tensors differ from rank 0's: each trains an adapter of its own",
+        "{} before the step: {most} of {compared} trained tensors differ from rank 0's: each \
+         trains an adapter of its own",
         of_ranks(&who)
     );
-    let fix = "make the adapter before DistributedDataParallel (or broadcast it): it copies rank 0's weights when it wraps the model";
+    let fix = "make the adapter before DistributedDataParallel (or broadcast it): it copies rank \
+               0's weights when it wraps the model";
     found.faults.push(Fault::new("replicas-differ", what, fix));
     Ok(())
 }
@@ -128,7 +148,9 @@ fn stale(ranks: &Ranks, differing: &BTreeMap<usize, Vec<String>>) -> Result<Opti
             for name in names {
                 let before = previous(ahead_at, name);
                 let same = match (&behind_at.adapter, before) {
-                    (Some(adapter), Some(before)) => same_bytes(adapter, &ahead_at.step, name, &before)?,
+                    (Some(adapter), Some(before)) => {
+                        same_bytes(adapter, &ahead_at.step, name, &before)?
+                    }
                     _ => false,
                 };
                 all &= same;

@@ -1,7 +1,7 @@
 //! An adapted head computed again by plain loops, sharing no arithmetic with the crate.
 //!
-//! Probabilities come from P_ij = 1 / sum_l exp(s_il - s_ij), which needs no row maximum: an overflow to infinity
-//! is a probability of 0.
+//! Probabilities come from P_ij = 1 / sum_l exp(s_il - s_ij), which needs no row maximum: an
+//! overflow to infinity is a probability of 0.
 
 #![allow(dead_code)] // Each test binary uses a part.
 
@@ -60,7 +60,9 @@ pub fn normal(rng: &mut ChaCha8Rng, rows: usize, columns: usize, deviation: f64)
 /// a b by three loops.
 pub fn multiply(a: &Array2<f64>, b: &Array2<f64>) -> Array2<f64> {
     assert_eq!(a.ncols(), b.nrows());
-    Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| (0..a.ncols()).map(|k| a[[i, k]] * b[[k, j]]).sum())
+    Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| {
+        (0..a.ncols()).map(|k| a[[i, k]] * b[[k, j]]).sum()
+    })
 }
 
 fn transposed(a: &Array2<f64>) -> Array2<f64> {
@@ -73,7 +75,8 @@ impl Head {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let rows = |p: usize| if p == 0 { s.queries } else { s.keys };
         let x = [0, 1, 2].map(|p| normal(&mut rng, rows(p), s.inputs[p], 1.0));
-        let w = [0, 1, 2].map(|p| normal(&mut rng, s.inputs[p], s.width(p), 1.0 / (s.inputs[p] as f64).sqrt()));
+        let w = [0, 1, 2]
+            .map(|p| normal(&mut rng, s.inputs[p], s.width(p), 1.0 / (s.inputs[p] as f64).sqrt()));
         let a = [0, 1, 2].map(|p| normal(&mut rng, s.rank, s.width(p), 0.5));
         let b = [0, 1, 2].map(|p| normal(&mut rng, s.inputs[p], s.rank, 0.5));
         let y = normal(&mut rng, s.queries, s.value_dim, 1.0);
@@ -103,13 +106,16 @@ impl Head {
             scaling: self.scaling,
         };
         let source = Source::Hidden(Box::new(hidden));
-        AttentionProblem::new(source, self.objective.clone(), self.mask, self.softmax, self.beta).unwrap()
+        AttentionProblem::new(source, self.objective.clone(), self.mask, self.softmax, self.beta)
+            .unwrap()
     }
 
     /// X_p (W_p + (alpha/r) B_p A_p).
     pub fn project(&self, p: usize) -> Array2<f64> {
         let update = multiply(&self.b[p], &self.a[p]);
-        let weight = Array2::from_shape_fn(self.w[p].dim(), |(i, j)| self.w[p][[i, j]] + self.scaling * update[[i, j]]);
+        let weight = Array2::from_shape_fn(self.w[p].dim(), |(i, j)| {
+            self.w[p][[i, j]] + self.scaling * update[[i, j]]
+        });
         multiply(&self.x[p], &weight)
     }
 
@@ -141,7 +147,9 @@ impl Head {
     pub fn largest_logit(&self) -> f64 {
         let (q, k) = (self.absolute_projection(0), self.absolute_projection(1));
         let s = multiply(&q, &transposed(&k));
-        s.indexed_iter().filter(|((i, j), _)| self.visible(*i, *j)).fold(0.0f64, |m, (_, x)| m.max(x * self.beta))
+        s.indexed_iter()
+            .filter(|((i, j), _)| self.visible(*i, *j))
+            .fold(0.0f64, |m, (_, x)| m.max(x * self.beta))
     }
 
     fn absolute_projection(&self, p: usize) -> Array2<f64> {
@@ -152,7 +160,8 @@ impl Head {
 
     /// The magnitude of each result: the formulas of the gradient with every term taken positive.
     ///
-    /// A computation with unit roundoff u is off by at most a small multiple of u times these, whatever cancels.
+    /// A computation with unit roundoff u is off by at most a small multiple of u times these,
+    /// whatever cancels.
     pub fn magnitudes(&self) -> Vec<(String, Array2<f64>)> {
         let abs = |a: &Array2<f64>| a.mapv(f64::abs);
         let p = self.probabilities();
@@ -186,19 +195,28 @@ impl Head {
 
     /// Allowed error relative to [`Head::magnitudes`] at machine epsilon `eps`.
     ///
-    /// A sum of n terms loses n eps/2 in the worst case; the deepest path sums over d_in, r, d_h (a logit), keys
-    /// (a row of P V), d_v (G V^T), keys or queries, and rows of X. A logit s off by its share of |s| eps changes exp
-    /// by as much in relative terms, and it is computed twice; exp itself adds 2 eps.
+    /// A sum of n terms loses n eps/2 in the worst case; the deepest path sums over d_in, r, d_h (a
+    /// logit), keys (a row of P V), d_v (G V^T), keys or queries, and rows of X. A logit s off by
+    /// its share of |s| eps changes exp by as much in relative terms, and it is computed twice; exp
+    /// itself adds 2 eps.
     pub fn tolerance(&self, eps: f64) -> f64 {
         let rows = self.x[0].nrows() + 2 * self.x[1].nrows();
         let width = self.x.iter().map(|x| x.ncols()).max().unwrap_or(0);
         let terms = rows + width + self.a[0].nrows() + self.a[0].ncols() + 2 * self.a[2].ncols();
-        eps * (terms as f64 + 8.0 + 2.0 * self.largest_logit() * (width + self.a[0].nrows() + self.a[0].ncols()) as f64)
+        eps * (terms as f64
+            + 8.0
+            + 2.0 * self.largest_logit() * (width + self.a[0].nrows() + self.a[0].ncols()) as f64)
     }
 }
 
 /// P from its definition, for given Q and K.
-pub fn probabilities(q: &Array2<f64>, k: &Array2<f64>, beta: f64, mask: Mask, softmax: SoftmaxKind) -> Array2<f64> {
+pub fn probabilities(
+    q: &Array2<f64>,
+    k: &Array2<f64>,
+    beta: f64,
+    mask: Mask,
+    softmax: SoftmaxKind,
+) -> Array2<f64> {
     let s = multiply(q, &transposed(k)) * beta;
     let visible = |i: usize, j: usize| mask == Mask::Full || j <= i;
     Array2::from_shape_fn(s.dim(), |(i, j)| {
@@ -217,8 +235,12 @@ pub fn probabilities(q: &Array2<f64>, k: &Array2<f64>, beta: f64, mask: Mask, so
 pub fn results<T: Real>(gradients: &Gradients<T>) -> Vec<(String, Array2<f64>)> {
     let widen = |a: &Array2<T>| a.mapv(|x| x.widen());
     let mut all = vec![("O".to_string(), widen(&gradients.output))];
-    let sets =
-        [("", &gradients.projected), ("W", &gradients.weight), ("A", &gradients.lora_a), ("B", &gradients.lora_b)];
+    let sets = [
+        ("", &gradients.projected),
+        ("W", &gradients.weight),
+        ("A", &gradients.lora_a),
+        ("B", &gradients.lora_b),
+    ];
     for (kind, set) in sets {
         for (letter, d) in set.named() {
             if let Some(d) = d {
@@ -249,7 +271,11 @@ pub fn within(
     }
     let off = norms::frobenius(&(got - want).view());
     let allowed = tolerance * norms::frobenius(&magnitude.view());
-    if off <= allowed { Ok(()) } else { Err(format!("{name}: off by {off:.3e}, allowed {allowed:.3e}; {measured}")) }
+    if off <= allowed {
+        Ok(())
+    } else {
+        Err(format!("{name}: off by {off:.3e}, allowed {allowed:.3e}; {measured}"))
+    }
 }
 
 /// [`within`] for every result of `got`, which `want` must hold too.

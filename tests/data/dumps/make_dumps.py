@@ -44,8 +44,10 @@ def place(*parts):
 
 
 def base_model(dtype):
-    config = transformers.LlamaConfig(**{k: v for k, v in hf_config().items() if k not in ("model_type", "rope_theta")},
-                                      rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in hf_config().items() if k not in ("model_type", "rope_theta")},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
     torch.manual_seed(7)
     model = transformers.LlamaForCausalLM(config)
     for p in model.parameters():
@@ -100,8 +102,11 @@ def peft_model(dtype, **settings):
     keep = settings.pop("keep_dtype", False)
     settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ALL} | settings
     key = (dtype, keep, str(sorted(settings.items())))
-    model = peft.get_peft_model(base_model(dtype), peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings),
-                                autocast_adapter_dtype=not keep)
+    model = peft.get_peft_model(
+        base_model(dtype),
+        peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **settings),
+        autocast_adapter_dtype=not keep,
+    )
     g = torch.Generator().manual_seed(11)
     for name, p in model.named_parameters():
         if p.requires_grad and "magnitude" not in name:
@@ -114,7 +119,17 @@ def autocast_to(dtype):
     return torch.autocast("cpu", dtype=DTYPES[dtype or "bf16"], enabled=dtype is not None)
 
 
-def transformers_dump(name, model, dtype, shape="plain", autocast=None, optimizer=None, rows=None, hidden=False, **options):
+def transformers_dump(
+    name,
+    model,
+    dtype,
+    shape="plain",
+    autocast=None,
+    optimizer=None,
+    rows=None,
+    hidden=False,
+    **options,
+):
     """A step of a Transformers model, of one micro-batch or several."""
     given, labels = batch(shape)
     opt = optimizer_of(model, optimizer) if optimizer else None
@@ -132,7 +147,11 @@ def transformers_dump(name, model, dtype, shape="plain", autocast=None, optimize
             total = 0.0
             for part in torch.arange(len(labels)).split(rows):
                 with context:
-                    out = model(**{n: t[part] for n, t in given.items()}, labels=labels[part], num_items_in_batch=counted)
+                    out = model(
+                        **{n: t[part] for n, t in given.items()},
+                        labels=labels[part],
+                        num_items_in_batch=counted,
+                    )
                 out.loss.backward()
                 total += float(out.loss.detach())
             step.set_loss(total)
@@ -149,12 +168,23 @@ def lora_maker(dora=False, targets=ALL):
     g = torch.Generator().manual_seed(5)
 
     def make(name, weight, switch):
-        return Lora(weight, RANK, ALPHA, g, switch, dora) if name.split(".")[-1] in targets else Frozen(weight)
+        return (
+            Lora(weight, RANK, ALPHA, g, switch, dora)
+            if name.split(".")[-1] in targets
+            else Frozen(weight)
+        )
+
     return make
 
 
 def lora_config(kind="LORA", targets=ALL, **more):
-    return {"peft_type": kind, "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "bias": "none"} | more
+    return {
+        "peft_type": kind,
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": targets,
+        "bias": "none",
+    } | more
 
 
 class Moslora(torch.nn.Module):
@@ -163,7 +193,11 @@ class Moslora(torch.nn.Module):
         out, width = weight.shape
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         new = lambda *shape: torch.nn.Parameter(0.3 * torch.randn(*shape, generator=g))
-        self.lora_A, self.lora_mixer, self.lora_B = new(RANK, width), new(RANK, RANK), new(out, RANK)
+        self.lora_A, self.lora_mixer, self.lora_B = (
+            new(RANK, width),
+            new(RANK, RANK),
+            new(out, RANK),
+        )
 
     def forward(self, x):
         z = F.linear(F.linear(x, self.lora_A), self.lora_mixer)
@@ -187,13 +221,22 @@ def paca_tensors(model, scaling):
     for name, module in model.named_modules():
         if isinstance(module, Slice):
             prefix = f"base_model.model.{name}."
-            out |= {prefix + "paca_index": module.index.double(), prefix + "paca_columns": module.paca_columns * scaling,
-                    prefix + "paca_scaling": torch.tensor([scaling], dtype=torch.float64)}
+            out |= {
+                prefix + "paca_index": module.index.double(),
+                prefix + "paca_columns": module.paca_columns * scaling,
+                prefix + "paca_scaling": torch.tensor([scaling], dtype=torch.float64),
+            }
     return out
 
 
 GROUPS, CHANNELS = [1, 0], [7, 3, 12, 0, 22] + [c for c in range(24) if c not in (7, 3, 12, 0, 22)]
-RANGES = {"q_proj": (0, 8), "v_proj": (0, 4), "o_proj": (0, 8), "up_proj": (0, 3), "down_proj": (1, 5)}
+RANGES = {
+    "q_proj": (0, 8),
+    "v_proj": (0, 4),
+    "o_proj": (0, 8),
+    "up_proj": (0, 3),
+    "down_proj": (1, 5),
+}
 
 
 def co_permuted(name, weight):
@@ -213,7 +256,13 @@ def s2ft_maker():
         weight, part = co_permuted(name, weight).contiguous(), name.split(".")[-1]
         if part not in RANGES:
             return Frozen(weight)
-        return Slice(weight, 1 if part in ("o_proj", "down_proj") else 0, range(*RANGES[part]), name="s2ft_slice")
+        return Slice(
+            weight,
+            1 if part in ("o_proj", "down_proj") else 0,
+            range(*RANGES[part]),
+            name="s2ft_slice",
+        )
+
     return make
 
 
@@ -226,19 +275,40 @@ def s2ft_tensors(model):
             out[prefix + "s2ft_slice"] = module.s2ft_slice
     for l in range(Sizes.num_hidden_layers):
         prefix = f"base_model.model.model.layers.{l}."
-        out |= {prefix + "s2ft_groups": torch.tensor(GROUPS).double(), prefix + "s2ft_channels": torch.tensor(CHANNELS).double()}
+        out |= {
+            prefix + "s2ft_groups": torch.tensor(GROUPS).double(),
+            prefix + "s2ft_channels": torch.tensor(CHANNELS).double(),
+        }
     return out
 
 
-def custom_dump(name, model, dtype, shape="plain", autocast=None, optimizer=None, folder="clean", loss_of=None,
-                backward=None, edit=None, given=None, **options):
+def custom_dump(
+    name,
+    model,
+    dtype,
+    shape="plain",
+    autocast=None,
+    optimizer=None,
+    folder="clean",
+    loss_of=None,
+    backward=None,
+    edit=None,
+    given=None,
+    **options,
+):
     """A step of trainer.py. `loss_of(logits, labels)` and `edit(model)`, which changes gradients, plant faults."""
     inputs, labels = given or batch(shape)
-    opt = optimizer_of(model, optimizer) if isinstance(optimizer, str) else optimizer and optimizer(model)
+    opt = (
+        optimizer_of(model, optimizer)
+        if isinstance(optimizer, str)
+        else optimizer and optimizer(model)
+    )
     out = place(folder, name)
     if options.pop("shared", False):
         options |= shared_adapter(("custom", str(options["adapter_config"])), folder, name)
-    with dump_step(model, out, labels=labels, model_path=f"../../models/{dtype}", config=hf_config(), **options) as step:
+    with dump_step(
+        model, out, labels=labels, model_path=f"../../models/{dtype}", config=hf_config(), **options
+    ) as step:
         with autocast_to(autocast):
             logits = model(**inputs)
         total, counted = losses(logits, labels)
@@ -255,16 +325,36 @@ def custom_dump(name, model, dtype, shape="plain", autocast=None, optimizer=None
 def clean():
     for dtype in ("f32", "bf16", "f16", "f64"):
         transformers_dump(f"lora-{dtype}", peft_model(dtype), dtype, optimizer="adamw", hidden=True)
-        transformers_dump(f"dora-{dtype}", peft_model(dtype, use_dora=True), dtype, optimizer="adamw" if dtype == "f32" else None)
+        transformers_dump(
+            f"dora-{dtype}",
+            peft_model(dtype, use_dora=True),
+            dtype,
+            optimizer="adamw" if dtype == "f32" else None,
+        )
         if dtype != "f64":
             transformers_dump(f"full-{dtype}", base_model(dtype), dtype)
     for dtype in ("bf16", "f16"):
-        transformers_dump(f"lora-pure-{dtype}", peft_model(dtype, keep_dtype=True), dtype,
-                          optimizer="adamw" if dtype == "bf16" else "sgd")
-        transformers_dump(f"lora-autocast-{dtype}", peft_model("f32"), "f32", autocast=dtype, optimizer="adamw", hidden=True)
-        transformers_dump(f"dora-autocast-{dtype}", peft_model("f32", use_dora=True), "f32", autocast=dtype)
+        transformers_dump(
+            f"lora-pure-{dtype}",
+            peft_model(dtype, keep_dtype=True),
+            dtype,
+            optimizer="adamw" if dtype == "bf16" else "sgd",
+        )
+        transformers_dump(
+            f"lora-autocast-{dtype}",
+            peft_model("f32"),
+            "f32",
+            autocast=dtype,
+            optimizer="adamw",
+            hidden=True,
+        )
+        transformers_dump(
+            f"dora-autocast-{dtype}", peft_model("f32", use_dora=True), "f32", autocast=dtype
+        )
         transformers_dump(f"full-autocast-{dtype}", base_model("f32"), "f32", autocast=dtype)
-    transformers_dump("rslora-f32", peft_model("f32", use_rslora=True, target_modules=["q_proj", "v_proj"]), "f32")
+    transformers_dump(
+        "rslora-f32", peft_model("f32", use_rslora=True, target_modules=["q_proj", "v_proj"]), "f32"
+    )
     transformers_dump("lora-sgd-f32", peft_model("f32"), "f32", optimizer="sgd")
     for shape in ("right", "left", "left-default-positions", "single", "long"):
         transformers_dump(f"lora-{shape}-f32", peft_model("f32"), "f32", shape)
@@ -279,23 +369,56 @@ def clean():
         model(**given, labels=labels).loss.backward()
         opt.step()
         opt.zero_grad()
-    with dump_step(model, place("clean", "lora-third-clipped-checkpointed-f32"), model_path="../../models/f32", hidden=False):
+    with dump_step(
+        model,
+        place("clean", "lora-third-clipped-checkpointed-f32"),
+        model_path="../../models/f32",
+        hidden=False,
+    ):
         model(**given, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         opt.step()
     for dtype, autocast in (("f32", None), ("bf16", None), ("f32", "bf16"), ("f16", None)):
         tail = f"autocast-{autocast}" if autocast else dtype
         model = custom(moslora_maker(), dtype)
-        custom_dump(f"moslora-{tail}", model, dtype, autocast=autocast, adapter_config=lora_config("MOSLORA"), hidden=False)
+        custom_dump(
+            f"moslora-{tail}",
+            model,
+            dtype,
+            autocast=autocast,
+            adapter_config=lora_config("MOSLORA"),
+            hidden=False,
+        )
         model = custom(paca_maker(ALPHA / 3), dtype)
         steps = {"optimizer": "adamw" if tail in ("f32", "bf16") else None, "hidden": False}
-        custom_dump(f"paca-{tail}", model, dtype, autocast=autocast, **steps, adapter_config={"peft_type": "PACA", "target_modules": ALL},
-                    adapter_tensors=paca_tensors(model, ALPHA / 3))
+        custom_dump(
+            f"paca-{tail}",
+            model,
+            dtype,
+            autocast=autocast,
+            **steps,
+            adapter_config={"peft_type": "PACA", "target_modules": ALL},
+            adapter_tensors=paca_tensors(model, ALPHA / 3),
+        )
         model = custom(s2ft_maker(), dtype)
-        custom_dump(f"s2ft-{tail}", model, dtype, autocast=autocast, **steps, adapter_tensors=s2ft_tensors(model),
-                    adapter_config={"peft_type": "S2FT", "target_modules": sorted(RANGES)})
-    custom_dump("lora-summed-f32", custom(lora_maker(), "f32"), "f32", adapter_config=lora_config(), reduction="sum",
-                loss_of=lambda logits, labels: losses(logits, labels)[0], hidden=False)
+        custom_dump(
+            f"s2ft-{tail}",
+            model,
+            dtype,
+            autocast=autocast,
+            **steps,
+            adapter_tensors=s2ft_tensors(model),
+            adapter_config={"peft_type": "S2FT", "target_modules": sorted(RANGES)},
+        )
+    custom_dump(
+        "lora-summed-f32",
+        custom(lora_maker(), "f32"),
+        "f32",
+        adapter_config=lora_config(),
+        reduction="sum",
+        loss_of=lambda logits, labels: losses(logits, labels)[0],
+        hidden=False,
+    )
 
 
 def trained(model):
@@ -324,8 +447,16 @@ def stale_columns(paca):
     def replace(m):
         for (_, p), (_, q) in zip(trained(m), trained(stale)):
             p.grad = q.grad.clone()
-    custom_dump("half-precision-stale-columns", model, "bf16", previous=previous, edit=replace,
-                adapter_tensors=paca_tensors(model, 2.0), **paca)
+
+    custom_dump(
+        "half-precision-stale-columns",
+        model,
+        "bf16",
+        previous=previous,
+        edit=replace,
+        adapter_tensors=paca_tensors(model, 2.0),
+        **paca,
+    )
 
 
 def faults():
@@ -334,31 +465,72 @@ def faults():
     def fault(name, shape="plain", **more):
         custom_dump(name, custom(lora_maker(), "f32", name), "f32", shape, **(plain | more))
 
-    for name in ("outside-graph", "layer-dropped", "graph-cut", "no-scaling", "alpha-over-root-r", "adapter-twice",
-                 "adapter-not-applied", "scaling-in-backward", "adapter-input-gradient", "frozen-input-gradient",
-                 "factor-reshaped", "no-attention-scale", "attention-scale-backward", "rotary-missing", "rotary-interleaved",
-                 "rotary-backward-missing", "rotary-backward-wrong", "rope-theta", "causal-leak", "causal-off-by-one",
-                 "grouped-heads", "norm-backward", "norm-eps"):
+    for name in (
+        "outside-graph",
+        "layer-dropped",
+        "graph-cut",
+        "no-scaling",
+        "alpha-over-root-r",
+        "adapter-twice",
+        "adapter-not-applied",
+        "scaling-in-backward",
+        "adapter-input-gradient",
+        "frozen-input-gradient",
+        "factor-reshaped",
+        "no-attention-scale",
+        "attention-scale-backward",
+        "rotary-missing",
+        "rotary-interleaved",
+        "rotary-backward-missing",
+        "rotary-backward-wrong",
+        "rope-theta",
+        "causal-leak",
+        "causal-off-by-one",
+        "grouped-heads",
+        "norm-backward",
+        "norm-eps",
+    ):
         fault(name)
     fault("padding-attended", "left")
-    for name, planted in (("half-precision-rotary-backward", "rotary-backward-missing"),
-                          ("half-precision-causal-off-by-one", "causal-off-by-one")):
+    for name, planted in (
+        ("half-precision-rotary-backward", "rotary-backward-missing"),
+        ("half-precision-causal-off-by-one", "causal-off-by-one"),
+    ):
         custom_dump(name, custom(lora_maker(), "f32", planted), "f32", autocast="bf16", **plain)
     unmasked = lambda logits, labels: losses(logits, batch("right")[0]["input_ids"])
-    fault("padding-counted", "right", loss_of=lambda logits, labels: torch.div(*unmasked(logits, labels)))
-    fault("loss-per-token", loss_of=lambda logits, labels: losses(logits, labels)[0] / labels.numel())
+    fault(
+        "padding-counted",
+        "right",
+        loss_of=lambda logits, labels: torch.div(*unmasked(logits, labels)),
+    )
+    fault(
+        "loss-per-token", loss_of=lambda logits, labels: losses(logits, labels)[0] / labels.numel()
+    )
     fault("loss-summed", loss_of=lambda logits, labels: losses(logits, labels)[0])
-    fault("sequence-mean", loss_of=lambda logits, labels: sum(
-        torch.div(*losses(logits[i:i + 1], labels[i:i + 1])) for i in range(3)) / 3)
-    unshifted = lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    fault(
+        "sequence-mean",
+        loss_of=lambda logits, labels: (
+            sum(torch.div(*losses(logits[i : i + 1], labels[i : i + 1])) for i in range(3)) / 3
+        ),
+    )
+    unshifted = lambda logits, labels: F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+    )
     fault("labels-not-shifted", loss_of=unshifted)
-    fault("labels-shifted-twice", loss_of=lambda logits, labels: torch.div(
-        *losses(logits, torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1))))
+    fault(
+        "labels-shifted-twice",
+        loss_of=lambda logits, labels: torch.div(
+            *losses(logits, torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1))
+        ),
+    )
     fault("loss-scale-left", backward=lambda loss: (loss * 1024).backward())
     fault("sign-flipped", backward=lambda loss: (-loss).backward())
     fault("overflow", edit=lambda m: trained(m)[3][1].grad.__setitem__((1, 1), float("nan")))
     fault("swapped-tensors", edit=lambda m: swap(m, "gate_proj", "up_proj"))
-    fault("one-row-lost", edit=lambda m: dict(trained(m))["model.layers.1.mlp.up_proj.lora_B"].grad[7].zero_())
+    fault(
+        "one-row-lost",
+        edit=lambda m: dict(trained(m))["model.layers.1.mlp.up_proj.lora_B"].grad[7].zero_(),
+    )
 
     # Two micro-batches whose gradients are added without dividing, and averaged per micro-batch.
     for name, weight in (("accumulation-not-divided", 1.0), ("micro-batch-mean", 0.5)):
@@ -367,9 +539,16 @@ def faults():
             given, labels = {"input_ids": given["input_ids"][1:]}, labels[1:]
         model = custom(lora_maker(), "f32", name)
         half = [slice(0, 1), slice(1, None)]
-        with dump_step(model, place("faults", name), labels=labels, model_path="../../models/f32", config=hf_config(),
-                       adapter_config=lora_config(), hidden=False,
-                       **shared_adapter(("custom", str(lora_config())), "faults", name)) as step:
+        with dump_step(
+            model,
+            place("faults", name),
+            labels=labels,
+            model_path="../../models/f32",
+            config=hf_config(),
+            adapter_config=lora_config(),
+            hidden=False,
+            **shared_adapter(("custom", str(lora_config())), "faults", name),
+        ) as step:
             total = 0.0
             for rows in half:
                 loss = weight * torch.div(*losses(model(given["input_ids"][rows]), labels[rows]))
@@ -399,17 +578,32 @@ def faults():
             def replace(m):
                 for (_, p), (_, q) in zip(trained(m), trained(stale)):
                     p.grad = q.grad.clone()
-            custom_dump(name, model, "f32", previous=previous, edit=replace, **(plain | {"shared": False}))
+
+            custom_dump(
+                name, model, "f32", previous=previous, edit=replace, **(plain | {"shared": False})
+            )
 
     # Slices.
-    paca = {"adapter_config": {"peft_type": "PACA", "target_modules": ALL}, "folder": "faults", "hidden": False}
+    paca = {
+        "adapter_config": {"peft_type": "PACA", "target_modules": ALL},
+        "folder": "faults",
+        "hidden": False,
+    }
     stale_columns(paca)
     model = custom(paca_maker(2.0), "f32")
 
     def reverse_columns(m):
         for _, p in trained(m):
             p.grad = p.grad.flip(1).clone()
-    custom_dump("paca-column-order", model, "f32", adapter_tensors=paca_tensors(model, 2.0), edit=reverse_columns, **paca)
+
+    custom_dump(
+        "paca-column-order",
+        model,
+        "f32",
+        adapter_tensors=paca_tensors(model, 2.0),
+        edit=reverse_columns,
+        **paca,
+    )
     model = custom(paca_maker(2.0), "f32")
     full = custom(lambda name, weight, switch: Frozen(weight, trained=True), "f32")
     given, labels = batch()
@@ -421,7 +615,15 @@ def faults():
             g = whole[n.replace("paca_columns", "weight")]
             if g.shape[0] == g.shape[1]:
                 p.grad = 2.0 * g[INDEX[16]].T.clone()
-    custom_dump("paca-rows-for-columns", model, "f32", adapter_tensors=paca_tensors(model, 2.0), edit=rows_for_columns, **paca)
+
+    custom_dump(
+        "paca-rows-for-columns",
+        model,
+        "f32",
+        adapter_tensors=paca_tensors(model, 2.0),
+        edit=rows_for_columns,
+        **paca,
+    )
     s2ft = paca | {"adapter_config": {"peft_type": "S2FT", "target_modules": sorted(RANGES)}}
     model = custom(s2ft_maker(), "f32")
 
@@ -430,43 +632,93 @@ def faults():
             g, part = whole[n.replace("s2ft_slice", "weight")], n.split(".")[-2]
             rows = slice(*RANGES[part])
             p.grad = (g[:, rows] if part in ("o_proj", "down_proj") else g[rows]).clone()
-    custom_dump("s2ft-checkpoint-order", model, "f32", adapter_tensors=s2ft_tensors(model), edit=checkpoint_order, **s2ft)
 
-    custom_dump("dora-norm", custom(lora_maker(dora=True), "f32", "dora-norm"), "f32",
-                **(plain | {"adapter_config": lora_config(use_dora=True), "shared": False}))
+    custom_dump(
+        "s2ft-checkpoint-order",
+        model,
+        "f32",
+        adapter_tensors=s2ft_tensors(model),
+        edit=checkpoint_order,
+        **s2ft,
+    )
+
+    custom_dump(
+        "dora-norm",
+        custom(lora_maker(dora=True), "f32", "dora-norm"),
+        "f32",
+        **(plain | {"adapter_config": lora_config(use_dora=True), "shared": False}),
+    )
 
     # Full fine-tuning of q and o, square here: the gradient stored transposed.
-    model = custom(lambda name, weight, switch: Frozen(weight, trained=name.endswith(("q_proj", "o_proj"))), "f32")
+    model = custom(
+        lambda name, weight, switch: Frozen(weight, trained=name.endswith(("q_proj", "o_proj"))),
+        "f32",
+    )
 
     def transpose(m):
         for _, p in trained(m):
             p.grad = p.grad.T.clone()
+
     custom_dump("transposed", model, "f32", folder="faults", hidden=False, edit=transpose)
 
     class Scale:
         def get_scale(self):
-            return 2.0 ** -16
+            return 2.0**-16
+
     model = peft_model("f16", keep_dtype=True)
     given, labels = batch()
-    with dump_step(model, place("faults", "underflow"), model_path="../../models/f16", scaler=Scale(), hidden=False):
-        (model(**given, labels=labels).loss * 2.0 ** -16).backward()
+    with dump_step(
+        model,
+        place("faults", "underflow"),
+        model_path="../../models/f16",
+        scaler=Scale(),
+        hidden=False,
+    ):
+        (model(**given, labels=labels).loss * 2.0**-16).backward()
 
     # AdamW's default eps is zero in float16. A token that does not occur leaves zeros in the embedding's gradient.
     model = base_model("f16")
     for name, p in model.named_parameters():
         p.requires_grad_(name == "model.embed_tokens.weight")
     opt = optimizer_of(model)
-    with dump_step(model, place("faults", "eps-zero-in-float16"), model_path="../../models/f16", hidden=False, logits=False):
+    with dump_step(
+        model,
+        place("faults", "eps-zero-in-float16"),
+        model_path="../../models/f16",
+        hidden=False,
+        logits=False,
+    ):
         model(**given, labels=labels).loss.backward()
         opt.step()
 
     # Updates.
     update = plain | {"logits": False}
-    fault("decay-coupled", **(update | {"optimizer": lambda m: Relabelled(
-        torch.optim.Adam([p for _, p in trained(m)], lr=1e-2, weight_decay=0.5))}))
-    fault("update-dropped", **(update | {"optimizer": lambda m: Dropping(
-        [p for _, p in trained(m)], lr=1e-2, weight_decay=0.1)}))
-    fault("bias-correction", **(update | {"optimizer": lambda m: Uncorrected([p for _, p in trained(m)], lr=1e-2)}))
+    fault(
+        "decay-coupled",
+        **(
+            update
+            | {
+                "optimizer": lambda m: Relabelled(
+                    torch.optim.Adam([p for _, p in trained(m)], lr=1e-2, weight_decay=0.5)
+                )
+            }
+        ),
+    )
+    fault(
+        "update-dropped",
+        **(
+            update
+            | {
+                "optimizer": lambda m: Dropping(
+                    [p for _, p in trained(m)], lr=1e-2, weight_decay=0.1
+                )
+            }
+        ),
+    )
+    fault(
+        "bias-correction",
+        **(update | {"optimizer": lambda m: Uncorrected([p for _, p in trained(m)], lr=1e-2)}),
+    )
 
 
 def Relabelled(optimizer):
@@ -492,11 +744,13 @@ class Uncorrected(torch.optim.Optimizer):
     """AdamW without bias correction."""
 
     def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        super().__init__(
+            params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+        )
 
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
-            m, v = 0.1 * p.grad, 0.001 * p.grad ** 2
+            m, v = 0.1 * p.grad, 0.001 * p.grad**2
             p.data.sub_(self.param_groups[0]["lr"] * m / (v.sqrt() + 1e-8))
 
 

@@ -18,8 +18,12 @@ class Sizes:
 
 def hf_config():
     names = [n for n in vars(Sizes) if not n.startswith("_")]
-    return {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False,
-            "max_position_embeddings": 64} | {n: getattr(Sizes, n) for n in names}
+    return {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 64,
+    } | {n: getattr(Sizes, n) for n in names}
 
 
 class NoRotaryBackward(torch.autograd.Function):
@@ -119,7 +123,9 @@ class Lora(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.lora_A = nn.Parameter(0.3 * torch.randn(rank, width, generator=generator))
         self.lora_B = nn.Parameter(0.3 * torch.randn(out, rank, generator=generator))
-        self.lora_magnitude_vector = nn.Parameter(0.5 + torch.rand(out, generator=generator)) if dora else None
+        self.lora_magnitude_vector = (
+            nn.Parameter(0.5 + torch.rand(out, generator=generator)) if dora else None
+        )
         self.scaling, self.switch, self.name = alpha / rank, switch, ""
         self.merged = None
 
@@ -159,12 +165,19 @@ class Slice(nn.Module):
     def __init__(self, weight, axis, index, scaling=1.0, name="paca_columns"):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.axis, self.index, self.scaling, self.tensor = axis, torch.as_tensor(index), scaling, name
+        self.axis, self.index, self.scaling, self.tensor = (
+            axis,
+            torch.as_tensor(index),
+            scaling,
+            name,
+        )
         self.register_parameter(name, nn.Parameter(weight.index_select(axis, self.index) / scaling))
 
     def forward(self, x):
         values = getattr(self, self.tensor) * self.scaling
-        return F.linear(x, self.weight.index_copy(self.axis, self.index, values.to(self.weight.dtype)))
+        return F.linear(
+            x, self.weight.index_copy(self.axis, self.index, values.to(self.weight.dtype))
+        )
 
 
 class Frozen(nn.Module):
@@ -206,14 +219,25 @@ class Attention(nn.Module):
         split = lambda t: t.view(rows, length, -1, size.head_dim).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         theta = 1e6 if fault == "rope-theta" else size.rope_theta
-        angles = positions[..., None] * theta ** (-torch.arange(0, size.head_dim, 2) / size.head_dim)
-        cos, sin = (torch.cat([f(angles)] * 2, -1)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
-        turn = {"rotary-backward-missing": NoRotaryBackward.apply, "rotary-backward-wrong": WrongRotaryBackward.apply,
-                "rotary-interleaved": rotate_interleaved, "rotary-missing": lambda x, c, s: x}.get(fault, rotate)
+        angles = positions[..., None] * theta ** (
+            -torch.arange(0, size.head_dim, 2) / size.head_dim
+        )
+        cos, sin = (
+            torch.cat([f(angles)] * 2, -1)[:, None].to(x.dtype) for f in (torch.cos, torch.sin)
+        )
+        turn = {
+            "rotary-backward-missing": NoRotaryBackward.apply,
+            "rotary-backward-wrong": WrongRotaryBackward.apply,
+            "rotary-interleaved": rotate_interleaved,
+            "rotary-missing": lambda x, c, s: x,
+        }.get(fault, rotate)
         q, k = turn(q, cos, sin), turn(k, cos, sin)
         group = size.num_attention_heads // size.num_key_value_heads
-        spread = (lambda t: t.repeat(1, group, 1, 1)) if fault == "grouped-heads" else \
-            (lambda t: t.repeat_interleave(group, 1))
+        spread = (
+            (lambda t: t.repeat(1, group, 1, 1))
+            if fault == "grouped-heads"
+            else (lambda t: t.repeat_interleave(group, 1))
+        )
         k, v = spread(k), spread(v)
         scale = 1.0 if fault == "no-attention-scale" else 1 / math.sqrt(size.head_dim)
         if fault == "attention-scale-backward":
@@ -247,7 +271,9 @@ class Trainer(nn.Module):
         super().__init__()
         switch = self.switch = Switch(fault)
         self.model = nn.Module()
-        table = nn.Embedding.from_pretrained(weights["model.embed_tokens.weight"].clone(), freeze=True)
+        table = nn.Embedding.from_pretrained(
+            weights["model.embed_tokens.weight"].clone(), freeze=True
+        )
         self.model.embed_tokens = table
         self.model.layers = nn.ModuleList()
         for l in range(Sizes.num_hidden_layers):
@@ -262,7 +288,9 @@ class Trainer(nn.Module):
                         module.name = name
                     setattr(part, name.split(".")[-1], module)
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                setattr(layer, norm, Norm(weights[f"model.layers.{l}.{norm}.weight"].clone(), switch))
+                setattr(
+                    layer, norm, Norm(weights[f"model.layers.{l}.{norm}.weight"].clone(), switch)
+                )
             self.model.layers.append(layer)
         self.model.norm = Norm(weights["model.norm.weight"].clone(), switch)
         self.lm_head = Frozen(weights["lm_head.weight"].clone())
@@ -281,5 +309,10 @@ class Trainer(nn.Module):
 def losses(logits, labels):
     """Loss of every counted position, summed, and their number."""
     shifted = labels[:, 1:].reshape(-1)
-    total = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), shifted, ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+        shifted,
+        ignore_index=-100,
+        reduction="sum",
+    )
     return total, int((shifted != -100).sum())

@@ -23,8 +23,15 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 def base(kind, dtype, compute, double):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=37, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=32)
+    config = LlamaConfig(
+        vocab_size=37,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
     model = LlamaForCausalLM(config)
     for p in model.parameters():
         if p.dim() == 2:
@@ -32,8 +39,12 @@ def base(kind, dtype, compute, double):
     if kind == "int8":
         settings = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
-                                      bnb_4bit_compute_dtype=compute)
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=compute,
+        )
     with tempfile.TemporaryDirectory() as folder:
         model.to(dtype).save_pretrained(folder)
         return LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=dtype)
@@ -60,12 +71,23 @@ def drop_scaling(model):
             module.scaling["default"] = 1.0
 
 
-def step(name, kind="nf4", dtype=BF16, compute=BF16, double=True, prepared=False, dora=False, fault=None):
+def step(
+    name, kind="nf4", dtype=BF16, compute=BF16, double=True, prepared=False, dora=False, fault=None
+):
     model = base(kind, dtype, compute, double)
     if prepared:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", use_dora=dora,
-                                                       task_type="CAUSAL_LM", init_lora_weights=False))
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=2,
+            lora_alpha=6,
+            target_modules="all-linear",
+            use_dora=dora,
+            task_type="CAUSAL_LM",
+            init_lora_weights=False,
+        ),
+    )
     model.train()
     ids = torch.randint(0, 37, (2, 9), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -48,7 +48,11 @@ def main():
     for name in CASES:
         tensors |= case(name, generator)
     versions = f"bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__.split('+')[0]}"
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, sys.argv[1], metadata={"made_by": versions})
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()},
+        sys.argv[1],
+        metadata={"made_by": versions},
+    )
 
 
 if __name__ == "__main__":

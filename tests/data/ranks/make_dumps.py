@@ -32,7 +32,9 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 def base_model(dtype):
     # Each process reads the same weights, as a launcher's processes do.
-    return transformers.AutoModelForCausalLM.from_pretrained(os.path.join(MODELS, dtype), dtype=DTYPES[dtype])
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        os.path.join(MODELS, dtype), dtype=DTYPES[dtype]
+    )
 
 
 def model(dtype, seed=11, **settings):
@@ -55,7 +57,11 @@ def rows(rank, lengths, seed=3):
     length = max(lengths)
     ids = torch.randint(1, 31, (len(lengths), length), generator=g)
     mask = (torch.arange(length)[None] < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)}
+    return {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": torch.where(mask == 1, ids, -100),
+    }
 
 
 # Rows of each process's two micro-batches.
@@ -63,7 +69,9 @@ RAGGED = [[[9, 6], [8]], [[7, 4], [5]], [[6, 6], [9]], [[5, 9], [4]]]
 
 
 def adamw(m):
-    return torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    return torch.optim.AdamW(
+        [p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
 
 
 def finish(step, optimizer, fault):
@@ -90,11 +98,26 @@ def ddp(rank, size, folder, dtype, fault=None, mean="rank_mean", clip=None):
         if rank == 1:
             for p, old in zip(m.parameters(), before):
                 p.data.copy_(old)
-    batches = [rows(0 if fault == "same-rows" else rank, lengths) for lengths in RAGGED[0 if fault == "same-rows" else rank]]
+    batches = [
+        rows(0 if fault == "same-rows" else rank, lengths)
+        for lengths in RAGGED[0 if fault == "same-rows" else rank]
+    ]
     own = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
-    counted = sum((b["labels"][:, 1:] != -100).sum() for r in range(size) for b in [rows(r, part) for part in RAGGED[r]])
-    with dump_step(wrapped, folder, model_path=weights(folder, dtype), reduction="micro_mean" if mean == "rank_mean" else "mean",
-                   logits=fault is None, hidden=False, previous=previous, parallel={"loss": mean} if fault else None) as step:
+    counted = sum(
+        (b["labels"][:, 1:] != -100).sum()
+        for r in range(size)
+        for b in [rows(r, part) for part in RAGGED[r]]
+    )
+    with dump_step(
+        wrapped,
+        folder,
+        model_path=weights(folder, dtype),
+        reduction="micro_mean" if mean == "rank_mean" else "mean",
+        logits=fault is None,
+        hidden=False,
+        previous=previous,
+        parallel={"loss": mean} if fault else None,
+    ) as step:
         for i, b in enumerate(batches):
             last = i + 1 == len(batches)
             alone = not last or fault == "data-parallel-not-reduced"
@@ -115,12 +138,17 @@ def fsdp(rank, size, folder, dtype, fault=None, mesh=None, share=True, old=False
     """fully_shard, with replicas of the shards where the mesh has two axes; or FullyShardedDataParallel."""
     # fully_shard wants one format of the trained parameters and their neighbours.
     m = model(dtype, autocast_adapter_dtype=dtype == "f32")
-    axes = dist.init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")) if mesh else None
+    axes = (
+        dist.init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")) if mesh else None
+    )
     if fault == "data-parallel-not-reduced":
         axes = axes["shard"]  # the axis of replicas is forgotten
     if old:
         from torch.distributed.fsdp import FullyShardedDataParallel
-        m = wrapped = FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu"))
+
+        m = wrapped = FullyShardedDataParallel(
+            m, use_orig_params=True, device_id=torch.device("cpu")
+        )
     else:
         for layer in m.base_model.model.model.layers:
             fully_shard(layer, mesh=axes)
@@ -131,8 +159,14 @@ def fsdp(rank, size, folder, dtype, fault=None, mesh=None, share=True, old=False
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
                 module.set_gradient_divide_factor(1.0)
     optimizer = adamw(m)
-    with dump_step(wrapped, folder, model_path=weights(folder, dtype) if share else None, reduction="micro_mean",
-                   logits=fault is None, hidden=False) as step:
+    with dump_step(
+        wrapped,
+        folder,
+        model_path=weights(folder, dtype) if share else None,
+        reduction="micro_mean",
+        logits=fault is None,
+        hidden=False,
+    ) as step:
         for lengths in RAGGED[rank]:
             (wrapped(**rows(rank, lengths)).loss / 2).backward()
         finish(step, optimizer, fault)
@@ -184,10 +218,14 @@ class Divided(torch.nn.Module):
     def forward(self, x):
         own = x
         if self.column:
-            x, own = (Copied.apply(x) if self.copied in ("both", of) else x for of in ("base", "adapter"))
+            x, own = (
+                Copied.apply(x) if self.copied in ("both", of) else x for of in ("base", "adapter")
+            )
         y = x @ self.weight.T
         if self.lora_A is not None:
-            y = (y + own.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * (ALPHA / RANK)).to(x.dtype)
+            y = (y + own.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * (ALPHA / RANK)).to(
+                x.dtype
+            )
         return y if self.column else Summed.apply(y)
 
 
@@ -200,7 +238,13 @@ def copies(fault, in_mlp):
     if not fault or not fault.startswith("column-input-not-reduced"):
         return "both"
     left = fault.removeprefix("column-input-not-reduced")
-    return {"": "none", "-alone": "none", "-adapter": "base", "-mlp": "none" if in_mlp else "both", "-attention": "both" if in_mlp else "none"}[left]
+    return {
+        "": "none",
+        "-alone": "none",
+        "-adapter": "base",
+        "-mlp": "none" if in_mlp else "both",
+        "-attention": "both" if in_mlp else "none",
+    }[left]
 
 
 def tensor(rank, size, folder, dtype, fault=None):
@@ -212,14 +256,47 @@ def tensor(rank, size, folder, dtype, fault=None):
             for name in COLUMN + ROW:
                 if hasattr(parent, name):
                     copied = copies(fault, parent is layer.mlp)
-                    setattr(parent, name, Divided(getattr(parent, name), name in COLUMN, rank, size, g, name in ADAPTED, copied))
+                    setattr(
+                        parent,
+                        name,
+                        Divided(
+                            getattr(parent, name),
+                            name in COLUMN,
+                            rank,
+                            size,
+                            g,
+                            name in ADAPTED,
+                            copied,
+                        ),
+                    )
     optimizer = adamw(m)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(ADAPTED), "bias": "none"}
-    parallel = {"shards": {rf"({'|'.join(COLUMN)})\.(weight|lora_B)": 0, rf"({'|'.join(ROW)})\.(weight|lora_A)": 1}}
-    replicated = [p for n, p in m.named_parameters() if n.endswith(tuple(f"{c}.lora_A" for c in COLUMN)
-                                                                 + tuple(f"{r}.lora_B" for r in ROW))]
-    with dump_step(m, folder, model_path=weights(folder, dtype), adapter_config=config, parallel=parallel,
-                   logits=fault is None, hidden=False) as step:
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": list(ADAPTED),
+        "bias": "none",
+    }
+    parallel = {
+        "shards": {
+            rf"({'|'.join(COLUMN)})\.(weight|lora_B)": 0,
+            rf"({'|'.join(ROW)})\.(weight|lora_A)": 1,
+        }
+    }
+    replicated = [
+        p
+        for n, p in m.named_parameters()
+        if n.endswith(tuple(f"{c}.lora_A" for c in COLUMN) + tuple(f"{r}.lora_B" for r in ROW))
+    ]
+    with dump_step(
+        m,
+        folder,
+        model_path=weights(folder, dtype),
+        adapter_config=config,
+        parallel=parallel,
+        logits=fault is None,
+        hidden=False,
+    ) as step:
         m(**rows(0, [9, 6, 8])).loss.backward()
         alone = ("replicated-factor-not-summed", "column-input-not-reduced-alone")
         for p in replicated if fault not in alone else []:
@@ -232,33 +309,68 @@ def tensor(rank, size, folder, dtype, fault=None):
 def dtensor(rank, size, folder, dtype, fault=None):
     """Tensor- and sequence-parallel by PyTorch's own plans: gradients of norms, which see a part of each sequence, stay open sums."""
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel,
-                                                   parallelize_module)
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
     m = base_model(dtype).requires_grad_(False)
     mesh = dist.init_device_mesh("cpu", (size,))
     # Transformers takes positions and mask from the embedded rows, which must be whole.
     first = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),))
     plan = {"layers.0": first, "norm": SequenceParallel()}
     for i, layer in enumerate(m.model.layers):
-        plan |= {f"layers.{i}.{name}": ColwiseParallel() for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                                                                      "mlp.gate_proj", "mlp.up_proj")}
-        plan |= {f"layers.{i}.{name}": RowwiseParallel(output_layouts=Shard(1), use_local_output=False) for name in ("self_attn.o_proj", "mlp.down_proj")}
-        plan |= {f"layers.{i}.{name}": SequenceParallel() for name in ("input_layernorm", "post_attention_layernorm")}
-        plan[f"layers.{i}.self_attn"] = PrepareModuleInput(input_kwarg_layouts={"hidden_states": Shard(1)},
-                                                           desired_input_kwarg_layouts={"hidden_states": Replicate()})
-        plan[f"layers.{i}.mlp"] = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+        plan |= {
+            f"layers.{i}.{name}": ColwiseParallel()
+            for name in (
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+            )
+        }
+        plan |= {
+            f"layers.{i}.{name}": RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        }
+        plan |= {
+            f"layers.{i}.{name}": SequenceParallel()
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        plan[f"layers.{i}.self_attn"] = PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        )
+        plan[f"layers.{i}.mlp"] = PrepareModuleInput(
+            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+        )
     parallelize_module(m.model, mesh, plan)
-    parallelize_module(m, mesh, {"lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())})
+    parallelize_module(
+        m, mesh, {"lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())}
+    )
     for name, p in m.named_parameters():
         p.requires_grad_("norm" in name or "down_proj" in name)
     optimizer = adamw(m)
-    with dump_step(m, folder, model_path=weights(folder, dtype), parallel={"data": "same"}, logits=fault is None, hidden=False) as step:
+    with dump_step(
+        m,
+        folder,
+        model_path=weights(folder, dtype),
+        parallel={"data": "same"},
+        logits=fault is None,
+        hidden=False,
+    ) as step:
         m(**{k: v for k, v in rows(0, [8, 8]).items() if k != "attention_mask"}).loss.backward()
         if fault == "open-sum-dropped":
             # Each rank takes its summand for the gradient.
             for p in m.parameters():
                 if p.grad is not None and any(q.is_partial() for q in p.grad.placements):
-                    p.grad = torch.distributed.tensor.DTensor.from_local(p.grad.to_local(), mesh, [Replicate()])
+                    p.grad = torch.distributed.tensor.DTensor.from_local(
+                        p.grad.to_local(), mesh, [Replicate()]
+                    )
         finish(step, optimizer, fault)
 
 
@@ -269,10 +381,14 @@ def packed(rank, size, folder, dtype, fault=None):
     batch = rows(rank, [9, 9] if rank == 0 else [9, 6])
     if rank == 0:
         batch.pop("attention_mask")
-        batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6]])
+        batch["position_ids"] = torch.tensor(
+            [[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 4, 5, 6]]
+        )
         batch["labels"][:, 0] = -100
     optimizer = adamw(m)
-    with dump_step(wrapped, folder, model_path=weights(folder, dtype), logits=fault is None, hidden=False) as step:
+    with dump_step(
+        wrapped, folder, model_path=weights(folder, dtype), logits=fault is None, hidden=False
+    ) as step:
         wrapped(**batch, use_cache=False).loss.backward()
         finish(step, optimizer, fault)
 
@@ -307,7 +423,9 @@ def sequence(rank, size, folder, dtype, fault=None):
     """Each rank has a part of every row; keys and values are gathered."""
     m = model(dtype)
     transformers.AttentionInterface.register("over_all_positions", over_all_positions)
-    m.config._attn_implementation = m.base_model.model.config._attn_implementation = "over_all_positions"
+    m.config._attn_implementation = m.base_model.model.config._attn_implementation = (
+        "over_all_positions"
+    )
     optimizer = adamw(m)
     ids = rows(0, [12, 12, 12])["input_ids"]
     labels = ids.clone()
@@ -315,10 +433,19 @@ def sequence(rank, size, folder, dtype, fault=None):
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     part = lambda t: t.chunk(size, 1)[rank].contiguous()  # noqa: E731
     positions = part(torch.arange(12)[None]).expand(3, -1)
-    with dump_step(m, folder, labels=part(labels), model_path=weights(folder, dtype), hidden=False, logits=fault is None,
-                   parallel={"data": "sequence", "reduce": "sum", "loss": "global_mean"}) as step:
+    with dump_step(
+        m,
+        folder,
+        labels=part(labels),
+        model_path=weights(folder, dtype),
+        hidden=False,
+        logits=fault is None,
+        parallel={"data": "sequence", "reduce": "sum", "loss": "global_mean"},
+    ) as step:
         logits = m(input_ids=part(ids), position_ids=positions, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part(targets).flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), part(targets).flatten(), reduction="sum"
+        )
         loss = loss / (targets != -100).sum()
         loss.backward()
         step.set_loss(loss)
@@ -353,33 +480,73 @@ for dtype in DTYPES:
         f"clean/fsdp-{dtype}": (2, fsdp, {}),
         f"clean/tensor-{dtype}": (2, tensor, {}),
         f"clean/sequence-{dtype}": (2, sequence, {}),
-        f"faults/data-parallel-not-reduced-{dtype}": (2, ddp, {"fault": "data-parallel-not-reduced"}),
+        f"faults/data-parallel-not-reduced-{dtype}": (
+            2,
+            ddp,
+            {"fault": "data-parallel-not-reduced"},
+        ),
         f"faults/averaged-twice-{dtype}": (2, ddp, {"fault": "averaged-twice"}),
         f"faults/replicas-differ-{dtype}": (2, ddp, {"fault": "replicas-differ"}),
-        f"faults/replicated-factor-not-summed-{dtype}": (2, tensor, {"fault": "replicated-factor-not-summed"}),
-        f"faults/column-input-not-reduced-{dtype}": (2, tensor, {"fault": "column-input-not-reduced"}),
-        f"faults/column-input-not-reduced-adapter-{dtype}": (2, tensor, {"fault": "column-input-not-reduced-adapter"}),
+        f"faults/replicated-factor-not-summed-{dtype}": (
+            2,
+            tensor,
+            {"fault": "replicated-factor-not-summed"},
+        ),
+        f"faults/column-input-not-reduced-{dtype}": (
+            2,
+            tensor,
+            {"fault": "column-input-not-reduced"},
+        ),
+        f"faults/column-input-not-reduced-adapter-{dtype}": (
+            2,
+            tensor,
+            {"fault": "column-input-not-reduced-adapter"},
+        ),
         f"faults/sequence-shard-only-{dtype}": (2, sequence, {"fault": "sequence-shard-only"}),
         f"faults/summed-not-averaged-{dtype}": (2, fsdp, {"fault": "summed-not-averaged"}),
     }
-    DUMPS = {name: (size, make, {"dtype": dtype} | options) for name, (size, make, options) in DUMPS.items()}
+    DUMPS = {
+        name: (size, make, {"dtype": dtype} | options)
+        for name, (size, make, options) in DUMPS.items()
+    }
 f32 = {"dtype": "f32"}
 DUMPS |= {
     "clean/ddp-global-f32": (2, ddp, f32 | {"mean": "global_mean"}),
     "clean/fsdp-base-f32": (3, fsdp, f32 | {"share": False}),
     "clean/fsdp-flat-f32": (2, fsdp, f32 | {"old": True}),
     "clean/fsdp-replicas-f32": (4, fsdp, f32 | {"mesh": (2, 2)}),
-    "faults/data-parallel-not-reduced-replicas-f32": (4, fsdp, f32 | {"mesh": (2, 2), "fault": "data-parallel-not-reduced"}),
+    "faults/data-parallel-not-reduced-replicas-f32": (
+        4,
+        fsdp,
+        f32 | {"mesh": (2, 2), "fault": "data-parallel-not-reduced"},
+    ),
     "faults/rank-mean-f32": (2, ddp, f32 | {"fault": "rank-mean", "mean": "global_mean"}),
-    "faults/replicated-factor-averaged-f32": (2, tensor, f32 | {"fault": "replicated-factor-averaged"}),
-    "faults/column-input-not-reduced-mlp-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-mlp"}),
-    "faults/column-input-not-reduced-attention-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-attention"}),
-    "faults/column-input-not-reduced-alone-f32": (2, tensor, f32 | {"fault": "column-input-not-reduced-alone"}),
+    "faults/replicated-factor-averaged-f32": (
+        2,
+        tensor,
+        f32 | {"fault": "replicated-factor-averaged"},
+    ),
+    "faults/column-input-not-reduced-mlp-f32": (
+        2,
+        tensor,
+        f32 | {"fault": "column-input-not-reduced-mlp"},
+    ),
+    "faults/column-input-not-reduced-attention-f32": (
+        2,
+        tensor,
+        f32 | {"fault": "column-input-not-reduced-attention"},
+    ),
+    "faults/column-input-not-reduced-alone-f32": (
+        2,
+        tensor,
+        f32 | {"fault": "column-input-not-reduced-alone"},
+    ),
     "clean/dtensor-f32": (2, dtensor, f32),
     "clean/packed-f32": (2, packed, f32),
     "faults/same-rows-f32": (2, ddp, f32 | {"fault": "same-rows"}),
     "faults/stale-rank-f32": (2, ddp, f32 | {"fault": "stale-rank"}),
 }
+
 
 def make(wanted, out=HERE):
     """Makes dumps by name; each number of processes starts once."""
@@ -391,11 +558,23 @@ def make(wanted, out=HERE):
 
 
 # Those that lie here; python/test_ranks.py makes and judges all.
-LEFT_OUT = [f"faults/{fault}-bf16" for fault in (
-    "averaged-twice", "replicas-differ", "sequence-shard-only", "summed-not-averaged", "column-input-not-reduced",
-    "column-input-not-reduced-adapter")] + [
-        f"faults/column-input-not-reduced-{where}-f32" for where in ("adapter", "mlp", "attention", "alone")]
+LEFT_OUT = [
+    f"faults/{fault}-bf16"
+    for fault in (
+        "averaged-twice",
+        "replicas-differ",
+        "sequence-shard-only",
+        "summed-not-averaged",
+        "column-input-not-reduced",
+        "column-input-not-reduced-adapter",
+    )
+] + [
+    f"faults/column-input-not-reduced-{where}-f32"
+    for where in ("adapter", "mlp", "attention", "alone")
+]
 
 if __name__ == "__main__":
     wanted = [name for name in DUMPS if name not in LEFT_OUT]
-    make([name for name in wanted if not sys.argv[1:] or any(part in name for part in sys.argv[1:])])
+    make(
+        [name for name in wanted if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
+    )

@@ -5,7 +5,10 @@ use crate::cost::Cost;
 use crate::linalg::Real;
 use crate::linalg::attention_tile::{front, key_tiles, softmax_backward_tile};
 use crate::linalg::tile::{Padded, SKINNY, add_transposed_times_tile, tile_times};
-use ndarray::{Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, Axis, parallel::prelude::*, s};
+use ndarray::{
+    Array2, Array3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, Axis, parallel::prelude::*,
+    s,
+};
 use std::ops::Range;
 
 /// What pass 2 reads besides [`Pass`].
@@ -26,13 +29,19 @@ struct Workspace<T> {
     key_side: Array3<T>,
 }
 
-/// Returns dS Z (`L_q x m`) and the key side, W^T dS over N^T P, as one `(m + n) x tile.keys` block for each tile of
-/// keys. Transposed, so that a row of P or dS adds to rows of its block and no product has to copy its tile; in
-/// blocks, so that the rows do not lie a power of two apart, where they would share few lines of the cache.
+/// Returns dS Z (`L_q x m`) and the key side, W^T dS over N^T P, as one `(m + n) x tile.keys` block
+/// for each tile of keys. Transposed, so that a row of P or dS adds to rows of its block and no
+/// product has to copy its tile; in blocks, so that the rows do not lie a power of two apart, where
+/// they would share few lines of the cache.
 ///
-/// Each query tile accumulates its key side from zero in the buffer of its thread; the buffers are added
-/// to the total in the order of the tiles, so the result does not depend on the number of threads.
-pub(crate) fn backward<T: Real>(pass: &Pass<T>, sides: &Sides<T>, cost: &mut Cost) -> (Array2<T>, Array3<T>) {
+/// Each query tile accumulates its key side from zero in the buffer of its thread; the buffers are
+/// added to the total in the order of the tiles, so the result does not depend on the number of
+/// threads.
+pub(crate) fn backward<T: Real>(
+    pass: &Pass<T>,
+    sides: &Sides<T>,
+    cost: &mut Cost,
+) -> (Array2<T>, Array3<T>) {
     let (queries, keys) = (pass.scaled_query.nrows(), pass.value.nrows());
     let tile = pass.tile;
     let key_width = sides.score_left.ncols() + sides.value_left.ncols();
@@ -60,17 +69,21 @@ pub(crate) fn backward<T: Real>(pass: &Pass<T>, sides: &Sides<T>, cost: &mut Cos
         let operations: Vec<Cost> = round
             .par_iter_mut()
             .zip(workspaces.par_iter_mut())
-            .map(|((index, out), workspace)| backward_tile(pass, sides, *index * tile.queries, out, workspace))
+            .map(|((index, out), workspace)| {
+                backward_tile(pass, sides, *index * tile.queries, out, workspace)
+            })
             .collect();
         operations.iter().for_each(|part| cost.add_operations(part));
         // Blocks of the total are independent; within a block the query tiles are added in order.
-        key_side.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(block, mut total)| {
-            for ((index, out), workspace) in round.iter().zip(&workspaces) {
-                if block * tile.keys < pass.visible_keys(index * tile.queries, out.nrows()) {
-                    total += &workspace.key_side.index_axis(Axis(0), block);
+        key_side.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(
+            |(block, mut total)| {
+                for ((index, out), workspace) in round.iter().zip(&workspaces) {
+                    if block * tile.keys < pass.visible_keys(index * tile.queries, out.nrows()) {
+                        total += &workspace.key_side.index_axis(Axis(0), block);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
     for w in &workspaces {
         cost.release(w.scores.len() + w.upstream.len() + w.key_side.len());
@@ -81,14 +94,17 @@ pub(crate) fn backward<T: Real>(pass: &Pass<T>, sides: &Sides<T>, cost: &mut Cos
 /// The transpose of the key side's blocks, `L_k` rows.
 pub(crate) fn key_rows<T: Real>(blocks: ArrayView3<T>, keys: usize) -> Array2<T> {
     let mut out = Array2::zeros((keys, blocks.len_of(Axis(1))));
-    for (mut rows, block) in out.axis_chunks_iter_mut(Axis(0), blocks.len_of(Axis(2)).max(1)).zip(blocks.outer_iter()) {
+    for (mut rows, block) in
+        out.axis_chunks_iter_mut(Axis(0), blocks.len_of(Axis(2)).max(1)).zip(blocks.outer_iter())
+    {
         let visible = rows.nrows();
         rows.assign(&block.slice(s![.., ..visible]).t());
     }
     out
 }
 
-/// Query rows whose P and dS are used while they are in the first-level cache: 32 x 256 f32 of each take 64 kB.
+/// Query rows whose P and dS are used while they are in the first-level cache: 32 x 256 f32 of each
+/// take 64 kB.
 const SLAB_ROWS: usize = 32;
 
 fn backward_tile<T: Real>(
@@ -116,12 +132,20 @@ fn backward_tile<T: Real>(
         let mut ds = front(&mut workspace.upstream, rows, end - start);
         pass.scores(first, query, start..end, &mut p, &mut cost);
         let value_transposed = &pass.value_transposed[start / pass.tile.keys];
-        tile_times(upstream, value_transposed, 0..upstream.ncols(), false, ds.view_mut(), &mut cost);
+        tile_times(
+            upstream,
+            value_transposed,
+            0..upstream.ncols(),
+            false,
+            ds.view_mut(),
+            &mut cost,
+        );
         cost.exponentials += (rows * (end - start)) as u64;
         cost.elementwise += 3 * (rows * (end - start)) as u64;
         let key_side = workspace.key_side.slice_mut(s![start / pass.tile.keys, .., ..end - start]);
         let (mut left, mut value) = key_side.split_at(Axis(0), score_left.ncols());
-        // The general GEMM gains from tall tiles, the narrow products from slabs still in the first-level cache.
+        // The general GEMM gains from tall tiles, the narrow products from slabs still in the
+        // first-level cache.
         let wide = left.nrows().max(value.nrows()) > SKINNY;
         let slab_rows = if wide { rows } else { SLAB_ROWS };
         let mut at = 0;
@@ -129,12 +153,27 @@ fn backward_tile<T: Real>(
             let slab = at..(at + slab_rows).min(rows);
             let mut p = p.slice_mut(s![slab.clone(), ..]);
             let mut ds = ds.slice_mut(s![slab.clone(), ..]);
-            softmax_backward_tile(p.view_mut(), ds.view_mut(), &log_sum_exp[slab.clone()], &delta[slab.clone()]);
+            softmax_backward_tile(
+                p.view_mut(),
+                ds.view_mut(),
+                &log_sum_exp[slab.clone()],
+                &delta[slab.clone()],
+            );
             let (p, ds) = (p.view(), ds.view());
             let out = score_right.slice_mut(s![slab.clone(), ..]);
             tile_times(ds, &sides.score_right, start..end, start > 0, out, &mut cost);
-            add_transposed_times_tile(score_left.slice(s![slab.clone(), ..]), ds, left.view_mut(), &mut cost);
-            add_transposed_times_tile(value_left.slice(s![slab.clone(), ..]), p, value.view_mut(), &mut cost);
+            add_transposed_times_tile(
+                score_left.slice(s![slab.clone(), ..]),
+                ds,
+                left.view_mut(),
+                &mut cost,
+            );
+            add_transposed_times_tile(
+                value_left.slice(s![slab.clone(), ..]),
+                p,
+                value.view_mut(),
+                &mut cost,
+            );
             at = slab.end;
         }
     }

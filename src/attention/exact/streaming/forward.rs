@@ -18,7 +18,11 @@ pub(crate) struct Forward<T> {
 }
 
 /// O, P R and log-sum-exps over the keys of the pass.
-pub(crate) fn forward<T: Real>(pass: &Pass<T>, value_right: ArrayView2<T>, cost: &mut Cost) -> Forward<T> {
+pub(crate) fn forward<T: Real>(
+    pass: &Pass<T>,
+    value_right: ArrayView2<T>,
+    cost: &mut Cost,
+) -> Forward<T> {
     let (queries, width_v) = (pass.scaled_query.nrows(), pass.value.ncols());
     // One product for both: [V | R].
     let values = side_by_side(pass.value, value_right);
@@ -40,19 +44,31 @@ pub(crate) fn forward<T: Real>(pass: &Pass<T>, value_right: ArrayView2<T>, cost:
         .zip(pass.scaled_query.axis_chunks_iter(Axis(0), tile.queries))
         .enumerate()
         .map(|(index, ((mut out, mut lse), query))| {
-            let mut buffer = pool.lock().ok().and_then(|mut p| p.pop()).unwrap_or_else(|| vec![T::zero(); workspace]);
+            let mut buffer = pool
+                .lock()
+                .ok()
+                .and_then(|mut p| p.pop())
+                .unwrap_or_else(|| vec![T::zero(); workspace]);
             let mut cost = Cost::default();
             let rows = query.nrows();
             let first = index * tile.queries;
             let (scores, statistics) = buffer.split_at_mut(tile.queries * tile.keys);
-            let mut softmax = OnlineSoftmax::new(statistics, rows, pass.softmax == SoftmaxKind::One);
+            let mut softmax =
+                OnlineSoftmax::new(statistics, rows, pass.softmax == SoftmaxKind::One);
             for keys in key_tiles(0..pass.visible_keys(first, rows), tile.keys) {
                 let mut p = front(scores, rows, keys.len());
                 pass.scores(first, query, keys.clone(), &mut p, &mut cost);
                 softmax.absorb(p.view_mut(), out.view_mut(), keys.start == 0);
                 cost.exponentials += p.len() as u64;
                 cost.elementwise += 3 * p.len() as u64;
-                tile_times(p.view(), &values, keys.clone(), keys.start > 0, out.view_mut(), &mut cost);
+                tile_times(
+                    p.view(),
+                    &values,
+                    keys.clone(),
+                    keys.start > 0,
+                    out.view_mut(),
+                    &mut cost,
+                );
             }
             softmax.finish(out, &mut lse);
             if let Ok(mut pool) = pool.lock() {

@@ -39,7 +39,10 @@ impl<'a, T: Real> Pass<'a, T> {
             mask,
             softmax,
             // No wider than the problem, so that short sequences do not pay for full workspaces.
-            tile: Tile { queries: tile.queries.min(scaled_query.nrows()), keys: tile.keys.min(key.nrows()) },
+            tile: Tile {
+                queries: tile.queries.min(scaled_query.nrows()),
+                keys: tile.keys.min(key.nrows()),
+            },
         }
     }
 

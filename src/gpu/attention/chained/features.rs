@@ -1,7 +1,8 @@
 //! Rows of Phi and Psi on the device.
 //!
-//! Monomials are made there: one gather and one product for each degree, from the rows of Q and K that are there already.
-//! Every other map is asked for its rows on the processor, chunk by chunk on all cores, and they are sent.
+//! Monomials are made there: one gather and one product for each degree, from the rows of Q and K
+//! that are there already. Every other map is asked for its rows on the processor, chunk by chunk
+//! on all cores, and they are sent.
 
 use super::{Block, Chunks};
 use crate::attention::factorization::FeatureMap;
@@ -53,7 +54,9 @@ impl<'a, B: Engine, T: Real> Features<'a, B, T> {
         count.cost.elementwise += 2 * (rows.len() * self.rank()) as u64;
         let made = match &self.monomials {
             Some(m) => m.rows(rows_of(&m.query, rows)) * m.weights.clone(),
-            None => self.made(self.query, block, |first, rows, out| self.map.query_features(first, rows, out))?,
+            None => self.made(self.query, block, |first, rows, out| {
+                self.map.query_features(first, rows, out)
+            })?,
         };
         Ok(made.reshape([block.chunks, block.rows, self.rank()]))
     }
@@ -74,7 +77,9 @@ impl<'a, B: Engine, T: Real> Features<'a, B, T> {
                     None => made,
                 }
             }
-            None => self.made(self.key, block, |first, rows, out| self.map.key_features(first, rows, out))?,
+            None => self.made(self.key, block, |first, rows, out| {
+                self.map.key_features(first, rows, out)
+            })?,
         };
         Ok(made.reshape([block.chunks, block.rows, self.rank()]))
     }
@@ -88,12 +93,14 @@ impl<'a, B: Engine, T: Real> Features<'a, B, T> {
     ) -> Result<Matrix<B>> {
         let range = block.range();
         let mut out = Array2::<f32>::zeros((range.len(), self.rank()));
-        out.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter().enumerate().for_each(|(index, mut part)| {
-            let first = range.start + index * ROWS;
-            let mut features = Array2::<T>::zeros((part.ncols(), part.nrows()));
-            make(first, of.slice(s![first..first + part.nrows(), ..]), features.view_mut());
-            part.zip_mut_with(&features.t(), |to, from| *to = from.widen() as f32);
-        });
+        out.axis_chunks_iter_mut(Axis(0), ROWS).into_par_iter().enumerate().for_each(
+            |(index, mut part)| {
+                let first = range.start + index * ROWS;
+                let mut features = Array2::<T>::zeros((part.ncols(), part.nrows()));
+                make(first, of.slice(s![first..first + part.nrows(), ..]), features.view_mut());
+                part.zip_mut_with(&features.t(), |to, from| *to = from.widen() as f32);
+            },
+        );
         self.on.upload("the features", out.view())
     }
 }
@@ -103,8 +110,8 @@ struct Monomials<B: Engine> {
     /// Centered and scaled Q and K.
     query: Matrix<B>,
     key: Matrix<B>,
-    /// For each degree from 1 on: the place of each monomial's parent among those of one degree less, and the variable
-    /// that it is multiplied with.
+    /// For each degree from 1 on: the place of each monomial's parent among those of one degree
+    /// less, and the variable that it is multiplied with.
     degrees: Vec<(Tensor<B, 1, Int>, Tensor<B, 1, Int>)>,
     /// `1 x k`.
     weights: Matrix<B>,
@@ -113,7 +120,12 @@ struct Monomials<B: Engine> {
 }
 
 impl<B: Engine> Monomials<B> {
-    fn new<T: Real>(on: &Opened<B>, map: &MonomialMap<T>, query: ArrayView2<T>, key: ArrayView2<T>) -> Result<Self> {
+    fn new<T: Real>(
+        on: &Opened<B>,
+        map: &MonomialMap<T>,
+        query: ArrayView2<T>,
+        key: ArrayView2<T>,
+    ) -> Result<Self> {
         let indices = |of: &[u32]| {
             let numbers: Vec<i32> = of.iter().map(|&i| i as i32).collect();
             Tensor::from_data(TensorData::new(numbers, [of.len()]), &on.device)
@@ -140,7 +152,9 @@ impl<B: Engine> Monomials<B> {
         let mut all: Vec<Matrix<B>> = vec![Tensor::ones([x.dims()[0], 1], &x.device())];
         for (parents, variables) in &self.degrees {
             let Some(last) = all.last() else { break };
-            all.push(last.clone().select(1, parents.clone()) * x.clone().select(1, variables.clone()));
+            all.push(
+                last.clone().select(1, parents.clone()) * x.clone().select(1, variables.clone()),
+            );
         }
         if all.len() == 1 { all.remove(0) } else { Tensor::cat(all, 1) }
     }

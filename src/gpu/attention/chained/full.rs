@@ -1,4 +1,5 @@
-//! The chain without a mask: right moments over keys; then queries, with left moments over them; then keys again.
+//! The chain without a mask: right moments over keys; then queries, with left moments over them;
+//! then keys again.
 
 use super::{Block, Chain, Collected, Results};
 use crate::error::Result;
@@ -56,5 +57,9 @@ pub(super) fn products<B: Engine, T: Real>(
 }
 
 fn blocks(length: usize, rows: usize) -> impl Iterator<Item = Block> {
-    (0..length).step_by(rows).map(move |start| Block { start, chunks: 1, rows: rows.min(length - start) })
+    (0..length).step_by(rows).map(move |start| Block {
+        start,
+        chunks: 1,
+        rows: rows.min(length - start),
+    })
 }

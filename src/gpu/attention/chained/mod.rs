@@ -1,9 +1,11 @@
-//! Chained low-rank gradients on a device (design 2.2), for every factorization that is made of products.
+//! Chained low-rank gradients on a device (design 2.2), for every factorization that is made of
+//! products.
 //!
-//! The factorization is prepared on the processor, in the precision of the problem. Monomials are then made on the device
-//! from Q and K; other features are made on the processor, tile by tile, and sent. All products, and the columns they
-//! multiply, are the device's. The equations are those of [`crate::attention::chained`]; under a causal mask the same
-//! chunks are exact, so that both compute the same approximation.
+//! The factorization is prepared on the processor, in the precision of the problem. Monomials are
+//! then made on the device from Q and K; other features are made on the processor, tile by tile,
+//! and sent. All products, and the columns they multiply, are the device's. The equations are those
+//! of [`crate::attention::chained`]; under a causal mask the same chunks are exact, so that both
+//! compute the same approximation.
 
 mod causal;
 mod features;
@@ -25,13 +27,14 @@ use std::ops::Range;
 
 /// Chained gradients of a head, computed on `device`.
 ///
-/// O(L k (d_v + 1) m) operations and O(L d + k (d_v + 1) m) memory beside the tiles, as on the processor. The
-/// factorization is prepared in `T`: f64 keeps methods that draw at random at the same draws as the processor's f64.
+/// O(L k (d_v + 1) m) operations and O(L d + k (d_v + 1) m) memory beside the tiles, as on the
+/// processor. The factorization is prepared in `T`: f64 keeps methods that draw at random at the
+/// same draws as the processor's f64.
 ///
 /// # Errors
-/// Those of the factorization's `prepare`; [`Error::InvalidParam`] for a factorization that corrects single pairs, which no
-/// product does, or a precision that the device lacks; [`Error::NonPositiveDenominator`]; [`Error::TooLarge`];
-/// [`Error::Device`].
+/// Those of the factorization's `prepare`; [`Error::InvalidParam`] for a factorization that
+/// corrects single pairs, which no product does, or a precision that the device lacks;
+/// [`Error::NonPositiveDenominator`]; [`Error::TooLarge`]; [`Error::Device`].
 pub fn gradients<T: Real>(
     device: &Device,
     problem: &AttentionProblem<T>,
@@ -47,14 +50,17 @@ pub fn gradients<T: Real>(
             "features",
             &map.certificate().spec,
             format!(
-                "corrects {} pairs one by one, which is not made of products; compute it with --device cpu, or raise the \
-                 threshold until no pair is corrected",
+                "corrects {} pairs one by one, which is not made of products; compute it with \
+                 --device cpu, or raise the threshold until no pair is corrected",
                 sparse.len()
             ),
         ));
     }
     let (query, key) = (projected.qkv.query.view(), projected.qkv.key.view());
-    device.run("chained gradient", Chaining { problem, map: map.as_ref(), query, key, request, options, cost })
+    device.run(
+        "chained gradient",
+        Chaining { problem, map: map.as_ref(), query, key, request, options, cost },
+    )
 }
 
 struct Chaining<'a, T> {
@@ -82,7 +88,15 @@ impl<T: Real> Work for Chaining<'_, T> {
         };
         let features = Features::new(on, map, query, key)?;
         let widths = Widths::new(&head, &factors);
-        let chain = Chain { on, head: &head, factors: &factors, features, shift, softmax: problem.softmax(), widths };
+        let chain = Chain {
+            on,
+            head: &head,
+            factors: &factors,
+            features,
+            shift,
+            softmax: problem.softmax(),
+            widths,
+        };
         let rank = map.rank();
         on.check_buffer("the moments", rank * widths.right().max(widths.left()))?;
         let results = match problem.mask() {
@@ -106,7 +120,8 @@ impl<T: Real> Work for Chaining<'_, T> {
 }
 
 fn column<T: Real>(values: &[T]) -> ArrayView2<'_, T> {
-    ArrayView2::from_shape((values.len(), 1), values).unwrap_or_else(|_| unreachable!("one column of all values"))
+    ArrayView2::from_shape((values.len(), 1), values)
+        .unwrap_or_else(|_| unreachable!("one column of all values"))
 }
 
 /// Chunks of rows, `[chunks, rows, columns]`.
@@ -212,7 +227,8 @@ impl<B: Engine, T: Real> Chain<'_, B, T> {
             let width = a.dims()[1];
             a.reshape([block.chunks, block.rows, width])
         };
-        let mut parts: Vec<Chunks<B>> = self.head.value_left(&side.upstream, count).map(shape).into_iter().collect();
+        let mut parts: Vec<Chunks<B>> =
+            self.head.value_left(&side.upstream, count).map(shape).into_iter().collect();
         if let Some(w) = &self.factors.score_left {
             parts.push(face_splitting(shape(side.extended.clone()), self.block(w, block)));
         }
@@ -229,10 +245,13 @@ impl<B: Engine, T: Real> Chain<'_, B, T> {
         let denominator = match (self.softmax, &self.shift) {
             (SoftmaxKind::Standard, _) => columns(0, 1),
             (SoftmaxKind::One, None) => columns(0, 1) + 1.0,
-            (SoftmaxKind::One, Some(shift)) => columns(0, 1) + (-rows_of(shift, rows.clone())).exp(),
+            (SoftmaxKind::One, Some(shift)) => {
+                columns(0, 1) + (-rows_of(shift, rows.clone())).exp()
+            }
         };
         let output = columns(1, w.value) / denominator.clone();
-        let value_right = (w.value_right > 0).then(|| columns(1 + w.value, w.value_right) / denominator.clone());
+        let value_right =
+            (w.value_right > 0).then(|| columns(1 + w.value, w.value_right) / denominator.clone());
         let upstream = self.head.upstream(&output, rows);
         let delta = (upstream.clone() * output.clone()).sum_dim(1);
         let extended = Tensor::cat(vec![upstream.clone(), -delta], 1);

@@ -1,8 +1,9 @@
 //! Grouped-query causal softmax attention by tiles of queries: scores exist one tile at a time.
 //!
-//! The query heads that share a key/value head are rows of one matrix, so that a tile is one batched product and the
-//! gradients of keys and values add up over the group inside it. A tile holds some query positions of every sequence
-//! and head against all keys that they may see; how many positions follows from [`TILE_ENTRIES`].
+//! The query heads that share a key/value head are rows of one matrix, so that a tile is one
+//! batched product and the gradients of keys and values add up over the group inside it. A tile
+//! holds some query positions of every sequence and head against all keys that they may see; how
+//! many positions follows from [`TILE_ENTRIES`].
 
 use super::{Matrix, product};
 use crate::blocks::causal_attention::AttentionShape;
@@ -13,8 +14,8 @@ use burn::tensor::{Int, Tensor};
 pub const TILE_ENTRIES: usize = 1 << 24;
 /// Fewest query positions of a tile.
 const LEAST_TILE: usize = 16;
-/// Added to the score of a hidden key. A finite number, since shaders have no literal for infinity; f32 absorbs any
-/// score into it.
+/// Added to the score of a hidden key. A finite number, since shaders have no literal for infinity;
+/// f32 absorbs any score into it.
 const HIDDEN: f64 = -1e30;
 
 /// Queries of all heads, `(B K) x G x T x d` for K key/value heads of G query heads each.
@@ -42,19 +43,27 @@ pub fn split_queries<B: Engine>(x: Matrix<B>, shape: &AttentionShape) -> Queries
 /// [`Queries`] as rows `(B T) x (H d)`.
 pub fn join_queries<B: Engine>(x: Queries<B>, shape: &AttentionShape) -> Matrix<B> {
     let AttentionShape { batch, length, heads, head_dim, .. } = *shape;
-    x.reshape([batch, heads, length, head_dim]).swap_dims(1, 2).reshape([batch * length, heads * head_dim])
+    x.reshape([batch, heads, length, head_dim])
+        .swap_dims(1, 2)
+        .reshape([batch * length, heads * head_dim])
 }
 
 /// Rows `(B T) x (K d)` as [`Keys`].
 pub fn split_keys<B: Engine>(x: Matrix<B>, shape: &AttentionShape) -> Keys<B> {
     let AttentionShape { batch, length, kv_heads, head_dim, .. } = *shape;
-    x.reshape([batch, length, kv_heads, head_dim]).swap_dims(1, 2).reshape([batch * kv_heads, length, head_dim])
+    x.reshape([batch, length, kv_heads, head_dim]).swap_dims(1, 2).reshape([
+        batch * kv_heads,
+        length,
+        head_dim,
+    ])
 }
 
 /// [`Keys`] as rows `(B T) x (K d)`.
 pub fn join_keys<B: Engine>(x: Keys<B>, shape: &AttentionShape) -> Matrix<B> {
     let AttentionShape { batch, length, kv_heads, head_dim, .. } = *shape;
-    x.reshape([batch, kv_heads, length, head_dim]).swap_dims(1, 2).reshape([batch * length, kv_heads * head_dim])
+    x.reshape([batch, kv_heads, length, head_dim])
+        .swap_dims(1, 2)
+        .reshape([batch * length, kv_heads * head_dim])
 }
 
 /// Which keys may be seen besides the causal rule.
@@ -66,14 +75,19 @@ pub struct Padding<B: Engine> {
 
 impl<B: Engine> Padding<B> {
     /// From the mask of a batch, false for padding.
-    pub fn upload(mask: ndarray::ArrayView2<bool>, shape: &AttentionShape, device: &B::Device) -> Self {
+    pub fn upload(
+        mask: ndarray::ArrayView2<bool>,
+        shape: &AttentionShape,
+        device: &B::Device,
+    ) -> Self {
         let mut bias = Vec::with_capacity(shape.batch * shape.kv_heads * shape.length);
         for row in mask.rows() {
             for _ in 0..shape.kv_heads {
                 bias.extend(row.iter().map(|&seen| if seen { 0.0f32 } else { HIDDEN as f32 }));
             }
         }
-        let data = burn::tensor::TensorData::new(bias, [shape.batch * shape.kv_heads, 1, shape.length]);
+        let data =
+            burn::tensor::TensorData::new(bias, [shape.batch * shape.kv_heads, 1, shape.length]);
         Self { bias: Tensor::from_data(data, device) }
     }
 }
@@ -111,12 +125,15 @@ fn tile_scores<B: Engine>(
     precision: Precision,
 ) -> Tensor<B, 3> {
     let device = query.device();
-    let positions = Tensor::<B, 1, Int>::arange(tile.start as i64..(tile.start + tile.rows) as i64, &device);
+    let positions =
+        Tensor::<B, 1, Int>::arange(tile.start as i64..(tile.start + tile.rows) as i64, &device);
     let positions: Tensor<B, 3, Int> = positions.reshape([1, tile.rows, 1]).repeat_dim(1, group);
-    let keys: Tensor<B, 3, Int> = Tensor::<B, 1, Int>::arange(0..tile.keys as i64, &device).reshape([1, 1, tile.keys]);
+    let keys: Tensor<B, 3, Int> =
+        Tensor::<B, 1, Int>::arange(0..tile.keys as i64, &device).reshape([1, 1, tile.keys]);
     let shape = [1, group * tile.rows, tile.keys];
     let future = keys.expand(shape).greater(positions.expand(shape)).float().mul_scalar(HIDDEN);
-    let scores = product(query.clone(), key.clone().swap_dims(1, 2), precision).mul_scalar(scale) + future;
+    let scores =
+        product(query.clone(), key.clone().swap_dims(1, 2), precision).mul_scalar(scale) + future;
     match padding {
         Some(padding) => scores + padding.bias.clone().narrow(2, 0, tile.keys),
         None => scores,
@@ -139,7 +156,8 @@ pub struct AttentionSaved<B: Engine> {
 /// O = softmax(scale Q K^T + mask) V for every sequence and head; returns (O, log-sum-exp), both as
 /// [`Queries`]. `tile` is the number of query positions of a tile ([`tile_rows`]).
 ///
-/// A query that sees no key (padding on the left) has output 0 and passes no gradient, as on the CPU.
+/// A query that sees no key (padding on the left) has output 0 and passes no gradient, as on the
+/// CPU.
 pub fn causal_attention_forward<B: Engine>(
     query: &Queries<B>,
     key: &Keys<B>,
@@ -153,7 +171,11 @@ pub fn causal_attention_forward<B: Engine>(
     let [outer, group, _, head_dim] = query.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for tile in tiles(shape, tile) {
-        let q = query.clone().narrow(2, tile.start, tile.rows).reshape([outer, group * tile.rows, head_dim]);
+        let q = query.clone().narrow(2, tile.start, tile.rows).reshape([
+            outer,
+            group * tile.rows,
+            head_dim,
+        ]);
         let (k, v) = (key.clone().narrow(1, 0, tile.keys), value.clone().narrow(1, 0, tile.keys));
         let scores = tile_scores(&q, &k, &tile, group, padding, scale, precision);
         let largest = scores.clone().max_dim(2);
@@ -180,8 +202,8 @@ fn concatenate<B: Engine>(mut tiles: Vec<Queries<B>>) -> Queries<B> {
 
 /// Gradients (dQ, dK, dV) for the upstream gradient G = dO; `output` is the forward's.
 ///
-/// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i: dS = P o (G V^T - delta), dQ = scale dS K,
-/// dK += scale dS^T Q, dV += P^T G.
+/// Per tile, with P = exp(scale Q K^T - lse) and delta_i = G_i . O_i: dS = P o (G V^T - delta),
+/// dQ = scale dS K, dK += scale dS^T Q, dV += P^T G.
 pub fn causal_attention_backward<B: Engine>(
     upstream: Queries<B>,
     saved: AttentionSaved<B>,
@@ -196,14 +218,19 @@ pub fn causal_attention_backward<B: Engine>(
     let delta = (upstream.clone() * output).sum_dim(3);
     let mut dqueries = Vec::new();
     let mut sums: Option<(Keys<B>, Keys<B>)> = None;
-    // The last tile sees every key: its products start the sums, and the others are added to their first rows.
+    // The last tile sees every key: its products start the sums, and the others are added to their
+    // first rows.
     for tile in tiles(shape, tile).into_iter().rev() {
         let rows = group * tile.rows;
-        let part =
-            |x: &Queries<B>, width: usize| x.clone().narrow(2, tile.start, tile.rows).reshape([outer, rows, width]);
+        let part = |x: &Queries<B>, width: usize| {
+            x.clone().narrow(2, tile.start, tile.rows).reshape([outer, rows, width])
+        };
         let (q, g) = (part(&saved.query, head_dim), part(&upstream, head_dim));
         let (shift, delta) = (part(&saved.log_sum_exp, 1), part(&delta, 1));
-        let (k, v) = (saved.key.clone().narrow(1, 0, tile.keys), saved.value.clone().narrow(1, 0, tile.keys));
+        let (k, v) = (
+            saved.key.clone().narrow(1, 0, tile.keys),
+            saved.value.clone().narrow(1, 0, tile.keys),
+        );
         let probs = (tile_scores(&q, &k, &tile, group, padding, scale, precision) - shift).exp();
         let dvalue = product(probs.clone().swap_dims(1, 2), g.clone(), precision);
         let dscores = (product(g, v.swap_dims(1, 2), precision) - delta) * probs;
@@ -212,7 +239,9 @@ pub fn causal_attention_backward<B: Engine>(
         dqueries.push(dquery.reshape([outer, group, tile.rows, head_dim]));
         sums = Some(match sums {
             None => (dkey, dvalue),
-            Some((keys, values)) => (add_to_first_rows(keys, dkey), add_to_first_rows(values, dvalue)),
+            Some((keys, values)) => {
+                (add_to_first_rows(keys, dkey), add_to_first_rows(values, dvalue))
+            }
         });
     }
     dqueries.reverse();

@@ -17,7 +17,8 @@ pub fn logit_rows(vocabulary: usize) -> usize {
 #[derive(Debug, Clone)]
 pub struct Targets<B: Engine> {
     chunks: Vec<(Tensor<B, 1, Int>, Tensor<B, 2, Int>)>,
-    /// For each hidden row its number among the counted ones, or their count (a row of zeros) if it does not count.
+    /// For each hidden row its number among the counted ones, or their count (a row of zeros) if it
+    /// does not count.
     inverse: Tensor<B, 1, Int>,
     /// Positions that count.
     pub counted: usize,
@@ -25,7 +26,12 @@ pub struct Targets<B: Engine> {
 
 impl<B: Engine> Targets<B> {
     /// From the (row, label) pairs of [`crate::blocks::cross_entropy::prediction_targets`].
-    pub fn upload(targets: &[(usize, usize)], rows: usize, vocabulary: usize, device: &B::Device) -> Self {
+    pub fn upload(
+        targets: &[(usize, usize)],
+        rows: usize,
+        vocabulary: usize,
+        device: &B::Device,
+    ) -> Self {
         let chunks = targets.chunks(logit_rows(vocabulary)).map(|chunk| {
             let labels: Vec<i32> = chunk.iter().map(|&(_, label)| label as i32).collect();
             let labels = Tensor::from_data(TensorData::new(labels, [chunk.len(), 1]), device);
@@ -35,7 +41,11 @@ impl<B: Engine> Targets<B> {
         for (position, &(row, _)) in targets.iter().enumerate() {
             inverse[row] = position;
         }
-        Self { chunks: chunks.collect(), inverse: index_tensor(inverse, device), counted: targets.len() }
+        Self {
+            chunks: chunks.collect(),
+            inverse: index_tensor(inverse, device),
+            counted: targets.len(),
+        }
     }
 
     /// Numbers held.
@@ -44,12 +54,15 @@ impl<B: Engine> Targets<B> {
     }
 }
 
-/// The losses log sum_v exp z_iv - z_iy of the counted rows in nats, `n x 1`, with z = hidden W^T, and the gradient
-/// of (their sum / divisor) in the hidden rows if `wanted`; that of W goes to the sink.
+/// The losses log sum_v exp z_iv - z_iy of the counted rows in nats, `n x 1`, with z = hidden W^T,
+/// and the gradient of (their sum / divisor) in the hidden rows if `wanted`; that of W goes to the
+/// sink.
 ///
-/// Each chunk of logits (false) and of their gradient (true) is shown to `observe`, which may change it.
+/// Each chunk of logits (false) and of their gradient (true) is shown to `observe`, which may
+/// change it.
 ///
-/// Shapes: hidden `N x D`, weight `V x D`. dz = (softmax(z) - onehot(y)) / divisor exists for one chunk at a time.
+/// Shapes: hidden `N x D`, weight `V x D`. dz = (softmax(z) - onehot(y)) / divisor exists for one
+/// chunk at a time.
 pub fn cross_entropy<B: Engine>(
     hidden: &Matrix<B>,
     weight: &Matrix<B>,
@@ -76,8 +89,12 @@ pub fn cross_entropy<B: Engine>(
         }
         let scale = 1.0 / divisor;
         let minus = Tensor::full(labels.dims(), -scale, &labels.device());
-        let mut dlogits =
-            (exponentials * sum.recip().mul_scalar(scale)).scatter(1, labels.clone(), minus, IndexingUpdateOp::Add);
+        let mut dlogits = (exponentials * sum.recip().mul_scalar(scale)).scatter(
+            1,
+            labels.clone(),
+            minus,
+            IndexingUpdateOp::Add,
+        );
         observe(true, &mut dlogits);
         if let Some(sink) = &mut dweight {
             accumulate(sink, linear_backward_weight(&dlogits, &rows, precision));

@@ -10,7 +10,12 @@ pub fn embedding_forward<B: Engine>(ids: &Tensor<B, 1, Int>, table: &Matrix<B>) 
 }
 
 /// d`E[id_i]` += dx_i, in token order, so that the sum does not depend on the device's scheduling.
-pub fn embedding_backward<B: Engine>(ids: &Tensor<B, 1, Int>, dx: Matrix<B>, rows: usize, dtable: &mut Sink<B>) {
+pub fn embedding_backward<B: Engine>(
+    ids: &Tensor<B, 1, Int>,
+    dx: Matrix<B>,
+    rows: usize,
+    dtable: &mut Sink<B>,
+) {
     let [_, width] = dx.dims();
     let table = dtable.take().unwrap_or_else(|| Tensor::zeros([rows, width], &dx.device()));
     *dtable = Some(table.select_assign(0, ids.clone(), dx, IndexingUpdateOp::Add));

@@ -6,7 +6,8 @@ use crate::gpu::Engine;
 use crate::linalg::Real;
 use burn::tensor::{Tensor, TensorData};
 
-/// The angles' cos and sin on a device, `1 x P x 1 x d/2`: P rows of what is rotated repeat over the batch.
+/// The angles' cos and sin on a device, `1 x P x 1 x d/2`: P rows of what is rotated repeat over
+/// the batch.
 #[derive(Debug, Clone)]
 pub struct RotaryAngles<B: Engine> {
     cos: Tensor<B, 4>,
@@ -30,7 +31,8 @@ impl<B: Engine> RotaryAngles<B> {
     }
 }
 
-/// Rotates every head of every row: with a = `x[j]`, b = `x[j + d/2]`, (a, b) -> (a cos - b sin, b cos + a sin).
+/// Rotates every head of every row: with a = `x[j]`, b = `x[j + d/2]`, (a, b) -> (a cos - b sin, b
+/// cos + a sin).
 ///
 /// Shapes: x `N x (H d)`; N is a multiple of the table's rows.
 pub fn rope_forward<B: Engine>(x: Matrix<B>, angles: &RotaryAngles<B>) -> Matrix<B> {

@@ -16,11 +16,16 @@ fn argument<B: Engine>(activation: Activation, gate: &Matrix<B>) -> (Matrix<B>, 
 }
 
 /// a = act(gate) o up, all `N x F`. Backward needs gate and up.
-pub fn gated_forward<B: Engine>(activation: Activation, gate: &Matrix<B>, up: &Matrix<B>) -> Matrix<B> {
+pub fn gated_forward<B: Engine>(
+    activation: Activation,
+    gate: &Matrix<B>,
+    up: &Matrix<B>,
+) -> Matrix<B> {
     sigmoid(argument(activation, gate).0) * gate.clone() * up.clone()
 }
 
-/// (dgate, dup): dgate = da o up o (s + gate s (1 - s) dz/dgate) and dup = da o gate o s with s = sigmoid(z).
+/// (dgate, dup): dgate = da o up o (s + gate s (1 - s) dz/dgate) and dup = da o gate o s with s =
+/// sigmoid(z).
 pub fn gated_backward<B: Engine>(
     activation: Activation,
     da: Matrix<B>,

@@ -1,5 +1,5 @@
-//! Gradients of LoRA's factors in parts: by positions of the sequences, by the outputs or inputs of a layer that
-//! tensor-parallel processes divide.
+//! Gradients of LoRA's factors in parts: by positions of the sequences, by the outputs or inputs of
+//! a layer that tensor-parallel processes divide.
 
 use super::{Gradients, Happened, combined, fitted, names};
 use crate::adapters::Method;
@@ -35,7 +35,8 @@ impl Lora<'_> {
     }
 }
 
-/// Calls `each` with every LoRA module of every micro-batch of the exact step; false where that is too large.
+/// Calls `each` with every LoRA module of every micro-batch of the exact step; false where that is
+/// too large.
 fn each_lora(context: &Context<'_>, each: &mut dyn FnMut(&Lora<'_>)) -> Result<bool> {
     let (case, config) = (context.case, &context.case.model.config);
     let widths = 8 * config.hidden_size + 4 * config.intermediate_size;
@@ -50,12 +51,21 @@ fn each_lora(context: &Context<'_>, each: &mut dyn FnMut(&Lora<'_>)) -> Result<b
             }
         };
         let rows = range.len();
-        case.run(&Variant { tap: Some(&tap), parts: Some(vec![(range, divisor)]), ..Variant::default() })?;
+        case.run(&Variant {
+            tap: Some(&tap),
+            parts: Some(vec![(range, divisor)]),
+            ..Variant::default()
+        })?;
         let seen = seen.into_inner();
         for (l, layer) in case.model.layers.iter().enumerate() {
             for (p, projection) in layer.projections() {
-                let (Method::Lora(m), Some((input, output))) = (&projection.method, points(p)) else { continue };
-                if let (Some(x), Some(dy)) = (seen.get(&(l, input, false)), seen.get(&(l, output, true))) {
+                let (Method::Lora(m), Some((input, output))) = (&projection.method, points(p))
+                else {
+                    continue;
+                };
+                if let (Some(x), Some(dy)) =
+                    (seen.get(&(l, input, false)), seen.get(&(l, output, true)))
+                {
                     let name = &config.options.module(l, p);
                     each(&Lora { name, a: &m.a, b: &m.b, scaling: m.scaling, x, dy, rows });
                 }
@@ -103,7 +113,8 @@ pub(super) fn tensor_group(distribution: &Distribution) -> Option<Vec<usize>> {
         .map(|t| {
             let mut all = 0..places.len();
             let same = |r: &usize| {
-                places[*r].tensor.is_some_and(|p| p.index == t) && places[*r].data.index == places[first].data.index
+                places[*r].tensor.is_some_and(|p| p.index == t)
+                    && places[*r].data.index == places[first].data.index
             };
             all.find(same)
         })
@@ -111,8 +122,9 @@ pub(super) fn tensor_group(distribution: &Distribution) -> Option<Vec<usize>> {
     group.filter(|_| many > 1)
 }
 
-/// Factors that every process of a tensor-parallel group holds whole, beside one that is divided: the gradient of A sums over
-/// the outputs of a column-parallel layer, that of B over the inputs of a row-parallel one.
+/// Factors that every process of a tensor-parallel group holds whole, beside one that is divided:
+/// the gradient of A sums over the outputs of a column-parallel layer, that of B over the inputs of
+/// a row-parallel one.
 pub(super) fn replicated_factors(
     context: &Context<'_>,
     distribution: &Distribution,
@@ -129,12 +141,19 @@ pub(super) fn replicated_factors(
     let small = each_lora(context, &mut |lora| {
         let (name_a, name_b) = (format!("{}.lora_A", lora.name), format!("{}.lora_B", lora.name));
         for (of, &rank) in parts.iter_mut().zip(&group) {
-            let part = |name: &str, axis: usize| distribution.parts[rank].get(name).and_then(|p| p.along(axis));
+            let part = |name: &str, axis: usize| {
+                distribution.parts[rank].get(name).and_then(|p| p.along(axis))
+            };
             let whole = |name: &str| !distribution.parts[rank].contains_key(name);
-            if let (Some(lines), true) = (part(&name_b, 0).filter(|l| l.end <= lora.b.nrows()), whole(&name_a)) {
-                let through = lora.dy.slice(s![.., lines.clone()]).dot(&lora.b.slice(s![lines, ..]));
+            if let (Some(lines), true) =
+                (part(&name_b, 0).filter(|l| l.end <= lora.b.nrows()), whole(&name_a))
+            {
+                let through =
+                    lora.dy.slice(s![.., lines.clone()]).dot(&lora.b.slice(s![lines, ..]));
                 add(of, name_a.clone(), lora.gradient_of_a(&through));
-            } else if let (Some(lines), true) = (part(&name_a, 1).filter(|l| l.end <= lora.a.ncols()), whole(&name_b)) {
+            } else if let (Some(lines), true) =
+                (part(&name_a, 1).filter(|l| l.end <= lora.a.ncols()), whole(&name_b))
+            {
                 let z = lora.x.slice(s![.., lines.clone()]).dot(&lora.a.slice(s![.., lines]).t());
                 add(of, name_b.clone(), lora.gradient_of_b(lora.dy, &z));
             }
@@ -162,22 +181,25 @@ pub(super) fn replicated_factors(
         Some((_, Happened::Own | Happened::Of(_) | Happened::Some(_))) => (
             "replicated-factor-not-summed",
             format!(
-                "{view}: the gradient of {tensors} is that of one tensor-parallel part alone. The factor is whole on every rank, \
-                 and its gradient sums over the parts of the other"
+                "{view}: the gradient of {tensors} is that of one tensor-parallel part alone. The \
+                 factor is whole on every rank, and its gradient sums over the parts of the other"
             ),
-            "all-reduce (sum) the gradients of A in column-parallel and of B in row-parallel layers over the tensor-parallel group",
+            "all-reduce (sum) the gradients of A in column-parallel and of B in row-parallel \
+             layers over the tensor-parallel group",
         ),
         Some((_, Happened::Divided)) => (
             "replicated-factor-averaged",
             format!(
-                "{view}: the gradient of {tensors} is averaged over the {many} tensor-parallel ranks instead of summed"
+                "{view}: the gradient of {tensors} is averaged over the {many} tensor-parallel \
+                 ranks instead of summed"
             ),
             "sum over the tensor-parallel group, average over the data-parallel one only",
         ),
         Some((_, Happened::Multiplied)) => (
             "replicated-factor-summed-twice",
             format!(
-                "{view}: the gradient of {tensors} is {many} times the right one: whole on every rank, and summed again"
+                "{view}: the gradient of {tensors} is {many} times the right one: whole on every \
+                 rank, and summed again"
             ),
             "sum once over the tensor-parallel group",
         ),

@@ -1,8 +1,9 @@
-//! The gradient of a column-parallel layer's input, which is a sum over the tensor-parallel processes, not put together.
+//! The gradient of a column-parallel layer's input, which is a sum over the tensor-parallel
+//! processes, not put together.
 //!
-//! Each process then goes on backward with a gradient of its own: that of the residual stream with its own part of every
-//! branch. All are run at once, as copies of the batch that share the forward pass and part in the backward one. A sum that is
-//! made at the other kind of branch couples them.
+//! Each process then goes on backward with a gradient of its own: that of the residual stream with
+//! its own part of every branch. All are run at once, as copies of the batch that share the forward
+//! pass and part in the backward one. A sum that is made at the other kind of branch couples them.
 
 use super::factors::add;
 use super::{Gradients, names};
@@ -35,7 +36,12 @@ struct Missing {
 
 const MISSING: [Missing; 4] = [
     Missing { attention: true, mlp: true, adapter: false, what: "of every column-parallel layer" },
-    Missing { attention: true, mlp: true, adapter: true, what: "of the adapter in every column-parallel layer" },
+    Missing {
+        attention: true,
+        mlp: true,
+        adapter: true,
+        what: "of the adapter in every column-parallel layer",
+    },
     Missing { attention: false, mlp: true, adapter: false, what: "of gate and up" },
     Missing { attention: true, mlp: false, adapter: false, what: "of q, k and v" },
 ];
@@ -50,13 +56,15 @@ pub(super) fn test(
     let many = group.len();
     let widths = 8 * config.hidden_size + 4 * config.intermediate_size;
     let large = many * case.batch.tokens() * widths * case.model.layers.len() > MOST_SEEN;
-    let plain = case.given().is_none() && case.trainer.masks.is_empty() && config.options.experts.is_none();
+    let plain =
+        case.given().is_none() && case.trainer.masks.is_empty() && config.options.experts.is_none();
     let held = held(context, distribution, group);
     if large || !plain || distribution.places[0].data.cut == Cut::Sequence || held.is_empty() {
         return Ok(());
     }
     for missing in MISSING {
-        // The sum of the factors' gradients may be made by the same operation, and be missing with it.
+        // The sum of the factors' gradients may be made by the same operation, and be missing with
+        // it.
         for summed in [true, false] {
             if tested.settled() || !tested.affords(many as f64, "column-input-not-reduced") {
                 return Ok(());
@@ -69,15 +77,20 @@ pub(super) fn test(
                 return Ok(());
             }
             let what = format!(
-                "{}: the gradient of the input {} is each tensor-parallel rank's own part, not the sum: what lies below is \
-                 wrong, differently on each",
+                "{}: the gradient of the input {} is each tensor-parallel rank's own part, not the \
+                 sum: what lies below is wrong, differently on each",
                 of_ranks(&distribution.view),
                 missing.what
             );
-            let fix = "all-reduce the gradient of the input of column-parallel layers over the tensor-parallel group (the identity's \
-                       backward), of the adapter's branch too";
+            let fix = "all-reduce the gradient of the input of column-parallel layers over the \
+                       tensor-parallel group (the identity's backward), of the adapter's branch \
+                       too";
             let predicted = Evidence { gradients, ..context.exact.clone() };
-            context.propose(Fault::new("column-input-not-reduced", what, fix), &predicted, tested)?;
+            context.propose(
+                Fault::new("column-input-not-reduced", what, fix),
+                &predicted,
+                tested,
+            )?;
         }
     }
     Ok(())
@@ -89,7 +102,9 @@ fn held(context: &Context<'_>, distribution: &Distribution, group: &[usize]) -> 
     let mut all = Held::new();
     for (l, layer) in model.layers.iter().enumerate() {
         for (p, projection) in layer.projections() {
-            let Some((Point::NormedInput | Point::NormedMiddle, output)) = points(p) else { continue };
+            let Some((Point::NormedInput | Point::NormedMiddle, output)) = points(p) else {
+                continue;
+            };
             let module = model.config.options.module(l, p);
             let outputs = projection.shape().0;
             let of = |rank: &usize| {
@@ -107,11 +122,14 @@ fn held(context: &Context<'_>, distribution: &Distribution, group: &[usize]) -> 
     // Projections without adapter, of which nothing is recorded, are cut as their neighbours are.
     for (l, layer) in model.layers.iter().enumerate() {
         for (p, projection) in layer.projections() {
-            let Some((input @ (Point::NormedInput | Point::NormedMiddle), output)) = points(p) else { continue };
+            let Some((input @ (Point::NormedInput | Point::NormedMiddle), output)) = points(p)
+            else {
+                continue;
+            };
             let neighbour = |q: &Projection| points(*q).is_some_and(|(i, _)| i == input);
-            let cut = layer
-                .projections()
-                .any(|(q, _)| neighbour(&q) && points(q).is_some_and(|(_, output)| all.contains_key(&(l, output))));
+            let cut = layer.projections().any(|(q, _)| {
+                neighbour(&q) && points(q).is_some_and(|(_, output)| all.contains_key(&(l, output)))
+            });
             let outputs = projection.shape().0;
             if cut && outputs.is_multiple_of(group.len()) {
                 let each = outputs / group.len();
@@ -189,15 +207,23 @@ fn each_process(
                     Point::NormedMiddle => missing.mlp,
                     _ => true,
                 };
-                if !left_out || (missing.adapter && matches!(place.point, Point::NormedInput | Point::NormedMiddle)) {
+                if !left_out
+                    || (missing.adapter
+                        && matches!(place.point, Point::NormedInput | Point::NormedMiddle))
+                {
                     // What each adds to the sum, and what it keeps to itself.
-                    let kept = missing.adapter.then(|| through_adapters(context, (layer, place.point), &seen.borrow()));
+                    let kept = missing
+                        .adapter
+                        .then(|| through_adapters(context, (layer, place.point), &seen.borrow()));
                     if let Some(kept) = &kept {
                         *x -= kept;
                     }
                     let mut sum = x.slice(s![..each, ..]).to_owned();
-                    (1..many).for_each(|copy| sum += &x.slice(s![copy * each..(copy + 1) * each, ..]));
-                    (0..many).for_each(|copy| x.slice_mut(s![copy * each..(copy + 1) * each, ..]).assign(&sum));
+                    (1..many)
+                        .for_each(|copy| sum += &x.slice(s![copy * each..(copy + 1) * each, ..]));
+                    (0..many).for_each(|copy| {
+                        x.slice_mut(s![copy * each..(copy + 1) * each, ..]).assign(&sum)
+                    });
                     if let Some(kept) = &kept {
                         *x += kept;
                     }
@@ -210,8 +236,13 @@ fn each_process(
         let seen = seen.into_inner();
         for (l, layer) in case.model.layers.iter().enumerate() {
             for (p, projection) in layer.projections() {
-                let (Method::Lora(m), Some((input, output))) = (&projection.method, points(p)) else { continue };
-                let (Some(x), Some(dy)) = (seen.get(&(l, input, false)), seen.get(&(l, output, true))) else {
+                let (Method::Lora(m), Some((input, output))) = (&projection.method, points(p))
+                else {
+                    continue;
+                };
+                let (Some(x), Some(dy)) =
+                    (seen.get(&(l, input, false)), seen.get(&(l, output, true)))
+                else {
                     continue;
                 };
                 let module = case.model.config.options.module(l, p);
@@ -219,7 +250,8 @@ fn each_process(
                 for (copy, (of, &rank)) in all.iter_mut().zip(group).enumerate() {
                     let rows = s![copy * each..(copy + 1) * each, ..];
                     let (x, dy) = (x.slice(rows), dy.slice(rows));
-                    let inputs = distribution.parts[rank].get(&name_a).and_then(|part| part.along(1));
+                    let inputs =
+                        distribution.parts[rank].get(&name_a).and_then(|part| part.along(1));
                     let z = match inputs.filter(|own| own.end <= m.a.ncols()) {
                         Some(own) => x.slice(s![.., own.clone()]).dot(&m.a.slice(s![.., own]).t()),
                         None => x.dot(&m.a.t()),
@@ -233,7 +265,8 @@ fn each_process(
     Ok(all)
 }
 
-/// What the processes hold together: of a divided factor each its own part, of a whole one the sum or the viewer's own.
+/// What the processes hold together: of a divided factor each its own part, of a whole one the sum
+/// or the viewer's own.
 fn put_together(
     context: &Context<'_>,
     distribution: &Distribution,
@@ -249,7 +282,8 @@ fn put_together(
             continue;
         }
         let columns = whole.ncols();
-        let divided = group.iter().any(|&rank| distribution.entries(rank, name, whole.len()).is_some());
+        let divided =
+            group.iter().any(|&rank| distribution.entries(rank, name, whole.len()).is_some());
         if divided {
             for (part, &rank) in parts.iter().zip(group) {
                 for i in distribution.entries(rank, name, whole.len()).into_iter().flatten() {

@@ -1,9 +1,10 @@
-//! Faults between the processes of a step: gradients that are not put together, or more than once, or by other divisors;
-//! replicas that have other weights; factors that every process of a tensor-parallel group holds whole and whose gradient is
-//! in parts.
+//! Faults between the processes of a step: gradients that are not put together, or more than once,
+//! or by other divisors; replicas that have other weights; factors that every process of a
+//! tensor-parallel group holds whole and whose gradient is in parts.
 //!
-//! With P_d the gradient of the part d of the data (all of them together are the step's), what a process holds is fitted by
-//! sum_d w_d P_d. The weights say what happened; what they predict is then judged like any other fault.
+//! With P_d the gradient of the part d of the data (all of them together are the step's), what a
+//! process holds is fitted by sum_d w_d P_d. The weights say what happened; what they predict is
+//! then judged like any other fault.
 
 mod factors;
 mod inputs;
@@ -80,12 +81,17 @@ fn with_values(model: &Model<f64>, values: &Gradients) -> Result<Model<f64>> {
 
 /// Parts of the step within some rows.
 fn parts_in(context: &Context<'_>, rows: &Range<usize>) -> Vec<(Range<usize>, f64)> {
-    let inside = |part: &(Range<usize>, f64)| rows.contains(&part.0.start) && part.0.end <= rows.end;
+    let inside =
+        |part: &(Range<usize>, f64)| rows.contains(&part.0.start) && part.0.end <= rows.end;
     context.case.parts().into_iter().filter(inside).collect()
 }
 
 /// Each part of the data with the weights of its own process.
-fn other_weights(context: &Context<'_>, distribution: &Distribution, tested: &mut Tested<'_>) -> Result<()> {
+fn other_weights(
+    context: &Context<'_>,
+    distribution: &Distribution,
+    tested: &mut Tested<'_>,
+) -> Result<()> {
     if distribution.places[0].data.cut != Cut::Rows || !tested.affords(1.0, "replicas-differ") {
         return Ok(());
     }
@@ -93,7 +99,8 @@ fn other_weights(context: &Context<'_>, distribution: &Distribution, tested: &mu
     tested.steps += 1;
     let mut sum: Option<Evidence> = None;
     for (part, rows) in distribution.spans.iter().enumerate() {
-        let model = distribution.own.get(&part).map(|v| with_values(&context.case.model, v)).transpose()?;
+        let model =
+            distribution.own.get(&part).map(|v| with_values(&context.case.model, v)).transpose()?;
         let parts = parts_in(context, rows);
         if parts.is_empty() {
             continue;
@@ -111,16 +118,21 @@ fn other_weights(context: &Context<'_>, distribution: &Distribution, tested: &mu
     let (name, what, fix) = match distribution.stale {
         Some(rank) => (
             "stale-rank",
-            format!("rank {rank} has the trained weights of the step before: its rows' gradients are of those"),
-            "update on every rank, or broadcast the weights after the update; look at what skips or undoes it on this rank",
+            format!(
+                "rank {rank} has the trained weights of the step before: its rows' gradients are \
+                 of those"
+            ),
+            "update on every rank, or broadcast the weights after the update; look at what skips \
+             or undoes it on this rank",
         ),
         None => (
             "replicas-differ",
             format!(
-                "{view}: the gradient sums over ranks that trained other weights (parts {others:?} of the data): each trains an \
-                 adapter of its own"
+                "{view}: the gradient sums over ranks that trained other weights (parts {others:?} \
+                 of the data): each trains an adapter of its own"
             ),
-            "make the adapter before DistributedDataParallel (or broadcast it): it copies rank 0's weights when it wraps the model",
+            "make the adapter before DistributedDataParallel (or broadcast it): it copies rank 0's \
+             weights when it wraps the model",
         ),
     };
     context.propose(Fault::new(name, what, fix), &predicted, tested)
@@ -144,15 +156,24 @@ fn added(mut sum: Evidence, more: &Evidence) -> Evidence {
     sum
 }
 
-/// The loss divided by each process's own tokens where those of all were meant, or the other way round.
-fn other_divisors(context: &Context<'_>, distribution: &Distribution, tested: &mut Tested<'_>) -> Result<()> {
+/// The loss divided by each process's own tokens where those of all were meant, or the other way
+/// round.
+fn other_divisors(
+    context: &Context<'_>,
+    distribution: &Distribution,
+    tested: &mut Tested<'_>,
+) -> Result<()> {
     let case = context.case;
     let micro = case.micro_batches();
     if micro.len() != distribution.otherwise.len() || case.given().is_some() {
         return Ok(());
     }
-    let parts: Vec<(Range<usize>, f64)> =
-        micro.into_iter().zip(&distribution.otherwise).map(|(rows, &d)| (rows, d)).filter(|p| p.1 > 0.0).collect();
+    let parts: Vec<(Range<usize>, f64)> = micro
+        .into_iter()
+        .zip(&distribution.otherwise)
+        .map(|(rows, &d)| (rows, d))
+        .filter(|p| p.1 > 0.0)
+        .collect();
     let now = case.parts();
     if parts.iter().zip(&now).all(|(a, b)| (a.1 / b.1 - 1.0).abs() < 1e-9) {
         return Ok(());
@@ -160,48 +181,74 @@ fn other_divisors(context: &Context<'_>, distribution: &Distribution, tested: &m
     let (name, what, fix) = match distribution.across {
         Across::GlobalMean => (
             "rank-mean",
-            "each rank divides by its own tokens and the ranks are averaged: tokens of ranks with fewer of them count more than \
-             in the mean over all tokens",
-            "divide by the tokens of all ranks, times their number if gradients are averaged (Trainer: average_tokens_across_devices)",
+            "each rank divides by its own tokens and the ranks are averaged: tokens of ranks with \
+             fewer of them count more than in the mean over all tokens",
+            "divide by the tokens of all ranks, times their number if gradients are averaged \
+             (Trainer: average_tokens_across_devices)",
         ),
         Across::RankMean => (
             "global-mean",
-            "the loss is divided by the tokens of all ranks, where the mean of the ranks' means is declared",
+            "the loss is divided by the tokens of all ranks, where the mean of the ranks' means is \
+             declared",
             "declare parallel={\"loss\": \"global_mean\"} if that is meant",
         ),
     };
-    context.test(Fault::new(name, what, fix), &Variant { parts: Some(parts), ..Variant::default() }, |_| {}, tested)
+    context.test(
+        Fault::new(name, what, fix),
+        &Variant { parts: Some(parts), ..Variant::default() },
+        |_| {},
+        tested,
+    )
 }
 
 /// Gradients of each part of the data.
-fn gradients_of_rows(context: &Context<'_>, distribution: &Distribution) -> Result<Option<Vec<Gradients>>> {
+fn gradients_of_rows(
+    context: &Context<'_>,
+    distribution: &Distribution,
+) -> Result<Option<Vec<Gradients>>> {
     let mut all = Vec::new();
     for rows in &distribution.spans {
         let parts = parts_in(context, rows);
         if parts.is_empty() {
-            let zeros = context.exact.gradients.iter().map(|(n, g)| (n.clone(), Array2::zeros(g.dim())));
+            let zeros =
+                context.exact.gradients.iter().map(|(n, g)| (n.clone(), Array2::zeros(g.dim())));
             all.push(zeros.collect());
             continue;
         }
-        all.push(context.case.run(&Variant { parts: Some(parts), ..Variant::default() })?.gradients);
+        all.push(
+            context.case.run(&Variant { parts: Some(parts), ..Variant::default() })?.gradients,
+        );
     }
     Ok(Some(all))
 }
 
 /// Weights with which parts make up what a process holds, over the tensors that failed.
-fn fitted(context: &Context<'_>, distribution: &Distribution, rank: usize, parts: &[Gradients]) -> Option<Vec<f64>> {
+fn fitted(
+    context: &Context<'_>,
+    distribution: &Distribution,
+    rank: usize,
+    parts: &[Gradients],
+) -> Option<Vec<f64>> {
     let n = parts.len();
     let (mut matrix, mut right) = (vec![vec![0.0; n]; n], vec![0.0; n]);
     for name in names(context) {
-        let (Some(got), Some(want)) = (context.observed(&name), context.exact.gradients.get(&name)) else { continue };
+        let (Some(got), Some(want)) = (context.observed(&name), context.exact.gradients.get(&name))
+        else {
+            continue;
+        };
         let norm = frobenius(&want.view());
         let of: Vec<&Array2<f64>> = parts.iter().map(|p| p.get(&name)).collect::<Option<_>>()?;
-        if got.values.dim() != want.dim() || !(norm > 0.0) || !got.values.iter().all(|x| x.is_finite()) {
+        if got.values.dim() != want.dim()
+            || !(norm > 0.0)
+            || !got.values.iter().all(|x| x.is_finite())
+        {
             continue;
         }
         let entries = distribution.entries(rank, &name, want.len());
-        let take = |a: &Array2<f64>| entries.as_ref().map_or_else(|| a.clone(), |e| some_entries(a, e));
-        let (got, of): (Array2<f64>, Vec<Array2<f64>>) = (take(&got.values), of.into_iter().map(take).collect());
+        let take =
+            |a: &Array2<f64>| entries.as_ref().map_or_else(|| a.clone(), |e| some_entries(a, e));
+        let (got, of): (Array2<f64>, Vec<Array2<f64>>) =
+            (take(&got.values), of.into_iter().map(take).collect());
         let weight = 1.0 / (norm * norm);
         for i in 0..n {
             right[i] += weight * dot(&of[i], &got);
@@ -241,8 +288,10 @@ impl Happened {
         let (n, most) = (weights.len(), weights.iter().fold(0.0f64, |m, w| m.max(*w)));
         let there: Vec<usize> = (0..n).filter(|&i| weights[i] > 0.5 * most).collect();
         let (many, some) = (n as f64, there.len() as f64);
-        // Summed, averaged over those that are there, or averaged over all: the weights are in units of the right sum's.
-        let factors: &[f64] = if there.len() == n { &[1.0, 1.0 / many, many] } else { &[1.0, many / some] };
+        // Summed, averaged over those that are there, or averaged over all: the weights are in
+        // units of the right sum's.
+        let factors: &[f64] =
+            if there.len() == n { &[1.0, 1.0 / many, many] } else { &[1.0, many / some] };
         let near = |factor: f64| {
             let want = |i: usize| if there.contains(&i) { factor } else { 0.0 };
             weights.iter().enumerate().all(|(i, w)| (w - want(i)).abs() <= NEAR * factor)
@@ -283,7 +332,9 @@ fn combined(
                 None => *whole = sum,
                 Some(entries) => {
                     let columns = whole.ncols();
-                    entries.iter().for_each(|&i| whole[[i / columns, i % columns]] = sum[[i / columns, i % columns]]);
+                    entries.iter().for_each(|&i| {
+                        whole[[i / columns, i % columns]] = sum[[i / columns, i % columns]]
+                    });
                 }
             }
         }
@@ -320,7 +371,9 @@ fn not_reduced(
 
 /// The other thing that a factor of the number of ranks may be.
 fn same_as_scaling(context: &Context<'_>, ranks: f64, how: &str) -> String {
-    let same = super::factors::scalings(context).iter().any(|(scaling, _)| (scaling / ranks - 1.0).abs() < 1e-3);
+    let same = super::factors::scalings(context)
+        .iter()
+        .any(|(scaling, _)| (scaling / ranks - 1.0).abs() < 1e-3);
     if same {
         format!("; or the scaling alpha / r = {ranks} is {how} in the backward of the factors")
     } else {
@@ -329,16 +382,27 @@ fn same_as_scaling(context: &Context<'_>, ranks: f64, how: &str) -> String {
 }
 
 /// A loss that is off by the factor that all parts have.
-fn same_in_loss<'a>(context: &Context<'_>, weights: impl Iterator<Item = &'a Vec<f64>>, predicted: &mut Evidence) {
+fn same_in_loss<'a>(
+    context: &Context<'_>,
+    weights: impl Iterator<Item = &'a Vec<f64>>,
+    predicted: &mut Evidence,
+) {
     let mut all = weights.flatten();
     let (Some(first), Some(loss)) = (all.next(), context.case.trainer.loss) else { return };
     let common = all.all(|w| (w - first).abs() < 1e-9);
-    if common && context.failed(RungName::Loss) && (loss / context.exact.loss / first - 1.0).abs() < NEAR {
+    if common
+        && context.failed(RungName::Loss)
+        && (loss / context.exact.loss / first - 1.0).abs() < NEAR
+    {
         predicted.loss *= first;
     }
 }
 
-fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap<usize, Happened>) -> Option<Fault> {
+fn named(
+    context: &Context<'_>,
+    distribution: &Distribution,
+    happened: &BTreeMap<usize, Happened>,
+) -> Option<Fault> {
     let ranks = |want: &dyn Fn(&Happened) -> bool| -> Vec<usize> {
         happened.iter().filter(|(_, h)| want(h)).map(|(rank, _)| *rank).collect()
     };
@@ -358,21 +422,28 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
             .iter()
             .map(|&rank| {
                 let own = span(distribution.places[rank].data.index);
-                format!("rank {rank} holds the gradient of its own {data} {}..{} alone{tensors}", own.start, own.end)
+                format!(
+                    "rank {rank} holds the gradient of its own {data} {}..{} alone{tensors}",
+                    own.start, own.end
+                )
             })
             .collect();
         let fix = if sequence {
             "all-reduce the gradients of replicated tensors over the sequence-parallel group"
         } else {
-            "reduce gradients over ranks: wrap the model in DistributedDataParallel before the step and call the wrapper, no \
-             no_sync at the last backward, the adapter made before it is wrapped"
+            "reduce gradients over ranks: wrap the model in DistributedDataParallel before the \
+             step and call the wrapper, no no_sync at the last backward, the adapter made before \
+             it is wrapped"
         };
         let name = if sequence { "sequence-shard-only" } else { "data-parallel-not-reduced" };
         return Some(Fault::new(name, format!("{}: not reduced over ranks", each.join("; ")), fix));
     }
-    if let Some((&rank, Happened::Of(part))) = happened.iter().find(|(_, h)| matches!(h, Happened::Of(_))) {
+    if let Some((&rank, Happened::Of(part))) =
+        happened.iter().find(|(_, h)| matches!(h, Happened::Of(_)))
+    {
         let what = format!(
-            "rank {rank} holds the gradient of part {part} of the data alone{tensors}: another rank's, not the sum"
+            "rank {rank} holds the gradient of part {part} of the data alone{tensors}: another \
+             rank's, not the sum"
         );
         return Some(Fault::new(
             "data-parallel-not-reduced",
@@ -384,7 +455,11 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
     if !divided.is_empty() {
         let left = context.case.left_the_declared_gradient();
         let micro = context.case.micro_batches().len();
-        let or = if !left && micro == n * n { format!(" (or by the {n} micro-batches)") } else { String::new() };
+        let or = if !left && micro == n * n {
+            format!(" (or by the {n} micro-batches)")
+        } else {
+            String::new()
+        };
         let where_ = if left {
             "; the loss's own gradient is right, so this happens after it"
         } else if distribution.places[0].reduce == Reduce::Mean {
@@ -394,22 +469,24 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
         };
         let scaling = same_as_scaling(context, n as f64, "missing");
         let what = format!(
-            "{} hold 1/{n} of the gradient{tensors}: divided by the {n} ranks{or} twice{where_}{scaling}",
+            "{} hold 1/{n} of the gradient{tensors}: divided by the {n} ranks{or} \
+             twice{where_}{scaling}",
             of_ranks(&divided)
         );
-        let fix = "divide once: DistributedDataParallel and fully_shard average over ranks, so neither the loss nor the \
-                   gradients may be divided by their number again";
+        let fix = "divide once: DistributedDataParallel and fully_shard average over ranks, so \
+                   neither the loss nor the gradients may be divided by their number again";
         return Some(Fault::new("averaged-twice", what, fix));
     }
     let multiplied = ranks(&|h| *h == Happened::Multiplied);
     if !multiplied.is_empty() {
         let scaling = same_as_scaling(context, n as f64, "taken twice");
         let what = format!(
-            "{} hold {n} times the gradient{tensors}: summed over the {n} ranks, not averaged{scaling}",
+            "{} hold {n} times the gradient{tensors}: summed over the {n} ranks, not \
+             averaged{scaling}",
             of_ranks(&multiplied)
         );
-        let fix = "average: divide the sum by the number of ranks, or declare reduce=\"sum\" if each rank's loss is its part of \
-                   the step's";
+        let fix = "average: divide the sum by the number of ranks, or declare reduce=\"sum\" if \
+                   each rank's loss is its part of the step's";
         return Some(Fault::new("summed-not-averaged", what, fix));
     }
     let (rank, some) = happened.iter().find_map(|(rank, h)| match h {
@@ -418,9 +495,11 @@ fn named(context: &Context<'_>, distribution: &Distribution, happened: &BTreeMap
     })?;
     let missing: Vec<usize> = (0..n).filter(|part| !some.contains(part)).collect();
     let what = format!(
-        "{}: parts {missing:?} of the data are missing in the gradient{tensors} of rank {rank}, which holds those of parts {some:?}",
+        "{}: parts {missing:?} of the data are missing in the gradient{tensors} of rank {rank}, \
+         which holds those of parts {some:?}",
         of_ranks(&distribution.view)
     );
-    let fix = "reduce over all ranks: look at the process group of the all-reduce, and at the second one where shards are replicated";
+    let fix = "reduce over all ranks: look at the process group of the all-reduce, and at the \
+               second one where shards are replicated";
     Some(Fault::new("data-parallel-not-reduced", what, fix))
 }
