@@ -345,8 +345,8 @@ fn refuse_unsupported(paths: &DumpPaths) -> Result<()> {
     let copies =
         |file: &TensorFile| file.names().find(|name| alone(file, name)).map(str::to_string);
     let refuse = |file: &TensorFile, name: String| {
-        let expected = "modules under their own names, as save_pretrained and the recorder write \
-                        the copies that modules_to_save trains";
+        let expected = "modules under their own names: copies of modules_to_save are not supported \
+                        here (save_pretrained and the recorder write them as the modules)";
         Err(file.malformed(
             format!("tensor {name}"),
             expected,

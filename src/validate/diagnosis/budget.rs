@@ -1,8 +1,8 @@
 //! What a search for faults may cost, and how a hypothesis is ruled out by a part of a step.
 //!
 //! A step of the reference costs what its multiply-adds cost. A right step is two of them (exact,
-//! rounded); a search may add seven, so that a wrong step costs some five times a right one. Small
-//! models may use more: nobody waits for them.
+//! rounded); further roundings and a search may add seven, so that with its comparisons a wrong step
+//! costs some five times a right one. Small models may use more: nobody waits for them.
 //!
 //! Where a step is expensive a hypothesis is first run in part. Its forward must come nearer to the
 //! first wrong hidden state; where the forward is right, its backward must come nearer to the
@@ -15,6 +15,7 @@ use crate::validate::dump::Case;
 use crate::validate::ladder::RungName;
 use crate::validate::names::place_of;
 use crate::validate::reference::{Evidence, Part, Variant};
+use crate::validate::roundings::looks;
 use ndarray::Array2;
 use std::collections::BTreeSet;
 
@@ -61,7 +62,9 @@ pub(in crate::validate) struct Budget {
 
 impl Budget {
     pub fn of(case: &Case) -> Self {
-        Self { limit: case.effort.steps, ..Self::unlimited() }
+        // The roundings against which a failed step was measured before are part of it.
+        let limit = (case.effort.steps - looks(case) as f64).max(1.0);
+        Self { limit, ..Self::unlimited() }
     }
 
     pub fn unlimited() -> Self {
