@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::layer::Layer;
 use super::names::{HEAD_IN_MEMORY, Outside};
 use super::norm::NormOn;
-use super::options::{Family, Norm, Options};
+use super::options::{Norm, Options};
 use super::parameters::Model;
 use super::projection::Projection;
 use crate::adapters::{AdaptedLinear, BaseWeight, Method};
@@ -57,6 +57,10 @@ pub(super) fn all_modules(config: &ModelConfig) -> Vec<String> {
     all
 }
 
+fn input_first(options: &Options) -> bool {
+    options.experts.as_ref().is_some_and(|experts| experts.input_first)
+}
+
 /// Weights and biases of a layer's experts, each set as it stands in memory.
 struct Stacks<T> {
     weights: BTreeMap<ExpertPart, Vec<T>>,
@@ -80,7 +84,7 @@ impl<T: Real> Stacks<T> {
         for part in [ExpertPart::GateUp, ExpertPart::Down] {
             let (out, input) = config.projection_shape(part.of(0));
             let [weight, bias] = stack_names(&config.options, layer, part);
-            let shape = if config.options.family == Family::GptOss {
+            let shape = if input_first(&config.options) {
                 [experts, input, out]
             } else {
                 [experts, out, input]
@@ -98,7 +102,7 @@ impl<T: Real> Stacks<T> {
         let (part, expert) = ExpertPart::of_projection(p)?;
         let (out, input) = config.projection_shape(p);
         let own = self.weights.get(&part)?.chunks_exact(out * input).nth(expert)?.to_vec();
-        let weight = if config.options.family == Family::GptOss {
+        let weight = if input_first(&config.options) {
             Array2::from_shape_vec((input, out), own)
                 .ok()?
                 .reversed_axes()
@@ -287,7 +291,7 @@ impl<T: Real> Model<T> {
                 requirement,
             ));
         }
-        let turned = self.config.options.family == Family::GptOss;
+        let turned = input_first(&self.config.options);
         for part in [ExpertPart::GateUp, ExpertPart::Down] {
             let [name, bias_name] = stack_names(&self.config.options, l, part);
             let (mut weights, mut biases, mut shape) = (Vec::new(), Vec::new(), (0, 0));

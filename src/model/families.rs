@@ -333,6 +333,7 @@ fn experts(family: Family, keys: &Keys<'_>, sizes: &Sizes) -> Result<Experts> {
         inner,
         renormalise,
         interleaved: family == Family::GptOss,
+        input_first: family == Family::GptOss,
         dense_layers,
     })
 }

@@ -119,6 +119,8 @@ pub struct Experts {
     pub renormalise: bool,
     /// Whether rows of gate and up alternate in the weight of both.
     pub interleaved: bool,
+    /// Whether memory holds an expert's weight as input x output.
+    pub input_first: bool,
     /// Layers that have an ordinary MLP instead.
     pub dense_layers: Vec<usize>,
 }

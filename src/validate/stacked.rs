@@ -5,7 +5,6 @@ use super::dump::Observed;
 use super::names::canonical_name;
 use crate::adapters::Method;
 use crate::error::Result;
-use crate::model::options::Family;
 use crate::model::{Model, Outside, Projection};
 use ndarray::{Array2, s};
 
@@ -36,9 +35,8 @@ impl Stacked {
         let config = &model.config;
         let layer = (0..config.num_hidden_layers)
             .find(|&l| name.starts_with(&format!("{}.mlp.experts.", config.options.layer(l))))?;
-        config.options.experts_of(layer)?;
+        let turned = config.options.experts_of(layer)?.input_first;
         let tensor = name.rsplit('.').next()?;
-        let turned = config.options.family == Family::GptOss;
         let (down, stack) = match tensor {
             "gate_up_proj" => (false, Stack::Weight { turned }),
             "down_proj" => (true, Stack::Weight { turned }),
