@@ -178,10 +178,8 @@ impl MethodParams {
     /// # Errors
     /// As [`PeftSettings::read`].
     pub fn of_peft(path: &Path, config: &ModelConfig) -> Result<Self> {
-        let file =
-            if path.is_dir() { path.join("adapter_config.json") } else { path.to_path_buf() };
         let PeftSettings { kind, spec, true_derivative, targets } =
-            PeftSettings::read(&file, config)?;
+            PeftSettings::read(path, config)?;
         let name = match kind {
             AdapterKind::Dora => MethodName::Dora,
             AdapterKind::Moslora => MethodName::Moslora,
