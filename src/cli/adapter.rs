@@ -1,6 +1,6 @@
 //! `peft-limits adapter`: export, merge, fuse, switch, evaluate.
 
-use super::output::check_folder;
+use super::output::{check_folder, copy_tokenizer};
 use crate::adapters::update::WeightUpdate;
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -264,29 +264,11 @@ fn export<T: Real>(args: &Export) -> Result<ExitCode> {
     write(&update, &args.output, &base.config, args.source.adapter.as_deref())
 }
 
-/// What a checkpoint folder holds beside the model.
-const OF_TOKENIZER: [&str; 9] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-];
-
 fn merge<T: Real>(args: &Merge) -> Result<ExitCode> {
     check_folder("--out", &args.out, &[&args.model, &args.adapter])?;
     let merged = Model::<T>::read(&args.model)?.with_folder(&args.adapter)?;
     merged.write(&args.out)?;
-    for name in OF_TOKENIZER {
-        let (from, to) = (args.model.join(name), args.out.join(name));
-        if from.is_file() {
-            std::fs::copy(&from, &to).map_err(|e| Error::io(&to, e))?;
-        }
-    }
+    copy_tokenizer(&args.model, &args.out)?;
     println!(
         "merged {} into {}; wrote {}",
         args.adapter.display(),

@@ -1,5 +1,6 @@
-//! Whether results can be written where they are asked for, before anything is computed.
+//! Output files: whether they can be written, before anything is computed; what stands beside a model.
 
+use crate::atomic_file::write_bytes;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,31 @@ fn check_writable(folder: &Path) -> Result<()> {
         .tempfile_in(&there)
         .map(drop)
         .map_err(|e| Error::io(folder, e))
+}
+
+/// What a checkpoint folder holds beside the model.
+const OF_TOKENIZER: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Copies what stands beside a model from one checkpoint folder to another; each file appears whole or not at all.
+pub(super) fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
+    for name in OF_TOKENIZER {
+        let source = from.join(name);
+        if source.is_file() {
+            let bytes = std::fs::read(&source).map_err(|e| Error::io(&source, e))?;
+            write_bytes(&to.join(name), &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::devices::PRODUCTS_HELP;
 use super::gradient::products_need_a_gpu;
-use super::output::check_folder;
+use super::output::{check_folder, copy_tokenizer};
 use crate::device::{DeviceChoice, ProductPrecision};
 use crate::error::{Error, Result};
 use crate::linalg::Real;
@@ -278,7 +278,9 @@ fn train<T: Real>(args: &TrainArgs, config: TrainConfig) -> Result<ExitCode> {
     }
     let model = out.join("model");
     trainer.model.write(&model)?;
-    copy_tokenizer(&trainer.config, &model)?;
+    if let ModelSource::Path(base) = &trainer.config.model {
+        copy_tokenizer(base, &model)?;
+    }
     let adapted = trainer.config.method.name != MethodName::Full;
     if adapted {
         trainer.model.write_adapter(&out.join("adapter"))?;
@@ -332,17 +334,6 @@ fn move_to<T: Real>(
     _products: ProductPrecision,
 ) -> Result<()> {
     Err(choice.not_built())
-}
-
-/// A fine-tuned model needs its tokenizer beside it.
-fn copy_tokenizer(config: &TrainConfig, model: &Path) -> Result<()> {
-    let ModelSource::Path(base) = &config.model else { return Ok(()) };
-    let from = base.join("tokenizer.json");
-    if from.exists() {
-        let bytes = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
-        crate::atomic_file::write_bytes(&model.join("tokenizer.json"), &bytes)?;
-    }
-    Ok(())
 }
 
 /// A progress bar on stderr, hidden off-terminal, and the last evaluation.
