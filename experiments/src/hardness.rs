@@ -20,7 +20,7 @@
 //! at every c, or one that does not look at every pair decided above the constant with columns that
 //! grow more slowly than L^0.5.
 //!
-//! `cargo run --release --bin hardness [-- --profile full]`; about 20 seconds, 10 minutes in full.
+//! `cargo run --release --bin hardness [-- --profile full]`; about 20 seconds; in full 20 minutes beside other work.
 
 mod measured;
 mod results;

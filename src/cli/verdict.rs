@@ -92,7 +92,9 @@ pub(super) fn print(report: &Report, all: bool) {
         );
         if !report.left_out.is_empty() {
             let names = report.left_out.join(", ");
-            println!("  The search stopped there, at five times a right step; not tried: {names}.");
+            println!(
+                "  The search ended there, to stay within five times a right step; not tried: {names}."
+            );
         }
         if let Some(lead) = report.lead() {
             println!("  Where to look: {lead}.");

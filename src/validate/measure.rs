@@ -149,16 +149,24 @@ struct Peaks {
 }
 
 impl Peaks {
+    /// Takes a gap that comes after those seen: of equal ones, and of several that are not finite,
+    /// the first counts.
+    #[inline(always)]
+    fn see(&mut self, gap: f64, at: (usize, usize)) {
+        if self.at.is_none() || (self.gap.is_finite() && !(gap <= self.gap)) {
+            (self.gap, self.at) = (gap, Some(at));
+        }
+    }
+
     /// With those of later rows.
-    fn and(self, later: Self) -> Self {
-        // Of equal ones, and of several that are not finite, the first.
-        let moves = self.at.is_none() || (self.gap.is_finite() && !(later.gap <= self.gap));
-        let (gap, at) =
-            if moves && later.at.is_some() { (later.gap, later.at) } else { (self.gap, self.at) };
-        let [got, exact, noise] =
-            [(self.got, later.got), (self.exact, later.exact), (self.noise, later.noise)]
-                .map(|(a, b)| a.max(b));
-        Self { got, exact, noise, gap, at }
+    fn and(mut self, later: Self) -> Self {
+        if let Some(at) = later.at {
+            self.see(later.gap, at);
+        }
+        self.got = self.got.max(later.got);
+        self.exact = self.exact.max(later.exact);
+        self.noise = self.noise.max(later.noise);
+        self
     }
 }
 
@@ -212,9 +220,7 @@ fn summed(got: &Array2<f64>, exact: &Array2<f64>, rounded: &Array2<f64>, scale: 
             for (j, ((&g, &r), &q)) in got.iter().zip(exact).zip(rounded).enumerate() {
                 let (gap, noise) = ((g - r).abs(), q - r);
                 let peaks = &mut all.peaks;
-                if peaks.at.is_none() || (peaks.gap.is_finite() && !(gap <= peaks.gap)) {
-                    (peaks.gap, peaks.at) = (gap, Some((first + i, j)));
-                }
+                peaks.see(gap, (first + i, j));
                 peaks.got = peaks.got.max(g.abs());
                 peaks.exact = peaks.exact.max(r.abs());
                 peaks.noise = peaks.noise.max(noise.abs());
