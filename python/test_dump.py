@@ -21,42 +21,16 @@ from safetensors.torch import load_file
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from peft_limits import dump_step, trainable_snapshot  # noqa: E402
+from small_models import llama, lora  # noqa: E402
 
 BINARY = os.environ.get("PEFT_LIMITS", "target/release/peft-limits")
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def model(dtype=torch.float32, device="cpu", adapter=True, rename_to=None, **settings):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    out = transformers.LlamaForCausalLM(config).to(dtype)
-    for p in out.parameters():
-        if p.dim() == 2:
-            p.data.normal_(0, 0.2)
+    out = llama(dtype=dtype, positions=64)
     if adapter:
-        out = peft.get_peft_model(
-            out,
-            peft.LoraConfig(
-                **(
-                    {
-                        "r": 4,
-                        "lora_alpha": 8,
-                        "task_type": "CAUSAL_LM",
-                        "target_modules": "all-linear",
-                        "init_lora_weights": False,
-                    }
-                    | settings
-                )
-            ),
-        )
+        out = peft.get_peft_model(out, lora(**({"init_lora_weights": False} | settings)))
     return out.to(device)
 
 

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from peft_limits import NotJudged, Report, ValidateCallback, dump_step, validate  # noqa: E402
+from small_models import llama, lora, padded  # noqa: E402
 
 SCRIPT = os.environ.get("RANK_DUMPS") or os.path.join(
     os.path.dirname(os.path.abspath(__file__)), "../tests/data/ranks/make_dumps.py"
@@ -40,28 +41,9 @@ def planted(name):
 
 
 def small():
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.data.normal_(0, 0.2)
     import peft
 
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules="all-linear"),
-    )
+    return peft.get_peft_model(llama(layers=2), lora())
 
 
 def train(settings, folder):
@@ -75,17 +57,6 @@ def train(settings, folder):
             3, 61, (int(torch.randint(5, 25, (1,), generator=lengths)),), generator=lengths
         ).tolist()
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
-
-    def padded(rows):
-        length = max(len(r["input_ids"]) for r in rows)
-        fill = lambda key, value: torch.tensor(
-            [r[key] + [value] * (length - len(r[key])) for r in rows]
-        )  # noqa: E731
-        return {
-            "input_ids": fill("input_ids", 0),
-            "attention_mask": fill("attention_mask", 0),
-            "labels": fill("labels", -100),
-        }
 
     callback = ValidateCallback(folder=os.path.join(folder, "dumps"), out=io.StringIO())
     arguments = transformers.TrainingArguments(

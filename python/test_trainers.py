@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 from peft_limits import NotJudged, Report, ValidateCallback  # noqa: E402
+from small_models import llama, lora, padded  # noqa: E402
 
 BASE, TEXT = os.environ.get("BASE"), os.environ.get("TEXT")
 
@@ -55,42 +56,7 @@ def tokenizer():
 def model(dtype=torch.float32):
     if BASE:
         return transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    out = transformers.LlamaForCausalLM(config).to(dtype)
-    for p in out.parameters():
-        if p.dim() == 2:
-            p.data.normal_(0, 0.2)
-    return out
-
-
-def lora(**settings):
-    return peft.LoraConfig(
-        **(
-            {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-            | settings
-        )
-    )
-
-
-def padded(rows):
-    length = max(len(r["input_ids"]) for r in rows)
-    fill = lambda key, value: torch.tensor(
-        [r[key] + [value] * (length - len(r[key])) for r in rows]
-    )  # noqa: E731
-    return {
-        "input_ids": fill("input_ids", 0),
-        "attention_mask": fill("attention_mask", 0),
-        "labels": fill("labels", -100),
-    }
+    return llama(dtype=dtype)
 
 
 class TrainersTest(unittest.TestCase):
